@@ -1,0 +1,430 @@
+"""What a run is: typed settings, read from YAML and checked before anything starts."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
+
+from prelora_ray.method.convergence import NormStatistic
+from prelora_ray.method.phases import Freeze
+from prelora_ray.method.ranks import Normalize, is_power_of_two, rank_choices
+from prelora_ray.method.targets import FAMILIES
+
+Count = Annotated[int, Field(ge=1, strict=True)]
+Whole = Annotated[int, Field(ge=0, strict=True)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Channels = tuple[Share, Share, Share]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class ModelSettings(_Section):
+    name: str = "vit_small_patch16_224"
+    """A Vision Transformer's name in timm."""
+    image_size: Count = 224
+    """Side of the square image that the model takes, in pixels."""
+    drop_path: Share = 0.0
+    """Stochastic depth: the last block's probability of leaving out a residual branch; earlier blocks have less."""
+    options: dict[str, Any] = {}
+    """Further arguments of `timm.create_model`, such as `patch_size`, `embed_dim` or `depth`."""
+    allow_download: bool = False
+    """Whether a name that fetches from a hub, such as `hf-hub:...`, may be used."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if ":" in self.name and not self.allow_download:
+            raise ValueError(
+                f"model.name = {self.name!r} fetches from elsewhere: give a plain timm name, or set model.allow_download: true"
+            )
+        for key, instead in _RESERVED_OPTIONS.items():
+            if key in self.options:
+                raise ValueError(f"model.options.{key} is not allowed: {instead}")
+        return self
+
+
+_RESERVED_OPTIONS = {
+    "img_size": "set model.image_size",
+    "drop_path_rate": "set model.drop_path",
+    "num_classes": "the number of classes comes with the data",
+    "pretrained": "a run starts from its own weights",
+}
+
+
+class AugmentSettings(_Section):
+    crop: Literal["random_resized", "padded", "center"] = "random_resized"
+    """A crop of random area and aspect ratio; or a shifted crop of the image with a black border; or none."""
+    min_scale: Annotated[float, Field(gt=0, le=1)] = 0.08
+    """Smallest share of the image's area in a random resized crop."""
+    padding: Whole = 4
+    """Border of a padded crop, in pixels."""
+    flip: Share = 0.5
+    """Probability of a horizontal flip."""
+    policy: str | None = None
+    """RandAugment in timm's notation, such as `rand-m9-mstd0.5-inc1`, or `3a` for DeiT III's 3-Augment."""
+    color_jitter: NotNegative = 0.0
+    """Largest relative change of brightness, contrast and saturation."""
+    erase: Share = 0.0
+    """Probability of random erasing."""
+    mixup: NotNegative = 0.0
+    """Mixup's alpha; 0 is off."""
+    cutmix: NotNegative = 0.0
+    """CutMix's alpha; 0 is off. With both, each cell takes one of them."""
+    mix_probability: Share = 1.0
+    """Probability that a cell is mixed."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of each target that is spread over all classes."""
+
+    @field_validator("policy")
+    @classmethod
+    def _check_policy(cls, policy: str | None) -> str | None:
+        if policy is not None and not re.fullmatch(r"3a|rand(-(m|n|p|mstd|mmax|inc|t)[\w.]+)*", policy):
+            raise ValueError("must be `3a` or a RandAugment policy such as `rand-m9-mstd0.5-inc1`")
+        return policy
+
+
+class DataSettings(_Section):
+    path: str
+    """The prepared folder."""
+    source: str | None = None
+    """What to prepare into `path` on first use: `digits`, or whatever `prelora prepare` takes."""
+    batch_size: Count = 1024
+    """Images in a global batch, over all workers."""
+    cell: Count = 16
+    """Images in a cell, the group that is never split between workers or micro-batches, and inside which images are mixed."""
+    shuffle_row_groups: Count = 16
+    """Row groups whose rows are shuffled together."""
+    decoders: Count | Literal["auto"] = "auto"
+    """Decoding processes of each worker; auto shares out the node's CPUs."""
+    mean: Channels = (0.485, 0.456, 0.406)
+    """Mean of each channel, in 0..1."""
+    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
+    """Standard deviation of each channel."""
+    crop_ratio: Annotated[float, Field(gt=0, le=1)] = 0.875
+    """Share of the shorter side in evaluation's centre crop."""
+
+    @property
+    def num_cells(self) -> int:
+        return self.batch_size // self.cell
+
+
+class TrainSettings(_Section):
+    epochs: Count = 300
+    """Passes over the training images, all phases together."""
+    seed: Whole = 0
+    """Seed of everything that is drawn."""
+    learning_rate: Positive = 1e-3
+    """AdamW's peak learning rate, for the global batch as it is."""
+    ramp_epochs: Whole = 5
+    """Epochs over which the learning rate rises linearly from 0."""
+    final_learning_rate_scale: Share = 0.01
+    """What the cosine schedule ends at, as a share of the peak."""
+    weight_decay: NotNegative = 0.05
+    """AdamW's weight decay; norms, biases, tokens and position embeddings have none."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """AdamW's decay rates of the moments."""
+    clip_norm: Positive | None = 1.0
+    """Largest norm of the gradient; null does not clip."""
+    precision: Literal["auto", "fp64", "fp32", "bf16"] = "auto"
+    """Number format of the products: auto is bf16 autocast on GPUs and fp32 on CPUs. Parameters are float32, with fp64 float64."""
+    micro_batch: Count | None = None
+    """Most images that a worker takes through the model at once, a multiple of `data.cell`; null takes its whole share."""
+    validate_every: Count = 1
+    """Epochs between validations; the last epoch is always validated."""
+
+
+class MethodSettings(_Section):
+    enabled: bool = True
+    """Whether the run switches at all; false is plain full training, whose norms are recorded all the same."""
+    tau: NotNegative = 0.5
+    """Largest norm change of a family between windows that still counts as converged, in percent (not included)."""
+    zeta: NotNegative = 2.5
+    """Largest loss change between windows that still counts as converged, in percent."""
+    windows: Annotated[int, Field(ge=2, strict=True)] = 3
+    """Windows that the test looks at (the paper's k)."""
+    window_epochs: Count = 3
+    """Epochs in a window (the paper's m)."""
+    norm_statistic: NormStatistic = "last"
+    """A window's norm: that of its last epoch, or the mean over its epochs."""
+    switch_epoch: Count | None = None
+    """Switches after this many epochs instead of by the test."""
+    warmup_epochs: Whole = 10
+    """Epochs in which base and adapters train together."""
+    r_min: Count = 8
+    """Smallest rank, a power of two."""
+    r_max: Count = 64
+    """Largest rank, a power of two."""
+    normalize: Normalize = "family"
+    """Whether changes are min-max normalised within each family or over all modules."""
+    rank_pattern: dict[str, Count] | None = None
+    """Ranks given by hand instead of by the rule: {regular expression on module names: rank}."""
+    scaling: Positive = 2.0
+    """s in W + s B A, which is lora_alpha / rank."""
+    targets: tuple[Literal["query", "key", "value", "proj", "fc1", "fc2"], ...] = FAMILIES  # type: ignore[assignment]
+    """Which matrices of a block get adapters."""
+    freeze: Freeze = "adapted"
+    """What phase lora freezes: the adapted weights, all but the head, or the adapted weights and all in front of them."""
+    adapter_learning_rate_scale: Positive = 1.0
+    """The adapters' learning rate, as a multiple of the run's."""
+    adapter_ramp_steps: Whole = 50
+    """Steps over which the adapters' learning rate rises from 0 after the switch."""
+    adapter_weight_decay: NotNegative = 0.0
+    """AdamW's weight decay on A and B."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        try:
+            rank_choices(self.r_min, self.r_max)
+        except ValueError as error:
+            raise ValueError(f"method.{error}") from None
+        for key, rank in (self.rank_pattern or {}).items():
+            if not is_power_of_two(rank):
+                raise ValueError(f"method.rank_pattern.{key} = {rank} is not allowed: a rank is a power of two, such as 8 or 16")
+        if not self.targets:
+            raise ValueError("method.targets is empty: name at least one of " + ", ".join(FAMILIES))
+        if self.switch_epoch is not None and self.rank_pattern is None and self.switch_epoch < 2 * self.window_epochs:
+            raise ValueError(
+                f"method.switch_epoch = {self.switch_epoch} is not allowed: ranks need two windows of "
+                f"{self.window_epochs} epochs before it, or set method.rank_pattern"
+            )
+        return self
+
+
+class WorkerSettings(_Section):
+    min: Count = 1
+    """Fewest workers that the run starts and goes on with."""
+    max: Count = 1
+    """Most workers; the run grows to it where there is room."""
+    cpus: Positive = 1.0
+    """CPUs that each worker asks Ray for."""
+    gpu: bool | Literal["auto"] = "auto"
+    """Whether each worker takes a GPU; auto does where the cluster has enough of them."""
+    max_failures: Annotated[int, Field(ge=-1, strict=True)] = 3
+    """Failures of workers that a run survives, preemptions not counted; -1 is any number."""
+
+
+class CheckpointSettings(_Section):
+    every_epochs: Count = 1
+    """Epochs between checkpoints; the end of a phase and of the run always make one."""
+    keep: Count = 2
+    """Newest checkpoints that are kept, besides the one at the end of each phase."""
+
+
+class Settings(_Section):
+    """A run, as one YAML file describes it."""
+
+    name: str
+    """Name of the run and of its folder; the same name again resumes it. Default: the file's own."""
+    storage: str = "runs"
+    """Folder, file share or bucket that holds the run folders."""
+    audit_samples: bool = False
+    """Whether every worker records the samples of every batch."""
+    model: ModelSettings = ModelSettings()
+    data: DataSettings
+    augment: AugmentSettings = AugmentSettings()
+    train: TrainSettings = TrainSettings()
+    method: MethodSettings = MethodSettings()
+    workers: WorkerSettings = WorkerSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", name):
+            raise ValueError("must be 1 to 128 letters, digits, dots, dashes and underscores, and begin with a letter or digit")
+        return name
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        data, train, method, workers = self.data, self.train, self.method, self.workers
+        if data.batch_size % data.cell:
+            raise ValueError(
+                f"data.batch_size = {data.batch_size} is not allowed: it must be a multiple of data.cell = {data.cell}"
+            )
+        if workers.min > workers.max:
+            raise ValueError(f"workers.min = {workers.min} is not allowed: it must not exceed workers.max = {workers.max}")
+        if workers.max > data.num_cells:
+            raise ValueError(
+                f"workers.max = {workers.max} is not allowed: a batch of {data.batch_size} has {data.num_cells} cells of "
+                f"{data.cell}, and a worker needs at least one"
+            )
+        if train.micro_batch is not None and train.micro_batch % data.cell:
+            raise ValueError(
+                f"train.micro_batch = {train.micro_batch} is not allowed: it must be a multiple of data.cell = {data.cell}"
+            )
+        if method.enabled and method.switch_epoch is None and train.epochs < method.windows * method.window_epochs:
+            raise ValueError(
+                f"train.epochs = {train.epochs} is not allowed: the test needs {method.windows} windows of "
+                f"{method.window_epochs} epochs, so at least {method.windows * method.window_epochs}"
+            )
+        if method.enabled and method.switch_epoch is not None and method.switch_epoch >= train.epochs:
+            raise ValueError(
+                f"method.switch_epoch = {method.switch_epoch} is not allowed: it must be less than train.epochs = {train.epochs}"
+            )
+        if train.ramp_epochs >= train.epochs:
+            raise ValueError(
+                f"train.ramp_epochs = {train.ramp_epochs} is not allowed: it must be less than train.epochs = {train.epochs}"
+            )
+        return self
+
+
+def with_absolute_paths(settings: Settings) -> Settings:
+    """The same settings with local folders by their absolute path, as workers run in other folders."""
+
+    def absolute(path: str) -> str:
+        return path if "://" in path else str(Path(path).expanduser().absolute())
+
+    data = settings.data.model_copy(update={"path": absolute(settings.data.path)})
+    return settings.model_copy(update={"storage": absolute(settings.storage), "data": data})
+
+
+def without_effect(settings: Settings) -> list[str]:
+    """A sentence for each setting that was given and has no effect."""
+    method, augment = settings.method, settings.augment
+    given = method.model_fields_set - {"enabled"}
+    sentences = []
+    if not method.enabled:
+        used = {"window_epochs", "windows", "tau", "zeta", "norm_statistic", "targets"}  # what records and replay use
+        sentences += [f"method.{key} has no effect, as method.enabled is false" for key in sorted(given - used)]
+    elif method.rank_pattern is not None:
+        sentences += [
+            f"method.{key} has no effect, as method.rank_pattern gives the ranks"
+            for key in sorted(given & {"r_min", "r_max", "normalize"})
+        ]
+    if 0 < len({"query", "key", "value"} & set(method.targets)) < 3 and method.enabled:
+        sentences.append("method.targets has some of query, key and value: phase lora freezes the fused qkv as a whole")
+    if {"padding"} & augment.model_fields_set and augment.crop != "padded":
+        sentences.append(f"augment.padding has no effect, as augment.crop is {augment.crop}")
+    if {"min_scale"} & augment.model_fields_set and augment.crop != "random_resized":
+        sentences.append(f"augment.min_scale has no effect, as augment.crop is {augment.crop}")
+    return sentences
+
+
+def load_settings(
+    path: str | Path, overrides: Iterable[str] = (), *, name: str | None = None, storage: str | None = None
+) -> Settings:
+    """Reads a recipe. `overrides` are `key.path=value`, with values in YAML.
+
+    Raises ValueError with one sentence a mistake, naming the key, the value and what is allowed.
+    """
+    path = Path(path)
+    try:
+        content = yaml.load(path.read_text(), Loader=_UniqueKeyLoader)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is no file: give the path of a recipe, such as jobs/configs/digits.yaml") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no settings: it must be a mapping such as `data: {{path: ...}}`")
+    for override in overrides:
+        _apply(content, override)
+    content.setdefault("name", path.stem)
+    if name is not None:
+        content["name"] = name
+    if storage is not None:
+        content["storage"] = storage
+    return parse_settings(content)
+
+
+def parse_settings(content: dict[str, Any]) -> Settings:
+    """Checks settings given as nested dictionaries. Raises ValueError as `load_settings` does."""
+    try:
+        return Settings.model_validate(content)
+    except ValidationError as error:
+        raise ValueError("\n".join(_sentences(error.errors()))) from None
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """A key that stands twice is a mistake, of which plain YAML would keep the second silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _apply(content: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"--set {override!r} is not allowed: write key.path=value, such as train.epochs=20")
+    *parents, last = key.strip().split(".")
+    section = content
+    for parent in parents:
+        if section.get(parent) is None:
+            section[parent] = {}
+        section = section[parent]
+        if not isinstance(section, dict):
+            raise ValueError(f"--set {override!r} is not allowed: {parent} is no section")
+    try:
+        section[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ValueError(f"--set {override!r} is not allowed: the value is not YAML") from None
+
+
+def _sentences(errors: list[ErrorDetails]) -> list[str]:
+    """One sentence a key: the errors of a union's members (an integer, or `auto`) are one mistake."""
+    known = _known_keys(Settings)
+    merged: dict[str, ErrorDetails] = {}
+    for details in errors:
+        location = [str(part) for part in details["loc"]]
+        if details["type"] != "extra_forbidden":  # drop what pydantic adds behind the key: the union's member, an index
+            while location and ".".join(location) not in known:
+                location.pop()
+        key = ".".join(location)
+        message = _RULE_START.sub("", details["msg"].removeprefix("Value error, "))
+        if key in merged and details["type"] != "extra_forbidden":
+            message = f"{merged[key]['msg']}, or {message}"
+        merged[key] = {**details, "msg": message}
+    return [_sentence(key, details) for key, details in merged.items()]
+
+
+_RULE_START = re.compile(r"^(Input should be|must be) ")
+
+
+def _sentence(key: str, details: ErrorDetails) -> str:
+    value, rule = details["input"], details["msg"]
+    if details["type"] == "extra_forbidden":
+        known = _known_keys(Settings)
+        close = difflib.get_close_matches(key, known, 1)
+        close = close or [other for other in known if other.split(".")[-1] == key.split(".")[-1]]
+        hint = f"did you mean {close[0]}?" if close else f"its section knows {_siblings(key)}"
+        return f"{key} = {value!r} is not allowed: there is no such key, {hint}"
+    if details["type"] == "missing" and isinstance(details["loc"][-1], int):
+        return f"{key} = {value!r} is not allowed: it has too few entries"
+    if details["type"] == "missing":
+        return f"{key} is missing: it must be given"
+    if isinstance(value, float) and not math.isfinite(value):
+        rule = "a finite number"
+    if details["type"] == "value_error" and isinstance(value, dict):  # a rule between keys, which names them itself
+        return rule
+    return f"{key} = {value!r} is not allowed: it must be {rule}"
+
+
+def _known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += _known_keys(field.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def _siblings(key: str) -> str:
+    prefix = key[: key.rfind(".") + 1]
+    names = [other[len(prefix) :] for other in _known_keys(Settings) if other.startswith(prefix)]
+    return ", ".join(name for name in names if "." not in name)

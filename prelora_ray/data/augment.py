@@ -1,0 +1,160 @@
+"""One image: decode, crop, flip, colour, erase. On the CPU, uint8 in and out, keyed by the sample."""
+
+from __future__ import annotations
+
+import io
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from prelora_ray.data.draws import Draw, generator
+
+Pixels = NDArray[np.uint8]
+Crop = Literal["random_resized", "padded", "center"]
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How a training image is varied. All of it is drawn by (seed, epoch, sample) alone."""
+
+    image_size: int
+    """Side of the square image that the model takes, in pixels."""
+    mean: tuple[float, float, float]
+    """Mean of the normalised channels, in 0..1: the middle of the noise that erasing fills in."""
+    std: tuple[float, float, float]
+    crop: Crop = "random_resized"
+    min_scale: float = 0.08
+    """Smallest share of the image's area in a random resized crop."""
+    padding: int = 4
+    """Pixels of black border around the image in front of a padded crop."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    policy: str | None = None
+    """timm's name of a RandAugment policy (`rand-m9-mstd0.5-inc1`), or `3a` for DeiT III's 3-Augment."""
+    color_jitter: float = 0.0
+    """Largest relative change of brightness, contrast and saturation."""
+    erase: float = 0.0
+    """Probability of erasing one rectangle (random erasing, pixel mode)."""
+
+
+class Augmenter:
+    """Turns encoded images into training and evaluation images of (image_size, image_size, 3)."""
+
+    def __init__(self, augmentation: Augmentation, seed: int, crop_ratio: float) -> None:
+        """`crop_ratio`: share of the shorter side that evaluation keeps in its centre crop."""
+        self.augmentation = augmentation
+        self.seed = seed
+        self.crop_ratio = crop_ratio
+        self._color = _color_transforms(augmentation)
+
+    def train(self, encoded: bytes, epoch: int, sample: int) -> Pixels:
+        """The training image of a sample in an epoch."""
+        options = self.augmentation
+        rng = generator(self.seed, Draw.AUGMENT, epoch, sample)
+        image = decode(encoded)
+        if options.crop == "random_resized":
+            box = random_resized_box(image.width, image.height, options.min_scale, rng)
+            image = image.resize((options.image_size, options.image_size), Image.Resampling.BICUBIC, box)
+        else:
+            image = _center(image, options.image_size, 1.0)
+            if options.crop == "padded":
+                image = _padded_crop(image, options.padding, rng)
+        if rng.random() < options.flip:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if self._color:
+            _seed_libraries(rng)
+            for transform in self._color:
+                image = transform(image)
+        pixels = np.array(image)
+        if rng.random() < options.erase:
+            self._erase(pixels, rng)
+        return pixels
+
+    def evaluate(self, encoded: bytes) -> Pixels:
+        """The image that evaluation takes: resized, centre-cropped, nothing drawn."""
+        return np.array(_center(decode(encoded), self.augmentation.image_size, self.crop_ratio))
+
+    def _erase(self, pixels: Pixels, rng: np.random.Generator) -> None:
+        """Random erasing (arXiv 1708.04896): one rectangle of 2 to 33 % of the area becomes noise."""
+        height, width = pixels.shape[:2]
+        for _ in range(10):
+            area = rng.uniform(0.02, 1 / 3) * height * width
+            aspect = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
+            h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if 0 < h < height and 0 < w < width:
+                top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
+                noise = rng.normal(self.augmentation.mean, self.augmentation.std, (h, w, 3)) * 255
+                pixels[top : top + h, left : left + w] = noise.clip(0, 255).round()
+                return
+
+
+def decode(encoded: bytes) -> Image.Image:
+    """The image in RGB."""
+    return Image.open(io.BytesIO(encoded)).convert("RGB")
+
+
+def random_resized_box(
+    width: int, height: int, min_scale: float, rng: np.random.Generator
+) -> tuple[float, float, float, float]:
+    """Box (left, top, right, bottom) of a random area and aspect ratio (3/4 to 4/3), as Inception crops."""
+    for _ in range(10):
+        area = rng.uniform(min_scale, 1.0) * width * height
+        aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            return left, top, left + w, top + h
+    # A very long image: the largest centre crop with an allowed aspect ratio.
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def _center(image: Image.Image, size: int, crop_ratio: float) -> Image.Image:
+    """Centre square of `crop_ratio` x the shorter side, resized to `size`."""
+    side = min(image.width, image.height) * crop_ratio
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    if image.size == (size, size) and crop_ratio == 1:
+        return image
+    return image.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
+
+
+def _padded_crop(image: Image.Image, padding: int, rng: np.random.Generator) -> Image.Image:
+    dx, dy = (int(d) for d in rng.integers(0, 2 * padding + 1, 2) - padding)
+    return image.crop((dx, dy, dx + image.width, dy + image.height))  # Pillow fills what lies outside with black
+
+
+def _seed_libraries(rng: np.random.Generator) -> None:
+    """timm's policies and torchvision's jitter draw from global generators: set these by the sample's key."""
+    import torch
+
+    seed = int(rng.integers(2**32))
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _color_transforms(augmentation: Augmentation) -> list[Callable[[Image.Image], Image.Image]]:
+    """RandAugment or 3-Augment from timm, colour jitter from torchvision; nothing is imported without need."""
+    transforms: list[Callable[[Image.Image], Image.Image]] = []
+    if augmentation.policy or augmentation.color_jitter:
+        from prelora_ray.torchvision_ops import make_importable
+
+        make_importable()
+    if augmentation.policy:
+        from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
+
+        make = rand_augment_transform if augmentation.policy.startswith("rand") else auto_augment_transform
+        mean = tuple(round(255 * channel) for channel in augmentation.mean)
+        transforms.append(make(augmentation.policy, {"img_mean": mean, "translate_const": augmentation.image_size * 0.45}))
+    if augmentation.color_jitter:
+        from torchvision.transforms import ColorJitter
+
+        transforms.append(ColorJitter(*[augmentation.color_jitter] * 3))
+    return transforms

@@ -1,0 +1,78 @@
+"""What a prepared folder is: Parquet files of encoded images, and a manifest written last.
+
+    OUT/manifest.json
+    OUT/train-00000.parquet ...   columns: image (encoded bytes), label (int64), source (where it came from)
+    OUT/val-00000.parquet ...
+
+A folder without a manifest is unfinished, and nothing trains on it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from prelora_ray.storage import Storage
+
+SCHEMA_VERSION = 1
+Split = Literal["train", "val"]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One Parquet file."""
+
+    file: str
+    row_groups: tuple[int, ...]
+    """Rows of each row group."""
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    classes: tuple[str, ...]
+    """Class names; a label is an index into them."""
+    splits: dict[Split, tuple[Shard, ...]]
+    bad: int
+    """Source images that were skipped."""
+    settings: dict[str, Any]
+    """What the folder was prepared with."""
+
+    def row_groups(self, split: Split) -> tuple[int, ...]:
+        """Rows of each row group of a split, in file order."""
+        return tuple(rows for shard in self.splits[split] for rows in shard.row_groups)
+
+    def num_images(self, split: Split) -> int:
+        return sum(self.row_groups(split))
+
+
+def write_manifest(folder: Storage, manifest: Manifest) -> None:
+    folder.write_json("manifest.json", {"schema": SCHEMA_VERSION, **asdict(manifest)})
+
+
+def read_manifest(folder: Storage) -> Manifest:
+    """Reads the manifest and compares the shards' sizes with it.
+
+    Raises ValueError where the folder is not a whole prepared one of this schema version.
+    """
+    if not folder.exists("manifest.json"):
+        raise ValueError(f"{folder} is no prepared folder (it has no manifest.json): run `prelora prepare SOURCE {folder}`")
+    try:
+        content = json.loads(folder.read_bytes("manifest.json"))
+        schema = content.pop("schema")
+    except (ValueError, KeyError, AttributeError):
+        raise ValueError(f"{folder}/manifest.json is damaged: prepare the folder again") from None
+    if schema != SCHEMA_VERSION:
+        raise ValueError(f"{folder} has schema version {schema}, this version reads {SCHEMA_VERSION}: prepare it again")
+    splits = {
+        split: tuple(Shard(**{**shard, "row_groups": tuple(shard["row_groups"])}) for shard in shards)
+        for split, shards in content["splits"].items()
+    }
+    sizes = folder.list_files()
+    for shard in (shard for shards in splits.values() for shard in shards):
+        if sizes.get(shard.file) != shard.num_bytes:
+            found = f"{sizes[shard.file]} bytes" if shard.file in sizes else "missing"
+            raise ValueError(f"{folder}/{shard.file} is {found}, its manifest says {shard.num_bytes} bytes: prepare it again")
+    return Manifest(**{**content, "classes": tuple(content["classes"]), "splits": splits})

@@ -1,0 +1,103 @@
+"""Which sample comes when, in which batch, on which worker. Arithmetic, no I/O.
+
+A global batch of G samples is made of C cells of G / C samples, which are never split between
+workers or micro-batches. An epoch's order is a seeded permutation of the row groups, with the rows
+shuffled inside a buffer of consecutive row groups; it is cut into C streams whose lengths differ by at
+most one row, and cell j of batch b is the rows ``b * cell`` to ``(b + 1) * cell`` of stream j. So the
+samples of a batch follow from (seed, epoch, batch), every sample comes once an epoch, and any
+number of workers up to C can serve a batch: worker r of W serves cells ``r C / W`` to ``(r + 1) C / W``
+(rounded down). The idea is Mosaic Streaming's elastic determinism.
+
+A larger buffer shuffles better and holds more encoded bytes: a worker keeps up to
+(streams it serves) x (row groups in a buffer) row groups in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prelora_ray.data.draws import Draw, generator
+
+Ids = NDArray[np.int64]
+
+
+def worker_cells(rank: int, world_size: int, num_cells: int) -> range:
+    """Cells that worker `rank` serves in every batch."""
+    return range(rank * num_cells // world_size, (rank + 1) * num_cells // world_size)
+
+
+def max_worker_cells(world_size: int, num_cells: int) -> int:
+    """The most cells that any worker serves: what all workers pad their slices to."""
+    return -(-num_cells // world_size)
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order of one split: `row_groups` holds the rows of each row group, in file order.
+
+    Sample ids are row numbers, 0 to the sum of `row_groups`. With ``seed=None`` the order is the
+    file's, for evaluation.
+    """
+
+    row_groups: tuple[int, ...]
+    num_cells: int
+    cell: int
+    """Samples in a cell."""
+    seed: int | None
+    buffer: int = 16
+    """Row groups whose rows are shuffled together."""
+
+    def __post_init__(self) -> None:
+        if min(self.num_cells, self.cell, self.buffer, *self.row_groups) < 1:
+            raise ValueError("cells, samples in a cell, row groups in a buffer and rows in a row group are at least 1")
+
+    @property
+    def num_rows(self) -> int:
+        return sum(self.row_groups)
+
+    @property
+    def num_batches(self) -> int:
+        """Global batches in an epoch; the last ones may be smaller."""
+        longest = -(-self.num_rows // self.num_cells)
+        return -(-longest // self.cell)
+
+    def epoch(self, epoch: int) -> Ids:
+        """All sample ids in the order of one epoch, (num_rows,)."""
+        if self.seed is None:
+            return np.arange(self.num_rows)
+        rng = generator(self.seed, Draw.ORDER, epoch)
+        start = np.concatenate([[0], np.cumsum(self.row_groups)])
+        permutation = rng.permutation(len(self.row_groups))
+        parts = []
+        for i in range(0, len(permutation), self.buffer):
+            rows = np.concatenate([np.arange(start[g], start[g + 1]) for g in permutation[i : i + self.buffer]])
+            rng.shuffle(rows)
+            parts.append(rows)
+        return np.concatenate(parts)
+
+    def cell_span(self, batch: int, cell: int) -> tuple[int, int]:
+        """Where cell `cell` of batch `batch` lies in an epoch's order: start and stop, equal where it is empty."""
+        first = cell * self.num_rows // self.num_cells
+        last = (cell + 1) * self.num_rows // self.num_cells
+        return min(first + batch * self.cell, last), min(first + (batch + 1) * self.cell, last)
+
+    def batch_size(self, batch: int) -> int:
+        """Samples in global batch `batch`, over all workers."""
+        spans = (self.cell_span(batch, cell) for cell in range(self.num_cells))
+        return sum(stop - start for start, stop in spans)
+
+    def slots(self, order: Ids, batch: int, cells: Sequence[int], num_slots: int) -> Ids:
+        """Sample ids of a worker's slice of one batch, (num_slots,), -1 where a slot is empty.
+
+        `order` is ``epoch(n)``. The i-th of `cells` fills the slots from ``i * cell`` on, so that a
+        sample keeps its place in its cell.
+        """
+        ids = np.full(num_slots, -1)
+        for i, cell in enumerate(cells):
+            start, stop = self.cell_span(batch, cell)
+            ids[i * self.cell : i * self.cell + stop - start] = order[start:stop]
+        return ids

@@ -1,0 +1,249 @@
+"""Ray Data: read, decode, augment and batch, in the order that `order.py` lays down.
+
+Each worker builds one pipeline per attempt, from its position to the end of the run: one lazy read
+task walks the order and yields the encoded images of this worker's slice of each global batch, a pool
+of decoder actors on the worker's node turns them into uint8 pixels. With a single read task, Ray Data's
+`preserve_order` keeps the batches in order; resuming skips by arithmetic and decodes nothing.
+Validation batches travel in the same pipeline, after the training batches of their epoch, so an
+epoch boundary starts nothing anew.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import ray.data
+import torch
+from ray.data.block import BlockMetadata
+
+from prelora_ray.data.augment import Augmentation, Augmenter
+from prelora_ray.data.manifest import Manifest, Shard, Split
+from prelora_ray.data.order import Ids, Order, max_worker_cells, worker_cells
+from prelora_ray.storage import Storage
+
+_OPEN_FILES = 32
+_PREFETCH_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This worker's slice of one global batch: its cells, padded to the same n slots on every worker."""
+
+    split: Split
+    epoch: int
+    batch: int
+    images: torch.Tensor
+    """(n, image_size, image_size, 3), uint8."""
+    labels: torch.Tensor
+    """(n,), int64, -1 where a slot is empty."""
+    ids: Ids
+    """(n,): sample ids, -1 where a slot is empty."""
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """What a worker streams: everything that the read task and the decoders need, and nothing that is open."""
+
+    path: str
+    manifest: Manifest
+    orders: dict[Split, Order]
+    augmentation: Augmentation
+    seed: int
+    crop_ratio: float
+    rank: int
+    world_size: int
+
+    @property
+    def cells(self) -> range:
+        """Cells of every batch that this worker serves."""
+        return worker_cells(self.rank, self.world_size, self.orders["train"].num_cells)
+
+    @property
+    def num_slots(self) -> int:
+        order = self.orders["train"]
+        return max_worker_cells(self.world_size, order.num_cells) * order.cell
+
+    @property
+    def batches_per_block(self) -> int:
+        """A block costs tens of milliseconds on its way, so small images travel several batches to a block."""
+        rows = min(2048, max(128, 6_400_000 // self.augmentation.image_size**2))
+        return max(1, rows // self.num_slots)
+
+
+def stream_batches(
+    plan: StreamPlan, start: tuple[int, int], num_epochs: int, validates: Callable[[int], bool], decoders: int
+) -> Iterator[Batch]:
+    """Yields this worker's batches from position `start` (epoch, batch) to the end of epoch num_epochs - 1.
+
+    The validation batches of an epoch for which `validates` is true follow its training batches.
+    Runs inside a Ray Train worker, or anywhere where Ray is up.
+    """
+    context = ray.data.DataContext.get_current()
+    options = context.execution_options
+    options.preserve_order = True
+    options.resource_limits = options.resource_limits.copy(object_store_memory=_PREFETCH_BYTES)
+    context.target_max_block_size = 1  # one yielded row is one block; None would buffer the whole stream
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    schedule = [
+        (split, epoch, start[1] if (split, epoch) == ("train", start[0]) else 0)
+        for epoch in range(start[0], num_epochs)
+        for split in (("train", "val") if validates(epoch) else ("train",))
+    ]
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    dataset = ray.data.read_datasource(
+        _Slices(plan, cast("list[tuple[Split, int, int]]", schedule)),
+        override_num_blocks=1,
+        concurrency=1,
+        num_cpus=0,
+        memory=1,  # other resources than the decoders', or Ray Data would fuse the two into one process
+        label_selector=here,
+    )
+    dataset = dataset.map_batches(
+        cast(Any, _Decode),
+        fn_constructor_args=(plan,),
+        batch_size=None,
+        batch_format="pyarrow",
+        concurrency=decoders,
+        num_cpus=0,  # Ray Train may hold every CPU of the node, and a task that waits for one never runs
+        label_selector=here,
+    )
+    for block in dataset.iter_torch_batches(batch_size=None, prefetch_batches=2):
+        block = {name: cast(torch.Tensor, column)[0] for name, column in block.items()}
+        split: Split = "train" if block["is_train"] else "val"
+        for i in range(len(block["ids"])):
+            ids = block["ids"][i].numpy()
+            batch = int(block["first_batch"]) + i
+            yield Batch(split, int(block["epoch"]), batch, block["images"][i], block["labels"][i], ids)
+
+
+class _Slices(ray.data.Datasource):
+    """This worker's slice of every global batch, encoded: one lazy read task, one row a block."""
+
+    def __init__(self, plan: StreamPlan, schedule: list[tuple[Split, int, int]]) -> None:
+        self._plan = plan
+        self._schedule = schedule
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return None
+
+    def get_read_tasks(self, parallelism: int, per_task_row_limit: int | None = None, **_: Any) -> list[ray.data.ReadTask]:
+        plan, schedule = self._plan, self._schedule
+        metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
+        return [ray.data.ReadTask(lambda: _read(plan, schedule), metadata)]
+
+
+def _read(plan: StreamPlan, schedule: Iterable[tuple[Split, int, int]]) -> Iterator[pa.Table]:
+    readers = {split: _RowReader(plan.path, plan.manifest.splits[split]) for split in plan.orders}
+    for split, epoch, first_batch in schedule:
+        order = plan.orders[split]
+        ids_of_epoch = order.epoch(epoch)
+        slices = [
+            order.slots(ids_of_epoch, batch, plan.cells, plan.num_slots) for batch in range(first_batch, order.num_batches)
+        ]
+        reader = readers[split]
+        reader.expect(slices)
+        for i in range(0, len(slices), plan.batches_per_block):
+            slots = np.stack(slices[i : i + plan.batches_per_block])
+            images, labels = reader.take(slots[slots >= 0])
+            yield pa.table(
+                {
+                    "is_train": [split == "train"],
+                    "epoch": [epoch],
+                    "first_batch": [first_batch + i],
+                    "slots": pa.array([slots.ravel()], pa.list_(pa.int64())),
+                    "labels": pa.array([labels], pa.list_(pa.int64())),
+                    "images": pa.LargeListArray.from_arrays([0, len(images)], images),
+                }
+            )
+
+
+class _Decode:
+    """Encoded images of one block to padded pixel arrays."""
+
+    def __init__(self, plan: StreamPlan) -> None:
+        self._augmenter = Augmenter(plan.augmentation, plan.seed, plan.crop_ratio)
+        self._num_slots = plan.num_slots
+        self._size = plan.augmentation.image_size
+
+    def __call__(self, block: pa.Table) -> dict[str, Any]:
+        is_train, epoch = block["is_train"][0].as_py(), block["epoch"][0].as_py()
+        ids = block["slots"].combine_chunks().flatten().to_numpy()
+        encoded = block["images"].combine_chunks().flatten()
+        filled = np.flatnonzero(ids >= 0)
+        labels = np.full(len(ids), -1)
+        labels[filled] = block["labels"].combine_chunks().flatten().to_numpy()
+        images = np.zeros((len(ids), self._size, self._size, 3), np.uint8)
+        for slot, content in zip(filled, encoded, strict=True):
+            if is_train:
+                images[slot] = self._augmenter.train(content.as_py(), epoch, int(ids[slot]))
+            else:
+                images[slot] = self._augmenter.evaluate(content.as_py())
+        shape = (1, -1, self._num_slots)
+        return {
+            "is_train": np.array([is_train]),
+            "epoch": np.array([epoch]),
+            "first_batch": np.array([block["first_batch"][0].as_py()]),
+            "ids": ids.reshape(shape),
+            "labels": labels.reshape(shape),
+            "images": images.reshape(*shape, *images.shape[1:]),
+        }
+
+
+class _RowReader:
+    """Rows of one split by id. A row group is read once an epoch, and dropped after its last row."""
+
+    def __init__(self, path: str, shards: tuple[Shard, ...]) -> None:
+        self._folder = Storage(path)
+        self._groups = [(shard.file, i) for shard in shards for i in range(len(shard.row_groups))]
+        self._start = np.concatenate([[0], np.cumsum([rows for shard in shards for rows in shard.row_groups])])
+        self._files: OrderedDict[str, pq.ParquetFile] = OrderedDict()
+        self._open: dict[int, tuple[pa.Array, pa.Array]] = {}
+        self._left = np.zeros(len(self._groups), np.int64)
+
+    def expect(self, slices: list[Ids]) -> None:
+        """Announces all ids that `take` will be asked for until the next call."""
+        ids = np.concatenate(slices)
+        self._left = np.bincount(self._group(ids[ids >= 0]), minlength=len(self._groups))
+        self._open = {}
+
+    def take(self, ids: Ids) -> tuple[pa.Array, pa.Array]:
+        """Images (large_binary) and labels (int64) of `ids`, in their order."""
+        groups = self._group(ids)
+        positions, images, labels = [], [pa.array([], pa.large_binary())], [pa.array([], pa.int64())]
+        for group in np.unique(groups):
+            if group not in self._open:
+                self._open[group] = self._read(int(group))
+            where = np.flatnonzero(groups == group)
+            rows = pa.array(ids[where] - self._start[group])
+            images.append(self._open[group][0].take(rows))
+            labels.append(self._open[group][1].take(rows))
+            positions.append(where)
+            self._left[group] -= len(where)
+            if self._left[group] <= 0:
+                del self._open[group]
+        back = pa.array(np.argsort(np.concatenate(positions))) if positions else pa.array([], pa.int64())
+        return pa.concat_arrays(images).take(back), pa.concat_arrays(labels).take(back)
+
+    def _group(self, ids: Ids) -> Ids:
+        return np.searchsorted(self._start, ids, "right") - 1
+
+    def _read(self, group: int) -> tuple[pa.Array, pa.Array]:
+        name, index = self._groups[group]
+        if name not in self._files:
+            if len(self._files) >= _OPEN_FILES:
+                self._files.popitem(last=False)[1].close()
+            self._files[name] = pq.ParquetFile(self._folder.filesystem.open_input_file(self._folder.file(name)))
+        self._files.move_to_end(name)
+        table = self._files[name].read_row_group(index, columns=["image", "label"])
+        images = table["image"].combine_chunks().cast(pa.large_binary())
+        return images, table["label"].combine_chunks().cast(pa.int64())

@@ -1,0 +1,137 @@
+"""Windows of epochs, and the partial convergence test over them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from prelora_ray.method.targets import family_of
+
+NormStatistic = Literal["last", "mean"]
+
+
+@dataclass(frozen=True)
+class Window:
+    """Summary of ``window_epochs`` consecutive epochs."""
+
+    index: int
+    epoch_end: int
+    """Number of epochs completed at the window's end."""
+    norms: dict[str, float]
+    """Frobenius norm by module name: the last epoch's, or the mean over the window."""
+    loss: float
+    """Mean training loss per sample over the window."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the test says at the end of a window. Changes are in percent and None for window 0."""
+
+    window: Window
+    module_change: dict[str, float] | None
+    """Change of every module's norm since the window before."""
+    family_change: dict[str, float] | None
+    """dW: mean of module_change over the layers of a family."""
+    loss_change: float | None
+    """dL."""
+    in_ramp: bool
+    """Some window that the test compares lies in the learning-rate ramp, so that no verdict is taken."""
+    converged: bool
+
+
+def percent_change(before: float, after: float) -> float:
+    """|after - before| / |before| x 100. Zero that stays zero is no change; leaving zero is an infinite one."""
+    if before == 0:
+        return 0.0 if after == 0 else math.inf
+    return abs(after - before) / abs(before) * 100
+
+
+def family_changes(module_change: dict[str, float]) -> dict[str, float]:
+    """Mean change over the layers of each family, in percent."""
+    members: dict[str, list[float]] = {}
+    for name, change in module_change.items():
+        members.setdefault(family_of(name), []).append(change)
+    return {family: sum(changes) / len(changes) for family, changes in members.items()}
+
+
+class ConvergenceTest:
+    """The partial convergence test (arXiv 2509.21619, algorithm 1), fed one epoch at a time.
+
+    At the end of window t the run has partially converged when for each of the last
+    ``windows - 1`` steps between windows every family's norm change is under ``tau`` and the loss
+    change is at most ``zeta``, both in percent. Norms move little while the learning rate is small,
+    for that reason alone, so a verdict that rests on a step inside the first ``ramp_epochs`` epochs
+    is not taken. Epochs must come in order, each once; a last, shorter window never closes.
+    """
+
+    def __init__(
+        self,
+        tau: float,
+        zeta: float,
+        windows: int = 3,
+        window_epochs: int = 3,
+        norm_statistic: NormStatistic = "last",
+        ramp_epochs: int = 0,
+    ) -> None:
+        if windows < 2:
+            raise ValueError(f"windows = {windows}: the test compares windows, so it needs at least 2")
+        if window_epochs < 1:
+            raise ValueError(f"window_epochs = {window_epochs}: a window has at least 1 epoch")
+        self.tau = tau
+        self.zeta = zeta
+        self.windows = windows
+        self.window_epochs = window_epochs
+        self.norm_statistic = norm_statistic
+        self.ramp_epochs = ramp_epochs
+        self._open: list[tuple[dict[str, float], float]] = []
+        self._closed: list[Window] = []
+
+    def end_epoch(self, epoch: int, norms: dict[str, float], loss: float) -> Verdict | None:
+        """Takes the record of epoch number `epoch` (from 0); returns a verdict where it ends a window."""
+        assert epoch % self.window_epochs == len(self._open), f"epoch {epoch} does not follow the one before"
+        self._open.append((norms, loss))
+        if len(self._open) < self.window_epochs:
+            return None
+        all_norms = [norms for norms, _ in self._open]
+        if self.norm_statistic == "mean":
+            norms = {name: sum(n[name] for n in all_norms) / len(all_norms) for name in norms}
+        mean_loss = sum(loss for _, loss in self._open) / len(self._open)
+        self._open = []
+        self._closed.append(Window(epoch // self.window_epochs, epoch + 1, norms, mean_loss))
+        self._closed = self._closed[-self.windows :]
+        return self._verdict()
+
+    def _verdict(self) -> Verdict:
+        window = self._closed[-1]
+        if len(self._closed) < 2:
+            return Verdict(window, None, None, None, in_ramp=False, converged=False)
+        steps = [_step(before, after) for before, after in zip(self._closed, self._closed[1:], strict=False)]
+        # A step is what happened during its later window.
+        in_ramp = self._closed[1].epoch_end - self.window_epochs < self.ramp_epochs
+        quiet = all(
+            all(change < self.tau for change in family_changes(modules).values()) and loss <= self.zeta
+            for modules, loss in steps
+        )
+        modules, loss_change = steps[-1]
+        return Verdict(
+            window=window,
+            module_change=modules,
+            family_change=family_changes(modules),
+            loss_change=loss_change,
+            in_ramp=in_ramp,
+            converged=quiet and len(self._closed) == self.windows and not in_ramp,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The recent windows and the open one, as JSON can hold them."""
+        return {"open": [[norms, loss] for norms, loss in self._open], "closed": [asdict(w) for w in self._closed]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._open = [(norms, loss) for norms, loss in state["open"]]
+        self._closed = [Window(**window) for window in state["closed"]]
+
+
+def _step(before: Window, after: Window) -> tuple[dict[str, float], float]:
+    modules = {name: percent_change(before.norms[name], norm) for name, norm in after.norms.items()}
+    return modules, percent_change(before.loss, after.loss)

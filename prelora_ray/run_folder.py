@@ -1,0 +1,158 @@
+"""The run folder: what a run leaves behind, and other programs read.
+
+    <storage>/<name>/
+      config.yaml, events.jsonl, norms.jsonl, windows.jsonl, epochs.jsonl, samples-<rank>.jsonl,
+      ranks.json, progress.json, result.json, checkpoints/
+
+docs/run-folder.md describes every file. Lines carry an ``attempt`` that counts restarts: where two
+lines speak of the same epoch, window or batch, the later attempt stands.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+import time
+from collections.abc import Iterable
+from typing import IO, Any
+
+import yaml
+
+from prelora_ray.config import Settings, parse_settings
+from prelora_ray.storage import Storage
+
+
+class RunFolder(Storage):
+    """A run's folder, for whoever reads it or writes single files."""
+
+    @classmethod
+    def of(cls, settings: Settings) -> RunFolder:
+        return cls(str(Storage(settings.storage) / settings.name))
+
+    def read_settings(self) -> Settings:
+        """Raises ValueError where the folder holds no run."""
+        if not self.exists("config.yaml"):
+            raise ValueError(f"{self} is no run folder: it has no config.yaml")
+        return parse_settings(yaml.safe_load(self.read_bytes("config.yaml")))
+
+    def write_settings(self, settings: Settings) -> None:
+        """Writes the resolved settings, every key."""
+        content = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
+        self.write_bytes("config.yaml", content.encode())
+
+    def read_lines(self, name: str) -> list[dict[str, Any]]:
+        """All whole lines of a JSON-lines file, in file order; none where there is no file."""
+        if not self.exists(name):
+            return []
+        return parse_lines(self.read_bytes(name))
+
+    def next_attempt(self) -> int:
+        """Number of the attempt that starts now: 0, or one more than any on file."""
+        return 1 + max((line["attempt"] for line in self.read_lines("events.jsonl") if "attempt" in line), default=-1)
+
+
+def parse_lines(content: bytes) -> list[dict[str, Any]]:
+    """Lines of JSON; a last line that a killed writer left unfinished is passed over."""
+    lines = []
+    for line in content.splitlines(keepends=True):
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            if line.endswith(b"\n") and line.strip().endswith(b"}"):
+                raise
+    return lines
+
+
+def last_attempt(lines: Iterable[dict[str, Any]], *key: str) -> list[dict[str, Any]]:
+    """The lines that stand: of those that agree in `key`, the one of the latest attempt, in the order of `key`."""
+    standing: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for line in lines:
+        place = tuple(line[k] for k in key)
+        if place not in standing or line["attempt"] >= standing[place]["attempt"]:
+            standing[place] = line
+    return [standing[place] for place in sorted(standing)]
+
+
+class LineWriter:
+    """Appends JSON lines to one file of a run folder; infinite numbers become null.
+
+    On a disk each line is there once `write` returns. Object stores cannot append: there the lines
+    gather in a local file, which `flush` uploads whole.
+    """
+
+    def __init__(self, folder: Storage, name: str) -> None:
+        self._folder = folder
+        self._name = name
+        self._file: IO[bytes]
+        if folder.is_local:
+            folder.make()
+            self._file = open(folder.file(name), "ab")  # noqa: SIM115
+            self._end_unfinished_line()
+        else:
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115
+            if folder.exists(name):
+                self._file.write(folder.read_bytes(name))
+        self._uploaded = True
+
+    def write(self, **line: Any) -> None:
+        self._file.write(json.dumps(_finite(line), allow_nan=False).encode() + b"\n")
+        self._file.flush()
+        self._uploaded = False
+
+    def flush(self) -> None:
+        if self._folder.is_local or self._uploaded:
+            return
+        self._file.seek(0)
+        self._folder.write_bytes(self._name, self._file.read())
+        self._uploaded = True
+
+    def _end_unfinished_line(self) -> None:
+        with open(self._folder.file(self._name), "rb") as file:
+            content = file.read()
+        if content and not content.endswith(b"\n"):
+            self._file.write(b"\n")
+            self._file.flush()
+
+
+class RunRecords:
+    """The JSON-lines files that rank 0 writes while a run goes on."""
+
+    def __init__(self, folder: RunFolder, attempt: int) -> None:
+        self._folder = folder
+        self._attempt = attempt
+        self._writers = {name: LineWriter(folder, f"{name}.jsonl") for name in ("events", "norms", "windows", "epochs")}
+        self._progress_time = 0.0
+
+    def event(self, event: str, **content: Any) -> None:
+        self._writers["events"].write(attempt=self._attempt, time=time.time(), event=event, **content)
+
+    def norms(self, **content: Any) -> None:
+        self._writers["norms"].write(attempt=self._attempt, **content)
+
+    def window(self, **content: Any) -> None:
+        self._writers["windows"].write(attempt=self._attempt, **content)
+
+    def epoch(self, **content: Any) -> None:
+        self._writers["epochs"].write(attempt=self._attempt, **content)
+
+    def progress_is_due(self) -> bool:
+        return time.monotonic() - self._progress_time >= (1.0 if self._folder.is_local else 15.0)
+
+    def progress(self, **content: Any) -> None:
+        """Replaces progress.json, which says where the run is right now."""
+        self._progress_time = time.monotonic()
+        self._folder.write_json("progress.json", _finite({"attempt": self._attempt, "time": time.time(), **content}))
+
+    def flush(self) -> None:
+        for writer in self._writers.values():
+            writer.flush()
+
+
+def _finite(value: Any) -> Any:
+    """The value with null in place of every number that is not finite."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,130 @@
+"""The timm model of a run: made, checked, and freed of generators whose state a restart would lose."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from prelora_ray.config import MethodSettings, ModelSettings
+from prelora_ray.data.draws import Draw, generator
+from prelora_ray.method.ranks import check_ranks, match_rank_pattern
+from prelora_ray.method.targets import Target, find_targets
+from prelora_ray.torchvision_ops import make_importable
+
+make_importable()
+
+import timm  # noqa: E402
+from timm.layers import DropPath, PatchDropout  # noqa: E402
+
+
+class KeyedDropPath(nn.Module):
+    """Stochastic depth whose masks are set from outside, for each sample, instead of drawn here."""
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+        self.scale: torch.Tensor | None = None
+        """(samples,): 0 where the branch is left out, else 1 / (1 - drop_prob); None leaves out nothing."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.scale is None:
+            return x
+        return x * self.scale.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+
+
+def create_model(settings: ModelSettings, num_classes: int, seed: int) -> nn.Module:
+    """A timm Vision Transformer with freshly drawn weights, float32, on the CPU.
+
+    Raises ValueError where timm knows no such model or refuses an option, and where the model would
+    draw from a generator in training, as dropout does: stochastic depth is the regulariser that can
+    be keyed by sample.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            model: nn.Module = timm.create_model(
+                settings.name,
+                pretrained=False,
+                num_classes=num_classes,
+                img_size=settings.image_size,
+                drop_path_rate=settings.drop_path,
+                **copy.deepcopy(settings.options),
+            )
+        except Exception as error:  # timm raises RuntimeError, TypeError, AssertionError and more
+            raise ValueError(
+                f"model.name = {settings.name!r} is not allowed with image_size {settings.image_size} and options "
+                f"{settings.options}: timm says {type(error).__name__}: {' '.join(str(error).split())}"
+            ) from error
+    for name, module in list(model.named_modules()):
+        if isinstance(module, DropPath):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, KeyedDropPath(module.drop_prob))
+        elif isinstance(module, PatchDropout) or (isinstance(module, nn.Dropout) and module.p > 0):
+            raise ValueError(
+                f"model.options of {settings.name!r} turn on dropout in {name}, which no restart could repeat: "
+                "use model.drop_path instead"
+            )
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise ValueError(
+                f"model.name = {settings.name!r} is not allowed: {name} is a batch norm, whose statistics "
+                "depend on the number of workers"
+            )
+    return model
+
+
+def drop_path_modules(model: nn.Module) -> list[KeyedDropPath]:
+    return [module for module in model.modules() if isinstance(module, KeyedDropPath)]
+
+
+def draw_drop_path(
+    modules: Sequence[KeyedDropPath], seed: int, epoch: int, batch: int, cells: Sequence[int], size: int, num_slots: int
+) -> torch.Tensor:
+    """Scales for every module and slot, (modules, num_slots), drawn per cell of `size` slots."""
+    keep = 1 - np.array([module.drop_prob for module in modules])[:, None]
+    scales = np.ones((len(modules), num_slots))
+    for i, cell in enumerate(cells):
+        draws = generator(seed, Draw.DROP_PATH, epoch, batch, cell).random((len(modules), size))
+        scales[:, i * size : (i + 1) * size] = (draws < keep) / np.maximum(keep, np.finfo(float).tiny)
+    return torch.from_numpy(scales)
+
+
+def set_drop_path(modules: Sequence[KeyedDropPath], scales: torch.Tensor | None) -> None:
+    """Sets the scales of the micro-batch that comes next, (modules, samples); None leaves out nothing."""
+    for i, module in enumerate(modules):
+        module.scale = None if scales is None else scales[i]
+
+
+def check_model(settings: ModelSettings, method: MethodSettings) -> list[Target]:
+    """Builds the model without weights and returns its target modules.
+
+    Raises ValueError where the model, its targets or the ranks do not fit each other, or a target's
+    layer is used by its weight alone, so that an adapter on it would have no effect.
+    """
+    with torch.device("meta"):
+        model = create_model(settings, num_classes=10, seed=0)
+    targets = find_targets(model, method.targets)
+    called: set[str] = set()
+    for name in {target.linear for target in targets}:
+        model.get_submodule(name).register_forward_hook(lambda *_, name=name: called.add(name))
+    try:
+        model(torch.empty(2, 3, settings.image_size, settings.image_size, device="meta"))
+    except Exception as error:
+        raise ValueError(f"model.name = {settings.name!r} does not take RGB images of {settings.image_size} px: {error}") from error
+    for target in targets:
+        if target.linear not in called:
+            raise ValueError(
+                f"model.name = {settings.name!r} is not allowed: it uses {target.linear} by its weight alone, so no "
+                "adapter can be put on it"
+            )
+    if method.rank_pattern is not None:
+        try:
+            check_ranks(match_rank_pattern(method.rank_pattern, [target.name for target in targets]), targets)
+        except ValueError as error:
+            raise ValueError(f"method.rank_pattern: {error}") from None
+    elif method.enabled and method.r_max > (smallest := min(target.max_rank for target in targets)):
+        raise ValueError(f"method.r_max = {method.r_max} is not allowed: the model's smallest weight has rank {smallest} at most")
+    return targets

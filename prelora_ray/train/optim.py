@@ -1,0 +1,90 @@
+"""AdamW, what it decays, its schedule, and its hand-over from phase to phase."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from prelora_ray.config import Settings
+from prelora_ray.method.adapters import is_adapter_parameter
+
+OptimizerState = dict[str, dict[str, torch.Tensor]]
+"""AdamW's moments and step count by parameter name."""
+
+
+def build_optimizer(model: nn.Module, settings: Settings, state: OptimizerState | None = None) -> torch.optim.AdamW:
+    """AdamW over all that trains, going on from `state` for the parameters that it names.
+
+    Adapters form a group of their own. Vectors (norms, biases) and what timm's `no_weight_decay` names
+    (tokens, position embeddings) have no weight decay.
+    """
+    without_decay = set(getattr(model, "no_weight_decay", set)())
+    groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": [], "adapter": []}
+    for name, parameter in _trainable(model):
+        if is_adapter_parameter(name):
+            groups["adapter"].append(parameter)
+        elif parameter.ndim <= 1 or name in without_decay or name.endswith(("_token", "pos_embed")):
+            groups["no_decay"].append(parameter)
+        else:
+            groups["decay"].append(parameter)
+    decay = {"decay": settings.train.weight_decay, "adapter": settings.method.adapter_weight_decay}
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": parameters, "weight_decay": decay.get(name, 0.0), "name": name}
+            for name, parameters in groups.items()
+            if parameters
+        ],
+        lr=settings.train.learning_rate,
+        betas=settings.train.betas,
+        fused=all(parameter.is_cuda for parameter in model.parameters()),
+    )
+    if state:
+        order = _names(model, optimizer)
+        content = optimizer.state_dict()
+        content["state"] = {i: state[name] for i, name in enumerate(order) if name in state}
+        optimizer.load_state_dict(content)
+    return optimizer
+
+
+def optimizer_state(model: nn.Module, optimizer: torch.optim.AdamW) -> OptimizerState:
+    """The optimizer's state by parameter name; empty before its first step."""
+    content: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
+    return {name: content[i] for i, name in enumerate(_names(model, optimizer)) if i in content}
+
+
+def set_learning_rate(optimizer: torch.optim.AdamW, settings: Settings, step: int, batches: int, switch_step: int | None) -> float:
+    """Sets the groups' learning rates for optimizer step `step` (from 0) and returns the run's.
+
+    `batches` is the steps in an epoch, `switch_step` the steps done at the switch.
+    """
+    rate = learning_rate(settings, step, batches)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+        if group["name"] == "adapter" and switch_step is not None:
+            ramp = settings.method.adapter_ramp_steps
+            risen = min(1.0, (step - switch_step + 1) / ramp) if ramp else 1.0
+            group["lr"] = rate * settings.method.adapter_learning_rate_scale * risen
+    return rate
+
+
+def learning_rate(settings: Settings, step: int, batches: int) -> float:
+    """A linear ramp from 0, then half a cosine down to the final learning rate at the run's last step."""
+    train = settings.train
+    ramp, total = train.ramp_epochs * batches, train.epochs * batches
+    if step < ramp:
+        return train.learning_rate * (step + 1) / ramp
+    cosine = 0.5 * (1 + math.cos(math.pi * (step - ramp) / max(1, total - ramp)))
+    return train.learning_rate * (train.final_learning_rate_scale + (1 - train.final_learning_rate_scale) * cosine)
+
+
+def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def _names(model: nn.Module, optimizer: torch.optim.AdamW) -> list[str]:
+    """Parameter names in the order in which the optimizer numbers them."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]

@@ -1,0 +1,155 @@
+"""The driver: checks the settings, prepares the data, starts Ray, runs the workers, writes the result."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+
+from prelora_ray.config import Settings, with_absolute_paths, without_effect
+from prelora_ray.data.manifest import read_manifest
+from prelora_ray.data.prepare import prepare
+from prelora_ray.run_folder import RunFolder
+from prelora_ray.storage import Storage
+from prelora_ray.train.model import check_model
+from prelora_ray.train.result import summarize
+from prelora_ray.train.worker import train_worker
+
+logger = logging.getLogger(__name__)
+
+_MAY_CHANGE = {"storage", "audit_samples", "workers", "checkpoint", "data.path", "data.source", "data.decoders"}
+"""Keys that may differ when a run is resumed: they do not change what the run computes."""
+
+
+class TrainError(RuntimeError):
+    """The work failed; the message says where it stands."""
+
+
+class InterruptedRunError(RuntimeError):
+    """The run was stopped from outside, and can be resumed."""
+
+
+def train(settings: Settings, *, debug: bool = False) -> dict[str, Any]:
+    """Trains a run to its end, from wherever it stands, and returns the contents of result.json.
+
+    Raises ValueError for settings that cannot work, before Ray starts; TrainError where the work
+    fails; InterruptedRunError on Ctrl-C.
+    """
+    settings = with_absolute_paths(settings)
+    folder = RunFolder.of(settings)
+    if folder.exists("config.yaml"):
+        _check_unchanged(folder.read_settings(), settings, folder)
+    check_model(settings.model, settings.method)
+    if not Storage(settings.data.path).exists("manifest.json") and settings.data.source is None:
+        read_manifest(Storage(settings.data.path))  # raises, and says how to prepare it
+    if folder.exists("result.json"):
+        logger.info("run %s has finished already; give another --name for a new one", folder)
+        result: dict[str, Any] = folder.read_json("result.json")
+        return result
+    for sentence in without_effect(settings):
+        logger.warning("%s", sentence)
+    with ray_session(debug=debug):
+        _prepare_once(settings)
+        manifest = read_manifest(Storage(settings.data.path))
+        for split in ("train", "val"):
+            if not manifest.num_images(split):  # type: ignore[arg-type]
+                raise ValueError(f"data.path = {settings.data.path!r} is not allowed: it has no images in {split}")
+        folder.make()
+        folder.write_settings(settings)
+        _fit(settings, folder)
+    failed = [line for line in folder.read_lines("events.jsonl") if line["event"] == "run_failed"]
+    if failed and failed[-1]["attempt"] == folder.next_attempt() - 1:
+        raise TrainError(failed[-1]["message"])
+    result = summarize(folder)
+    folder.write_json("result.json", result)
+    return result
+
+
+@contextmanager
+def ray_session(*, debug: bool = False) -> Iterator[None]:
+    """Ray: the cluster that RAY_ADDRESS names, as under `ray job submit`, or an embedded one for the time of the block."""
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    os.environ.setdefault("RAY_TRAIN_ENABLE_SHARE_CUDA_VISIBLE_DEVICES", "1")
+    ray.init(
+        address=address,
+        log_to_driver=debug,
+        logging_level=logging.INFO if debug else logging.ERROR,
+        **({"include_dashboard": False} if address == "local" else {}),
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _fit(settings: Settings, folder: RunFolder) -> None:
+    workers = settings.workers
+    use_gpu = workers.gpu
+    if use_gpu == "auto":
+        use_gpu = ray.cluster_resources().get("GPU", 0) >= workers.min
+    trainer = ray.train.torch.TorchTrainer(
+        train_worker,
+        train_loop_config={"settings": settings.model_dump(mode="json")},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers.max if workers.min == workers.max else (workers.min, workers.max),
+            use_gpu=bool(use_gpu),
+            resources_per_worker={"CPU": workers.cpus} | ({"GPU": 1} if use_gpu else {}),
+        ),
+        run_config=ray.train.RunConfig(
+            name="ray",
+            storage_path=folder.path if folder.is_local else str(folder),
+            failure_config=ray.train.FailureConfig(max_failures=workers.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+        ),
+    )
+    try:
+        trainer.fit()
+    except (SystemExit, KeyboardInterrupt):  # Ray Train's own handler of Ctrl-C ends its workers and exits
+        raise InterruptedRunError(f"interrupted; the same command goes on from the last checkpoint in {folder}") from None
+    except ray.train.TrainingFailedError as error:
+        raise TrainError(f"training failed after {workers.max_failures} restarts: {_root_cause(error)}") from error
+
+
+def _root_cause(error: BaseException) -> str:
+    """The worker's own error, in one line."""
+    causes = getattr(error, "worker_failures", None)
+    cause: BaseException = next(iter(causes.values())) if causes else error
+    while isinstance(cause, ray.exceptions.RayTaskError) and cause.cause is not None:
+        cause = cause.cause
+    return f"{type(cause).__name__}: {' '.join(str(cause).split())[:500]}"
+
+
+def _prepare_once(settings: Settings) -> None:
+    data = settings.data
+    if data.source is not None and not Storage(data.path).exists("manifest.json"):
+        logger.info("preparing %s into %s", data.source, data.path)
+        prepare(data.source, data.path)
+
+
+def _check_unchanged(before: Settings, now: Settings, folder: RunFolder) -> None:
+    """Raises ValueError where a run is resumed with settings that would make another run of it."""
+    old, new = (_flat(settings.model_dump(mode="json")) for settings in (before, now))
+    for key in sorted(old | new):
+        if old.get(key) != new.get(key) and not any(key == may or key.startswith(may + ".") for may in _MAY_CHANGE):
+            raise ValueError(
+                f"{key} = {new.get(key)!r} is not allowed: run {folder} was begun with {old.get(key)!r}; "
+                "resume it with that, or give another --name"
+            )
+
+
+def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+

@@ -1,0 +1,187 @@
+"""What a run is at a moment: model, phase, optimizer, position. What a checkpoint holds, and how phases change it."""
+
+from __future__ import annotations
+
+import gc
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from prelora_ray.config import Settings
+from prelora_ray.method.adapters import (
+    base_state_dict,
+    inject,
+    load_peft_state_dict,
+    peft_config,
+    peft_state_dict,
+)
+from prelora_ray.method.convergence import ConvergenceTest
+from prelora_ray.method.phases import Decision, Phase, PhaseSchedule, freeze_parameters
+from prelora_ray.method.ranks import assign_ranks, match_rank_pattern
+from prelora_ray.method.targets import find_targets
+from prelora_ray.train.checkpoint import Checkpoint
+from prelora_ray.train.model import create_model, drop_path_modules
+from prelora_ray.train.optim import OptimizerState, build_optimizer, optimizer_state
+
+SWITCH_TOLERANCE = 1e-5
+"""Largest change of a logit that injecting adapters may make, in float32."""
+
+
+class TrainState:
+    """Model, phases, optimizer and position of a run, the same on every worker.
+
+    `network` is what a step calls: the model in DDP, or the model itself with one worker. It is built
+    anew at each change of phase, for what trains.
+    """
+
+    def __init__(self, settings: Settings, num_classes: int, batches: int, device: torch.device, world_size: int) -> None:
+        """`batches` is the number of global batches in an epoch."""
+        self.settings = settings
+        self.batches = batches
+        self.device = device
+        self.world_size = world_size
+        dtype = torch.float64 if settings.train.precision == "fp64" else torch.float32
+        self.model = create_model(settings.model, num_classes, settings.train.seed).to(device, dtype)
+        self.drop_path = drop_path_modules(self.model)
+        self.targets = find_targets(self.model, settings.method.targets)
+        self.phases = phase_schedule(settings, [target.name for target in self.targets])
+        self.epoch = 0
+        """Epochs done."""
+        self.batch = 0
+        """Global batches done in the epoch after."""
+        self.best_val_top1 = 0.0
+        self.optimizer = build_optimizer(self.model, settings)
+        self.network: nn.Module = self.model
+        self._build_network()
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.epoch * self.batches + self.batch
+
+    @property
+    def switch_step(self) -> int | None:
+        """Optimizer steps done at the switch."""
+        return None if self.phases.switched_at is None else self.phases.switched_at * self.batches
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """bf16 autocast where the settings ask for it; `auto` does on GPUs."""
+        precision = self.settings.train.precision
+        if precision == "bf16" or (precision == "auto" and self.device.type == "cuda"):
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return nullcontext()
+
+    def apply(self, decision: Decision) -> None:
+        """Moves model, optimizer and network on to the phase that a decision begins."""
+        if decision.switch is None and not decision.freeze:
+            return
+        moments = optimizer_state(self.model, self.optimizer)
+        if decision.switch is not None:
+            before = self._probe()
+            self._inject(decision.switch)
+            change = (self._probe() - before).abs().max().item()
+            if not change <= SWITCH_TOLERANCE:
+                raise RuntimeError(f"injecting the adapters changed a logit by {change}, and must not change any")
+        if decision.freeze:
+            freeze_parameters(self.model, self.settings.method.freeze)
+        self._rebuild(moments)
+
+    def checkpoint(self) -> Checkpoint:
+        """A snapshot, for rank 0 to save."""
+        base: dict[str, torch.Tensor] = {}
+        model = base_state_dict(self.model)
+        if self.phases.phase is Phase.LORA:
+            frozen = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
+            base = {name: tensor for name, tensor in model.items() if name in frozen}
+            model = {name: tensor for name, tensor in model.items() if name not in frozen}
+        switched = self.phases.phase is not Phase.FULL
+        return Checkpoint(
+            state={
+                "epoch": self.epoch,
+                "batch": self.batch,
+                "best_val_top1": self.best_val_top1,
+                "phases": self.phases.state_dict(),
+            },
+            model=model,
+            optimizer=optimizer_state(self.model, self.optimizer),
+            base=base,
+            adapter=peft_state_dict(self.model) if switched else {},
+            adapter_config=peft_config(self.model) if switched else None,
+        )
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Goes to a checkpoint's position and phase. Call once, on a new state."""
+        self.epoch, self.batch = checkpoint.state["epoch"], checkpoint.state["batch"]
+        self.best_val_top1 = checkpoint.state["best_val_top1"]
+        self.phases.load_state_dict(checkpoint.state["phases"])
+        self.model.load_state_dict(checkpoint.base | checkpoint.model)
+        if self.phases.ranks is not None:
+            self._inject(self.phases.ranks)
+            load_peft_state_dict(self.model, checkpoint.adapter)
+        if self.phases.phase is Phase.LORA:
+            freeze_parameters(self.model, self.settings.method.freeze)
+        self._rebuild(checkpoint.optimizer)
+
+    def _inject(self, ranks: dict[str, int]) -> None:
+        inject(self.model, self.targets, ranks, self.settings.method.scaling, self.settings.train.seed)
+
+    def _rebuild(self, moments: OptimizerState) -> None:
+        self.optimizer = build_optimizer(self.model, self.settings, moments)
+        self._build_network()
+
+    def _build_network(self) -> None:
+        """Wraps the model in DDP for what trains now.
+
+        DDP orders its buckets anew after its first backward, which changes the order of sums from
+        then on. One step with zero weights puts that behind every run, resumed or not, so that both
+        sum alike ever after.
+        """
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        if self.world_size == 1:
+            return
+        self.network = self.model
+        gc.collect()  # an old DDP keeps its hooks on the parameters until it is gone
+        self.network = DistributedDataParallel(
+            self.model,
+            device_ids=[self.device] if self.device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
+        size = self.settings.model.image_size
+        self.network.train()
+        with self.autocast():
+            logits = self.network(torch.zeros(1, 3, size, size, device=self.device, dtype=self.dtype))
+        (logits.sum() * 0).backward()
+        self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def _probe(self) -> torch.Tensor:
+        """Logits of two fixed images, outside autocast."""
+        size = self.settings.model.image_size
+        images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+        self.model.eval()
+        logits: torch.Tensor = self.model(images.to(self.device, self.dtype))
+        return logits
+
+
+def phase_schedule(settings: Settings, names: list[str]) -> PhaseSchedule:
+    """The schedule of phases that the settings describe, for target modules of these names."""
+    method = settings.method
+    test = ConvergenceTest(
+        method.tau, method.zeta, method.windows, method.window_epochs, method.norm_statistic, settings.train.ramp_epochs
+    )
+
+    def assign(change: dict[str, float]) -> dict[str, int]:
+        if method.rank_pattern is not None:
+            return match_rank_pattern(method.rank_pattern, names)
+        return assign_ranks(change, method.r_min, method.r_max, method.normalize)
+
+    return PhaseSchedule(test, assign, method.warmup_epochs, method.switch_epoch, method.enabled)
