@@ -347,6 +347,14 @@ def parse_settings(content: dict[str, Any]) -> Settings:
         raise ValueError("\n".join(_sentences(error.errors()))) from None
 
 
+def parse_method(content: dict[str, Any]) -> MethodSettings:
+    """Checks the settings of the method alone. Raises ValueError as `load_settings` does."""
+    try:
+        return MethodSettings.model_validate(content)
+    except ValidationError as error:
+        raise ValueError("\n".join(_sentences(error.errors(), "method"))) from None
+
+
 class _UniqueKeyLoader(yaml.SafeLoader):
     """A key that stands twice is a mistake, of which plain YAML would keep the second silently."""
 
@@ -376,12 +384,12 @@ def _apply(content: dict[str, Any], override: str) -> None:
         raise ValueError(f"--set {override!r} is not allowed: the value is not YAML") from None
 
 
-def _sentences(errors: list[ErrorDetails]) -> list[str]:
+def _sentences(errors: list[ErrorDetails], section: str = "") -> list[str]:
     """One sentence a key: the errors of a union's members (an integer, or `auto`) are one mistake."""
     known = _known_keys(Settings)
     merged: dict[str, ErrorDetails] = {}
     for details in errors:
-        location = [str(part) for part in details["loc"]]
+        location = [section] * bool(section) + [str(part) for part in details["loc"]]
         if details["type"] != "extra_forbidden":  # drop what pydantic adds behind the key: the union's member, an index
             while location and ".".join(location) not in known:
                 location.pop()

@@ -35,9 +35,15 @@ def summarize(folder: RunFolder) -> dict[str, Any]:
         "trainable_fraction": {
             phase: lines[-1]["trainable_parameters"] / lines[-1]["parameters"] for phase, lines in phases.items()
         },
+        "ranks": _counts(folder.read_json("ranks.json")) if switch else None,
         "restarts": max((line["attempt"] for line in events), default=0),
         "seconds": sum(_seconds_by_attempt(events).values()),
     }
+
+
+def _counts(ranks: dict[str, int]) -> dict[str, int]:
+    """How many modules have each rank."""
+    return {str(rank): list(ranks.values()).count(rank) for rank in sorted(set(ranks.values()))}
 
 
 def _last(events: list[dict[str, Any]], kind: str) -> dict[str, Any] | None:

@@ -78,7 +78,8 @@ def ray_session(*, debug: bool = False) -> Iterator[None]:
         yield
         return
     address = os.environ.get("RAY_ADDRESS") or "local"
-    os.environ.setdefault("RAY_TRAIN_ENABLE_SHARE_CUDA_VISIBLE_DEVICES", "1")
+    # Ray Train's controller takes up one report a look; with its default of 2 s, short epochs would wait for it.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
     ray.init(
         address=address,
         log_to_driver=debug,

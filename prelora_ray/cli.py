@@ -1,0 +1,171 @@
+"""The command `prelora`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from typing import Annotated, Any, Literal
+
+import typer
+
+app = typer.Typer(
+    help="PreLoRA pre-training of Vision Transformers on Ray.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+_debug = False
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and the workers' output.")] = False,
+) -> None:
+    global _debug
+    _debug = debug
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Argument(help="A recipe, such as jobs/configs/digits.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; repeatable.")] = None,
+    storage: Annotated[str | None, typer.Option(help="Folder or bucket that holds the run folders.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run; the same name again resumes it.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a run through full, warmup and lora, or resume it."""
+    from prelora_ray import console
+    from prelora_ray.config import load_settings
+    from prelora_ray.run_folder import RunFolder, last_attempt
+    from prelora_ray.train.run import train as run
+
+    settings = load_settings(config, overrides or [], name=name, storage=storage)
+    with console.watch(settings):
+        result = run(settings, debug=_debug)
+    folder = RunFolder.of(settings)
+    result = {**result, "path": str(folder)}
+    if as_json:
+        _print_json(result)
+        return
+    console.out.print(console.result_table(result, last_attempt(folder.read_lines("epochs.jsonl"), "epoch")))
+    if result["ranks"]:
+        console.out.print("ranks: " + ", ".join(f"{count} modules of {rank}" for rank, count in result["ranks"].items()))
+    console.out.print(
+        f"switch after epoch {result['switch_epoch']}, freeze after epoch {result['freeze_epoch']}, "
+        f"top-1 {result['val_top1']:.1%} (best {result['best_val_top1']:.1%}), {result['seconds']:,.0f} s"
+    )
+
+
+@app.command()
+def prepare(
+    source: Annotated[str, typer.Argument(help="`digits`, or a folder with one folder of images a class.")],
+    out: Annotated[str, typer.Argument(help="Folder that the prepared images go into.")],
+    val_fraction: Annotated[float, typer.Option(help="Share of each class held out where the source has no val.")] = 0.2,
+    size: Annotated[int, typer.Option(help="Longest shorter side of a stored image, in pixels.")] = 256,
+    max_bad: Annotated[float, typer.Option(help="Largest share of unreadable images before the job fails.")] = 0.001,
+    seed: Annotated[int, typer.Option(help="Seed of the held-out choice and the rows' order.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Turn images into the Parquet files that training streams."""
+    from rich.progress import Progress
+
+    from prelora_ray import console
+    from prelora_ray.data.prepare import PrepareSettings
+    from prelora_ray.data.prepare import prepare as run
+    from prelora_ray.train.run import ray_session
+
+    settings = PrepareSettings(val_fraction=val_fraction, size=size, max_bad=max_bad, seed=seed)
+    start = time.monotonic()
+    with ray_session(debug=_debug), Progress(console=console.err, disable=not console.err.is_terminal) as bar:
+        task = bar.add_task("images", total=None)
+        manifest = run(source, out, settings, lambda done, total: bar.update(task, completed=done, total=total))
+    content = {
+        "train": manifest.num_images("train"),
+        "val": manifest.num_images("val"),
+        "classes": len(manifest.classes),
+        "bad": manifest.bad,
+        "seconds": time.monotonic() - start,
+        "path": out,
+    }
+    if as_json:
+        _print_json(content)
+    else:
+        console.out.print(
+            f"{content['train']:,} training and {content['val']:,} validation images of {content['classes']} classes in "
+            f"{out}, {manifest.bad} skipped, {content['seconds']:.1f} s"
+        )
+
+
+@app.command()
+def replay(
+    source: Annotated[str, typer.Argument(help="A run folder, or a norms.jsonl.")],
+    tau: Annotated[float | None, typer.Option(help="Largest norm change, in percent.")] = None,
+    zeta: Annotated[float | None, typer.Option(help="Largest loss change, in percent.")] = None,
+    windows: Annotated[int | None, typer.Option(help="Windows that the test looks at (k).")] = None,
+    window_epochs: Annotated[int | None, typer.Option(help="Epochs in a window (m).")] = None,
+    norm_statistic: Annotated[Literal["last", "mean"] | None, typer.Option(help="A window's norm.")] = None,
+    r_min: Annotated[int | None, typer.Option(help="Smallest rank.")] = None,
+    r_max: Annotated[int | None, typer.Option(help="Largest rank.")] = None,
+    normalize: Annotated[Literal["family", "overall"] | None, typer.Option(help="Over what changes are normalised.")] = None,
+    ramp_epochs: Annotated[int | None, typer.Option(help="Epochs of the learning-rate ramp, in which no verdict is taken.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Tell where other settings of the test would have switched a recorded run. What is not given is the run's own."""
+    from prelora_ray import console
+    from prelora_ray.config import parse_method
+    from prelora_ray.sweep.replay import read_record
+    from prelora_ray.sweep.replay import replay as run
+
+    record = read_record(source)
+    test = {"tau": tau, "zeta": zeta, "windows": windows, "window_epochs": window_epochs, "norm_statistic": norm_statistic}
+    ranks = {"r_min": r_min, "r_max": r_max, "normalize": normalize}
+    given = {key: value for key, value in (test | ranks).items() if value is not None}
+    if given.keys() & test.keys():  # another test, so not the run's forced switch
+        given["switch_epoch"] = None
+    if given.keys() & ranks.keys():
+        given["rank_pattern"] = None
+    method = parse_method({**record.method.model_dump(), **given})
+    result = run(record, method, record.ramp_epochs if ramp_epochs is None else ramp_epochs)
+    if as_json:
+        _print_json({key: getattr(result, key) for key in ("switch_window", "switch_epoch", "ranks", "reason")})
+        return
+    console.out.print(console.replay_table(result))
+    if result.ranks is None:
+        console.out.print(f"no switch: {result.reason}")
+    else:
+        counts = {rank: list(result.ranks.values()).count(rank) for rank in sorted(set(result.ranks.values()))}
+        told = ", ".join(f"{count} modules of rank {rank}" for rank, count in counts.items())
+        console.out.print(f"switch after epoch {result.switch_epoch} (window {result.switch_window}): {told}")
+
+
+def _print_json(content: dict[str, Any]) -> None:
+    print(json.dumps(content, allow_nan=False))
+
+
+def main() -> None:
+    """Runs the command. Exit status 0; 1 the work failed; 2 the request was wrong; 130 interrupted."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("prelora_ray").setLevel(logging.INFO)
+    try:
+        app()
+    except (KeyboardInterrupt, ValueError, RuntimeError, OSError) as error:
+        if _debug:
+            raise
+        from prelora_ray.data.prepare import PrepareError
+        from prelora_ray.train.run import InterruptedRunError, TrainError
+
+        if isinstance(error, (KeyboardInterrupt, InterruptedRunError)):
+            print(f"prelora: {error or 'interrupted'}", file=sys.stderr)
+            sys.exit(130)
+        if isinstance(error, ValueError):
+            print(f"prelora: {error}", file=sys.stderr)
+            sys.exit(2)
+        if isinstance(error, (PrepareError, TrainError, OSError)):
+            print(f"prelora: {error}", file=sys.stderr)
+            sys.exit(1)
+        raise

@@ -1,0 +1,177 @@
+"""What a person sees: a run's progress while it goes on, and tables."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from prelora_ray.config import Settings
+from prelora_ray.run_folder import RunFolder
+from prelora_ray.sweep.replay import Replay
+
+out = Console(highlight=False)
+"""Standard output: results."""
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+"""Standard error: everything else."""
+
+
+@contextmanager
+def watch(settings: Settings) -> Iterator[None]:
+    """Shows the run's progress for the time of the block: a bar on a terminal, a line an epoch everywhere."""
+    watcher = _Watcher(settings)
+    watcher.start()
+    try:
+        yield
+    finally:
+        watcher.stop()
+
+
+class _Watcher(threading.Thread):
+    """Reads what the run writes into its folder, and prints what is new."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(daemon=True)
+        self._settings = settings
+        self._folder = RunFolder.of(settings)
+        self._done = threading.Event()
+        self._seen = {name: len(self._folder.read_lines(name)) for name in ("events.jsonl", "epochs.jsonl")}
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            console=err,
+            transient=True,
+            disable=not err.is_terminal,
+        )
+        self._task = self._bar.add_task("starting", total=settings.train.epochs, status="")
+
+    def run(self) -> None:
+        with self._bar:
+            while not self._done.wait(0.5 if self._folder.is_local else 10):
+                self._show_new()
+            self._show_new()
+
+    def stop(self) -> None:
+        self._done.set()
+        self.join(timeout=30)
+
+    def _show_new(self) -> None:
+        try:
+            lines = [line for name in self._seen for line in self._new(name)]
+            for line in sorted(lines, key=lambda line: (line["attempt"], line["epoch"], "event" in line)):
+                text = self._event(line) if "event" in line else self._epoch(line)
+                if text:
+                    self._bar.console.print(text)
+            if self._folder.exists("progress.json"):
+                self._show_position(self._folder.read_json("progress.json"))
+        except (OSError, ValueError):  # the next look will tell; the run itself does not depend on it
+            pass
+
+    def _new(self, name: str) -> list[dict[str, Any]]:
+        lines = self._folder.read_lines(name)
+        new, self._seen[name] = lines[self._seen[name] :], len(lines)
+        return new
+
+    def _show_position(self, position: dict[str, Any]) -> None:
+        self._bar.update(
+            self._task,
+            description=position["phase"],
+            completed=position["epoch"] + position["batch"] / position["batches"],
+            status=f"epoch {position['epoch'] + 1}, loss {_number(position['loss'])}, "
+            f"{position['images_per_second']:,.0f} images/s",
+        )
+
+    def _epoch(self, line: dict[str, Any]) -> str:
+        width = len(str(self._settings.train.epochs))
+        parts = [
+            f"epoch {line['epoch'] + 1:{width}d}/{self._settings.train.epochs}",
+            f"{line['phase']:6s}",
+            f"loss {_number(line['loss'])}",
+            f"top-1 {_percent(line['val_top1'])}",
+            f"{line['images_per_second']:,.0f} images/s",
+        ]
+        self._bar.update(self._task, completed=line["epoch"] + 1)
+        return "  ".join(parts)
+
+    def _event(self, line: dict[str, Any]) -> str | None:
+        kind, epoch = line["event"], line["epoch"]
+        match kind:
+            case "window":
+                return self._window(line["window"])
+            case "switch":
+                return f"[bold]switch[/] after epoch {epoch}: adapters join, {line['trainable_parameters']:,} parameters train"
+            case "freeze":
+                share = line["trainable_parameters"] / line["parameters"]
+                return f"[bold]freeze[/] after epoch {epoch}: {line['trainable_parameters']:,} parameters train ({share:.1%})"
+            case "run_started" | "restart":
+                at = f" from epoch {epoch}" if epoch else ""
+                return f"[bold]{kind.replace('_', ' ')}[/]{at} with {line['world_size']} workers, phase {line['phase']}"
+            case "checkpoint_damaged":
+                return f"[bold]{line['message']}[/]"
+        return None
+
+    def _window(self, window: int) -> str | None:
+        line = next((w for w in reversed(self._folder.read_lines("windows.jsonl")) if w["window"] == window), None)
+        if line is None or line["change"] is None or line["phase"] != "full":
+            return None
+        method = self._settings.method
+        family, change = max(line["change"].items(), key=lambda item: float("inf") if item[1] is None else item[1])
+        verdict = "converged" if line["converged"] else "in the learning-rate ramp, no verdict" if line["in_ramp"] else "not yet"
+        return (
+            f"  window {window}: norms change by up to {_number(change)} % ({family}; tau {method.tau:g}), "
+            f"the loss by {_number(line['loss_change'])} % (zeta {method.zeta:g}): {verdict}"
+        )
+
+
+def result_table(result: dict[str, Any], epochs: list[dict[str, Any]]) -> Table:
+    """A run by phase. `epochs`: its lines of epochs.jsonl that stand."""
+    table = Table(title=f"run {result['path']}", title_justify="left")
+    for column in ("phase", "epochs", "loss", "top-1", "images/s", "trains", "peak memory", "seconds"):
+        table.add_column(column, justify="left" if column == "phase" else "right")
+    for phase, speed in result["images_per_second"].items():
+        lines = [line for line in epochs if line["phase"] == phase]
+        top1 = [line["val_top1"] for line in lines if line["val_top1"] is not None]
+        table.add_row(
+            phase,
+            str(len(lines)),
+            _number(lines[-1]["loss"]),
+            _percent(top1[-1] if top1 else None),
+            f"{speed:,.0f}",
+            f"{result['trainable_fraction'][phase]:.1%}",
+            f"{result['peak_memory_bytes'][phase] / 2**20:,.0f} MiB",
+            f"{sum(line['seconds'] for line in lines):,.0f}",
+        )
+    return table
+
+
+def replay_table(replay: Replay) -> Table:
+    """The windows of a replay: change of each family, of the loss, and the verdict."""
+    table = Table()
+    families = list(replay.verdicts[-1].family_change or {}) if replay.verdicts else []
+    for column in ("window", "epochs", *families, "loss", "verdict"):
+        table.add_column(column, justify="right")
+    for verdict in replay.verdicts:
+        changes = verdict.family_change or {}
+        table.add_row(
+            str(verdict.window.index),
+            str(verdict.window.epoch_end),
+            *[_number(changes.get(family)) for family in families],
+            _number(verdict.loss_change),
+            "converged" if verdict.converged else "in ramp" if verdict.in_ramp else "",
+        )
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"

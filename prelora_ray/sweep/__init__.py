@@ -1,0 +1,1 @@
+"""What different settings of the test would have done: replay."""

@@ -1,0 +1,102 @@
+"""The partial convergence test and the rank assignment over a recorded run, without training."""
+
+from __future__ import annotations
+
+import posixpath
+from dataclasses import dataclass
+from typing import Any
+
+from prelora_ray.config import MethodSettings, Settings
+from prelora_ray.method.convergence import ConvergenceTest, Verdict
+from prelora_ray.method.ranks import assign_ranks, match_rank_pattern
+from prelora_ray.run_folder import RunFolder, last_attempt
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a run recorded of its epochs in phase full, and what it was run with where that is known."""
+
+    epochs: list[dict[str, Any]]
+    """Lines of norms.jsonl that stand, in order."""
+    method: MethodSettings
+    ramp_epochs: int
+
+
+@dataclass(frozen=True)
+class Replay:
+    switch_window: int | None
+    switch_epoch: int | None
+    ranks: dict[str, int] | None
+    reason: str | None
+    """Why there is no switch; None where there is one."""
+    verdicts: list[Verdict]
+
+
+def read_record(source: str) -> Record:
+    """Reads a run folder or a norms.jsonl; settings come from the config.yaml beside it, or are the defaults.
+
+    Raises ValueError where there is no record, or it is damaged.
+    """
+    path, name = (posixpath.dirname(source) or ".", posixpath.basename(source)) if source.endswith(".jsonl") else (source, "norms.jsonl")
+    folder = RunFolder(path)
+    if not folder.exists(name):
+        raise ValueError(f"{source!r} is no record: give a run folder with a norms.jsonl, or such a file itself")
+    try:
+        lines = last_attempt(folder.read_lines(name), "epoch")
+        epochs = [line for line in lines if line["phase"] == "full"]
+        expected = [(i, set(epochs[0]["norms"])) for i in range(len(epochs))]
+        found = [(line["epoch"], set(line["norms"])) for line in epochs]
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{source!r} is no record of norms: {type(error).__name__}: {error}") from None
+    if not epochs:
+        raise ValueError(f"{source!r} has no epoch of phase full")
+    if found != expected:
+        epoch = next(i for i, pair in enumerate(expected) if pair != found[i])
+        raise ValueError(f"{source!r} is not whole: the record of epoch {epoch} is missing or has other modules")
+    settings: Settings | None = folder.read_settings() if folder.exists("config.yaml") else None
+    if settings is None:
+        return Record(epochs, MethodSettings(), ramp_epochs=0)
+    return Record(epochs, settings.method, settings.train.ramp_epochs)
+
+
+def replay(record: Record, method: MethodSettings, ramp_epochs: int) -> Replay:
+    """Where `method` would have switched the recorded run, and with which ranks."""
+    test = ConvergenceTest(
+        method.tau, method.zeta, method.windows, method.window_epochs, method.norm_statistic, ramp_epochs
+    )
+    verdicts: list[Verdict] = []
+    for line in record.epochs:
+        verdict = test.end_epoch(line["epoch"], line["norms"], line["loss"])
+        if verdict is not None:
+            verdicts.append(verdict)
+        completed = line["epoch"] + 1
+        forced = method.switch_epoch is not None and completed == method.switch_epoch
+        if forced or (method.switch_epoch is None and verdict is not None and verdict.converged):
+            last = verdicts[-1] if verdicts else None
+            ranks = _ranks(method, line["norms"], last)
+            return Replay(last.window.index if last else None, completed, ranks, None, verdicts)
+    return Replay(None, None, None, _reason(method, len(record.epochs), verdicts), verdicts)
+
+
+def _ranks(method: MethodSettings, norms: dict[str, float], verdict: Verdict | None) -> dict[str, int]:
+    if method.rank_pattern is not None:
+        return match_rank_pattern(method.rank_pattern, norms)
+    assert verdict is not None and verdict.module_change is not None, "settings ask for two windows before a switch"
+    return assign_ranks(verdict.module_change, method.r_min, method.r_max, method.normalize)
+
+
+def _reason(method: MethodSettings, num_epochs: int, verdicts: list[Verdict]) -> str:
+    if method.switch_epoch is not None:
+        return f"the record has {num_epochs} epochs of phase full, fewer than switch_epoch = {method.switch_epoch}"
+    if len(verdicts) < method.windows:
+        return (
+            f"the record has {num_epochs} epochs of phase full, and {method.windows} windows of "
+            f"{method.window_epochs} epochs take {method.windows * method.window_epochs}"
+        )
+    last = verdicts[-1]
+    assert last.family_change is not None
+    family, change = max(last.family_change.items(), key=lambda item: item[1])
+    return (
+        f"no window in the record's {num_epochs} epochs of phase full converged; in the last, {family} changed by "
+        f"{change:.4g} % (tau {method.tau:g}) and the loss by {last.loss_change:.4g} % (zeta {method.zeta:g})"
+    )
