@@ -33,7 +33,9 @@ def _options(
 @app.command()
 def train(
     config: Annotated[str, typer.Argument(help="A recipe, such as jobs/configs/digits.yaml.")],
-    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; repeatable.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; repeatable.")
+    ] = None,
     storage: Annotated[str | None, typer.Option(help="Folder or bucket that holds the run folders.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run; the same name again resumes it.")] = None,
     as_json: Json = False,
@@ -112,7 +114,9 @@ def replay(
     r_min: Annotated[int | None, typer.Option(help="Smallest rank.")] = None,
     r_max: Annotated[int | None, typer.Option(help="Largest rank.")] = None,
     normalize: Annotated[Literal["family", "overall"] | None, typer.Option(help="Over what changes are normalised.")] = None,
-    ramp_epochs: Annotated[int | None, typer.Option(help="Epochs of the learning-rate ramp, in which no verdict is taken.")] = None,
+    ramp_epochs: Annotated[
+        int | None, typer.Option(help="Epochs of the learning-rate ramp, in which no verdict is taken.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Tell where other settings of the test would have switched a recorded run. What is not given is the run's own."""
@@ -124,7 +128,7 @@ def replay(
     record = read_record(source)
     test = {"tau": tau, "zeta": zeta, "windows": windows, "window_epochs": window_epochs, "norm_statistic": norm_statistic}
     ranks = {"r_min": r_min, "r_max": r_max, "normalize": normalize}
-    given = {key: value for key, value in (test | ranks).items() if value is not None}
+    given: dict[str, Any] = {key: value for key, value in (test | ranks).items() if value is not None}
     if given.keys() & test.keys():  # another test, so not the run's forced switch
         given["switch_epoch"] = None
     if given.keys() & ranks.keys():

@@ -137,7 +137,7 @@ class TrainSettings(_Section):
     clip_norm: Positive | None = 1.0
     """Largest norm of the gradient; null does not clip."""
     precision: Literal["auto", "fp64", "fp32", "bf16"] = "auto"
-    """Number format of the products: auto is bf16 autocast on GPUs and fp32 on CPUs. Parameters are float32, with fp64 float64."""
+    """Number format of the products; auto is bf16 autocast on GPUs and fp32 on CPUs. Parameters are float32 (fp64: float64)."""
     micro_batch: Count | None = None
     """Most images that a worker takes through the model at once, a multiple of `data.cell`; null takes its whole share."""
     validate_every: Count = 1
@@ -190,7 +190,9 @@ class MethodSettings(_Section):
             raise ValueError(f"method.{error}") from None
         for key, rank in (self.rank_pattern or {}).items():
             if not is_power_of_two(rank):
-                raise ValueError(f"method.rank_pattern.{key} = {rank} is not allowed: a rank is a power of two, such as 8 or 16")
+                raise ValueError(
+                    f"method.rank_pattern.{key} = {rank} is not allowed: a rank is a power of two, such as 8 or 16"
+                )
         if not self.targets:
             raise ValueError("method.targets is empty: name at least one of " + ", ".join(FAMILIES))
         if self.switch_epoch is not None and self.rank_pattern is None and self.switch_epoch < 2 * self.window_epochs:
@@ -270,11 +272,11 @@ class Settings(_Section):
             )
         if method.enabled and method.switch_epoch is not None and method.switch_epoch >= train.epochs:
             raise ValueError(
-                f"method.switch_epoch = {method.switch_epoch} is not allowed: it must be less than train.epochs = {train.epochs}"
+                f"method.switch_epoch = {method.switch_epoch} is not allowed: it must be below train.epochs = {train.epochs}"
             )
         if train.ramp_epochs >= train.epochs:
             raise ValueError(
-                f"train.ramp_epochs = {train.ramp_epochs} is not allowed: it must be less than train.epochs = {train.epochs}"
+                f"train.ramp_epochs = {train.ramp_epochs} is not allowed: it must be below train.epochs = {train.epochs}"
             )
         return self
 

@@ -123,7 +123,9 @@ class _Watcher(threading.Thread):
             return None
         method = self._settings.method
         family, change = max(line["change"].items(), key=lambda item: float("inf") if item[1] is None else item[1])
-        verdict = "converged" if line["converged"] else "in the learning-rate ramp, no verdict" if line["in_ramp"] else "not yet"
+        verdict = (
+            "converged" if line["converged"] else "in the learning-rate ramp, no verdict" if line["in_ramp"] else "not yet"
+        )
         return (
             f"  window {window}: norms change by up to {_number(change)} % ({family}; tau {method.tau:g}), "
             f"the loss by {_number(line['loss_change'])} % (zeta {method.zeta:g}): {verdict}"

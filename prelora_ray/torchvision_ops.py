@@ -21,9 +21,9 @@ def make_importable() -> None:
     spec = importlib.util.find_spec("torchvision")
     if _declared or spec is None or spec.origin is None:
         return
-    for library in Path(spec.origin).parent.glob("_C*.so"):
+    for path in Path(spec.origin).parent.glob("_C*.so"):
         try:
-            torch.ops.load_library(str(library))
+            torch.ops.load_library(str(path))
         except OSError:
             continue
     if hasattr(torch.ops.torchvision, "nms"):

@@ -25,6 +25,7 @@ from PIL import Image, ImageOps
 from prelora_ray.data.draws import Draw, generator
 from prelora_ray.data.manifest import SCHEMA_VERSION, Manifest, Shard, Split, write_manifest
 from prelora_ray.data.sources import Item, Source, open_source
+from prelora_ray.data.stream import quiet_data_context
 from prelora_ray.storage import Storage
 
 _METADATA = b"prelora"
@@ -88,10 +89,10 @@ def prepare(
             tasks.append(_ShardTask(opened, split, out, name, tuple(items[i : i + settings.shard_rows]), settings))
     done, total = 0, sum(map(len, splits.values()))
     written: dict[str, _Written] = {}
-    shards = ray.data.from_items([{"task": task} for task in tasks], override_num_blocks=len(tasks))
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = context.print_on_execution_start = False
-    for row in shards.map(lambda row: {"written": row["task"].run()}).iter_rows():
+    quiet_data_context()
+    references = [ray.put(task) for task in tasks]  # by reference, as the tasks list every image of the source
+    shards = ray.data.range(len(tasks), override_num_blocks=len(tasks))
+    for row in shards.map(lambda row: {"written": ray.get(references[row["id"]]).run()}).iter_rows():
         result: _Written = row["written"]
         written[result.shard.file] = result
         done += result.images + len(result.bad)

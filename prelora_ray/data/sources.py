@@ -28,9 +28,12 @@ class Item:
 
 
 class Source(Protocol):
-    classes: tuple[str, ...]
-    items: dict[Split, list[Item]]
-    """With no "val", a share of "train" is held out."""
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+
+    @property
+    def items(self) -> dict[Split, list[Item]]:
+        """With no "val", a share of "train" is held out."""
 
     def read(self, item: Item) -> bytes:
         """The image, encoded."""
@@ -90,7 +93,7 @@ class ImageFolder:
         top = [name for name in folder.list_folders() if not name.startswith(".")]
         roots: dict[Split, str] = {"train": ""}
         if "train" in top and set(top) <= {"train", "val", "test"}:
-            roots = {"train": "train"} | ({"val": "val"} if "val" in top else {})  # type: ignore[dict-item]
+            roots = {"train": "train", "val": "val"} if "val" in top else {"train": "train"}
         classes = {split: _folders(folder / root if root else folder) for split, root in roots.items()}
         if not classes["train"]:
             raise ValueError(f"{root!r} has no class folders: put the images of each class into a folder of its name")
@@ -117,7 +120,7 @@ def _list_images(folder: Storage, root: str, classes: dict[str, int]) -> list[It
     for info in folder.filesystem.get_file_info(selector):
         name = info.path[len(folder.path) :].lstrip("/")
         parts = name[len(root) :].lstrip("/").split("/")
-        if info.type == pyarrow.fs.FileType.File and len(parts) > 1 and not any(part.startswith(".") for part in parts):
-            if parts[0] in classes:
-                items.append(Item(name, classes[parts[0]]))
+        is_visible_file = info.type == pyarrow.fs.FileType.File and not any(part.startswith(".") for part in parts)
+        if is_visible_file and len(parts) > 1 and parts[0] in classes:
+            items.append(Item(name, classes[parts[0]]))
     return sorted(items, key=lambda item: item.name)

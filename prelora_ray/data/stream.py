@@ -86,14 +86,11 @@ def stream_batches(
     The validation batches of an epoch for which `validates` is true follow its training batches.
     Runs inside a Ray Train worker, or anywhere where Ray is up.
     """
-    context = ray.data.DataContext.get_current()
+    context = quiet_data_context()
     options = context.execution_options
     options.preserve_order = True
     options.resource_limits = options.resource_limits.copy(object_store_memory=_PREFETCH_BYTES)
     context.target_max_block_size = 1  # one yielded row is one block; None would buffer the whole stream
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
     schedule = [
         (split, epoch, start[1] if (split, epoch) == ("train", start[0]) else 0)
         for epoch in range(start[0], num_epochs)
@@ -124,6 +121,15 @@ def stream_batches(
             ids = block["ids"][i].numpy()
             batch = int(block["first_batch"]) + i
             yield Batch(split, int(block["epoch"]), batch, block["images"][i], block["labels"][i], ids)
+
+
+def quiet_data_context() -> ray.data.DataContext:
+    """This process's settings of Ray Data, with its progress bars and messages off."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    return context
 
 
 class _Slices(ray.data.Datasource):

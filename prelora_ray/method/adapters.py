@@ -40,12 +40,11 @@ class LoraLinear(nn.Module):
         self.bias = linear.bias
         self.scaling = scaling
         self.rows = {target.family: (target.start, target.stop) for target in targets}
-        new = {"device": linear.weight.device, "dtype": linear.weight.dtype}
         self.lora_A = nn.ParameterDict(
-            {t.family: nn.Parameter(torch.empty(ranks[t.name], t.in_features, **new)) for t in targets}
+            {t.family: nn.Parameter(self.weight.new_empty(ranks[t.name], t.in_features)) for t in targets}
         )
         self.lora_B = nn.ParameterDict(
-            {t.family: nn.Parameter(torch.zeros(t.out_features, ranks[t.name], **new)) for t in targets}
+            {t.family: nn.Parameter(self.weight.new_zeros(t.out_features, ranks[t.name])) for t in targets}
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -73,9 +72,7 @@ class LoraLinear(nn.Module):
         return weight
 
 
-def inject(
-    model: nn.Module, targets: Sequence[Target], ranks: Mapping[str, int], scaling: float = 2.0, seed: int = 0
-) -> None:
+def inject(model: nn.Module, targets: Sequence[Target], ranks: Mapping[str, int], scaling: float = 2.0, seed: int = 0) -> None:
     """Gives each target module named in `ranks` (module name -> rank) an adapter, in place.
 
     A is Kaiming-uniform (a = sqrt 5), drawn by (seed, module name) alone; B is zero, so no output
@@ -92,7 +89,9 @@ def inject(
             by_linear.setdefault(target.linear, []).append(target)
     for path, adapted in by_linear.items():
         parent, _, child = path.rpartition(".")
-        layer = LoraLinear(model.get_submodule(path), adapted, ranks, scaling)
+        linear = model.get_submodule(path)
+        assert isinstance(linear, nn.Linear), f"{path} has adapters already"
+        layer = LoraLinear(linear, adapted, ranks, scaling)
         for target in adapted:
             layer.lora_A[target.family].data.copy_(_initial_a(seed, target, ranks[target.name]))
         setattr(model.get_submodule(parent), child, layer)

@@ -91,9 +91,8 @@ class PhaseSchedule:
             "switch_epoch": self.switched_at,
             "freeze_epoch": self.frozen_at,
             "ranks": self.ranks,
-            "last_change": self._last_change and {
-                name: None if math.isinf(change) else change for name, change in self._last_change.items()
-            },
+            "last_change": self._last_change
+            and {name: None if math.isinf(change) else change for name, change in self._last_change.items()},
             "test": self.test.state_dict(),
         }
 

@@ -48,10 +48,9 @@ def assign_ranks(
         low, high = (min(finite), max(finite)) if finite else (0.0, 0.0)
         for name in names:
             change = module_change[name]
+            normalized = (change - low) / (high - low) if high > low else 0.0
             if math.isinf(change):
                 normalized = 1.0
-            else:
-                normalized = (change - low) / (high - low) if high > low else 0.0
             ranks[name] = choices[max(math.ceil(normalized * len(choices)) - 1, 0)]
     return {name: ranks[name] for name in module_change}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -74,7 +75,7 @@ def find_targets(model: nn.Module, families: Iterable[str] = FAMILIES) -> list[T
                 linear = block.get_submodule(path)
             except AttributeError:
                 linear = None
-            if linear is None or not hasattr(linear, "in_features") or not isinstance(linear.weight, nn.Parameter):
+            if not isinstance(linear, nn.Linear):
                 raise ValueError(
                     f"{type(model).__name__} has no linear layer blocks.{layer}.{path}, which target {family!r} "
                     "stands for: choose a timm Vision Transformer with a fused qkv and a plain MLP"
@@ -91,11 +92,13 @@ def find_targets(model: nn.Module, families: Iterable[str] = FAMILIES) -> list[T
 
 def target_weight(model: nn.Module, target: Target) -> torch.Tensor:
     """Weight (out_features, in_features) that the module applies: W, or W + s B A once it has an adapter."""
-    linear = model.get_submodule(target.linear)
-    weight = linear.weight[target.start : target.stop]
-    if target.family in getattr(linear, "lora_A", ()):
-        weight = weight + linear.delta(target.family)
-    return weight
+    linear: Any = model.get_submodule(target.linear)
+    weight: torch.Tensor = linear.weight[target.start : target.stop]
+    return weight + linear.delta(target.family) if _is_adapted(model, target) else weight
+
+
+def _is_adapted(model: nn.Module, target: Target) -> bool:
+    return target.family in getattr(model.get_submodule(target.linear), "lora_A", ())
 
 
 @torch.no_grad()
@@ -108,8 +111,7 @@ def target_norms(model: nn.Module, targets: Sequence[Target]) -> dict[str, float
     """
     groups: dict[int, list[Target]] = {}
     for target in targets:
-        adapted = target.family in getattr(model.get_submodule(target.linear), "lora_A", ())
-        groups.setdefault(target.layer if adapted else -1, []).append(target)
+        groups.setdefault(target.layer if _is_adapted(model, target) else -1, []).append(target)
     names: list[str] = []
     norms: list[torch.Tensor] = []
     for group in groups.values():

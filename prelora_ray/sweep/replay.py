@@ -37,8 +37,8 @@ def read_record(source: str) -> Record:
 
     Raises ValueError where there is no record, or it is damaged.
     """
-    path, name = (posixpath.dirname(source) or ".", posixpath.basename(source)) if source.endswith(".jsonl") else (source, "norms.jsonl")
-    folder = RunFolder(path)
+    path, name = posixpath.split(source) if source.endswith(".jsonl") else (source, "norms.jsonl")
+    folder = RunFolder(path or ".")
     if not folder.exists(name):
         raise ValueError(f"{source!r} is no record: give a run folder with a norms.jsonl, or such a file itself")
     try:
@@ -61,9 +61,7 @@ def read_record(source: str) -> Record:
 
 def replay(record: Record, method: MethodSettings, ramp_epochs: int) -> Replay:
     """Where `method` would have switched the recorded run, and with which ranks."""
-    test = ConvergenceTest(
-        method.tau, method.zeta, method.windows, method.window_epochs, method.norm_statistic, ramp_epochs
-    )
+    test = ConvergenceTest(method.tau, method.zeta, method.windows, method.window_epochs, method.norm_statistic, ramp_epochs)
     verdicts: list[Verdict] = []
     for line in record.epochs:
         verdict = test.end_epoch(line["epoch"], line["norms"], line["loss"])

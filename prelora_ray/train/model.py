@@ -113,7 +113,9 @@ def check_model(settings: ModelSettings, method: MethodSettings) -> list[Target]
     try:
         model(torch.empty(2, 3, settings.image_size, settings.image_size, device="meta"))
     except Exception as error:
-        raise ValueError(f"model.name = {settings.name!r} does not take RGB images of {settings.image_size} px: {error}") from error
+        raise ValueError(
+            f"model.name = {settings.name!r} does not take RGB images of {settings.image_size} px: {error}"
+        ) from error
     for target in targets:
         if target.linear not in called:
             raise ValueError(
@@ -126,5 +128,7 @@ def check_model(settings: ModelSettings, method: MethodSettings) -> list[Target]
         except ValueError as error:
             raise ValueError(f"method.rank_pattern: {error}") from None
     elif method.enabled and method.r_max > (smallest := min(target.max_rank for target in targets)):
-        raise ValueError(f"method.r_max = {method.r_max} is not allowed: the model's smallest weight has rank {smallest} at most")
+        raise ValueError(
+            f"method.r_max = {method.r_max} is not allowed: the model's smallest weight has rank {smallest} at most"
+        )
     return targets

@@ -55,7 +55,9 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.AdamW) -> Optimizer
     return {name: content[i] for i, name in enumerate(_names(model, optimizer)) if i in content}
 
 
-def set_learning_rate(optimizer: torch.optim.AdamW, settings: Settings, step: int, batches: int, switch_step: int | None) -> float:
+def set_learning_rate(
+    optimizer: torch.optim.AdamW, settings: Settings, step: int, batches: int, switch_step: int | None
+) -> float:
     """Sets the groups' learning rates for optimizer step `step` (from 0) and returns the run's.
 
     `batches` is the steps in an epoch, `switch_step` the steps done at the switch.

@@ -57,8 +57,8 @@ def train(settings: Settings, *, debug: bool = False) -> dict[str, Any]:
     with ray_session(debug=debug):
         _prepare_once(settings)
         manifest = read_manifest(Storage(settings.data.path))
-        for split in ("train", "val"):
-            if not manifest.num_images(split):  # type: ignore[arg-type]
+        for split in manifest.splits:
+            if not manifest.num_images(split):
                 raise ValueError(f"data.path = {settings.data.path!r} is not allowed: it has no images in {split}")
         folder.make()
         folder.write_settings(settings)
@@ -124,8 +124,8 @@ def _root_cause(error: BaseException) -> str:
     """The worker's own error, in one line."""
     causes = getattr(error, "worker_failures", None)
     cause: BaseException = next(iter(causes.values())) if causes else error
-    while isinstance(cause, ray.exceptions.RayTaskError) and cause.cause is not None:
-        cause = cause.cause
+    while (inner := getattr(cause, "cause", None) or cause.__cause__) is not None:
+        cause = inner
     return f"{type(cause).__name__}: {' '.join(str(cause).split())[:500]}"
 
 
@@ -152,5 +152,3 @@ def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in content.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
-
-

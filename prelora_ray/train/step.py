@@ -57,9 +57,7 @@ class Stepper:
         drop_path = None
         if state.drop_path:
             drop_path = draw_drop_path(state.drop_path, *key, len(batch.ids)).to(state.device, torch.float32)
-        self.learning_rate = set_learning_rate(
-            state.optimizer, settings, state.step, state.batches, state.switch_step
-        )
+        self.learning_rate = set_learning_rate(state.optimizer, settings, state.step, state.batches, state.switch_step)
         state.network.train()
         scale = state.world_size / order.batch_size(batch.batch)  # DDP takes the mean over workers
         size = settings.train.micro_batch or len(batch.ids)

@@ -187,7 +187,9 @@ class _Worker:
         """Ends the run for good, without another try by Ray Train."""
         if self.records:
             names = self.checkpoints.names()
-            where = f"the last good checkpoint is {self.checkpoints.folder / names[-1]}" if names else "no checkpoint was saved yet"
+            where = (
+                f"the last good checkpoint is {self.checkpoints.folder / names[-1]}" if names else "no checkpoint was saved yet"
+            )
             self._event("run_failed", message=f"{message}; {where}")
             self.records.flush()
 
