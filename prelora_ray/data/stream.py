@@ -114,7 +114,7 @@ def stream_batches(
         num_cpus=0,  # Ray Train may hold every CPU of the node, and a task that waits for one never runs
         label_selector=here,
     )
-    for block in dataset.iter_torch_batches(batch_size=None, prefetch_batches=2):
+    for block in dataset.iter_torch_batches(batch_size=None, prefetch_batches=2, device="cpu"):
         block = {name: cast(torch.Tensor, column)[0] for name, column in block.items()}
         split: Split = "train" if block["is_train"] else "val"
         for i in range(len(block["ids"])):

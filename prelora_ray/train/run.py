@@ -78,8 +78,6 @@ def ray_session(*, debug: bool = False) -> Iterator[None]:
         yield
         return
     address = os.environ.get("RAY_ADDRESS") or "local"
-    # Ray Train's controller takes up one report a look; with its default of 2 s, short epochs would wait for it.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
     ray.init(
         address=address,
         log_to_driver=debug,
@@ -93,6 +91,8 @@ def ray_session(*, debug: bool = False) -> Iterator[None]:
 
 
 def _fit(settings: Settings, folder: RunFolder) -> None:
+    # Ray Train's controller takes up one report a look; with its default of 2 s, short epochs would wait for it.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
     workers = settings.workers
     use_gpu = workers.gpu
     if use_gpu == "auto":

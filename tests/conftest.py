@@ -1,0 +1,38 @@
+"""What the tests share: one local Ray cluster, the digits prepared once, a model small enough for a CPU."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+
+from prelora_ray.torchvision_ops import make_importable
+
+make_importable()
+torch.set_num_threads(1)
+
+TINY_VIT = {"patch_size": 2, "embed_dim": 16, "depth": 3, "num_heads": 2}
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One embedded cluster with a few more CPUs than the machine has, as its workers mostly wait for each other."""
+    os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # a socket's path must be short
+    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def digits(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """scikit-learn's digits, prepared."""
+    from prelora_ray.data.prepare import prepare
+
+    out = tmp_path_factory.mktemp("data") / "digits"
+    prepare("digits", str(out))
+    return out

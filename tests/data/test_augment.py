@@ -1,0 +1,89 @@
+import io
+import random
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from prelora_ray.data.augment import Augmentation, Augmenter, random_resized_box
+
+NOISE = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+
+
+def png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def augmenter(size: int = 32, seed: int = 0, crop_ratio: float = 1.0, **options) -> Augmenter:
+    return Augmenter(Augmentation(size, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), **options), seed, crop_ratio)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"crop": "padded"}, {"policy": "rand-m9-mstd0.5-inc1"}, {"policy": "3a", "color_jitter": 0.3}, {"erase": 1.0}],
+)
+def test_drawn_by_seed_epoch_and_sample_alone(options):
+    make = lambda seed=0: augmenter(seed=seed, **options)  # noqa: E731
+    keys = [(epoch, sample) for epoch in range(3) for sample in range(12)]
+    first = {key: make().train(png(NOISE), *key) for key in keys}
+    again = make()
+    random.seed(123)
+    np.random.seed(123)
+    for key in reversed(keys):
+        assert np.array_equal(again.train(png(NOISE), *key), first[key])
+    assert len({image.tobytes() for image in first.values()}) > len(keys) / 2
+    assert any(not np.array_equal(make(1).train(png(NOISE), *key), first[key]) for key in keys)
+    assert all(image.shape == (32, 32, 3) and image.dtype == np.uint8 for image in first.values())
+
+
+def test_padded_crop_shifts_by_at_most_the_padding():
+    square = NOISE[:32, :32]
+    bordered = np.pad(square, ((3, 3), (3, 3), (0, 0)))
+    windows = {
+        np.ascontiguousarray(bordered[y : y + 32, x : x + 32]).tobytes(): (y, x) for y in range(7) for x in range(7)
+    }
+    make = augmenter(crop="padded", padding=3, flip=0)
+    shifts = [windows[make.train(png(square), 0, sample).tobytes()] for sample in range(300)]
+    assert {y for y, _ in shifts} == {x for _, x in shifts} == set(range(7))
+
+
+def test_flip():
+    square = NOISE[:32, :32]
+    images = [augmenter(crop="center", flip=0.5).train(png(square), 0, sample) for sample in range(200)]
+    flipped = sum(np.array_equal(image, square[:, ::-1]) for image in images)
+    assert flipped + sum(np.array_equal(image, square) for image in images) == 200
+    assert 70 < flipped < 130
+
+
+def test_random_resized_box_keeps_area_and_aspect():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        left, top, right, bottom = random_resized_box(640, 480, 0.2, rng)
+        assert 0 <= left < right <= 640
+        assert 0 <= top < bottom <= 480
+        assert 0.19 < (right - left) * (bottom - top) / (640 * 480) <= 1
+        assert 0.74 < (right - left) / (bottom - top) < 1.35
+    left, top, right, bottom = random_resized_box(1000, 10, 0.9, rng)  # too long for any such box
+    assert (right - left, bottom - top) == (13, 10)
+
+
+def test_erasing_touches_one_rectangle():
+    plain = augmenter(crop="center", flip=0, size=32)
+    erasing = augmenter(crop="center", flip=0, size=32, erase=1.0)
+    square = png(NOISE[:32, :32])
+    for sample in range(20):
+        changed = (plain.train(square, 0, sample) != erasing.train(square, 0, sample)).any(-1)
+        rows, columns = np.flatnonzero(changed.any(1)), np.flatnonzero(changed.any(0))
+        box = changed[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        assert 0.01 < box.size / 32**2 < 0.4
+        assert box.mean() > 0.9  # noise may equal a pixel by chance
+
+
+def test_evaluation_is_pillows_resized_centre_crop():
+    image = Image.fromarray(NOISE)
+    expected = image.resize((16, 16), Image.Resampling.BICUBIC, (12.5, 2.5, 47.5, 37.5))  # 35 of 40 pixels, centred
+    assert np.array_equal(augmenter(16, crop_ratio=0.875).evaluate(png(NOISE)), np.array(expected))
+    square = NOISE[:16, :16]
+    assert np.array_equal(augmenter(16).evaluate(png(square)), square)

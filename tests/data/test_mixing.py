@@ -1,0 +1,69 @@
+import numpy as np
+import pytest
+import torch
+
+from prelora_ray.data.mixing import Mixing, MixPlan, mix, normalize, plan_mixing
+
+
+def plan(mixing: Mixing, cells, ids, size=4, batch=0):
+    return plan_mixing(mixing, 7, 2, batch, cells, size, ids, image_size=8)
+
+
+def test_partners_stay_inside_the_cell_and_among_filled_slots():
+    ids = np.array([0, 1, 2, 3, 4, 5, -1, -1, 8, -1, -1, -1, -1, -1, -1, -1])
+    drawn = plan(Mixing(mixup=1.0), [0, 1, 2], ids)
+    assert sorted(drawn.partner[:4]) == [0, 1, 2, 3]
+    assert sorted(drawn.partner[4:6]) == [4, 5]
+    assert drawn.partner[6:].tolist() == list(range(6, 16))  # one image alone, empty slots, padding
+    assert (drawn.weight[8:] == 1).all()
+    assert len(set(drawn.weight[:4])) == 1
+    assert drawn.weight[0] != drawn.weight[4]
+
+
+def test_a_cell_is_mixed_alike_wherever_it_is():
+    ids = np.arange(16)
+    whole = plan(Mixing(mixup=0.8, cutmix=1.0), range(4), ids)
+    for cell in range(4):
+        alone = plan(Mixing(mixup=0.8, cutmix=1.0), [cell], ids[:4])
+        part = whole[4 * cell : 4 * cell + 4]
+        assert np.array_equal(part.partner, alone.partner)
+        assert np.array_equal(part.weight, alone.weight)
+        assert np.array_equal(part.box, alone.box)
+
+
+def test_both_kinds_come_and_probability_counts():
+    plans = [plan(Mixing(mixup=0.8, cutmix=1.0, probability=0.5), range(4), np.arange(16), batch=b) for b in range(50)]
+    cells = [(p.weight[i * 4], p.box[i * 4]) for p in plans for i in range(4)]
+    plain = sum(weight == 1 for weight, _ in cells)
+    cut = sum(weight != 1 and box.any() for weight, box in cells)
+    assert 70 < plain < 130  # of 200, half
+    assert 25 < cut < 75  # a quarter
+
+
+def test_mixup_and_cutmix_by_hand():
+    images = torch.stack([torch.full((3, 4, 4), float(v)) for v in (1, 2, 3, 4)])
+    plan = MixPlan(
+        partner=np.array([1, 0, 3, 2]),
+        weight=np.array([0.75, 0.75, 0.875, 0.875]),
+        box=np.array([[0, 0, 0, 0], [0, 0, 0, 0], [1, 2, 2, 4], [1, 2, 2, 4]]),
+    )
+    mixed, targets = mix(images, torch.tensor([0, 1, 2, 0]), plan, num_classes=3, label_smoothing=0.0)
+    assert mixed[0].unique().tolist() == [1.25]
+    assert mixed[1].unique().tolist() == [1.75]
+    expected = torch.full((4, 4), 3.0)
+    expected[1, 2:] = 4
+    assert torch.equal(mixed[2], expected.expand(3, 4, 4))
+    assert targets.tolist() == [[0.75, 0.25, 0], [0.25, 0.75, 0], [0.125, 0, 0.875], [0.875, 0, 0.125]]
+
+
+def test_label_smoothing_by_hand():
+    plan = MixPlan(np.arange(1), np.ones(1), np.zeros((1, 4), np.int64))
+    _, targets = mix(torch.zeros(1, 3, 2, 2), torch.tensor([1]), plan, num_classes=4, label_smoothing=0.2)
+    assert targets[0].tolist() == pytest.approx([0.05, 0.85, 0.05, 0.05])
+
+
+def test_normalize_against_float64():
+    images = torch.arange(2 * 3 * 3 * 3, dtype=torch.uint8).reshape(2, 3, 3, 3)
+    mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
+    expected = (images.double() / 255 - torch.tensor(mean).double()) / torch.tensor(std).double()
+    torch.testing.assert_close(normalize(images, mean, std).double(), expected.permute(0, 3, 1, 2), rtol=1e-6, atol=1e-6)

@@ -1,0 +1,94 @@
+"""Every sample once, none dropped, for any sizes, cells, worker counts and start positions."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prelora_ray.data.order import Order, max_worker_cells, worker_cells
+
+orders = st.builds(
+    Order,
+    row_groups=st.lists(st.integers(1, 40), min_size=1, max_size=30).map(tuple),
+    num_cells=st.integers(1, 24),
+    cell=st.integers(1, 9),
+    seed=st.one_of(st.none(), st.integers(0, 2**40)),
+    buffer=st.integers(1, 8),
+)
+
+
+def batch_of(order: Order, ids: np.ndarray, batch: int, world_size: int) -> np.ndarray:
+    """The global batch as the cells of all workers, in cell order, empty slots included."""
+    parts = []
+    for rank in range(world_size):
+        cells = worker_cells(rank, world_size, order.num_cells)
+        slots = order.slots(ids, batch, cells, max_worker_cells(world_size, order.num_cells) * order.cell)
+        assert (slots[len(cells) * order.cell :] == -1).all()
+        parts.append(slots[: len(cells) * order.cell])
+    return np.concatenate(parts)
+
+
+@given(orders, st.integers(0, 1000))
+def test_every_sample_once_an_epoch(order, epoch):
+    ids = order.epoch(epoch)
+    batches = [batch_of(order, ids, batch, 1) for batch in range(order.num_batches)]
+    seen = np.concatenate(batches)
+    assert sorted(seen[seen >= 0]) == list(range(order.num_rows))
+    assert [int((batch >= 0).sum()) for batch in batches] == [order.batch_size(batch) for batch in range(order.num_batches)]
+    assert order.batch_size(order.num_batches) == 0
+
+
+@given(orders, st.integers(0, 1000), st.data())
+def test_any_number_of_workers_sees_the_same_batch(order, epoch, data):
+    ids = order.epoch(epoch)
+    world_size = data.draw(st.integers(1, order.num_cells))
+    batch = data.draw(st.integers(0, order.num_batches - 1))
+    assert np.array_equal(batch_of(order, ids, batch, world_size), batch_of(order, ids, batch, 1))
+
+
+@given(st.integers(1, 200), st.data())
+def test_workers_share_out_the_cells_evenly(num_cells, data):
+    world_size = data.draw(st.integers(1, num_cells))
+    cells = [worker_cells(rank, world_size, num_cells) for rank in range(world_size)]
+    assert [cell for part in cells for cell in part] == list(range(num_cells))
+    sizes = [len(part) for part in cells]
+    assert max(sizes) - min(sizes) <= 1
+    assert max(sizes) == max_worker_cells(world_size, num_cells)
+
+
+@given(orders)
+def test_streams_differ_by_at_most_one_row_and_fill_from_the_front(order):
+    rows = [sum(b - a for a, b in (order.cell_span(i, c) for i in range(order.num_batches))) for c in range(order.num_cells)]
+    assert max(rows) - min(rows) <= 1
+    for batch in range(order.num_batches - 2):
+        assert order.batch_size(batch) == order.num_cells * order.cell
+
+
+def test_order_follows_from_seed_and_epoch_alone():
+    make = lambda seed: Order((7,) * 20, 4, 3, seed, 2)  # noqa: E731
+    assert np.array_equal(make(1).epoch(5), make(1).epoch(5))
+    assert not np.array_equal(make(1).epoch(5), make(1).epoch(6))
+    assert not np.array_equal(make(1).epoch(5), make(2).epoch(5))
+
+
+def test_by_hand_without_a_seed():
+    """Seven rows, two cells of two: streams are rows 0-2 and 3-6."""
+    order = Order((4, 3), num_cells=2, cell=2, seed=None)
+    ids = order.epoch(0)
+    assert order.num_batches == 2
+    assert order.slots(ids, 0, [0, 1], 4).tolist() == [0, 1, 3, 4]
+    assert order.slots(ids, 1, [0, 1], 4).tolist() == [2, -1, 5, 6]
+    assert [order.batch_size(b) for b in range(2)] == [4, 3]
+
+
+def test_rows_of_a_buffer_stay_together():
+    """With a buffer of two row groups the first 2 x 10 rows come from two row groups alone."""
+    ids = Order((10,) * 12, 1, 10, 3, buffer=2).epoch(0)
+    for i in range(0, 120, 20):
+        assert len(set(ids[i : i + 20] // 10)) == 2
+    assert not np.array_equal(np.sort(ids[:20]), ids[:20])
+
+
+def test_empty_row_groups_are_refused():
+    with pytest.raises(ValueError, match="at least 1"):
+        Order((3, 0), 1, 1, 0)

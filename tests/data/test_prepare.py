@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from prelora_ray.data.manifest import read_manifest
+from prelora_ray.data.prepare import PrepareError, PrepareSettings, encode, prepare
+from prelora_ray.storage import Storage
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+def rows(folder: Path, split: str) -> list[dict]:
+    manifest = read_manifest(Storage(folder))
+    return [row for shard in manifest.splits[split] for row in pq.read_table(folder / shard.file).to_pylist()]
+
+
+def save(path: Path, value: int, size: tuple[int, int] = (12, 10), kind: str = "PNG") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (value, 0, 0)).save(path, kind)
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """30 images in 3 classes, with names that need care."""
+    for i in range(30):
+        save(tmp_path / "tree" / ("Zebra", "ape", "ünï cödé")[i % 3] / f"{'ab c'[i % 4]}_{i}.jpeg", i, kind="PNG")
+    (tmp_path / "tree" / "ape" / ".DS_Store").write_bytes(b"x")
+    (tmp_path / "tree" / "notes.txt").write_text("not an image, in no class")
+    return tmp_path / "tree"
+
+
+def test_digits(digits: Path):
+    manifest = read_manifest(Storage(digits))
+    assert manifest.num_images("train") + manifest.num_images("val") == 1797
+    assert manifest.classes == tuple("0123456789")
+    numbers = [int(row["source"]) for split in ("train", "val") for row in rows(digits, split)]
+    assert sorted(numbers) == list(range(1797))
+    share = Counter(row["label"] for row in rows(digits, "val"))
+    total = share + Counter(row["label"] for row in rows(digits, "train"))
+    assert all(abs(share[label] - 0.2 * total[label]) <= 0.5 for label in range(10))  # stratified
+    labels = [row["label"] for row in rows(digits, "train")]
+    assert all(len(set(labels[i : i + 50])) > 5 for i in range(0, 1400, 50))  # shuffled
+
+
+def test_one_tree(tree: Path, tmp_path: Path):
+    manifest = prepare(str(tree), str(tmp_path / "out"), PrepareSettings(val_fraction=0.3, shard_rows=7))
+    assert manifest.classes == ("Zebra", "ape", "ünï cödé")  # code points, as torchvision's ImageFolder sorts
+    assert (manifest.num_images("train"), manifest.num_images("val"), manifest.bad) == (21, 9, 0)
+    for row in rows(tmp_path / "out", "train") + rows(tmp_path / "out", "val"):
+        assert row["image"] == (tree / row["source"]).read_bytes()  # small RGB PNGs are left untouched
+        assert manifest.classes[row["label"]] == row["source"].split("/")[0]
+    assert Counter(row["label"] for row in rows(tmp_path / "out", "val")) == {0: 3, 1: 3, 2: 3}
+
+
+def test_train_and_val_trees(tmp_path: Path):
+    for split, n in (("train", 8), ("val", 4)):
+        for i in range(n):
+            save(tmp_path / "tree" / split / "ab"[i % 2] / f"{i}.png", i)
+    manifest = prepare(str(tmp_path / "tree"), str(tmp_path / "out"))
+    assert (manifest.num_images("train"), manifest.num_images("val")) == (8, 4)
+    assert {row["source"] for row in rows(tmp_path / "out", "val")} == {f"val/{'ab'[i % 2]}/{i}.png" for i in range(4)}
+
+
+def test_same_bytes_again_and_done_shards_are_kept(tree: Path, tmp_path: Path):
+    settings = PrepareSettings(shard_rows=7)
+    one, two = tmp_path / "one", tmp_path / "two"
+    prepare(str(tree), str(one), settings)
+    # A job that was killed: one shard whole, one cut off, one missing, no manifest.
+    two.mkdir()
+    names = sorted(path.name for path in one.glob("*.parquet"))
+    (two / names[0]).write_bytes((one / names[0]).read_bytes())
+    (two / names[1]).write_bytes((one / names[1]).read_bytes()[:-20])
+    with pytest.raises(ValueError, match="no prepared folder"):
+        read_manifest(Storage(two))
+    kept = (two / names[0]).stat().st_ino
+    prepare(str(tree), str(two), settings)
+    assert {p.name: p.read_bytes() for p in one.iterdir()} == {p.name: p.read_bytes() for p in two.iterdir()}
+    assert (two / names[0]).stat().st_ino == kept
+    # Other settings make other shards.
+    prepare(str(tree), str(two), PrepareSettings(shard_rows=7, seed=1))
+    assert (two / names[0]).read_bytes() != (one / names[0]).read_bytes()
+
+
+def test_broken_images_are_counted_and_named(tree: Path, tmp_path: Path):
+    whole = next((tree / "ape").glob("*.jpeg"))
+    (tree / "ape" / "cut.png").write_bytes(whole.read_bytes()[:-30])
+    (tree / "Zebra" / "empty.jpg").write_bytes(b"")
+    out = tmp_path / "out"
+    with pytest.raises(PrepareError, match=r"2 of 32 images .* more than --max-bad 0\.05"):
+        prepare(str(tree), str(out), PrepareSettings(max_bad=0.05))
+    assert not (out / "manifest.json").exists()
+    manifest = prepare(str(tree), str(out), PrepareSettings(max_bad=0.07))
+    assert manifest.bad == 2
+    assert manifest.num_images("train") + manifest.num_images("val") == 30
+    listed = {entry["image"]: entry["reason"] for entry in json.loads((out / "bad.json").read_text())}
+    assert set(listed) == {"ape/cut.png", "Zebra/empty.jpg"}
+    assert "truncated" in listed["ape/cut.png"]
+
+
+@pytest.mark.parametrize("damage", ["missing", "short", "manifest", "schema"])
+def test_damaged_folders_are_refused(tree: Path, tmp_path: Path, damage: str):
+    out = tmp_path / "out"
+    prepare(str(tree), str(out))
+    shard, manifest = out / "train-00000.parquet", out / "manifest.json"
+    if damage == "missing":
+        shard.unlink()
+    elif damage == "short":
+        shard.write_bytes(shard.read_bytes()[:-1])
+    elif damage == "manifest":
+        manifest.write_text(manifest.read_text()[:-9])
+    else:
+        manifest.write_text(manifest.read_text().replace('"schema": 1', '"schema": 99'))
+    with pytest.raises(ValueError, match=r"missing|bytes|damaged|schema version 99") as error:
+        read_manifest(Storage(out))
+    assert str(out) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: None, "is no source"),
+        (lambda p: p.mkdir(), "has no class folders"),
+        (lambda p: (p / "a").mkdir(parents=True), "has no files"),
+        (lambda p: [save(p / "train/a/1.png", 1), save(p / "val/b/1.png", 1)], "class 'b' in val but not in train"),
+        (lambda p: save(p / "a/1.png", 1), "leaves no images to validate with"),
+    ],
+)
+def test_refused_sources(tmp_path: Path, make, message):
+    make(tmp_path / "source")
+    with pytest.raises(ValueError, match=message):
+        prepare(str(tmp_path / "source"), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def test_encode():
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 80, 3), np.uint8))
+    read = lambda content: Image.open(io.BytesIO(content))  # noqa: E731
+    jpeg = encoded(noise, "JPEG")
+    assert encode(jpeg, 64, 90) == jpeg
+    reduced = read(encode(jpeg, 25, 90))
+    assert (reduced.size, reduced.format, reduced.mode) == ((40, 25), "PNG", "RGB")
+    alpha = encode(encoded(noise.convert("RGBA"), "PNG"), 64, 90)
+    assert np.array_equal(np.array(read(alpha)), np.array(noise))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned a quarter clockwise
+    turned = read(encode(encoded(noise, "PNG", exif=exif), 64, 90))
+    assert np.array_equal(np.array(turned), np.rot90(np.array(noise), -1))
+    with pytest.raises(OSError, match="truncated"):
+        encode(jpeg[: len(jpeg) // 2], 64, 90)

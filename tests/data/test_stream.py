@@ -1,0 +1,115 @@
+"""What the model sees, through Ray Data, does not depend on the number of workers or on where a run resumes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from prelora_ray.config import Settings, parse_settings
+from prelora_ray.data.manifest import read_manifest
+from prelora_ray.data.mixing import Mixing, mix, normalize, plan_mixing
+from prelora_ray.data.stream import Batch, stream_batches
+from prelora_ray.storage import Storage
+from prelora_ray.train.worker import stream_plan
+
+EPOCHS = 3
+Cells = dict[tuple[str, int, int, int], tuple[bytes, ...]]
+
+
+@pytest.fixture(scope="module")
+def settings(digits: Path) -> Settings:
+    return parse_settings(
+        {
+            "name": "stream",
+            "data": {"path": str(digits), "batch_size": 240, "cell": 24, "crop_ratio": 1.0},
+            "model": {"image_size": 8},
+            "augment": {"crop": "padded", "padding": 2, "mixup": 0.8, "cutmix": 1.0, "erase": 0.5, "label_smoothing": 0.1},
+        }
+    )
+
+
+def seen_cells(settings: Settings, rank: int, world_size: int, start: tuple[int, int] = (0, 0)) -> Cells:
+    """Ids, augmented pixels and mixed batch of every cell that a worker serves, by (split, epoch, batch, cell)."""
+    plan = stream_plan(settings, read_manifest(Storage(settings.data.path)), rank, world_size)
+    augment, cell = settings.augment, settings.data.cell
+    mixing = Mixing(augment.mixup, augment.cutmix, augment.mix_probability, augment.label_smoothing)
+    cells: Cells = {}
+    for batch in stream_batches(plan, start, EPOCHS, lambda epoch: epoch != 1, decoders=1):
+        assert len(batch.ids) == plan.num_slots
+        assert (batch.labels[batch.ids < 0] == -1).all()
+        drawn = plan_mixing(mixing, 0, batch.epoch, batch.batch, plan.cells, cell, batch.ids, settings.model.image_size)
+        images = normalize(batch.images, settings.data.mean, settings.data.std)
+        mixed, targets = mix(images, batch.labels, drawn, 10, mixing.label_smoothing)
+        for i, number in enumerate(plan.cells):
+            part = slice(i * cell, (i + 1) * cell)
+            content = (batch.ids[part], batch.images[part], batch.labels[part], mixed[part], targets[part])
+            cells[batch.split, batch.epoch, batch.batch, number] = tuple(np.asarray(x).tobytes() for x in content)
+    return cells
+
+
+@pytest.fixture(scope="module")
+def one_worker(settings: Settings, ray_cluster: None) -> Cells:
+    return seen_cells(settings, 0, 1)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_same_samples_pixels_and_mixed_batches_for_any_number_of_workers(settings, one_worker, world_size):
+    together: Cells = {}
+    for rank in range(world_size):
+        cells = seen_cells(settings, rank, world_size)
+        assert not together.keys() & cells.keys()
+        together |= cells
+    assert together == one_worker
+
+
+def test_every_image_once_an_epoch_and_validation_where_it_is_due(settings, one_worker):
+    manifest = read_manifest(Storage(settings.data.path))
+    for split, epochs in (("train", (0, 1, 2)), ("val", (0, 2))):
+        assert {key[1] for key in one_worker if key[0] == split} == set(epochs)
+        for epoch in epochs:
+            ids = [
+                i
+                for key, content in one_worker.items()
+                if key[:2] == (split, epoch)
+                for i in np.frombuffer(content[0], np.int64)
+                if i >= 0
+            ]
+            assert sorted(ids) == list(range(manifest.num_images(split)))
+
+
+def test_resuming_in_the_middle_of_an_epoch_gives_the_rest(settings, one_worker):
+    rest = {key: content for key, content in one_worker.items() if key[1] == 2 or (key[1] == 1 and key[2] >= 4)}
+    assert seen_cells(settings, 0, 1, start=(1, 4)) == rest
+
+
+def test_pixels_are_those_of_the_source(settings, one_worker):
+    """Validation images against scikit-learn's own arrays, found by their recorded source."""
+    import pyarrow.parquet as pq
+    from sklearn.datasets import load_digits
+
+    manifest = read_manifest(Storage(settings.data.path))
+    rows = [r for s in manifest.splits["val"] for r in pq.read_table(Path(settings.data.path, s.file)).to_pylist()]
+    digits = load_digits()
+    for key, content in one_worker.items():
+        if key[:2] == ("val", 0):
+            ids, pixels = np.frombuffer(content[0], np.int64), np.frombuffer(content[1], np.uint8).reshape(-1, 8, 8, 3)
+            labels = np.frombuffer(content[2], np.int64)
+            for i in np.flatnonzero(ids >= 0):
+                number = int(rows[ids[i]]["source"])
+                expected = (digits.images[number] * 255 / 16).round()
+                assert (pixels[i] == expected[:, :, None]).all()
+                assert labels[i] == digits.target[number]
+
+
+def test_batches_arrive_in_order(settings, ray_cluster):
+    plan = stream_plan(settings, read_manifest(Storage(settings.data.path)), 0, 1)
+    batches: list[Batch] = list(stream_batches(plan, (0, 0), 2, lambda epoch: True, decoders=2))
+    expected = [
+        (split, epoch, batch)
+        for epoch in range(2)
+        for split in ("train", "val")
+        for batch in range(plan.orders[split].num_batches)
+    ]
+    assert [(b.split, b.epoch, b.batch) for b in batches] == expected

@@ -1,0 +1,99 @@
+import json
+import math
+
+import pytest
+import torch
+
+from prelora_ray.method.adapters import inject
+from prelora_ray.method.convergence import ConvergenceTest
+from prelora_ray.method.phases import Phase, PhaseSchedule, freeze_parameters
+from prelora_ray.method.targets import find_targets
+
+NAME = "blocks.0.attn.query"
+
+
+def schedule(**options) -> PhaseSchedule:
+    test = ConvergenceTest(tau=1, zeta=1, windows=2, window_epochs=2)
+    return PhaseSchedule(test, lambda change: {name: 8 for name in change}, **({"warmup_epochs": 3} | options))
+
+
+def phases(schedule: PhaseSchedule, epochs: int = 12) -> list[str]:
+    """Phase in which each epoch trains, with norms and loss that never change: converged at the end of window 1."""
+    seen = []
+    for epoch in range(epochs):
+        seen.append(schedule.phase.value)
+        schedule.end_epoch(epoch, {NAME: 1.0}, 1.0)
+    return seen
+
+
+def test_switch_by_the_test_then_warmup_then_lora():
+    run = schedule()
+    assert phases(run) == ["full"] * 4 + ["warmup"] * 3 + ["lora"] * 5
+    assert (run.switched_at, run.frozen_at, run.ranks) == (4, 7, {NAME: 8})
+
+
+def test_no_warmup_switches_and_freezes_at_once():
+    run = schedule(warmup_epochs=0)
+    assert phases(run) == ["full"] * 4 + ["lora"] * 8
+    assert (run.switched_at, run.frozen_at) == (4, 4)
+
+
+def test_forced_switch():
+    assert phases(schedule(switch_epoch=5)) == ["full"] * 5 + ["warmup"] * 3 + ["lora"] * 4
+    assert phases(schedule(switch_epoch=1)) == ["full"] + ["warmup"] * 3 + ["lora"] * 8
+
+
+def test_disabled_never_switches():
+    assert phases(schedule(enabled=False)) == ["full"] * 12
+
+
+def test_state_survives_json_with_an_infinite_change():
+    run = schedule(switch_epoch=6)
+    norms = [0.0, 0.0, 1.0, 1.0]  # leaves zero: an infinite change
+    for epoch, norm in enumerate(norms):
+        run.end_epoch(epoch, {NAME: norm}, 1.0)
+    copy = schedule(switch_epoch=6)
+    copy.load_state_dict(json.loads(json.dumps(run.state_dict(), allow_nan=False)))
+    assert copy._last_change == {NAME: math.inf}
+    for epoch in (4, 5, 6, 7, 8, 9):
+        assert run.end_epoch(epoch, {NAME: 1.0}, 1.0) == copy.end_epoch(epoch, {NAME: 1.0}, 1.0)
+    assert run.phase is copy.phase is Phase.LORA
+
+
+@pytest.fixture
+def adapted(vit):
+    """Adapters on key of the last two blocks and fc1 of the last."""
+    targets = find_targets(vit)
+    inject(vit, targets, {"blocks.1.attn.key": 4, "blocks.2.attn.key": 4, "blocks.2.mlp.fc1": 4})
+    return vit
+
+
+def trainable(model) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_freeze_adapted(adapted):
+    everything = trainable(adapted)
+    freeze_parameters(adapted, "adapted")
+    layers = ("blocks.1.attn.qkv", "blocks.2.attn.qkv", "blocks.2.mlp.fc1")
+    assert everything - trainable(adapted) == {f"{layer}.{part}" for layer in layers for part in ("weight", "bias")}
+
+
+def test_freeze_all_but_head(adapted):
+    adapters = {name for name in trainable(adapted) if "lora_" in name}
+    freeze_parameters(adapted, "all_but_head")
+    assert trainable(adapted) == adapters | {"head.weight", "head.bias"}
+
+
+def test_freeze_prefix_stops_the_backward(adapted, images):
+    freeze_parameters(adapted, "prefix")
+    names = trainable(adapted)
+    assert not any(name.startswith(("patch_embed", "pos_embed", "cls_token", "blocks.0.")) for name in names)
+    assert {"blocks.1.norm1.weight", "blocks.1.mlp.fc2.weight", "norm.weight", "head.bias"} <= names
+    assert "blocks.1.attn.qkv.weight" not in names
+    features = []
+    adapted.blocks[0].register_forward_hook(lambda module, args, output: features.append(output))
+    adapted(images).sum().backward()
+    assert not features[0].requires_grad
+    assert all((p.grad is not None) == (n in names) for n, p in adapted.named_parameters())
+    assert torch.isfinite(adapted.head.weight.grad).all()

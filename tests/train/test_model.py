@@ -1,0 +1,71 @@
+import numpy as np
+import pytest
+import timm
+import torch
+
+from prelora_ray.config import MethodSettings, ModelSettings
+from prelora_ray.train.model import check_model, create_model, draw_drop_path, drop_path_modules, set_drop_path
+from tests.conftest import TINY_VIT
+
+TINY = ModelSettings(name="vit_tiny_patch16_224", image_size=8, options=TINY_VIT)
+SMALL_RANKS = MethodSettings(r_min=2, r_max=8)
+
+
+def test_the_model_is_timms_own():
+    model = create_model(TINY, num_classes=10, seed=3)
+    torch.manual_seed(3)
+    plain = timm.create_model("vit_tiny_patch16_224", img_size=8, num_classes=10, **TINY_VIT)
+    images = torch.randn(4, 3, 8, 8)
+    assert torch.equal(model.eval()(images), plain.eval()(images))
+    assert not torch.equal(create_model(TINY, 10, seed=4).head.weight, plain.head.weight)
+
+
+def test_drop_path_against_a_branch_left_out():
+    model = create_model(TINY.model_copy(update={"drop_path": 0.5}), num_classes=10, seed=0).train()
+    modules = drop_path_modules(model)
+    assert [module.drop_prob for module in modules] == [0.25, 0.25, 0.5, 0.5]  # the first block has none
+    images = torch.randn(2, 3, 8, 8)
+    set_drop_path(modules, torch.tensor([[1.0, 1.0], [1.0, 1.0], [1.0, 0.0], [1.0, 0.0]]))
+    both = model(images)
+    set_drop_path(modules, None)
+    whole = model(images)
+    model.blocks[2] = torch.nn.Identity()
+    without = model(images)
+    torch.testing.assert_close(both[0], whole[0])
+    torch.testing.assert_close(both[1], without[1])
+
+
+def test_drop_path_masks_belong_to_cells():
+    modules = drop_path_modules(create_model(TINY.model_copy(update={"drop_path": 0.5}), 10, 0))
+    whole = draw_drop_path(modules, 1, 2, 3, range(6), 4, 24)
+    part = draw_drop_path(modules, 1, 2, 3, [4, 5], 4, 12)
+    assert torch.equal(part[:, :8], whole[:, 16:])
+    assert torch.equal(part[:, 8:], torch.ones(4, 4).double())
+    many = torch.cat([draw_drop_path(modules, 1, 2, batch, range(6), 4, 24) for batch in range(200)], dim=1)
+    assert np.allclose(many.mean(1), 1, atol=0.06)  # scaled by 1 / keep
+    assert set(many[2].tolist()) == {0.0, 2.0}
+
+
+def test_any_timm_vit_is_accepted():
+    for name in ("vit_base_patch16_224", "deit3_small_patch16_224", "vit_so400m_patch14_siglip_224", "vit_base_patch14_dinov2"):
+        assert len(check_model(ModelSettings(name=name), MethodSettings())) % 6 == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "method", "message"),
+    [
+        ({"name": "resnet18"}, {}, "timm says TypeError"),
+        ({"name": "vit_tinny"}, {}, "model.name = 'vit_tinny' is not allowed"),
+        ({"name": "beit_base_patch16_224"}, {}, "by its weight alone"),
+        ({"options": {**TINY_VIT, "proj_drop_rate": 0.1}}, {}, "turn on dropout in blocks.0.attn.proj_drop"),
+        ({"options": {**TINY_VIT, "depht": 3}}, {}, "depht"),
+        ({}, {"r_max": 64}, "method.r_max = 64 is not allowed: the model's smallest weight has rank 16 at most"),
+        ({}, {"rank_pattern": {"fc3": 8}}, "'fc3' matches no target module"),
+        ({}, {"rank_pattern": {".*": 32}}, "rank 32 of 'blocks.0.attn.query' is not allowed"),
+    ],
+)
+def test_refused(model, method, message):
+    with pytest.raises(ValueError, match=message):
+        check_model(
+            ModelSettings(**{**TINY.model_dump(), **model}), MethodSettings(**{**SMALL_RANKS.model_dump(), **method})
+        )

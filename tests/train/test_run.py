@@ -1,0 +1,226 @@
+"""Whole runs on Ray: killed in every phase and resumed they end with the bits of an undisturbed one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from prelora_ray.config import Settings, parse_settings
+from prelora_ray.method.adapters import merged_state_dict
+from prelora_ray.method.phases import Phase
+from prelora_ray.run_folder import RunFolder, last_attempt
+from prelora_ray.sweep.replay import read_record, replay
+from prelora_ray.train.checkpoint import Checkpoint, Checkpoints
+from prelora_ray.train.run import TrainError, train
+from prelora_ray.train.state import TrainState
+from tests.conftest import TINY_VIT
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+SWITCH, FREEZE, EPOCHS = 3, 5, 7
+
+
+def settings(digits: Path, storage: Path, name: str, workers: int, **sections: dict[str, Any]) -> Settings:
+    """A run that its test switches after epoch 3 and that freezes after epoch 5 of 7, all that is drawn turned on."""
+    content: dict[str, dict[str, Any]] = {
+        "data": {"path": str(digits), "batch_size": 96, "cell": 12, "crop_ratio": 1.0, "decoders": 1},
+        "model": {"name": "vit_tiny_patch16_224", "image_size": 8, "options": TINY_VIT, "drop_path": 0.2},
+        "augment": {"crop": "padded", "padding": 1, "mixup": 0.8, "cutmix": 1.0},
+        "train": {"epochs": EPOCHS, "ramp_epochs": 1, "seed": 5},
+        "method": {
+            "tau": 1000,
+            "zeta": 1000,
+            "windows": 3,
+            "window_epochs": 1,
+            "warmup_epochs": 2,
+            "r_min": 2,
+            "r_max": 8,
+            "adapter_ramp_steps": 10,
+        },
+        "workers": {"min": workers, "max": workers, "cpus": 0.5},
+    }
+    for section, keys in sections.items():
+        content[section] |= keys
+    return parse_settings({"name": name, "storage": str(storage), "audit_samples": True, **content})
+
+
+def final(run: Settings) -> Checkpoint:
+    checkpoints = Checkpoints(RunFolder.of(run))
+    return checkpoints.load(checkpoints.names()[-1])
+
+
+def assert_same_bits(one: Checkpoint, other: Checkpoint) -> None:
+    assert one.state == other.state
+    for part in ("model", "base", "adapter"):
+        ours, theirs = getattr(one, part), getattr(other, part)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items()), part
+    assert one.optimizer.keys() == other.optimizer.keys()
+    for name, entry in one.optimizer.items():
+        assert all(torch.equal(value, other.optimizer[name][key]) for key, value in entry.items()), name
+
+
+def samples(run: Settings) -> dict[tuple[int, int], list[int]]:
+    """Samples of every global batch that stand, over all workers, sorted."""
+    batches: dict[tuple[int, int], list[int]] = {}
+    for path in Path(RunFolder.of(run).path).glob("samples-*.jsonl"):
+        for line in last_attempt(RunFolder.of(run).read_lines(path.name), "epoch", "batch"):
+            batches.setdefault((line["epoch"], line["batch"]), []).extend(line["samples"])
+    return {batch: sorted(ids) for batch, ids in batches.items()}
+
+
+class Killer(threading.Thread):
+    """Sends SIGKILL to one worker, in turn, as soon as each of the given numbers of epochs is done."""
+
+    def __init__(self, run: Settings, after_epochs: list[int]) -> None:
+        super().__init__(daemon=True)
+        self._folder = RunFolder.of(run)
+        self._after_epochs = after_epochs
+        self.phases: list[str] = []
+
+    def run(self) -> None:
+        for n, epochs in enumerate(self._after_epochs):
+            while len(last_attempt(self._folder.read_lines("epochs.jsonl"), "epoch")) <= epochs - 1:
+                time.sleep(0.01)
+            workers = [
+                process
+                for process in psutil.Process().children(recursive=True)
+                if process.cmdline()[:1] == ["ray::RayTrainWorker"] or "RayTrainWorker" in " ".join(process.cmdline()[:2])
+            ]
+            workers.sort(key=lambda process: process.pid)
+            victim = workers[n % len(workers)]
+            self.phases.append(self._folder.read_lines("epochs.jsonl")[-1]["phase"])
+            os.kill(victim.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(digits: Path, storage: Path):
+    """The undisturbed run on a number of workers, trained once."""
+    done: dict[tuple[int, str], Settings] = {}
+
+    def get(workers: int, precision: str = "fp32") -> Settings:
+        if (workers, precision) not in done:
+            run = settings(digits, storage, f"plain-{workers}-{precision}", workers, train={"precision": precision})
+            train(run)
+            done[workers, precision] = run
+        return done[workers, precision]
+
+    return get
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_killed_in_every_phase_it_ends_with_the_same_bits(digits, storage, undisturbed, workers):
+    run = settings(digits, storage, f"killed-{workers}", workers)
+    killer = Killer(run, [1, SWITCH + 1, FREEZE + 1])
+    killer.start()
+    result = train(run)
+    assert killer.phases == ["full", "warmup", "lora"]
+    assert result["restarts"] == 3
+    assert (result["switch_epoch"], result["freeze_epoch"], result["epochs"]) == (SWITCH, FREEZE, EPOCHS)
+    plain = undisturbed(workers)
+    assert_same_bits(final(run), final(plain))
+    assert samples(run) == samples(plain)
+
+
+def test_one_run_through_all_phases(undisturbed):
+    run = undisturbed(2)
+    folder = RunFolder.of(run)
+    epochs = last_attempt(folder.read_lines("epochs.jsonl"), "epoch")
+    assert [line["phase"] for line in epochs] == ["full"] * 3 + ["warmup"] * 2 + ["lora"] * 2
+    assert all(line["world_size"] == 2 and line["images"] == 1438 for line in epochs)
+    ranks = folder.read_json("ranks.json")
+    assert len(ranks) == 18
+    assert len(set(ranks.values())) > 1
+    events = [line["event"] for line in folder.read_lines("events.jsonl")]
+    assert [event for event in events if event not in ("window", "checkpoint")] == ["run_started", "switch", "freeze"]
+    seen = samples(run)
+    for epoch in range(EPOCHS):
+        ids = [i for (e, _), part in seen.items() if e == epoch for i in part]
+        assert sorted(ids) == list(range(1438))
+
+
+def test_replaying_the_record_gives_the_runs_own_switch_and_ranks(undisturbed):
+    folder = RunFolder.of(undisturbed(1))
+    record = read_record(str(folder))
+    result = replay(record, record.method, record.ramp_epochs)
+    assert result.switch_epoch == folder.read_json("result.json")["switch_epoch"] == SWITCH
+    assert result.ranks == folder.read_json("ranks.json")
+    windows = folder.read_lines("windows.jsonl")
+    assert [verdict.family_change for verdict in result.verdicts] == [line["change"] for line in windows[:SWITCH]]
+
+
+def test_lora_checkpoint_is_what_it_says(undisturbed):
+    """Frozen weights are those of the freeze; the checkpoint's parts make up the model that the run ended with."""
+    run = undisturbed(1)
+    checkpoints = Checkpoints(RunFolder.of(run))
+    end, freeze = final(run), checkpoints.load(f"{FREEZE:05d}-000000")
+    assert end.state["phases"]["phase"] == Phase.LORA
+    assert {name.split(".", 2)[2] for name in end.base} == {
+        f"{layer}.{part}" for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2") for part in ("weight", "bias")
+    }
+    assert all(torch.equal(tensor, freeze.base[name]) for name, tensor in end.base.items())
+    assert not torch.equal(end.model["head.weight"], freeze.model["head.weight"])
+    assert not any(name in end.optimizer for name in end.base)
+    state = TrainState(run, 10, 15, torch.device("cpu"), 1)
+    state.restore(end)
+    merged = merged_state_dict(state.model)
+    assert set(merged) == set(end.base) | set(end.model)
+    assert not torch.equal(merged["blocks.0.attn.qkv.weight"], end.base["blocks.0.attn.qkv.weight"])
+
+
+def test_one_worker_equals_three_in_float64(undisturbed):
+    one, three = undisturbed(1, "fp64"), undisturbed(3, "fp64")
+    assert samples(one) == samples(three)
+    folders = [RunFolder.of(run) for run in (one, three)]
+    assert folders[0].read_json("ranks.json") == folders[1].read_json("ranks.json")
+    a, b = final(one), final(three)
+    assert a.state["phases"]["switch_epoch"] == b.state["phases"]["switch_epoch"] == SWITCH
+    for part in ("model", "base", "adapter"):
+        ours, theirs = getattr(a, part), getattr(b, part)
+        for name, tensor in ours.items():
+            assert tensor.dtype == torch.float64
+            assert (tensor - theirs[name]).norm() <= 1e-5 * tensor.norm(), name
+
+
+def test_a_finished_run_is_not_run_again(undisturbed):
+    run = undisturbed(1)
+    before = Path(RunFolder.of(run).path, "epochs.jsonl").read_bytes()
+    assert train(run)["switch_epoch"] == SWITCH
+    assert Path(RunFolder.of(run).path, "epochs.jsonl").read_bytes() == before
+
+
+def test_resuming_with_other_settings_is_refused(undisturbed, digits, storage):
+    run = undisturbed(1)
+    other = settings(digits, storage, run.name, 1, train={"learning_rate": 0.5})
+    with pytest.raises(ValueError, match=r"train\.learning_rate = 0\.5 is not allowed: run .* was begun with 0\.001"):
+        train(other)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_the_last_good_checkpoint(digits, storage):
+    run = settings(digits, storage, "diverged", 2, train={"learning_rate": 1e30, "clip_norm": None})
+    with pytest.raises(TrainError, match=r"not finite at step \d+ .*phase full; .*checkpoint"):
+        train(run)
+    events = RunFolder.of(run).read_lines("events.jsonl")
+    assert events[-1]["event"] == "run_failed"
+    assert [line["event"] for line in events].count("restart") == 0
+
+
+def test_config_holds_every_key_and_reads_back(undisturbed):
+    run = undisturbed(1)
+    read = RunFolder.of(run).read_settings()
+    assert read == run
+    assert json.loads(read.model_dump_json())["method"]["scaling"] == 2.0

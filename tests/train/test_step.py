@@ -1,0 +1,109 @@
+"""One step against a statement of its own: the gradient of the mean loss over the global batch, in float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from prelora_ray.config import Settings, parse_settings
+from prelora_ray.data.manifest import Manifest, Shard
+from prelora_ray.data.stream import Batch
+from prelora_ray.train.state import TrainState
+from prelora_ray.train.step import NonFiniteLossError, Stepper
+from prelora_ray.train.worker import stream_plan
+from tests.conftest import TINY_VIT
+
+MANIFEST = Manifest(
+    tuple("0123456789"),
+    {"train": (Shard("t", (21,), 0, ""),), "val": (Shard("v", (21,), 0, ""),)},
+    bad=0,
+    settings={},
+)
+
+
+def settings(tmp_path: Path, **train) -> Settings:
+    return parse_settings(
+        {
+            "name": "step",
+            "data": {"path": str(tmp_path), "batch_size": 24, "cell": 4},
+            "model": {"name": "vit_tiny_patch16_224", "image_size": 8, "options": TINY_VIT},
+            "train": {"precision": "fp64", "epochs": 20, "ramp_epochs": 0, "clip_norm": None, **train},
+        }
+    )
+
+
+def stepper(settings: Settings) -> Stepper:
+    plan = stream_plan(settings, MANIFEST, 0, 1)
+    return Stepper(TrainState(settings, 10, 1, torch.device("cpu"), 1), plan)
+
+
+def batch(ids: np.ndarray) -> Batch:
+    rng = np.random.default_rng(0)
+    images = torch.from_numpy(rng.integers(0, 256, (len(ids), 8, 8, 3), np.uint8))
+    labels = torch.from_numpy(np.where(ids >= 0, rng.integers(0, 10, len(ids)), -1))
+    return Batch("train", 0, 0, images, labels, ids)
+
+
+IDS = np.array([*range(11), -1, *range(11, 14), -1, *range(14, 17), -1, *range(17, 21)])  # 21 of 24 slots
+
+
+@pytest.mark.parametrize("micro_batch", [None, 4, 8, 16])
+def test_gradient_is_the_mean_over_the_global_batch(tmp_path, micro_batch):
+    step = stepper(settings(tmp_path, micro_batch=micro_batch))
+    reference = stepper(settings(tmp_path)).state.model
+    content = batch(IDS)
+    gradients = {}
+    step.state.optimizer.register_step_pre_hook(
+        lambda *_: gradients.update({n: p.grad.clone() for n, p in step.state.model.named_parameters()})
+    )
+    step.train(content)
+    filled = torch.from_numpy(IDS >= 0)
+    mean = torch.tensor((0.485, 0.456, 0.406), dtype=torch.float64)
+    std = torch.tensor((0.229, 0.224, 0.225), dtype=torch.float64)
+    pixels = ((content.images[filled].double() / 255 - mean) / std).permute(0, 3, 1, 2)
+    loss = F.cross_entropy(reference(pixels), content.labels[filled])
+    loss.backward()
+    for name, parameter in reference.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-6, atol=1e-9)
+    assert step.epoch_sums() == (pytest.approx(21 * loss.item(), rel=1e-6), 21)
+
+
+def test_evaluation_counts_every_filled_slot_once(tmp_path):
+    step = stepper(settings(tmp_path, micro_batch=8))
+    content = batch(IDS)
+    result = step.evaluate([content, content])
+    filled = torch.from_numpy(IDS >= 0)
+    logits = step.state.model.eval()(step._images(content, slice(None)))[filled]
+    labels = content.labels[filled]
+    assert result.images == 42
+    assert result.top1 == pytest.approx((logits.argmax(1) == labels).double().mean().item())
+    ranks = (logits > logits.gather(1, labels[:, None])).sum(1)
+    assert result.top5 == pytest.approx((ranks < 5).double().mean().item())
+    assert result.loss == pytest.approx(F.cross_entropy(logits, labels).item())
+
+
+def test_clipping_against_torch(tmp_path):
+    step = stepper(settings(tmp_path, clip_norm=0.01))
+    norms = []
+    step.state.optimizer.register_step_pre_hook(
+        lambda *_: norms.append(torch.stack([p.grad.norm() for p in step.state.model.parameters()]).norm().item())
+    )
+    step.train(batch(IDS))
+    assert norms == [pytest.approx(0.01, rel=1e-3)]
+
+
+def test_a_loss_that_is_not_finite_names_its_step_and_phase(tmp_path):
+    step = stepper(settings(tmp_path))
+    step.train(batch(IDS))
+    step.check_finite()
+    step.state.batch = 1
+    with torch.no_grad():
+        step.state.model.head.bias[0] = torch.nan
+    step.train(batch(IDS))
+    step.train(batch(IDS))
+    with pytest.raises(NonFiniteLossError, match=r"not finite at step 1 .*phase full"):
+        step.check_finite()
