@@ -11,6 +11,7 @@ epoch boundary starts nothing anew.
 from __future__ import annotations
 
 import logging
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -177,6 +178,7 @@ class _Decode:
     """Encoded images of one block to padded pixel arrays."""
 
     def __init__(self, plan: StreamPlan) -> None:
+        os.nice(10)  # a training loop on the same cores goes first; decoding takes what it leaves
         self._augmenter = Augmenter(plan.augmentation, plan.seed, plan.crop_ratio)
         self._num_slots = plan.num_slots
         self._size = plan.augmentation.image_size

@@ -41,9 +41,7 @@ def test_drawn_by_seed_epoch_and_sample_alone(options):
 def test_padded_crop_shifts_by_at_most_the_padding():
     square = NOISE[:32, :32]
     bordered = np.pad(square, ((3, 3), (3, 3), (0, 0)))
-    windows = {
-        np.ascontiguousarray(bordered[y : y + 32, x : x + 32]).tobytes(): (y, x) for y in range(7) for x in range(7)
-    }
+    windows = {np.ascontiguousarray(bordered[y : y + 32, x : x + 32]).tobytes(): (y, x) for y in range(7) for x in range(7)}
     make = augmenter(crop="padded", padding=3, flip=0)
     shifts = [windows[make.train(png(square), 0, sample).tobytes()] for sample in range(300)]
     assert {y for y, _ in shifts} == {x for _, x in shifts} == set(range(7))

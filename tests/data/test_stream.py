@@ -12,7 +12,7 @@ from prelora_ray.data.manifest import read_manifest
 from prelora_ray.data.mixing import Mixing, mix, normalize, plan_mixing
 from prelora_ray.data.stream import Batch, stream_batches
 from prelora_ray.storage import Storage
-from prelora_ray.train.worker import stream_plan
+from prelora_ray.train.feed import stream_plan
 
 EPOCHS = 3
 Cells = dict[tuple[str, int, int, int], tuple[bytes, ...]]

@@ -14,7 +14,7 @@ NAME = "blocks.0.attn.query"
 
 def schedule(**options) -> PhaseSchedule:
     test = ConvergenceTest(tau=1, zeta=1, windows=2, window_epochs=2)
-    return PhaseSchedule(test, lambda change: {name: 8 for name in change}, **({"warmup_epochs": 3} | options))
+    return PhaseSchedule(test, lambda change: dict.fromkeys(change, 8), **({"warmup_epochs": 3} | options))
 
 
 def phases(schedule: PhaseSchedule, epochs: int = 12) -> list[str]:

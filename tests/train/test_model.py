@@ -66,6 +66,4 @@ def test_any_timm_vit_is_accepted():
 )
 def test_refused(model, method, message):
     with pytest.raises(ValueError, match=message):
-        check_model(
-            ModelSettings(**{**TINY.model_dump(), **model}), MethodSettings(**{**SMALL_RANKS.model_dump(), **method})
-        )
+        check_model(ModelSettings(**{**TINY.model_dump(), **model}), MethodSettings(**{**SMALL_RANKS.model_dump(), **method}))

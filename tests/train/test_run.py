@@ -94,7 +94,7 @@ class Killer(threading.Thread):
             workers = [
                 process
                 for process in psutil.Process().children(recursive=True)
-                if process.cmdline()[:1] == ["ray::RayTrainWorker"] or "RayTrainWorker" in " ".join(process.cmdline()[:2])
+                if "RayTrainWorker" in " ".join(process.cmdline()[:1])
             ]
             workers.sort(key=lambda process: process.pid)
             victim = workers[n % len(workers)]
@@ -122,14 +122,19 @@ def undisturbed(digits: Path, storage: Path):
     return get
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
-def test_killed_in_every_phase_it_ends_with_the_same_bits(digits, storage, undisturbed, workers):
-    run = settings(digits, storage, f"killed-{workers}", workers)
-    killer = Killer(run, [1, SWITCH + 1, FREEZE + 1])
+AFTER_EPOCHS = {"full": 1, "warmup": SWITCH + 1, "lora": FREEZE + 1}
+ONE_PHASE = [(1, ["full"]), (2, ["warmup"]), (3, ["lora"])]
+EVERY_PHASE = [pytest.param(workers, list(AFTER_EPOCHS), marks=pytest.mark.slow) for workers in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(("workers", "phases"), ONE_PHASE + EVERY_PHASE)
+def test_killed_and_resumed_it_ends_with_the_same_bits(digits, storage, undisturbed, workers, phases):
+    run = settings(digits, storage, f"killed-{workers}-{len(phases)}", workers)
+    killer = Killer(run, [AFTER_EPOCHS[phase] for phase in phases])
     killer.start()
     result = train(run)
-    assert killer.phases == ["full", "warmup", "lora"]
-    assert result["restarts"] == 3
+    assert killer.phases == phases
+    assert result["restarts"] == len(phases)
     assert (result["switch_epoch"], result["freeze_epoch"], result["epochs"]) == (SWITCH, FREEZE, EPOCHS)
     plain = undisturbed(workers)
     assert_same_bits(final(run), final(plain))

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from prelora_ray.config import Settings, parse_settings
 from prelora_ray.data.manifest import Manifest, Shard
 from prelora_ray.data.stream import Batch
+from prelora_ray.train.feed import stream_plan
 from prelora_ray.train.state import TrainState
 from prelora_ray.train.step import NonFiniteLossError, Stepper
-from prelora_ray.train.worker import stream_plan
 from tests.conftest import TINY_VIT
 
 MANIFEST = Manifest(

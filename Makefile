@@ -1,0 +1,30 @@
+# `make demo` and `make test` need Python 3.11 or 3.12 and a package index, and install all else into .venv.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: install demo test test-all lint clean
+
+install: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: install
+	$(BIN)/prelora train jobs/configs/digits.yaml
+
+test: install lint
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-all: install lint
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check --quiet .
+	$(BIN)/ruff format --quiet --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -1,0 +1,70 @@
+"""The stream of a run's batches, as the loop takes it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import ray
+import torch
+
+from prelora_ray.config import Settings
+from prelora_ray.data.augment import Augmentation
+from prelora_ray.data.manifest import Manifest, Split
+from prelora_ray.data.order import Order
+from prelora_ray.data.stream import Batch, StreamPlan, stream_batches
+
+
+class Feed:
+    """The stream of batches, taken split by split, with the time that was spent waiting for it."""
+
+    def __init__(self, settings: Settings, plan: StreamPlan, start: tuple[int, int], workers_on_node: int) -> None:
+        """`start` is the position, (epochs done, batches done in the epoch after)."""
+        self._batches = stream_batches(
+            plan, start, settings.train.epochs, lambda epoch: validates(settings, epoch), _decoders(settings, workers_on_node)
+        )
+        self._next: Batch | None = None
+        self.wait_seconds = 0.0
+
+    def take(self, split: Split, epoch: int) -> Iterator[Batch]:
+        """The batches that come next, as long as they are of this split and epoch."""
+        while True:
+            if self._next is None:
+                start = time.monotonic()
+                self._next = next(self._batches, None)
+                self.wait_seconds += time.monotonic() - start
+            batch = self._next
+            if batch is None or (batch.split, batch.epoch) != (split, epoch):
+                return
+            self._next = None
+            yield batch
+
+
+def validates(settings: Settings, epoch: int) -> bool:
+    """Whether an epoch (from 0) ends with a validation."""
+    return (epoch + 1) % settings.train.validate_every == 0 or epoch + 1 == settings.train.epochs
+
+
+def stream_plan(settings: Settings, manifest: Manifest, rank: int, world_size: int) -> StreamPlan:
+    """What a worker streams, as the settings describe it."""
+    data, augment, seed = settings.data, settings.augment, settings.train.seed
+    orders: dict[Split, Order] = {
+        "train": Order(manifest.row_groups("train"), data.num_cells, data.cell, seed, data.shuffle_row_groups),
+        "val": Order(manifest.row_groups("val"), data.num_cells, data.cell, None),
+    }
+    augmentation = Augmentation(
+        image_size=settings.model.image_size,
+        mean=data.mean,
+        std=data.std,
+        **augment.model_dump(include={"crop", "min_scale", "padding", "flip", "policy", "color_jitter", "erase"}),
+    )
+    return StreamPlan(data.path, manifest, orders, augmentation, seed, data.crop_ratio, rank, world_size)
+
+
+def _decoders(settings: Settings, workers_on_node: int) -> int:
+    """Decoders of this worker: its share of the node's CPUs, less one where a GPU wants its worker's own."""
+    if settings.data.decoders != "auto":
+        return settings.data.decoders
+    here = ray.get_runtime_context().get_node_id()
+    cpus = next(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["NodeID"] == here)
+    return max(1, int(cpus // workers_on_node) - int(torch.cuda.is_available()))

@@ -1,0 +1,119 @@
+"""The command as a person runs it, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from prelora_ray.method.convergence import percent_change
+from tests.conftest import TINY_VIT
+
+ROOT = Path(__file__).parent.parent
+
+
+def prelora(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "prelora_ray", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT)
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Path:
+    """A norms.jsonl of 12 epochs: norms that move by 8, 4, 2, 1, ... percent an epoch, loss by half of that."""
+    norm, loss = [10.0, 20.0], 2.0
+    path = tmp_path / "norms.jsonl"
+    with path.open("w") as file:
+        for epoch in range(12):
+            phase = "full" if epoch < 10 else "lora"
+            norms = dict(zip(("blocks.0.attn.query", "blocks.1.attn.query"), norm, strict=True))
+            file.write(json.dumps({"attempt": 0, "epoch": epoch, "phase": phase, "loss": loss, "norms": norms}) + "\n")
+            step = 0.08 / 2**epoch
+            norm, loss = [norm[0] * (1 + step), norm[1] * (1 - 2 * step)], loss * (1 - step / 2)
+    return path
+
+
+def test_replay_of_a_record_as_json(record):
+    # With windows of one epoch, step s changes the norms by 8 / 2^(s-1) and twice that percent: 12 / 2^(s-1) in the mean.
+    # tau 1 and k = 3 want 12 / 2^(s-1) < 1 at t - 1 and t: s = 5 (0.75) is the first, so t = 6, after 7 epochs.
+    result = prelora(
+        "replay", str(record), "--tau", "1", "--zeta", "5", "--windows", "3", "--window-epochs", "1", "--r-min", "4",
+        "--r-max", "16", "--json",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    content = json.loads(result.stdout)
+    assert content["switch_window"] == 6
+    assert content["switch_epoch"] == 7
+    assert content["ranks"] == {"blocks.0.attn.query": 4, "blocks.1.attn.query": 16}
+    assert percent_change(10, 10.8) == pytest.approx(8)
+
+
+def test_replay_reads_phase_full_only_and_says_why_there_is_no_switch(record):
+    result = prelora("replay", str(record), "--tau", "0.01", "--window-epochs", "1", "--json")
+    content = json.loads(result.stdout)
+    assert (content["switch_window"], content["switch_epoch"], content["ranks"]) == (None, None, None)
+    assert "10 epochs of phase full" in content["reason"]
+    table = prelora("replay", str(record), "--tau", "1", "--zeta", "5", "--window-epochs", "1")
+    assert "switch after epoch 7 (window 6)" in table.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "no.yaml"], "no.yaml is no file"),
+        (["train", "jobs/configs/digits.yaml", "--set", "train.epoch=3"], "did you mean train.epochs"),
+        (["train", "jobs/configs/cifar10.yaml", "--set", "data.path=/nowhere"], "/nowhere is no prepared folder"),
+        (["train", "jobs/configs/digits.yaml", "--set", "method.r_max=128"], "method.r_max = 128 is not allowed: the model's"),
+        (["train", "jobs/configs/digits.yaml", "--set", "model.name=vit_tinny"], "model.name = 'vit_tinny' is not allowed"),
+        (["replay", "/nowhere"], "'/nowhere' is no record"),
+        (["replay", "README.md"], "'README.md' is no record"),
+        (["prepare", "/nowhere", "/tmp/out", "--val-fraction", "2"], "--val-fraction 2.0 is not allowed"),
+    ],
+)
+def test_a_wrong_request_gets_one_sentence_and_status_2(arguments, message):
+    result = prelora(*arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_help_names_every_command():
+    result = prelora("--help")
+    assert result.returncode == 0
+    assert {"train", "prepare", "replay"} <= set(re.findall(r"\w+", result.stdout))
+
+
+def test_interrupted_with_ctrl_c_the_same_command_goes_on(tmp_path):
+    options = json.dumps(TINY_VIT)
+    command = [
+        sys.executable, "-m", "prelora_ray", "train", "jobs/configs/digits.yaml", "--storage", str(tmp_path), "--json",
+        "--set", f"model.options={options}", "--set", "train.epochs=9", "--set", f"data.path={tmp_path / 'digits'}",
+        "--set", "method.tau=1000", "--set", "method.zeta=1000", "--set", "method.window_epochs=1", "--set",
+        "train.ramp_epochs=1", "--set", "method.warmup_epochs=2", "--set", "method.r_max=8",
+    ]  # fmt: skip
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    epochs = tmp_path / "digits" / "epochs.jsonl"
+    while not (epochs.exists() and len(epochs.read_text().splitlines()) >= 2):
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.05)
+    os.kill(first.pid, signal.SIGINT)
+    stdout, stderr = first.communicate(timeout=60)
+    assert first.returncode == 130, stderr
+    assert stdout == ""
+    assert "the same command goes on" in stderr
+    assert "Traceback" not in stderr
+    second = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert second.returncode == 0, second.stderr
+    content = json.loads(second.stdout)
+    assert (content["epochs"], content["switch_epoch"], content["freeze_epoch"], content["restarts"]) == (9, 3, 5, 1)
+    assert content["path"] == str(tmp_path / "digits")
+    replayed = prelora("replay", content["path"], "--json")
+    assert json.loads(replayed.stdout)["ranks"] == json.loads((tmp_path / "digits" / "ranks.json").read_text())

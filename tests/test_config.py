@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+from prelora_ray.config import load_settings, parse_settings, without_effect
+from prelora_ray.train.model import check_model
+
+CONFIGS = sorted((Path(__file__).parent.parent / "jobs" / "configs").glob("*.yaml"))
+DATA = {"data": {"path": "x"}}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_recipe_is_sound(path: Path):
+    settings = load_settings(path)
+    assert settings.name == path.stem
+    assert check_model(settings.model, settings.method)
+    assert without_effect(settings) == []
+
+
+def test_the_papers_recipe():
+    settings = load_settings(next(path for path in CONFIGS if path.stem == "imagenet_vit_large"))
+    assert (settings.train.epochs, settings.data.batch_size, settings.workers.max) == (300, 4096, 64)
+    method = settings.method
+    assert (method.windows, method.window_epochs, method.warmup_epochs, method.r_min, method.r_max) == (3, 3, 10, 8, 64)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ({"train": {"epoch": 3}}, "train.epoch = 3 is not allowed: there is no such key, did you mean train.epochs?"),
+        ({"tau": 1}, "tau = 1 is not allowed: there is no such key, did you mean method.tau?"),
+        ({"train": {"epochs": "ten"}}, "train.epochs = 'ten' is not allowed: it must be a valid integer"),
+        ({"train": {"epochs": True}}, "train.epochs = True is not allowed: it must be a valid integer"),
+        ({"train": {"learning_rate": float("nan")}}, "train.learning_rate = nan is not allowed: it must be a finite number"),
+        (
+            {"train": {"precision": "fp8"}},
+            "train.precision = 'fp8' is not allowed: it must be 'auto', 'fp64', 'fp32' or 'bf16'",
+        ),
+        (
+            {"data": {"path": "x", "decoders": "many"}},
+            "data.decoders = 'many' is not allowed: it must be a valid integer, or 'auto'",
+        ),
+        ({"data": {"path": "x", "mean": [0.5]}}, "data.mean = [0.5] is not allowed: it has too few entries"),
+        ({"data": {}}, "data.path is missing: it must be given"),
+        ({"data": None}, "data = None is not allowed: it must be a valid dictionary or instance of DataSettings"),
+        ({"method": {"r_min": 16, "r_max": 8}}, "method.r_min = 16 is not allowed: it must not exceed r_max = 8"),
+        ({"method": {"r_max": 48}}, "method.r_max = 48 is not allowed: a rank is a power of two, such as 8 or 16"),
+        ({"method": {"rank_pattern": {"key": 3}}}, "method.rank_pattern.key = 3 is not allowed: a rank is a power of two"),
+        ({"method": {"targets": ["qkv"]}}, "method.targets = 'qkv' is not allowed: it must be 'query', 'key'"),
+        ({"method": {"targets": []}}, "method.targets is empty"),
+        ({"method": {"windows": 1}}, "method.windows = 1 is not allowed: it must be greater than or equal to 2"),
+        ({"method": {"switch_epoch": 5}}, "method.switch_epoch = 5 is not allowed: ranks need two windows"),
+        ({"method": {"switch_epoch": 300}}, "method.switch_epoch = 300 is not allowed: it must be below train.epochs = 300"),
+        ({"train": {"epochs": 8}}, "train.epochs = 8 is not allowed: the test needs 3 windows of 3 epochs, so at least 9"),
+        ({"train": {"ramp_epochs": 300}}, "train.ramp_epochs = 300 is not allowed: it must be below train.epochs = 300"),
+        (
+            {"data": {"path": "x", "batch_size": 100}},
+            "data.batch_size = 100 is not allowed: it must be a multiple of data.cell = 16",
+        ),
+        ({"workers": {"max": 65}}, "workers.max = 65 is not allowed: a batch of 1024 has 64 cells of 16"),
+        ({"workers": {"min": 2}}, "workers.min = 2 is not allowed: it must not exceed workers.max = 1"),
+        ({"train": {"micro_batch": 20}}, "train.micro_batch = 20 is not allowed: it must be a multiple of data.cell = 16"),
+        ({"model": {"name": "hf-hub:timm/vit"}}, "model.name = 'hf-hub:timm/vit' fetches from elsewhere"),
+        ({"model": {"options": {"img_size": 32}}}, "model.options.img_size is not allowed: set model.image_size"),
+        ({"augment": {"policy": "rand-m9;x"}}, "augment.policy = 'rand-m9;x' is not allowed: it must be `3a` or a RandAugment"),
+        ({"name": "../up"}, "name = '../up' is not allowed: it must be 1 to 128 letters"),
+    ],
+)
+def test_refused_in_one_sentence(content, sentence):
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        parse_settings({"name": "run", **DATA, **content})
+    assert str(error.value).startswith(sentence)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "override", "message"),
+    [
+        ("data: {path: x}\ndata: {path: y}", [], "key 'data' stands twice"),
+        ("- a", [], "holds no settings"),
+        ("a: [", [], "is not YAML"),
+        ("data: {path: x}", ["train.epochs"], "write key.path=value"),
+        ("data: {path: x}", ["data.path.more=3"], "path is no section"),
+        ("data: {path: x}", ["train.epochs=[1"], "the value is not YAML"),
+        ("data: {path: x}", ["train.epochs=none"], "train.epochs = 'none' is not allowed"),
+    ],
+)
+def test_files_and_overrides_that_are_refused(tmp_path, text, override, message):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_settings(path, override)
+
+
+def test_overrides(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("data: {path: x}\ntrain: {learning_rate: 1e-3}")  # which plain YAML reads as text
+    settings = load_settings(path, ["train.epochs=20", "method.targets=[fc1, fc2]", "workers.max=2"], name="other")
+    assert settings.train.learning_rate == 1e-3
+    assert settings.train.epochs == 20
+    assert settings.method.targets == ("fc1", "fc2")
+    assert (settings.name, settings.workers.max) == ("other", 2)
+
+
+def test_settings_without_effect_are_told():
+    settings = parse_settings(
+        {
+            "name": "run",
+            **DATA,
+            "method": {"rank_pattern": {".*": 8}, "r_max": 32, "targets": ["query", "fc1"]},
+            "augment": {"crop": "center", "padding": 2},
+        }
+    )
+    told = without_effect(settings)
+    assert [sentence.split()[0] for sentence in told] == ["method.r_max", "method.targets", "augment.padding"]
+
+
+def test_the_reference_in_the_docs_is_up_to_date():
+    docs = Path(__file__).parent.parent / "docs"
+    reference = runpy.run_path(str(docs / "make_settings.py"))["reference"]
+    assert (docs / "settings.md").read_text() == reference(), "run `python docs/make_settings.py`"

@@ -1,0 +1,66 @@
+"""Who may import whom: docs/architecture.md's rules, read from the source."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "prelora_ray"
+MAY_IMPORT = {
+    "method": {"method"},
+    "data/draws.py": set(),
+    "data/order.py": {"data/draws.py"},
+    "data": {"data", "storage.py", "torchvision_ops.py"},
+    "storage.py": set(),
+    "torchvision_ops.py": set(),
+    "config.py": {"method"},
+    "run_folder.py": {"config.py", "storage.py"},
+    "train": {"train", "method", "data", "config.py", "run_folder.py", "storage.py", "torchvision_ops.py"},
+    "sweep": {"sweep", "train", "method", "config.py", "run_folder.py"},
+    "console.py": {"config.py", "run_folder.py", "sweep"},
+    "cli.py": {"console.py", "config.py", "run_folder.py", "data", "train", "sweep"},
+    "__main__.py": {"cli.py"},
+    "__init__.py": set(),
+}
+METHOD_LIBRARIES = {"torch", "hashlib", "math", "re", "collections", "dataclasses", "enum", "typing", "__future__"}
+
+
+def room(path: Path) -> str:
+    """The most exact entry of MAY_IMPORT for a file."""
+    name = path.relative_to(ROOT).as_posix()
+    return name if name in MAY_IMPORT else name.split("/")[0]
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: imports are absolute"
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def file_of(module: str) -> Path | None:
+    path = ROOT.parent.joinpath(*module.split("."))
+    return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if p.exists()), None)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_nothing_imports_upwards(path: Path):
+    allowed = MAY_IMPORT[room(path)]
+    for module in imported(path):
+        target = file_of(module) if module.startswith("prelora_ray.") else None
+        if target is None:
+            continue
+        name = target.relative_to(ROOT).as_posix()
+        assert name in allowed or name.split("/")[0] in allowed, f"{path.name} imports {module}"
+
+
+def test_the_method_is_plain_torch():
+    for path in (ROOT / "method").glob("*.py"):
+        outside = {name.split(".")[0] for name in imported(path)} - {"prelora_ray"}
+        assert outside <= METHOD_LIBRARIES, path
