@@ -41,12 +41,14 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a run through full, warmup and lora, or resume it."""
-    from prelora_ray import console
     from prelora_ray.config import load_settings
+
+    settings = load_settings(config, overrides or [], name=name, storage=storage)
+
+    from prelora_ray import console
     from prelora_ray.run_folder import RunFolder, last_attempt
     from prelora_ray.train.run import train as run
 
-    settings = load_settings(config, overrides or [], name=name, storage=storage)
     with console.watch(settings):
         result = run(settings, debug=_debug)
     folder = RunFolder.of(settings)

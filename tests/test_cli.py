@@ -91,29 +91,52 @@ def test_help_names_every_command():
     assert {"train", "prepare", "replay"} <= set(re.findall(r"\w+", result.stdout))
 
 
-def test_interrupted_with_ctrl_c_the_same_command_goes_on(tmp_path):
-    options = json.dumps(TINY_VIT)
-    command = [
-        sys.executable, "-m", "prelora_ray", "train", "jobs/configs/digits.yaml", "--storage", str(tmp_path), "--json",
-        "--set", f"model.options={options}", "--set", "train.epochs=9", "--set", f"data.path={tmp_path / 'digits'}",
-        "--set", "method.tau=1000", "--set", "method.zeta=1000", "--set", "method.window_epochs=1", "--set",
-        "train.ramp_epochs=1", "--set", "method.warmup_epochs=2", "--set", "method.r_max=8",
-    ]  # fmt: skip
-    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    epochs = tmp_path / "digits" / "epochs.jsonl"
+def tiny_run(tmp_path: Path) -> list[str]:
+    """A run of the digits' recipe made small, which switches after epoch 3 and freezes after epoch 5 of 9."""
+    changes = {
+        "data.path": tmp_path / "data",
+        "model.options": json.dumps(TINY_VIT),
+        "train.epochs": 9,
+        "train.ramp_epochs": 1,
+        "method.tau": 1000,
+        "method.zeta": 1000,
+        "method.window_epochs": 1,
+        "method.warmup_epochs": 2,
+        "method.r_max": 8,
+    }
+    sets = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
+    return ["train", "jobs/configs/digits.yaml", "--storage", str(tmp_path), "--name", "run", "--json", *sets]
+
+
+def interrupt(tmp_path: Path, signum: int) -> tuple[int, str, str]:
+    """Sends a signal to the driver once two epochs are done; returns exit status, standard output and error."""
+    command = [sys.executable, "-m", "prelora_ray", *tiny_run(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    epochs = tmp_path / "run" / "epochs.jsonl"
     while not (epochs.exists() and len(epochs.read_text().splitlines()) >= 2):
-        assert first.poll() is None, first.communicate()
+        assert process.poll() is None, process.communicate()
         time.sleep(0.05)
-    os.kill(first.pid, signal.SIGINT)
-    stdout, stderr = first.communicate(timeout=60)
-    assert first.returncode == 130, stderr
+    os.kill(process.pid, signum)
+    stdout, stderr = process.communicate(timeout=60)
+    return process.returncode, stdout, stderr
+
+
+def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path):
+    status, stdout, stderr = interrupt(tmp_path, signal.SIGINT)
+    assert status == 130, stderr
     assert stdout == ""
-    assert "the same command goes on" in stderr
+    assert "the same command goes on from the last checkpoint" in stderr
     assert "Traceback" not in stderr
-    second = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
-    assert second.returncode == 0, second.stderr
-    content = json.loads(second.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])
+def test_stopped_in_any_way_the_same_command_goes_on(tmp_path, signum):
+    interrupt(tmp_path, signum)
+    result = prelora(*tiny_run(tmp_path))
+    assert result.returncode == 0, result.stderr
+    content = json.loads(result.stdout)
     assert (content["epochs"], content["switch_epoch"], content["freeze_epoch"], content["restarts"]) == (9, 3, 5, 1)
-    assert content["path"] == str(tmp_path / "digits")
+    assert content["path"] == str(tmp_path / "run")
     replayed = prelora("replay", content["path"], "--json")
-    assert json.loads(replayed.stdout)["ranks"] == json.loads((tmp_path / "digits" / "ranks.json").read_text())
+    assert json.loads(replayed.stdout)["ranks"] == json.loads((tmp_path / "run" / "ranks.json").read_text())

@@ -15,20 +15,22 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import ray.data
-import torch
 from ray.data.block import BlockMetadata
 
 from prelora_ray.data.augment import Augmentation, Augmenter
 from prelora_ray.data.manifest import Manifest, Shard, Split
 from prelora_ray.data.order import Ids, Order, max_worker_cells, worker_cells
 from prelora_ray.storage import Storage
+
+if TYPE_CHECKING:
+    import torch  # readers and decoders do without, which saves each of them seconds and memory
 
 _OPEN_FILES = 32
 _PREFETCH_BYTES = 256 * 2**20
@@ -116,7 +118,7 @@ def stream_batches(
         label_selector=here,
     )
     for block in dataset.iter_torch_batches(batch_size=None, prefetch_batches=2, device="cpu"):
-        block = {name: cast(torch.Tensor, column)[0] for name, column in block.items()}
+        block = {name: cast("torch.Tensor", column)[0] for name, column in block.items()}
         split: Split = "train" if block["is_train"] else "val"
         for i in range(len(block["ids"])):
             ids = block["ids"][i].numpy()

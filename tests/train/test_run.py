@@ -70,12 +70,15 @@ def assert_same_bits(one: Checkpoint, other: Checkpoint) -> None:
 
 
 def samples(run: Settings) -> dict[tuple[int, int], list[int]]:
-    """Samples of every global batch that stand, over all workers, sorted."""
-    batches: dict[tuple[int, int], list[int]] = {}
+    """Samples of every global batch, sorted: those of the latest attempt at it, over all its workers."""
+    batches: dict[tuple[int, int], tuple[int, list[int]]] = {}
     for path in Path(RunFolder.of(run).path).glob("samples-*.jsonl"):
-        for line in last_attempt(RunFolder.of(run).read_lines(path.name), "epoch", "batch"):
-            batches.setdefault((line["epoch"], line["batch"]), []).extend(line["samples"])
-    return {batch: sorted(ids) for batch, ids in batches.items()}
+        for line in RunFolder.of(run).read_lines(path.name):
+            place = line["epoch"], line["batch"]
+            attempt, ids = batches.get(place, (-1, []))
+            if line["attempt"] >= attempt:
+                batches[place] = line["attempt"], (ids if line["attempt"] == attempt else []) + line["samples"]
+    return {place: sorted(ids) for place, (_, ids) in batches.items()}
 
 
 class Killer(threading.Thread):
