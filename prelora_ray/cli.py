@@ -67,12 +67,13 @@ def train(
 
 @app.command()
 def prepare(
-    source: Annotated[str, typer.Argument(help="`digits`, or a folder with one folder of images a class.")],
+    source: Annotated[str, typer.Argument(help="`digits`, or a folder of images, tars, Parquet or IDX files.")],
     out: Annotated[str, typer.Argument(help="Folder that the prepared images go into.")],
     val_fraction: Annotated[float, typer.Option(help="Share of each class held out where the source has no val.")] = 0.2,
     size: Annotated[int, typer.Option(help="Longest shorter side of a stored image, in pixels.")] = 256,
     max_bad: Annotated[float, typer.Option(help="Largest share of unreadable images before the job fails.")] = 0.001,
     seed: Annotated[int, typer.Option(help="Seed of the held-out choice and the rows' order.")] = 0,
+    quality: Annotated[int, typer.Option(help="JPEG quality of images that are encoded anew.")] = 92,
     as_json: Json = False,
 ) -> None:
     """Turn images into the Parquet files that training streams."""
@@ -83,7 +84,7 @@ def prepare(
     from prelora_ray.data.prepare import prepare as run
     from prelora_ray.train.run import ray_session
 
-    settings = PrepareSettings(val_fraction=val_fraction, size=size, max_bad=max_bad, seed=seed)
+    settings = PrepareSettings(val_fraction=val_fraction, size=size, max_bad=max_bad, seed=seed, quality=quality)
     start = time.monotonic()
     with ray_session(debug=_debug), Progress(console=console.err, disable=not console.err.is_terminal) as bar:
         task = bar.add_task("images", total=None)

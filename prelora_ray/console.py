@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +16,8 @@ from prelora_ray.config import Settings
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.sweep.replay import Replay
 
-out = Console(highlight=False)
-"""Standard output: results."""
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
+"""Standard output: results. A log or a pipe has no width of its own."""
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 """Standard error: everything else."""
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import ray.data
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from prelora_ray.data.draws import Draw, generator
 from prelora_ray.data.manifest import SCHEMA_VERSION, Manifest, Shard, Split, write_manifest
@@ -30,6 +31,7 @@ from prelora_ray.storage import Storage
 
 _METADATA = b"prelora"
 _LOSSLESS_SIDE = 64
+_SHARDS_PER_BUFFER = 8
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,9 @@ class PrepareSettings:
     seed: int = 0
     """Seed of the held-out choice and of the rows' order."""
     quality: int = 92
-    """JPEG quality of images that are encoded anew; images of up to 64 pixels become PNG, which is lossless."""
+    """JPEG quality of images that are encoded anew; images with a side of up to 64 pixels become PNG, which is lossless."""
+    max_pixels: int = 100_000_000
+    """Most pixels of a source image; a larger one is taken for a decompression bomb and counts as unreadable."""
     shard_rows: int = 2048
     """Images in a Parquet file."""
     row_group_bytes: int = 2**20
@@ -56,6 +60,8 @@ class PrepareSettings:
             raise ValueError(f"--max-bad {self.max_bad} is not allowed: it must lie in 0 to 1")
         if self.size < 1:
             raise ValueError(f"--size {self.size} is not allowed: it is a number of pixels, at least 1")
+        if not 1 <= self.quality <= 100:
+            raise ValueError(f"--quality {self.quality} is not allowed: it must lie in 1 to 100")
         if self.seed < 0:
             raise ValueError(f"--seed {self.seed} is not allowed: it is a whole number from 0 on")
 
@@ -88,6 +94,7 @@ def prepare(
             name = f"{split}-{i // settings.shard_rows:05d}.parquet"
             tasks.append(_ShardTask(opened, split, out, name, tuple(items[i : i + settings.shard_rows]), settings))
     done, total = 0, sum(map(len, splits.values()))
+    result_items = {task.file: task.items for task in tasks}
     written: dict[str, _Written] = {}
     quiet_data_context()
     references = [ray.put(task) for task in tasks]  # by reference, as the tasks list every image of the source
@@ -95,7 +102,7 @@ def prepare(
     for row in shards.map(lambda row: {"written": ray.get(references[row["id"]]).run()}).iter_rows():
         result: _Written = row["written"]
         written[result.shard.file] = result
-        done += result.images + len(result.bad)
+        done += len(result_items[result.shard.file])
         on_progress(done, total)
     bad = [entry for task in tasks for entry in written[task.file].bad]
     if bad:
@@ -133,8 +140,24 @@ def _split(source: Source, settings: PrepareSettings) -> dict[Split, list[Item]]
             raise ValueError(
                 f"--val-fraction {settings.val_fraction} leaves no images to {'validate with' if train else 'train on'}"
             )
-    shuffled = {split: [items[i] for i in rng.permutation(len(items))] for split, items in (("train", train), ("val", val))}
-    return shuffled  # type: ignore[return-value]
+    return {"train": _shuffle(train, rng, settings), "val": _shuffle(val, rng, settings)}
+
+
+def _shuffle(items: list[Item], rng: np.random.Generator, settings: PrepareSettings) -> list[Item]:
+    """Items in random order. Those of a source that is read in blocks are shuffled inside a buffer of random blocks,
+    so that a shard needs few of them: a block is read some `_SHARDS_PER_BUFFER` times and not once a shard."""
+    blocks: dict[int, list[Item]] = {}
+    for item in items:
+        blocks.setdefault(-1 if item.block is None else item.block, []).append(item)
+    shuffled: list[Item] = []
+    buffer: list[Item] = []
+    order = [list(blocks.values())[i] for i in rng.permutation(len(blocks))]
+    for i, block in enumerate(order):
+        buffer += block
+        if i + 1 == len(order) or len(buffer) >= _SHARDS_PER_BUFFER * settings.shard_rows:
+            shuffled += [buffer[j] for j in rng.permutation(len(buffer))]
+            buffer = []
+    return shuffled
 
 
 @dataclass(frozen=True)
@@ -170,7 +193,10 @@ class _ShardTask:
         rows, bad = [], []
         for item in self.items:
             try:
-                encoded = encode(self.source.read(item), self.settings.size, self.settings.quality)
+                content = self.source.read(item)
+                if _is_other_file(item.name, content):
+                    continue
+                encoded = encode(content, self.settings.size, self.settings.quality, self.settings.max_pixels)
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 bad.append((item.name, str(error) or type(error).__name__))
                 continue
@@ -216,19 +242,35 @@ def _describe(file: str, content: bytes, fingerprint: str) -> _Written | None:
     return _Written(shard, tuple((name, reason) for name, reason in metadata["bad"]))
 
 
-def encode(content: bytes, size: int, quality: int) -> bytes:
-    """An upright image with a shorter side of at most `size`, as PNG up to 64 pixels, else as JPEG.
+def _is_other_file(name: str, content: bytes) -> bool:
+    """Whether a file among the images is none and does not claim to be one: a text, a thumbnail database."""
+    try:
+        Image.open(io.BytesIO(content)).close()
+    except UnidentifiedImageError:
+        ending = os.path.splitext(name)[1].lower()
+        return bool(ending) and ending not in Image.registered_extensions()
+    except Exception:  # an image, if a broken one: the caller will find out
+        return False
+    return False
+
+
+def encode(content: bytes, size: int, quality: int, max_pixels: int) -> bytes:
+    """An upright image in RGB with a shorter side of at most `size`, as PNG up to 64 pixels, else as JPEG.
 
     An RGB or grey JPEG or PNG that is so already is left untouched. Raises an error of Pillow's where
-    the bytes are no whole image.
+    the bytes are no whole image, ValueError where it has more than `max_pixels`.
     """
+    if not content:
+        raise ValueError("the file is empty")
     image: Image.Image = Image.open(io.BytesIO(content))
+    if image.width * image.height > max_pixels:
+        raise ValueError(f"it has {image.width} x {image.height} pixels, more than {max_pixels:,}")
     image.load()
-    upright = image.getexif().get(0x0112, 1) == 1
+    upright = image.getexif().get(_ORIENTATION, 1) == 1
     small = min(image.size) <= size
     if image.format in ("JPEG", "PNG") and image.mode in ("RGB", "L") and upright and small:
         return content
-    image = ImageOps.exif_transpose(image).convert("RGB")
+    image = ImageOps.exif_transpose(_eight_bits(image)).convert("RGB")
     if min(image.size) > size:
         scale = size / min(image.size)
         image = image.resize(
@@ -240,3 +282,15 @@ def encode(content: bytes, size: int, quality: int) -> bytes:
     else:
         image.save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
+
+
+_ORIENTATION = 0x0112
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """A 16-bit grey image by its upper bytes, where Pillow's conversion would clip all but the darkest to white."""
+    if not image.mode.startswith("I"):
+        return image
+    grey = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    grey.info = image.info
+    return grey

@@ -123,20 +123,14 @@ def test_damaged_folders_are_refused(tree: Path, tmp_path: Path, damage: str):
     assert str(out) in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda p: None, "is no source"),
-        (lambda p: p.mkdir(), "has no class folders"),
-        (lambda p: (p / "a").mkdir(parents=True), "has no files"),
-        (lambda p: [save(p / "train/a/1.png", 1), save(p / "val/b/1.png", 1)], "class 'b' in val but not in train"),
-        (lambda p: save(p / "a/1.png", 1), "leaves no images to validate with"),
-    ],
-)
-def test_refused_sources(tmp_path: Path, make, message):
-    make(tmp_path / "source")
-    with pytest.raises(ValueError, match=message):
-        prepare(str(tmp_path / "source"), str(tmp_path / "out"))
+def test_refused_requests(tree: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match="is no source: give `digits`, or a folder"):
+        prepare(str(tmp_path / "nowhere"), str(tmp_path / "out"))
+    with pytest.raises(ValueError, match=r"--val-fraction 0\.01 leaves no images to validate with"):
+        prepare(str(tree), str(tmp_path / "out"), PrepareSettings(val_fraction=0.01))
+    for key, value in (("val_fraction", 1.0), ("size", 0), ("quality", 101), ("max_bad", 2), ("seed", -1)):
+        with pytest.raises(ValueError, match=f"--{key.replace('_', '-')} .* is not allowed"):
+            PrepareSettings(**{key: value})
     assert not (tmp_path / "out").exists()
 
 
@@ -150,14 +144,14 @@ def test_encode():
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 80, 3), np.uint8))
     read = lambda content: Image.open(io.BytesIO(content))  # noqa: E731
     jpeg = encoded(noise, "JPEG")
-    assert encode(jpeg, 64, 90) == jpeg
-    reduced = read(encode(jpeg, 25, 90))
+    assert encode(jpeg, 64, 90, 10**6) == jpeg
+    reduced = read(encode(jpeg, 25, 90, 10**6))
     assert (reduced.size, reduced.format, reduced.mode) == ((40, 25), "PNG", "RGB")
-    alpha = encode(encoded(noise.convert("RGBA"), "PNG"), 64, 90)
+    alpha = encode(encoded(noise.convert("RGBA"), "PNG"), 64, 90, 10**6)
     assert np.array_equal(np.array(read(alpha)), np.array(noise))
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned a quarter clockwise
-    turned = read(encode(encoded(noise, "PNG", exif=exif), 64, 90))
+    turned = read(encode(encoded(noise, "PNG", exif=exif), 64, 90, 10**6))
     assert np.array_equal(np.array(turned), np.rot90(np.array(noise), -1))
     with pytest.raises(OSError, match="truncated"):
-        encode(jpeg[: len(jpeg) // 2], 64, 90)
+        encode(jpeg[: len(jpeg) // 2], 64, 90, 10**6)
