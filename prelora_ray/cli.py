@@ -158,6 +158,8 @@ def main() -> None:
     """Runs the command. Exit status 0; 1 the work failed; 2 the request was wrong; 130 interrupted."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("prelora_ray").setLevel(logging.INFO)
+    if "--debug" in sys.argv:  # wherever it stands
+        sys.argv = [sys.argv[0], "--debug", *(argument for argument in sys.argv[1:] if argument != "--debug")]
     try:
         app()
     except (KeyboardInterrupt, ValueError, RuntimeError, OSError) as error:

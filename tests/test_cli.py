@@ -71,6 +71,7 @@ def test_replay_reads_phase_full_only_and_says_why_there_is_no_switch(record):
         (["train", "jobs/configs/cifar10.yaml", "--set", "data.path=/nowhere"], "/nowhere is no prepared folder"),
         (["train", "jobs/configs/digits.yaml", "--set", "method.r_max=128"], "method.r_max = 128 is not allowed: the model's"),
         (["train", "jobs/configs/digits.yaml", "--set", "model.name=vit_tinny"], "model.name = 'vit_tinny' is not allowed"),
+        (["train", "jobs/configs/digits.yaml", "--name", "big", "--set", "workers.cpus=500"], "2 workers of 500 CPU need 1000"),
         (["replay", "/nowhere"], "'/nowhere' is no record"),
         (["replay", "README.md"], "'README.md' is no record"),
         (["prepare", "/nowhere", "/tmp/out", "--val-fraction", "2"], "--val-fraction 2.0 is not allowed"),

@@ -54,7 +54,8 @@ def train(settings: Settings, *, debug: bool = False) -> dict[str, Any]:
         return result
     for sentence in without_effect(settings):
         logger.warning("%s", sentence)
-    with ray_session(debug=debug):
+    with ray_session(debug=debug) as is_embedded:
+        _check_room(settings, is_embedded)
         _prepare_once(settings)
         manifest = read_manifest(Storage(settings.data.path))
         for split in manifest.splits:
@@ -72,10 +73,13 @@ def train(settings: Settings, *, debug: bool = False) -> dict[str, Any]:
 
 
 @contextmanager
-def ray_session(*, debug: bool = False) -> Iterator[None]:
-    """Ray: the cluster that RAY_ADDRESS names, as under `ray job submit`, or an embedded one for the time of the block."""
+def ray_session(*, debug: bool = False) -> Iterator[bool]:
+    """Ray for the time of the block: the cluster that RAY_ADDRESS names, as under `ray job submit`, or an embedded one.
+
+    Yields whether it is an embedded one, which will never have more CPUs or GPUs than this machine.
+    """
     if ray.is_initialized():
-        yield
+        yield False
         return
     address = os.environ.get("RAY_ADDRESS") or "local"
     ray.init(
@@ -85,9 +89,22 @@ def ray_session(*, debug: bool = False) -> Iterator[None]:
         **({"include_dashboard": False} if address == "local" else {}),
     )
     try:
-        yield
+        yield address == "local"
     finally:
         ray.shutdown()
+
+
+def _check_room(settings: Settings, is_embedded: bool) -> None:
+    """Ray Train waits for room without a word; so say it, and refuse where none can ever come."""
+    workers, has = settings.workers, ray.cluster_resources()
+    for resource, each in (("CPU", workers.cpus), ("GPU", 1.0 if workers.gpu is True else 0.0)):
+        needed, there = workers.min * each, has.get(resource, 0)
+        if needed <= there:
+            continue
+        told = f"{workers.min} workers of {each:g} {resource} need {needed:g}, and Ray has {there:g}"
+        if is_embedded:
+            raise ValueError(f"workers.min = {workers.min} is not allowed on this machine: {told}")
+        logger.warning("waiting for room: %s", told)
 
 
 def _fit(settings: Settings, folder: RunFolder) -> None:
