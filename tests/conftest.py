@@ -7,9 +7,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import boto3
 import pytest
 import ray
 import torch
+from moto.server import ThreadedMotoServer
 
 from prelora_ray.torchvision_ops import make_importable
 
@@ -20,7 +22,24 @@ TINY_VIT = {"patch_size": 2, "embed_dim": 16, "depth": 3, "num_heads": 2}
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
+def bucket() -> Iterator[str]:
+    """URI of a bucket on an S3 server of this machine, which this process and all it starts take for S3."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    os.environ |= {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    boto3.client("s3").create_bucket(Bucket="bucket")
+    yield "s3://bucket"
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(bucket: str) -> Iterator[None]:
     """One embedded cluster with a few more CPUs than the machine has, as its workers mostly wait for each other."""
     os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # a socket's path must be short
     ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")

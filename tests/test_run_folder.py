@@ -35,12 +35,3 @@ def test_the_later_attempt_stands():
         {"attempt": 1, "epoch": 2, "loss": 4},
     ]
     assert [line["loss"] for line in last_attempt(reversed(lines), "epoch")] == [1, 3, 4]
-
-
-def test_files_appear_whole(tmp_path):
-    storage = Storage(tmp_path / "new")
-    storage.write_bytes("a/b.json", b"1")
-    storage.write_bytes("a/b.json", b"22")
-    assert storage.read_bytes("a/b.json") == b"22"
-    assert (storage / "a").list_files() == {"b.json": 2}
-    assert storage.list_folders() == ["a"]

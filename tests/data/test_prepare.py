@@ -2,6 +2,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -155,3 +160,41 @@ def test_encode():
     assert np.array_equal(np.array(turned), np.rot90(np.array(noise), -1))
     with pytest.raises(OSError, match="truncated"):
         encode(jpeg[: len(jpeg) // 2], 64, 90, 10**6)
+
+
+PREPARE = """
+import sys
+from prelora_ray.data.prepare import PrepareSettings, prepare
+from prelora_ray.train.run import ray_session
+with ray_session():
+    prepare(sys.argv[1], sys.argv[2], PrepareSettings(shard_rows=40))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_killed_at_random_moments_ten_times_it_gives_the_same_bytes(tmp_path: Path):
+    rng = np.random.default_rng(0)
+    for i in range(1600):
+        path = tmp_path / "tree" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (160, 160, 4), np.uint8)).save(path)
+    one, two = tmp_path / "one", tmp_path / "two"
+    command = [sys.executable, "-c", PREPARE, str(tmp_path / "tree")]
+    start = time.monotonic()
+    subprocess.run([*command, str(one)], check=True)
+    seconds = time.monotonic() - start
+    found = []
+    for _ in range(10):
+        process = subprocess.Popen([*command, str(two)], start_new_session=True)
+        time.sleep(rng.uniform(0.5, 0.95) * seconds)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        found.append(len(list(two.glob("*.parquet"))))
+        if not (two / "manifest.json").exists():
+            with pytest.raises(ValueError, match="no prepared folder"):
+                read_manifest(Storage(two))
+    subprocess.run([*command, str(two)], check=True)
+    assert len(set(found) - {0}) > 0, "no kill came in the middle of the work"
+    whole = {path.name: path.read_bytes() for path in two.iterdir() if not path.name.endswith(".tmp")}
+    assert whole == {path.name: path.read_bytes() for path in one.iterdir()}

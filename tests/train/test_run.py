@@ -15,9 +15,12 @@ import pytest
 import torch
 
 from prelora_ray.config import Settings, parse_settings
+from prelora_ray.data.manifest import read_manifest
+from prelora_ray.data.prepare import prepare
 from prelora_ray.method.adapters import merged_state_dict
 from prelora_ray.method.phases import Phase
 from prelora_ray.run_folder import RunFolder, last_attempt
+from prelora_ray.storage import Storage
 from prelora_ray.sweep.replay import read_record, replay
 from prelora_ray.train.checkpoint import Checkpoint, Checkpoints
 from prelora_ray.train.run import TrainError, train
@@ -232,3 +235,16 @@ def test_config_holds_every_key_and_reads_back(undisturbed):
     read = RunFolder.of(run).read_settings()
     assert read == run
     assert json.loads(read.model_dump_json())["method"]["scaling"] == 2.0
+
+
+def test_data_and_run_folder_in_a_bucket(digits, storage, bucket, undisturbed):
+    """The same bits as on a disk."""
+    data = f"{bucket}/digits"
+    prepare("digits", data)
+    assert read_manifest(Storage(data)).splits == read_manifest(Storage(digits)).splits
+    run = settings(digits, storage, "in-a-bucket", 1, data={"path": data})
+    run = run.model_copy(update={"storage": f"{bucket}/runs"})
+    result = train(run)
+    assert result["switch_epoch"] == SWITCH
+    assert_same_bits(final(run), final(undisturbed(1)))
+    assert len(RunFolder.of(run).read_lines("samples-0.jsonl")) == EPOCHS * 15
