@@ -44,9 +44,8 @@ class Session:
         self.plan = stream_plan(settings, manifest, self.rank, world_size)
         device = ray.train.torch.get_device()
         batches = self.plan.orders["train"].num_batches
-        self.state = TrainState(settings, len(manifest.classes), batches, device, world_size)
-        if start["checkpoint"] is not None:
-            self.state.restore(self.checkpoints.load(start["checkpoint"]))
+        checkpoint = self.checkpoints.load(start["checkpoint"]) if start["checkpoint"] is not None else None
+        self.state = TrainState(settings, len(manifest.classes), batches, device, world_size, checkpoint)
         self.stepper = Stepper(self.state, self.plan)
         self.records = RunRecords(self.folder, self.attempt) if self.rank == 0 else None
         self.audit = LineWriter(self.folder, f"samples-{self.rank}.jsonl") if settings.audit_samples else None
@@ -58,6 +57,7 @@ class Session:
 
     def begin_epoch(self) -> None:
         self._epoch_time = time.monotonic()
+        self._phase = self.state.phases.phase
         self.feed.wait_seconds = 0.0
         self.stepper.begin_epoch()
         if self.state.device.type == "cuda":
@@ -97,15 +97,14 @@ class Session:
         if self.rank == 0:
             norms = target_norms(self.state.model, self.state.targets)
             assert self.records
-            self.records.norms(epoch=epoch, phase=self.state.phases.phase, loss=loss, norms=norms)
-            phase = self.state.phases.phase
+            self.records.norms(epoch=epoch, phase=self._phase, loss=loss, norms=norms)
             decision = self.state.phases.end_epoch(epoch, norms, loss)
             if decision.verdict is not None:
                 verdict = decision.verdict
                 line = {
                     "window": verdict.window.index,
                     "epoch_end": verdict.window.epoch_end,
-                    "phase": phase,
+                    "phase": self._phase,
                     "loss": verdict.window.loss,
                     "change": verdict.family_change,
                     "loss_change": verdict.loss_change,
@@ -122,10 +121,9 @@ class Session:
     def end_epoch(self, epoch: int, loss: float, validation: Evaluation | None, decision: Decision) -> None:
         """Records and reports the epoch, moves on to the next phase, and saves."""
         trainable, parameters = count_parameters(self.state.model)
-        phase = self._phase_of(decision)
         line: dict[str, Any] = {
             "epoch": epoch,
-            "phase": phase,
+            "phase": self._phase.value,
             "loss": loss,
             "val_loss": validation and validation.loss,
             "val_top1": validation and validation.top1,
@@ -218,12 +216,6 @@ class Session:
             pointer = {"run": str(self.folder), "checkpoint": names[-1] if names else None}
             Path(directory, "pointer.json").write_text(json.dumps(pointer))
             ray.train.report(metrics, ray.train.Checkpoint.from_directory(directory))
-
-    def _phase_of(self, decision: Decision) -> str:
-        """Phase of the epoch that ended with `decision`."""
-        if decision.switch is not None:
-            return "full"
-        return "warmup" if decision.freeze else self.state.phases.phase.value
 
     def _event(self, event: str, **content: Any) -> None:
         assert self.records

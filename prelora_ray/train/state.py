@@ -37,8 +37,16 @@ class TrainState:
     anew at each change of phase, for what trains.
     """
 
-    def __init__(self, settings: Settings, num_classes: int, batches: int, device: torch.device, world_size: int) -> None:
-        """`batches` is the number of global batches in an epoch."""
+    def __init__(
+        self,
+        settings: Settings,
+        num_classes: int,
+        batches: int,
+        device: torch.device,
+        world_size: int,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
+        """The state of a checkpoint, or of a run that begins. `batches` is the number of global batches in an epoch."""
         self.settings = settings
         self.batches = batches
         self.device = device
@@ -53,9 +61,10 @@ class TrainState:
         self.batch = 0
         """Global batches done in the epoch after."""
         self.best_val_top1 = 0.0
-        self.optimizer = build_optimizer(self.model, settings)
         self.network: nn.Module = self.model
-        self._build_network()
+        if checkpoint is not None:
+            self._load(checkpoint)
+        self._rebuild(checkpoint.optimizer if checkpoint is not None else {})
 
     @property
     def step(self) -> int:
@@ -116,8 +125,8 @@ class TrainState:
             adapter_config=peft_config(self.model) if switched else None,
         )
 
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Goes to a checkpoint's position and phase. Call once, on a new state."""
+    def _load(self, checkpoint: Checkpoint) -> None:
+        """Position, phase and weights of a checkpoint."""
         self.epoch, self.batch = checkpoint.state["epoch"], checkpoint.state["batch"]
         self.best_val_top1 = checkpoint.state["best_val_top1"]
         self.phases.load_state_dict(checkpoint.state["phases"])
@@ -127,7 +136,6 @@ class TrainState:
             load_peft_state_dict(self.model, checkpoint.adapter)
         if self.phases.phase is Phase.LORA:
             freeze_parameters(self.model, self.settings.method.freeze)
-        self._rebuild(checkpoint.optimizer)
 
     def _inject(self, ranks: dict[str, int]) -> None:
         inject(self.model, self.targets, ranks, self.settings.method.scaling, self.settings.train.seed)
