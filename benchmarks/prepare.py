@@ -56,7 +56,7 @@ def main(count: int) -> None:
     cores = os.cpu_count() or 1
     with tempfile.TemporaryDirectory() as root, ray_session(), multiprocessing.Pool(cores) as pool:
         names = make_images(Path(root, "images"), count)
-        settings = PrepareSettings(shard_rows=128)
+        settings = PrepareSettings()
         speeds: dict[str, list[float]] = {"prepare": [], "pool": []}
         for i in range(3):  # the first round warms up
             start = time.perf_counter()
@@ -73,4 +73,4 @@ def main(count: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 12000)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 8192)
