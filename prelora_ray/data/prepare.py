@@ -94,7 +94,7 @@ def prepare(
             name = f"{split}-{i // settings.shard_rows:05d}.parquet"
             tasks.append(_ShardTask(opened, split, out, name, tuple(items[i : i + settings.shard_rows]), settings))
     done, total = 0, sum(map(len, splits.values()))
-    result_items = {task.file: task.items for task in tasks}
+    sizes = {task.file: len(task.items) for task in tasks}
     written: dict[str, _Written] = {}
     quiet_data_context()
     references = [ray.put(task) for task in tasks]  # by reference, as the tasks list every image of the source
@@ -102,7 +102,7 @@ def prepare(
     for row in shards.map(lambda row: {"written": ray.get(references[row["id"]]).run()}).iter_rows():
         result: _Written = row["written"]
         written[result.shard.file] = result
-        done += len(result_items[result.shard.file])
+        done += sizes[result.shard.file]
         on_progress(done, total)
     bad = [entry for task in tasks for entry in written[task.file].bad]
     if bad:
