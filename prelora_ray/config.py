@@ -138,6 +138,10 @@ class TrainSettings(_Section):
     """Largest norm of the gradient; null does not clip."""
     precision: Literal["auto", "fp64", "fp32", "bf16"] = "auto"
     """Number format of the products; auto is bf16 autocast on GPUs and fp32 on CPUs. Parameters are float32 (fp64: float64)."""
+    compile: bool | Literal["auto"] = "auto"
+    """Whether the model's blocks go through torch.compile; auto does on GPUs."""
+    cuda_graph: bool = True
+    """Whether a single GPU worker replays its step as one CUDA graph, which frees small models from launch costs."""
     micro_batch: Count | None = None
     """Most images that a worker takes through the model at once, a multiple of `data.cell`; null takes its whole share."""
     validate_every: Count = 1

@@ -68,7 +68,7 @@ class Augmenter:
         if rng.random() < options.flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self._color:
-            _seed_libraries(rng)
+            _seed_libraries(rng, uses_torch=options.color_jitter > 0)
             for transform in self._color:
                 image = transform(image)
         pixels = np.array(image)
@@ -130,14 +130,16 @@ def _padded_crop(image: Image.Image, padding: int, rng: np.random.Generator) -> 
     return image.crop((dx, dy, dx + image.width, dy + image.height))  # Pillow fills what lies outside with black
 
 
-def _seed_libraries(rng: np.random.Generator) -> None:
+def _seed_libraries(rng: np.random.Generator, uses_torch: bool) -> None:
     """timm's policies and torchvision's jitter draw from global generators: set these by the sample's key."""
-    import torch
-
     seed = int(rng.integers(2**32))
     random.seed(seed)
     np.random.seed(seed)
-    torch.manual_seed(seed)
+    if uses_torch:
+        import torch
+
+        # torch.manual_seed would note a stack trace for every device that is not up, which costs more than the image.
+        torch.default_generator.manual_seed(seed)
 
 
 def _color_transforms(augmentation: Augmentation) -> list[Callable[[Image.Image], Image.Image]]:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 
 from prelora_ray.data.draws import Draw, generator
 from prelora_ray.data.order import Ids
@@ -28,21 +28,21 @@ class Mixing:
     """Probability that a cell is mixed at all."""
     label_smoothing: float = 0.0
 
+    @property
+    def is_on(self) -> bool:
+        return bool(self.probability and (self.mixup or self.cutmix))
+
 
 @dataclass(frozen=True)
 class MixPlan:
-    """For each of a worker's n slots: with whom it is mixed, and how."""
+    """For each of n slots: with whom it is mixed, and how."""
 
-    partner: Ids
-    """(n,): slot of the partner, in the same cell."""
-    weight: NDArray[np.float64]
-    """(n,): share of the sample's own label; for Mixup of its own pixels too."""
-    box: NDArray[np.int64]
-    """(n, 4): top, left, bottom, right of what CutMix takes from the partner; all zero for Mixup."""
-
-    def __getitem__(self, slots: slice) -> MixPlan:
-        """The plan of a micro-batch of whole cells."""
-        return MixPlan(self.partner[slots] - (slots.start or 0), self.weight[slots], self.box[slots])
+    partner: torch.Tensor
+    """(n,), int64: slot of the partner, in the same cell."""
+    weight: torch.Tensor
+    """(n,), float64: share of the sample's own label; for Mixup of its own pixels too."""
+    box: torch.Tensor
+    """(n, 4), int64: top, left, bottom, right of what CutMix takes from the partner; all zero for Mixup."""
 
 
 def plan_mixing(
@@ -51,7 +51,7 @@ def plan_mixing(
     """Draws the mixing of a worker's `cells`, of `size` slots each, at the front of `ids` (n,), -1 where a slot is empty."""
     n = len(ids)
     partner, weight, box = np.arange(n), np.ones(n), np.zeros((n, 4), np.int64)
-    if mixing.mixup or mixing.cutmix:
+    if mixing.is_on:
         for i, cell in enumerate(cells):
             slots = slice(i * size, (i + 1) * size)
             filled = int((ids[slots] >= 0).sum())  # a cell's rows stand at its front
@@ -70,30 +70,42 @@ def plan_mixing(
                 box[slots] = edges
                 share = 1 - (edges[2] - edges[0]) * (edges[3] - edges[1]) / image_size**2
             weight[slots] = share
-    return MixPlan(partner, weight, box)
+    return MixPlan(*map(torch.from_numpy, (partner, weight, box)))
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on the device. A GPU is not waited for: that would leave it idle until the next step is launched."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def normalize(
-    images: torch.Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32
+    images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """uint8 (n, height, width, 3) to normalised `dtype` (n, 3, height, width)."""
-    shift = torch.tensor([255 * m for m in mean], dtype=dtype, device=images.device)
-    scale = torch.tensor([1 / (255 * s) for s in std], dtype=dtype, device=images.device)
+    shift, scale = _shift_and_scale(mean, std, dtype, images.device)
     return ((images.to(dtype) - shift) * scale).permute(0, 3, 1, 2).contiguous()
 
 
-def mix(
-    images: torch.Tensor, labels: torch.Tensor, plan: MixPlan, num_classes: int, label_smoothing: float
+@lru_cache
+def _shift_and_scale(
+    mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mixed images and soft targets (n, num_classes); an empty slot (label -1) gets class 0."""
-    device, dtype = images.device, images.dtype
+    shift = torch.tensor([255 * m for m in mean], dtype=dtype, device=device)
+    return shift, torch.tensor([1 / (255 * s) for s in std], dtype=dtype, device=device)
+
+
+def soft_targets(labels: torch.Tensor, num_classes: int, label_smoothing: float, dtype: torch.dtype) -> torch.Tensor:
+    """(n,) labels to (n, num_classes) targets; an empty slot (label -1) gets class 0."""
     targets = F.one_hot(labels.clamp(min=0), num_classes).to(dtype)
-    targets = targets * (1 - label_smoothing) + label_smoothing / num_classes
-    if (plan.weight == 1).all():
-        return images, targets
-    partner = torch.from_numpy(plan.partner).to(device)
-    weight = torch.from_numpy(plan.weight).to(device, dtype)
-    box = torch.from_numpy(plan.box).to(device)
+    return targets * (1 - label_smoothing) + label_smoothing / num_classes
+
+
+def mix(images: torch.Tensor, targets: torch.Tensor, plan: MixPlan) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mixes normalised images (n, 3, height, width) and soft targets (n, num_classes), all on one device."""
+    device, dtype = images.device, images.dtype
+    weight, box = plan.weight.to(dtype), plan.box
     y = torch.arange(images.shape[2], device=device)
     x = torch.arange(images.shape[3], device=device)
     rows = (y >= box[:, 0:1]) & (y < box[:, 2:3])
@@ -101,6 +113,6 @@ def mix(
     inside = (rows[:, None, :, None] & columns[:, None, None, :]).to(dtype)
     is_cutmix = (box[:, 2] > box[:, 0]) & (box[:, 3] > box[:, 1])
     own = torch.where(is_cutmix[:, None, None, None], 1 - inside, weight[:, None, None, None])
-    images = own * images + (1 - own) * images[partner]
-    targets = weight[:, None] * targets + (1 - weight[:, None]) * targets[partner]
+    images = own * images + (1 - own) * images[plan.partner]
+    targets = weight[:, None] * targets + (1 - weight[:, None]) * targets[plan.partner]
     return images, targets

@@ -13,9 +13,9 @@ from __future__ import annotations
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
@@ -81,12 +81,17 @@ class StreamPlan:
         return max(1, rows // self.num_slots)
 
 
-def stream_batches(
-    plan: StreamPlan, start: tuple[int, int], num_epochs: int, validates: Callable[[int], bool], decoders: int
-) -> Iterator[Batch]:
-    """Yields this worker's batches from position `start` (epoch, batch) to the end of epoch num_epochs - 1.
+class Pass(NamedTuple):
+    """The rest of one split's epoch, from a batch on."""
 
-    The validation batches of an epoch for which `validates` is true follow its training batches.
+    split: Split
+    epoch: int
+    first_batch: int = 0
+
+
+def stream_batches(plan: StreamPlan, schedule: Sequence[Pass], decoders: int) -> Iterator[Batch]:
+    """Yields this worker's batches of every pass in turn, decoded by `decoders` processes.
+
     Runs inside a Ray Train worker, or anywhere where Ray is up.
     """
     context = quiet_data_context()
@@ -94,14 +99,9 @@ def stream_batches(
     options.preserve_order = True
     options.resource_limits = options.resource_limits.copy(object_store_memory=_PREFETCH_BYTES)
     context.target_max_block_size = 1  # one yielded row is one block; None would buffer the whole stream
-    schedule = [
-        (split, epoch, start[1] if (split, epoch) == ("train", start[0]) else 0)
-        for epoch in range(start[0], num_epochs)
-        for split in (("train", "val") if validates(epoch) else ("train",))
-    ]
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     dataset = ray.data.read_datasource(
-        _Slices(plan, cast("list[tuple[Split, int, int]]", schedule)),
+        _Slices(plan, schedule),
         override_num_blocks=1,
         concurrency=1,
         num_cpus=0,
@@ -138,7 +138,7 @@ def quiet_data_context() -> ray.data.DataContext:
 class _Slices(ray.data.Datasource):
     """This worker's slice of every global batch, encoded: one lazy read task, one row a block."""
 
-    def __init__(self, plan: StreamPlan, schedule: list[tuple[Split, int, int]]) -> None:
+    def __init__(self, plan: StreamPlan, schedule: Sequence[Pass]) -> None:
         self._plan = plan
         self._schedule = schedule
 
@@ -151,7 +151,7 @@ class _Slices(ray.data.Datasource):
         return [ray.data.ReadTask(lambda: _read(plan, schedule), metadata)]
 
 
-def _read(plan: StreamPlan, schedule: Iterable[tuple[Split, int, int]]) -> Iterator[pa.Table]:
+def _read(plan: StreamPlan, schedule: Sequence[Pass]) -> Iterator[pa.Table]:
     readers = {split: _RowReader(plan.path, plan.manifest.splits[split]) for split in plan.orders}
     for split, epoch, first_batch in schedule:
         order = plan.orders[split]

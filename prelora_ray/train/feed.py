@@ -12,7 +12,7 @@ from prelora_ray.config import Settings
 from prelora_ray.data.augment import Augmentation
 from prelora_ray.data.manifest import Manifest, Split
 from prelora_ray.data.order import Order
-from prelora_ray.data.stream import Batch, StreamPlan, stream_batches
+from prelora_ray.data.stream import Batch, Pass, StreamPlan, stream_batches
 
 
 class Feed:
@@ -20,9 +20,7 @@ class Feed:
 
     def __init__(self, settings: Settings, plan: StreamPlan, start: tuple[int, int], workers_on_node: int) -> None:
         """`start` is the position, (epochs done, batches done in the epoch after)."""
-        self._batches = stream_batches(
-            plan, start, settings.train.epochs, lambda epoch: validates(settings, epoch), _decoders(settings, workers_on_node)
-        )
+        self._batches = stream_batches(plan, _passes(settings, *start), _decoders(settings, workers_on_node))
         self._next: Batch | None = None
         self.wait_seconds = 0.0
 
@@ -43,6 +41,16 @@ class Feed:
 def validates(settings: Settings, epoch: int) -> bool:
     """Whether an epoch (from 0) ends with a validation."""
     return (epoch + 1) % settings.train.validate_every == 0 or epoch + 1 == settings.train.epochs
+
+
+def _passes(settings: Settings, first_epoch: int, first_batch: int) -> list[Pass]:
+    """The run from a position on: each epoch's training images, and behind them its validation."""
+    passes = []
+    for epoch in range(first_epoch, settings.train.epochs):
+        passes.append(Pass("train", epoch, first_batch if epoch == first_epoch else 0))
+        if validates(settings, epoch):
+            passes.append(Pass("val", epoch))
+    return passes
 
 
 def stream_plan(settings: Settings, manifest: Manifest, rank: int, world_size: int) -> StreamPlan:

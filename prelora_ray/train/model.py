@@ -76,6 +76,19 @@ def create_model(settings: ModelSettings, num_classes: int, seed: int) -> nn.Mod
     return model
 
 
+def compile_blocks(model: nn.Module) -> None:
+    """Sends every block through torch.compile.
+
+    Blocks share their compiled code, so that compiling costs seconds instead of a minute at each start
+    and change of phase. Ranks differ from block to block: as sizes that may vary they need no code of their own.
+    """
+    torch._dynamo.reset()
+    torch._dynamo.config.force_parameter_static_shapes = False
+    torch._dynamo.config.recompile_limit = 64
+    for block in model.get_submodule("blocks").children():
+        block.compile()
+
+
 def drop_path_modules(model: nn.Module) -> list[KeyedDropPath]:
     return [module for module in model.modules() if isinstance(module, KeyedDropPath)]
 

@@ -15,8 +15,12 @@ OptimizerState = dict[str, dict[str, torch.Tensor]]
 """AdamW's moments and step count by parameter name."""
 
 
-def build_optimizer(model: nn.Module, settings: Settings, state: OptimizerState | None = None) -> torch.optim.AdamW:
+def build_optimizer(
+    model: nn.Module, settings: Settings, state: OptimizerState | None = None, *, capturable: bool = False
+) -> torch.optim.AdamW:
     """AdamW over all that trains, going on from `state` for the parameters that it names.
+
+    `capturable`: whether its steps become part of a CUDA graph, which reads the learning rates from the device.
 
     Adapters form a group of their own. Vectors (norms, biases) and what timm's `no_weight_decay` names
     (tokens, position embeddings) have no weight decay.
@@ -40,12 +44,16 @@ def build_optimizer(model: nn.Module, settings: Settings, state: OptimizerState 
         lr=settings.train.learning_rate,
         betas=settings.train.betas,
         fused=all(parameter.is_cuda for parameter in model.parameters()),
+        capturable=capturable,
     )
     if state:
         order = _names(model, optimizer)
         content = optimizer.state_dict()
         content["state"] = {i: state[name] for i, name in enumerate(order) if name in state}
         optimizer.load_state_dict(content)
+    if capturable:
+        for group in optimizer.param_groups:
+            group["lr"] = torch.tensor(group["lr"], device=group["params"][0].device)
     return optimizer
 
 
@@ -64,11 +72,15 @@ def set_learning_rate(
     """
     rate = learning_rate(settings, step, batches)
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group_rate = rate
         if group["name"] == "adapter" and switch_step is not None:
             ramp = settings.method.adapter_ramp_steps
             risen = min(1.0, (step - switch_step + 1) / ramp) if ramp else 1.0
-            group["lr"] = rate * settings.method.adapter_learning_rate_scale * risen
+            group_rate = rate * settings.method.adapter_learning_rate_scale * risen
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(group_rate)
+        else:
+            group["lr"] = group_rate
     return rate
 
 

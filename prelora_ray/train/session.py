@@ -21,9 +21,10 @@ from prelora_ray.method.targets import target_norms
 from prelora_ray.run_folder import LineWriter, RunFolder, RunRecords
 from prelora_ray.storage import Storage
 from prelora_ray.train.checkpoint import Checkpoints
+from prelora_ray.train.evaluation import Evaluation
 from prelora_ray.train.feed import Feed, stream_plan, validates
 from prelora_ray.train.state import TrainState
-from prelora_ray.train.step import Evaluation, Stepper
+from prelora_ray.train.step import Stepper
 
 _CHECK_STEPS = 50
 """Steps between looks whether the loss is still finite, each of which waits for the device."""

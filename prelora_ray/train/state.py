@@ -23,7 +23,7 @@ from prelora_ray.method.phases import Decision, Phase, PhaseSchedule, freeze_par
 from prelora_ray.method.ranks import assign_ranks, match_rank_pattern
 from prelora_ray.method.targets import find_targets
 from prelora_ray.train.checkpoint import Checkpoint
-from prelora_ray.train.model import create_model, drop_path_modules
+from prelora_ray.train.model import compile_blocks, create_model, drop_path_modules
 from prelora_ray.train.optim import OptimizerState, build_optimizer, optimizer_state
 
 SWITCH_TOLERANCE = 1e-5
@@ -87,6 +87,15 @@ class TrainState:
             return torch.autocast(self.device.type, torch.bfloat16)
         return nullcontext()
 
+    @property
+    def uses_cuda_graph(self) -> bool:
+        """One GPU alone: several would have to capture their exchange of gradients too."""
+        return self.device.type == "cuda" and self.world_size == 1 and self.settings.train.cuda_graph
+
+    def _compiles(self) -> bool:
+        compiles = self.settings.train.compile
+        return self.device.type == "cuda" if compiles == "auto" else compiles
+
     def apply(self, decision: Decision) -> None:
         """Moves model, optimizer and network on to the phase that a decision begins."""
         if decision.switch is None and not decision.freeze:
@@ -141,7 +150,7 @@ class TrainState:
         inject(self.model, self.targets, ranks, self.settings.method.scaling, self.settings.train.seed)
 
     def _rebuild(self, moments: OptimizerState) -> None:
-        self.optimizer = build_optimizer(self.model, self.settings, moments)
+        self.optimizer = build_optimizer(self.model, self.settings, moments, capturable=self.uses_cuda_graph)
         self._build_network()
 
     def _build_network(self) -> None:
@@ -153,6 +162,8 @@ class TrainState:
         """
         for parameter in self.model.parameters():
             parameter.grad = None
+        if self._compiles():
+            compile_blocks(self.model)
         if self.world_size == 1:
             return
         self.network = self.model

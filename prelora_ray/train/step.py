@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from prelora_ray.data.mixing import Mixing, mix, normalize, plan_mixing
+from prelora_ray.data.mixing import Mixing, MixPlan, mix, normalize, plan_mixing, soft_targets, to_device
 from prelora_ray.data.stream import Batch, StreamPlan
+from prelora_ray.train.cuda_graph import CudaGraph
+from prelora_ray.train.evaluation import Evaluation, Evaluator, all_reduce
 from prelora_ray.train.model import draw_drop_path, set_drop_path
 from prelora_ray.train.optim import set_learning_rate
 from prelora_ray.train.state import TrainState
@@ -20,16 +20,6 @@ from prelora_ray.train.state import TrainState
 
 class NonFiniteLossError(RuntimeError):
     """Loss or gradient is no finite number: going on would only spoil the weights."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    loss: float
-    """Mean cross entropy."""
-    top1: float
-    """In 0..1."""
-    top5: float
-    images: int
 
 
 class Stepper:
@@ -41,46 +31,76 @@ class Stepper:
         augment = state.settings.augment
         self.mixing = Mixing(augment.mixup, augment.cutmix, augment.mix_probability, augment.label_smoothing)
         self.num_classes = len(plan.manifest.classes)
+        self._sums = torch.zeros(2, dtype=torch.float64, device=state.device)
+        self._bad_step = torch.full((), -1, device=state.device)
         self.begin_epoch()
 
     def begin_epoch(self) -> None:
-        self._sums = torch.zeros(2, dtype=torch.float64, device=self.state.device)
-        self._bad_step = torch.full((), -1, device=self.state.device)
+        self._sums.zero_()
+        self._bad_step.fill_(-1)
         self.learning_rate = 0.0
 
     def train(self, batch: Batch) -> None:
         """One optimizer step. The gradient is the mean over the global batch, whoever serves which part."""
+        state = self.state
+        self.learning_rate = set_learning_rate(state.optimizer, state.settings, state.step, state.batches, state.switch_step)
+        state.network.train()
+        inputs = {name: to_device(tensor, state.device) for name, tensor in self._inputs(batch).items()}
+        if not state.uses_cuda_graph:
+            self._step(inputs)
+            return
+        if self._graph is None or self._graph_of is not state.optimizer:  # a change of phase builds a new one
+            self._graph, self._graph_of = CudaGraph(self._step), state.optimizer
+        self._graph(inputs)
+
+    _graph: CudaGraph | None = None
+    _graph_of: torch.optim.Optimizer | None = None
+
+    def _inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """All that a step depends on but the state, as tensors on the CPU."""
         state, settings = self.state, self.state.settings
         order = self.plan.orders["train"]
         key = (settings.train.seed, batch.epoch, batch.batch, self.plan.cells, order.cell)
-        mixing = plan_mixing(self.mixing, *key, batch.ids, settings.model.image_size)
-        drop_path = None
+        inputs = {
+            "images": batch.images,
+            "labels": batch.labels,
+            # DDP takes the mean over workers, so that is undone.
+            "scale": torch.tensor(state.world_size / order.batch_size(batch.batch), dtype=state.dtype),
+            "step": torch.tensor(state.step),
+        }
+        if self.mixing.is_on:
+            plan = plan_mixing(self.mixing, *key, batch.ids, settings.model.image_size)
+            inputs |= {"partner": plan.partner, "weight": plan.weight, "box": plan.box}
         if state.drop_path:
-            drop_path = draw_drop_path(state.drop_path, *key, len(batch.ids)).to(state.device, torch.float32)
-        self.learning_rate = set_learning_rate(state.optimizer, settings, state.step, state.batches, state.switch_step)
-        state.network.train()
-        scale = state.world_size / order.batch_size(batch.batch)  # DDP takes the mean over workers
-        size = settings.train.micro_batch or len(batch.ids)
-        starts = range(0, len(batch.ids), size)
+            inputs["drop_path"] = draw_drop_path(state.drop_path, *key, len(batch.ids)).float()
+        return inputs
+
+    def _step(self, inputs: dict[str, torch.Tensor]) -> None:
+        state = self.state
+        drop_path = inputs.get("drop_path")
+        num_slots = len(inputs["labels"])
+        size = state.settings.train.micro_batch or num_slots
+        starts = range(0, num_slots, size)
         for start in starts:
             micro = slice(start, start + size)
-            labels = batch.labels[micro].to(state.device)
-            images, targets = mix(
-                self._images(batch, micro), labels, mixing[micro], self.num_classes, self.mixing.label_smoothing
-            )
+            labels = inputs["labels"][micro]
+            images = self._normalize(inputs["images"][micro])
+            targets = soft_targets(labels, self.num_classes, self.mixing.label_smoothing, state.dtype)
+            if self.mixing.is_on:
+                plan = MixPlan(inputs["partner"][micro] - start, inputs["weight"][micro], inputs["box"][micro])
+                images, targets = mix(images, targets, plan)
             set_drop_path(state.drop_path, None if drop_path is None else drop_path[:, micro])
-            is_last = start == starts[-1]
-            waits = isinstance(state.network, DistributedDataParallel) and not is_last
+            waits = isinstance(state.network, DistributedDataParallel) and start != starts[-1]
             with state.network.no_sync() if waits else nullcontext():  # type: ignore[operator]
                 with state.autocast():
                     logits = state.network(images)
                 losses = -(targets * F.log_softmax(logits.to(targets.dtype), dim=-1)).sum(-1)
                 filled = labels >= 0
                 loss = torch.where(filled, losses, 0).sum()
-                (loss * scale).backward()
+                (loss * inputs["scale"]).backward()
             self._sums += torch.stack([loss.detach(), filled.sum()])
         norm = self._clip()
-        self._bad_step = torch.where((self._bad_step < 0) & ~norm.isfinite(), state.step, self._bad_step)
+        self._bad_step.copy_(torch.where((self._bad_step < 0) & ~norm.isfinite(), inputs["step"], self._bad_step))
         state.optimizer.step()
         state.optimizer.zero_grad()
 
@@ -103,34 +123,27 @@ class Stepper:
 
     def epoch_sums(self) -> tuple[float, int]:
         """Sum of the training losses since `begin_epoch` and number of images, over all workers."""
-        loss, count = _all_reduce(self._sums).tolist()
+        loss, count = all_reduce(self._sums).tolist()
         return loss, int(count)
 
-    @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
         """Accuracy and loss over all workers' slices, every image counted once."""
         state = self.state
         state.model.eval()
-        sums = torch.zeros(4, dtype=torch.float64, device=state.device)
-        size = state.settings.train.micro_batch or self.plan.num_slots
-        for batch in batches:
-            for start in range(0, len(batch.ids), size):
-                micro = slice(start, start + size)
-                labels = batch.labels[micro].to(state.device)
-                with state.autocast():
-                    logits = state.model(self._images(batch, micro))
-                filled = labels >= 0
-                logits, labels = logits.to(state.dtype)[filled], labels[filled]
-                if len(labels):
-                    best = logits.topk(min(5, self.num_classes)).indices == labels[:, None]
-                    loss = F.cross_entropy(logits, labels, reduction="sum")
-                    sums += torch.stack([loss, best[:, 0].sum(), best.any(1).sum(), filled.sum()])
-        loss_sum, top1, top5, count = _all_reduce(sums).tolist()
-        return Evaluation(loss_sum / count, top1 / count, top5 / count, int(count))
 
-    def _images(self, batch: Batch, micro: slice) -> torch.Tensor:
+        def predict(images: torch.Tensor) -> torch.Tensor:
+            with state.autocast():
+                logits: torch.Tensor = state.model(self._normalize(images))
+            return logits
+
+        evaluator = Evaluator(self.num_classes, state.device)
+        for _ in evaluator.run(predict, batches, state.settings.train.micro_batch or self.plan.num_slots):
+            pass
+        return evaluator.result()
+
+    def _normalize(self, images: torch.Tensor) -> torch.Tensor:
         data = self.state.settings.data
-        return normalize(batch.images[micro].to(self.state.device), data.mean, data.std, self.state.dtype)
+        return normalize(images, data.mean, data.std, self.state.dtype)
 
     def _clip(self) -> torch.Tensor:
         """Clips the gradient and returns the norm that it had."""
@@ -140,10 +153,3 @@ class Stepper:
         if limit is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         return norm
-
-
-def _all_reduce(sums: torch.Tensor) -> torch.Tensor:
-    sums = sums.clone()
-    if dist.is_initialized():
-        dist.all_reduce(sums)
-    return sums

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from prelora_ray.data.mixing import Mixing, MixPlan, mix, normalize, plan_mixing
+from prelora_ray.data.mixing import Mixing, MixPlan, mix, normalize, plan_mixing, soft_targets
 
 
 def plan(mixing: Mixing, cells, ids, size=4, batch=0):
@@ -16,7 +16,7 @@ def test_partners_stay_inside_the_cell_and_among_filled_slots():
     assert sorted(drawn.partner[4:6]) == [4, 5]
     assert drawn.partner[6:].tolist() == list(range(6, 16))  # one image alone, empty slots, padding
     assert (drawn.weight[8:] == 1).all()
-    assert len(set(drawn.weight[:4])) == 1
+    assert len(drawn.weight[:4].unique()) == 1
     assert drawn.weight[0] != drawn.weight[4]
 
 
@@ -25,10 +25,10 @@ def test_a_cell_is_mixed_alike_wherever_it_is():
     whole = plan(Mixing(mixup=0.8, cutmix=1.0), range(4), ids)
     for cell in range(4):
         alone = plan(Mixing(mixup=0.8, cutmix=1.0), [cell], ids[:4])
-        part = whole[4 * cell : 4 * cell + 4]
-        assert np.array_equal(part.partner, alone.partner)
-        assert np.array_equal(part.weight, alone.weight)
-        assert np.array_equal(part.box, alone.box)
+        part = slice(4 * cell, 4 * cell + 4)
+        assert torch.equal(whole.partner[part] - 4 * cell, alone.partner)
+        assert torch.equal(whole.weight[part], alone.weight)
+        assert torch.equal(whole.box[part], alone.box)
 
 
 def test_both_kinds_come_and_probability_counts():
@@ -43,11 +43,12 @@ def test_both_kinds_come_and_probability_counts():
 def test_mixup_and_cutmix_by_hand():
     images = torch.stack([torch.full((3, 4, 4), float(v)) for v in (1, 2, 3, 4)])
     plan = MixPlan(
-        partner=np.array([1, 0, 3, 2]),
-        weight=np.array([0.75, 0.75, 0.875, 0.875]),
-        box=np.array([[0, 0, 0, 0], [0, 0, 0, 0], [1, 2, 2, 4], [1, 2, 2, 4]]),
+        partner=torch.tensor([1, 0, 3, 2]),
+        weight=torch.tensor([0.75, 0.75, 0.875, 0.875]),
+        box=torch.tensor([[0, 0, 0, 0], [0, 0, 0, 0], [1, 2, 2, 4], [1, 2, 2, 4]]),
     )
-    mixed, targets = mix(images, torch.tensor([0, 1, 2, 0]), plan, num_classes=3, label_smoothing=0.0)
+    labels = soft_targets(torch.tensor([0, 1, 2, 0]), num_classes=3, label_smoothing=0.0, dtype=torch.float32)
+    mixed, targets = mix(images, labels, plan)
     assert mixed[0].unique().tolist() == [1.25]
     assert mixed[1].unique().tolist() == [1.75]
     expected = torch.full((4, 4), 3.0)
@@ -57,9 +58,16 @@ def test_mixup_and_cutmix_by_hand():
 
 
 def test_label_smoothing_by_hand():
-    plan = MixPlan(np.arange(1), np.ones(1), np.zeros((1, 4), np.int64))
-    _, targets = mix(torch.zeros(1, 3, 2, 2), torch.tensor([1]), plan, num_classes=4, label_smoothing=0.2)
+    targets = soft_targets(torch.tensor([1, -1]), num_classes=4, label_smoothing=0.2, dtype=torch.float64)
     assert targets[0].tolist() == pytest.approx([0.05, 0.85, 0.05, 0.05])
+    assert targets[1].tolist() == pytest.approx([0.85, 0.05, 0.05, 0.05])  # an empty slot
+
+
+def test_an_unmixed_cell_keeps_its_bits():
+    images = torch.randn(4, 3, 8, 8)
+    mixed, targets = mix(images, torch.eye(4), plan(Mixing(mixup=0.8, probability=1e-9), [0], np.arange(4)))
+    assert torch.equal(mixed, images)
+    assert torch.equal(targets, torch.eye(4))
 
 
 def test_normalize_against_float64():

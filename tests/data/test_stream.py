@@ -9,12 +9,12 @@ import pytest
 
 from prelora_ray.config import Settings, parse_settings
 from prelora_ray.data.manifest import read_manifest
-from prelora_ray.data.mixing import Mixing, mix, normalize, plan_mixing
-from prelora_ray.data.stream import Batch, stream_batches
+from prelora_ray.data.mixing import Mixing, mix, normalize, plan_mixing, soft_targets
+from prelora_ray.data.stream import Batch, Pass, stream_batches
 from prelora_ray.storage import Storage
 from prelora_ray.train.feed import stream_plan
 
-EPOCHS = 3
+PASSES = [Pass("train", 0), Pass("val", 0), Pass("train", 1), Pass("train", 2), Pass("val", 2)]
 Cells = dict[tuple[str, int, int, int], tuple[bytes, ...]]
 
 
@@ -30,18 +30,18 @@ def settings(digits: Path) -> Settings:
     )
 
 
-def seen_cells(settings: Settings, rank: int, world_size: int, start: tuple[int, int] = (0, 0)) -> Cells:
+def seen_cells(settings: Settings, rank: int, world_size: int, passes: list[Pass] = PASSES) -> Cells:
     """Ids, augmented pixels and mixed batch of every cell that a worker serves, by (split, epoch, batch, cell)."""
     plan = stream_plan(settings, read_manifest(Storage(settings.data.path)), rank, world_size)
     augment, cell = settings.augment, settings.data.cell
     mixing = Mixing(augment.mixup, augment.cutmix, augment.mix_probability, augment.label_smoothing)
     cells: Cells = {}
-    for batch in stream_batches(plan, start, EPOCHS, lambda epoch: epoch != 1, decoders=1):
+    for batch in stream_batches(plan, passes, decoders=1):
         assert len(batch.ids) == plan.num_slots
         assert (batch.labels[batch.ids < 0] == -1).all()
         drawn = plan_mixing(mixing, 0, batch.epoch, batch.batch, plan.cells, cell, batch.ids, settings.model.image_size)
         images = normalize(batch.images, settings.data.mean, settings.data.std)
-        mixed, targets = mix(images, batch.labels, drawn, 10, mixing.label_smoothing)
+        mixed, targets = mix(images, soft_targets(batch.labels, 10, mixing.label_smoothing, images.dtype), drawn)
         for i, number in enumerate(plan.cells):
             part = slice(i * cell, (i + 1) * cell)
             content = (batch.ids[part], batch.images[part], batch.labels[part], mixed[part], targets[part])
@@ -81,7 +81,7 @@ def test_every_image_once_an_epoch_and_validation_where_it_is_due(settings, one_
 
 def test_resuming_in_the_middle_of_an_epoch_gives_the_rest(settings, one_worker):
     rest = {key: content for key, content in one_worker.items() if key[1] == 2 or (key[1] == 1 and key[2] >= 4)}
-    assert seen_cells(settings, 0, 1, start=(1, 4)) == rest
+    assert seen_cells(settings, 0, 1, [Pass("train", 1, 4), *PASSES[3:]]) == rest
 
 
 def test_pixels_are_those_of_the_source(settings, one_worker):
@@ -105,11 +105,6 @@ def test_pixels_are_those_of_the_source(settings, one_worker):
 
 def test_batches_arrive_in_order(settings, ray_cluster):
     plan = stream_plan(settings, read_manifest(Storage(settings.data.path)), 0, 1)
-    batches: list[Batch] = list(stream_batches(plan, (0, 0), 2, lambda epoch: True, decoders=2))
-    expected = [
-        (split, epoch, batch)
-        for epoch in range(2)
-        for split in ("train", "val")
-        for batch in range(plan.orders[split].num_batches)
-    ]
+    batches: list[Batch] = list(stream_batches(plan, PASSES, decoders=2))
+    expected = [(split, epoch, batch) for split, epoch, _ in PASSES for batch in range(plan.orders[split].num_batches)]
     assert [(b.split, b.epoch, b.batch) for b in batches] == expected

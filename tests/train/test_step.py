@@ -77,7 +77,7 @@ def test_evaluation_counts_every_filled_slot_once(tmp_path):
     content = batch(IDS)
     result = step.evaluate([content, content])
     filled = torch.from_numpy(IDS >= 0)
-    logits = step.state.model.eval()(step._images(content, slice(None)))[filled]
+    logits = step.state.model.eval()(step._normalize(content.images))[filled]
     labels = content.labels[filled]
     assert result.images == 42
     assert result.top1 == pytest.approx((logits.argmax(1) == labels).double().mean().item())
