@@ -6,9 +6,12 @@ import json
 import logging
 import sys
 import time
+from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 import typer
+
+from prelora_ray.errors import InterruptedRunError, WorkError
 
 app = typer.Typer(
     help="PreLoRA pre-training of Vision Transformers on Ray.",
@@ -77,8 +80,6 @@ def prepare(
     as_json: Json = False,
 ) -> None:
     """Turn images into the Parquet files that training streams."""
-    from rich.progress import Progress
-
     from prelora_ray import console
     from prelora_ray.data.prepare import PrepareSettings
     from prelora_ray.data.prepare import prepare as run
@@ -86,9 +87,8 @@ def prepare(
 
     settings = PrepareSettings(val_fraction=val_fraction, size=size, max_bad=max_bad, seed=seed, quality=quality)
     start = time.monotonic()
-    with ray_session(debug=_debug), Progress(console=console.err, disable=not console.err.is_terminal) as bar:
-        task = bar.add_task("images", total=None)
-        manifest = run(source, out, settings, lambda done, total: bar.update(task, completed=done, total=total))
+    with ray_session(debug=_debug), console.progress("images") as show:
+        manifest = run(source, out, settings, show)
     content = {
         "train": manifest.num_images("train"),
         "val": manifest.num_images("val"),
@@ -104,6 +104,60 @@ def prepare(
             f"{content['train']:,} training and {content['val']:,} validation images of {content['classes']} classes in "
             f"{out}, {manifest.bad} skipped, {content['seconds']:.1f} s"
         )
+
+
+@app.command()
+def evaluate(
+    source: Annotated[str, typer.Argument(help="A run folder, one of its checkpoints, or an exported model.")],
+    data: Annotated[str | None, typer.Argument(help="A prepared folder; default: the one of the run.")] = None,
+    classes: Annotated[bool, typer.Option("--classes", help="Tell the accuracy of every class.")] = False,
+    confusion: Annotated[bool, typer.Option("--confusion", help="Tell which classes are taken for which.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Evaluate a trained model on a prepared validation set."""
+    from prelora_ray import console
+    from prelora_ray.evaluate import evaluate as run
+    from prelora_ray.train.run import ray_session
+
+    with ray_session(debug=_debug), console.progress("images") as show:
+        report = run(source, data, show)
+    result = report.evaluation
+    if as_json:
+        content: dict[str, Any] = asdict(result)
+        if classes:
+            content["class_top1"] = dict(zip(report.classes, report.class_top1, strict=True))
+        if confusion:
+            content["confusion"] = report.confusion.tolist()
+        _print_json(content)
+        return
+    if classes:
+        console.out.print(console.classes_table(report))
+    if confusion:
+        console.out.print(console.confusion_table(report))
+    console.out.print(f"top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, loss {result.loss:.4f} over {result.images:,} images")
+
+
+@app.command()
+def export(
+    source: Annotated[str, typer.Argument(help="A run folder, or one of its checkpoints.")],
+    out: Annotated[str, typer.Argument(help="New folder that the exported model goes into.")],
+    data: Annotated[str | None, typer.Option(help="Prepared images to compare over; default: those of the run.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Export a run's model for timm, PEFT and ONNX, each loaded back and compared with the run's own."""
+    from prelora_ray import console
+    from prelora_ray.export import export as run
+
+    exported = run(source, out, data)
+    if as_json:
+        paths = {form: f"{out.rstrip('/')}/{form}" if form in exported.forms else None for form in ("timm", "adapter", "onnx")}
+        _print_json({**paths, "max_abs_diff": max(exported.max_abs_diff.values()), "images": exported.images})
+        return
+    for form, difference in exported.max_abs_diff.items():
+        console.out.print(
+            f"{out.rstrip('/')}/{form}: logits differ by at most {difference:.2g} over {exported.images} real images"
+        )
+    console.out.print(f"{out.rstrip('/')}/README.md says how to load each")
 
 
 @app.command()
@@ -165,16 +219,13 @@ def main() -> None:
     except (KeyboardInterrupt, ValueError, RuntimeError, OSError) as error:
         if _debug:
             raise
-        from prelora_ray.data.prepare import PrepareError
-        from prelora_ray.train.run import InterruptedRunError, TrainError
-
         if isinstance(error, (KeyboardInterrupt, InterruptedRunError)):
             print(f"prelora: {error or 'interrupted'}", file=sys.stderr)
             sys.exit(130)
         if isinstance(error, ValueError):
             print(f"prelora: {error}", file=sys.stderr)
             sys.exit(2)
-        if isinstance(error, (PrepareError, TrainError, OSError)):
+        if isinstance(error, (WorkError, OSError)):
             print(f"prelora: {error}", file=sys.stderr)
             sys.exit(1)
         raise

@@ -39,6 +39,8 @@ class ModelSettings(_Section):
     """Stochastic depth: the last block's probability of leaving out a residual branch; earlier blocks have less."""
     options: dict[str, Any] = {}
     """Further arguments of `timm.create_model`, such as `patch_size`, `embed_dim` or `depth`."""
+    init_from: str | None = None
+    """A timm checkpoint that the run starts from, a file or an address in a bucket; null draws the weights."""
     allow_download: bool = False
     """Whether a name that fetches from a hub, such as `hf-hub:...`, may be used."""
 
@@ -58,7 +60,8 @@ _RESERVED_OPTIONS = {
     "img_size": "set model.image_size",
     "drop_path_rate": "set model.drop_path",
     "num_classes": "the number of classes comes with the data",
-    "pretrained": "a run starts from its own weights",
+    "pretrained": "set model.init_from",
+    "checkpoint_path": "set model.init_from",
 }
 
 
@@ -291,8 +294,11 @@ def with_absolute_paths(settings: Settings) -> Settings:
     def absolute(path: str) -> str:
         return path if "://" in path else str(Path(path).expanduser().absolute())
 
-    data = settings.data.model_copy(update={"path": absolute(settings.data.path)})
-    return settings.model_copy(update={"storage": absolute(settings.storage), "data": data})
+    data, model = settings.data, settings.model
+    data = data.model_copy(update={"path": absolute(data.path)})
+    if model.init_from is not None:
+        model = model.model_copy(update={"init_from": absolute(model.init_from)})
+    return settings.model_copy(update={"storage": absolute(settings.storage), "data": data, "model": model})
 
 
 def without_effect(settings: Settings) -> list[str]:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from prelora_ray.config import Settings
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.sweep.replay import Replay
+
+if TYPE_CHECKING:
+    from prelora_ray.evaluate import Report
 
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 """Standard output: results. A log or a pipe has no width of its own."""
@@ -31,6 +35,14 @@ def watch(settings: Settings) -> Iterator[None]:
         yield
     finally:
         watcher.stop()
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal for the time of the block; yields what moves it, (done, total)."""
+    with Progress(console=err, disable=not err.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 class _Watcher(threading.Thread):
@@ -114,8 +126,8 @@ class _Watcher(threading.Thread):
             case "run_started" | "restart":
                 at = f" from epoch {epoch}" if epoch else ""
                 return f"[bold]{kind.replace('_', ' ')}[/]{at} with {line['world_size']} workers, phase {line['phase']}"
-            case "checkpoint_damaged":
-                return f"[bold]{line['message']}[/]"
+            case "checkpoint_damaged" | "init_from":
+                return f"[bold]{escape(line['message'])}[/]"
         return None
 
     def _window(self, window: int) -> str | None:
@@ -151,6 +163,26 @@ def result_table(result: dict[str, Any], epochs: list[dict[str, Any]]) -> Table:
             f"{result['peak_memory_bytes'][phase] / 2**20:,.0f} MiB",
             f"{sum(line['seconds'] for line in lines):,.0f}",
         )
+    return table
+
+
+def classes_table(report: Report) -> Table:
+    """Top-1 of every class."""
+    table = Table("class", "images", "top-1")
+    counts = report.confusion.sum(1).tolist()
+    for name, count, top1 in zip(report.classes, counts, report.class_top1, strict=True):
+        table.add_row(escape(name), str(count), _percent(top1))
+    return table
+
+
+def confusion_table(report: Report) -> Table:
+    """Images of each class (row) that were taken for another; the most frequent mistakes of a class come first."""
+    table = Table("class", "images", "right", "taken for")
+    for i, name in enumerate(report.classes):
+        row = report.confusion[i].tolist()
+        mistakes = sorted(((n, j) for j, n in enumerate(row) if n and j != i), reverse=True)
+        told = ", ".join(f"{escape(report.classes[j])} {n}" for n, j in mistakes[:10]) + (", ..." if mistakes[10:] else "")
+        table.add_row(escape(name), str(sum(row)), str(row[i]), told)
     return table
 
 

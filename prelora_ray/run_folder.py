@@ -1,7 +1,7 @@
 """The run folder: what a run leaves behind, and other programs read.
 
     <storage>/<name>/
-      config.yaml, events.jsonl, norms.jsonl, windows.jsonl, epochs.jsonl, samples-<rank>.jsonl,
+      config.yaml, data.json, events.jsonl, norms.jsonl, windows.jsonl, epochs.jsonl, samples-<rank>.jsonl,
       ranks.json, progress.json, result.json, checkpoints/
 
 docs/run-folder.md describes every file. Lines carry an ``attempt`` that counts restarts: where two
@@ -40,6 +40,10 @@ class RunFolder(Storage):
         """Writes the resolved settings, every key."""
         content = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
         self.write_bytes("config.yaml", content.encode())
+
+    def read_classes(self) -> tuple[str, ...]:
+        """Names of the classes that the run was begun with."""
+        return tuple(self.read_json("data.json")["classes"])
 
     def read_lines(self, name: str) -> list[dict[str, Any]]:
         """All whole lines of a JSON-lines file, in file order; none where there is no file."""

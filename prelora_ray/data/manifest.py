@@ -9,6 +9,7 @@ A folder without a manifest is unfinished, and nothing trains on it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -46,6 +47,12 @@ class Manifest:
 
     def num_images(self, split: Split) -> int:
         return sum(self.row_groups(split))
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with any image, label or row group."""
+        content = [self.classes, {split: [asdict(shard) for shard in shards] for split, shards in self.splits.items()}]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def write_manifest(folder: Storage, manifest: Manifest) -> None:

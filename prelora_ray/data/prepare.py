@@ -27,6 +27,7 @@ from prelora_ray.data.draws import Draw, generator
 from prelora_ray.data.manifest import SCHEMA_VERSION, Manifest, Shard, Split, write_manifest
 from prelora_ray.data.sources import Item, Source, open_source
 from prelora_ray.data.stream import quiet_data_context
+from prelora_ray.errors import WorkError
 from prelora_ray.storage import Storage
 
 _METADATA = b"prelora"
@@ -66,7 +67,7 @@ class PrepareSettings:
             raise ValueError(f"--seed {self.seed} is not allowed: it is a whole number from 0 on")
 
 
-class PrepareError(RuntimeError):
+class PrepareError(WorkError):
     """The source could be read, but too much of it is unusable."""
 
 

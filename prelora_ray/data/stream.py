@@ -65,14 +65,18 @@ class StreamPlan:
     world_size: int
 
     @property
+    def _order(self) -> Order:
+        """Any of the orders: all of them have the same cells."""
+        return next(iter(self.orders.values()))
+
+    @property
     def cells(self) -> range:
         """Cells of every batch that this worker serves."""
-        return worker_cells(self.rank, self.world_size, self.orders["train"].num_cells)
+        return worker_cells(self.rank, self.world_size, self._order.num_cells)
 
     @property
     def num_slots(self) -> int:
-        order = self.orders["train"]
-        return max_worker_cells(self.world_size, order.num_cells) * order.cell
+        return max_worker_cells(self.world_size, self._order.num_cells) * self._order.cell
 
     @property
     def batches_per_block(self) -> int:
@@ -124,6 +128,14 @@ def stream_batches(plan: StreamPlan, schedule: Sequence[Pass], decoders: int) ->
             ids = block["ids"][i].numpy()
             batch = int(block["first_batch"]) + i
             yield Batch(split, int(block["epoch"]), batch, block["images"][i], block["labels"][i], ids)
+
+
+def read_encoded(path: str, shards: Sequence[Shard], count: int) -> list[bytes]:
+    """The first `count` encoded images of a split, without Ray."""
+    reader = _RowReader(path, tuple(shards))
+    ids = np.arange(min(count, sum(sum(shard.row_groups) for shard in shards)))
+    reader.expect([ids])
+    return cast("list[bytes]", reader.take(ids)[0].to_pylist())
 
 
 def quiet_data_context() -> ray.data.DataContext:

@@ -13,11 +13,13 @@ import ray.train
 import ray.train.torch
 
 from prelora_ray.config import Settings, with_absolute_paths, without_effect
-from prelora_ray.data.manifest import read_manifest
+from prelora_ray.data.manifest import Manifest, read_manifest
 from prelora_ray.data.prepare import prepare
+from prelora_ray.errors import InterruptedRunError, WorkError
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
-from prelora_ray.train.model import check_model
+from prelora_ray.train.model import check_model, create_model
+from prelora_ray.train.pretrained import load_pretrained
 from prelora_ray.train.result import summarize
 from prelora_ray.train.worker import train_worker
 
@@ -27,12 +29,8 @@ _MAY_CHANGE = {"storage", "audit_samples", "workers", "checkpoint", "data.path",
 """Keys that may differ when a run is resumed: they do not change what the run computes."""
 
 
-class TrainError(RuntimeError):
+class TrainError(WorkError):
     """The work failed; the message says where it stands."""
-
-
-class InterruptedRunError(RuntimeError):
-    """The run was stopped from outside, and can be resumed."""
 
 
 def train(settings: Settings, *, debug: bool = False) -> dict[str, Any]:
@@ -46,6 +44,8 @@ def train(settings: Settings, *, debug: bool = False) -> dict[str, Any]:
     if folder.exists("config.yaml"):
         _check_unchanged(folder.read_settings(), settings, folder)
     check_model(settings.model, settings.method)
+    if settings.model.init_from is not None and not folder.exists("config.yaml"):
+        load_pretrained(create_model(settings.model, num_classes=1, seed=0), settings.model.init_from)  # raises early
     if not Storage(settings.data.path).exists("manifest.json") and settings.data.source is None:
         read_manifest(Storage(settings.data.path))  # raises, and says how to prepare it
     if folder.exists("result.json"):
@@ -62,6 +62,7 @@ def train(settings: Settings, *, debug: bool = False) -> dict[str, Any]:
             if not manifest.num_images(split):
                 raise ValueError(f"data.path = {settings.data.path!r} is not allowed: it has no images in {split}")
         folder.make()
+        _check_same_data(folder, settings, manifest)
         folder.write_settings(settings)
         _fit(settings, folder)
     failed = [line for line in folder.read_lines("events.jsonl") if line["event"] == "run_failed"]
@@ -162,6 +163,18 @@ def _check_unchanged(before: Settings, now: Settings, folder: RunFolder) -> None
                 f"{key} = {new.get(key)!r} is not allowed: run {folder} was begun with {old.get(key)!r}; "
                 "resume it with that, or give another --name"
             )
+
+
+def _check_same_data(folder: RunFolder, settings: Settings, manifest: Manifest) -> None:
+    """Notes what the run is trained on. Raises ValueError where that is not what it was begun with."""
+    content = {"classes": list(manifest.classes), "fingerprint": manifest.fingerprint}
+    if not folder.exists("data.json"):
+        folder.write_json("data.json", content)
+    elif folder.read_json("data.json") != content:
+        raise ValueError(
+            f"data.path = {settings.data.path!r} is not allowed: run {folder} was begun with other images; "
+            "resume it with those, or give another --name"
+        )
 
 
 def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:

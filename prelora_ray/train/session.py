@@ -54,6 +54,8 @@ class Session:
             for message in start["damaged"]:
                 self.records.event("checkpoint_damaged", message=message)
             self._event("run_started" if self.attempt == 0 else "restart", world_size=world_size, seed=settings.train.seed)
+            for sentence in self.state.pretrained_notes:
+                self._event("init_from", message=sentence)
         self.feed = Feed(settings, self.plan, (self.state.epoch, self.state.batch), context.get_local_world_size())
 
     def begin_epoch(self) -> None:

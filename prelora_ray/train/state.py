@@ -25,6 +25,7 @@ from prelora_ray.method.targets import find_targets
 from prelora_ray.train.checkpoint import Checkpoint
 from prelora_ray.train.model import compile_blocks, create_model, drop_path_modules
 from prelora_ray.train.optim import OptimizerState, build_optimizer, optimizer_state
+from prelora_ray.train.pretrained import load_pretrained
 
 SWITCH_TOLERANCE = 1e-5
 """Largest change of a logit that injecting adapters may make, in float32."""
@@ -53,6 +54,10 @@ class TrainState:
         self.world_size = world_size
         dtype = torch.float64 if settings.train.precision == "fp64" else torch.float32
         self.model = create_model(settings.model, num_classes, settings.train.seed).to(device, dtype)
+        self.pretrained_notes: list[str] = []
+        """What `load_pretrained` tells."""
+        if settings.model.init_from is not None and checkpoint is None:
+            self.pretrained_notes = load_pretrained(self.model, settings.model.init_from)
         self.drop_path = drop_path_modules(self.model)
         self.targets = find_targets(self.model, settings.method.targets)
         self.phases = phase_schedule(settings, [target.name for target in self.targets])
@@ -139,10 +144,7 @@ class TrainState:
         self.epoch, self.batch = checkpoint.state["epoch"], checkpoint.state["batch"]
         self.best_val_top1 = checkpoint.state["best_val_top1"]
         self.phases.load_state_dict(checkpoint.state["phases"])
-        self.model.load_state_dict(checkpoint.base | checkpoint.model)
-        if self.phases.ranks is not None:
-            self._inject(self.phases.ranks)
-            load_peft_state_dict(self.model, checkpoint.adapter)
+        _load_weights(self.model, self.settings, checkpoint)
         if self.phases.phase is Phase.LORA:
             freeze_parameters(self.model, self.settings.method.freeze)
 
@@ -189,6 +191,22 @@ class TrainState:
         self.model.eval()
         logits: torch.Tensor = self.model(images.to(self.device, self.dtype))
         return logits
+
+
+def restore_model(settings: Settings, num_classes: int, checkpoint: Checkpoint) -> nn.Module:
+    """A checkpoint's model with its adapters, on the CPU, for whoever does not train it."""
+    model = create_model(settings.model, num_classes, settings.train.seed)
+    _load_weights(model, settings, checkpoint)
+    return model
+
+
+def _load_weights(model: nn.Module, settings: Settings, checkpoint: Checkpoint) -> None:
+    model.load_state_dict(checkpoint.base | checkpoint.model)
+    ranks = checkpoint.state["phases"]["ranks"]
+    if ranks is not None:
+        targets = find_targets(model, settings.method.targets)
+        inject(model, targets, ranks, settings.method.scaling, settings.train.seed)
+        load_peft_state_dict(model, checkpoint.adapter)
 
 
 def phase_schedule(settings: Settings, names: list[str]) -> PhaseSchedule:

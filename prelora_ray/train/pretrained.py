@@ -1,0 +1,82 @@
+"""Weights that a run starts from: a timm checkpoint, on a disk or in a bucket."""
+
+from __future__ import annotations
+
+import posixpath
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from prelora_ray.storage import Storage
+from prelora_ray.torchvision_ops import make_importable
+
+make_importable()
+
+from timm.models import load_state_dict  # noqa: E402
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn  # noqa: E402
+
+
+def load_pretrained(model: nn.Module, path: str) -> list[str]:
+    """Loads a timm checkpoint (``.safetensors``, or torch's own format) into `model`, in place.
+
+    Position embeddings and patches of another size are resampled, as timm does. A head of another size
+    stays as it was drawn. Returns a sentence for each thing that is not simply loaded: a head that
+    was replaced, missing tensors, unexpected ones.
+
+    Raises ValueError where there is no such file, it is no checkpoint, none of its tensors fits, or one
+    other than the head's has another shape.
+    """
+    tensors = _read(path)
+    own = model.state_dict()
+    head = f"{getattr(model, 'pretrained_cfg', {}).get('classifier', 'head')}."
+    if isinstance(model, VisionTransformer):
+        try:
+            tensors = checkpoint_filter_fn(tensors, model)
+        except (RuntimeError, ValueError, KeyError, AssertionError) as error:
+            raise ValueError(f"model.init_from = {path!r} does not fit the model: {' '.join(str(error).split())}") from error
+    told = []
+    other_shape = [name for name in tensors if name in own and tensors[name].shape != own[name].shape]
+    if replaced := [name for name in other_shape if name.startswith(head)]:
+        classes = tuple(len(of[replaced[0]]) for of in (tensors, own))
+        told.append(f"its head has {classes[0]} classes and this run {classes[1]}: the head starts anew")
+    for name in other_shape:
+        if name not in replaced:
+            shapes = [tuple(of[name].shape) for of in (tensors, own)]
+            raise ValueError(
+                f"model.init_from = {path!r} does not fit the model: {name} is {shapes[0]} there and {shapes[1]} here"
+            )
+    fitting = {name: tensor for name, tensor in tensors.items() if name in own and name not in replaced}
+    if not fitting:
+        raise ValueError(f"model.init_from = {path!r} does not fit the model: none of its {len(tensors)} tensors is known")
+    model.load_state_dict(fitting, strict=False)
+    told += [
+        f"{len(names)} {what}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+        for what, names in (
+            ("tensors are not in it and start anew", sorted(own.keys() - tensors.keys())),
+            ("of its tensors are not the model's and are left out", sorted(tensors.keys() - own.keys())),
+        )
+        if names
+    ]
+    return [f"{path}: {sentence}" for sentence in told]
+
+
+def _read(path: str) -> dict[str, torch.Tensor]:
+    folder, name = posixpath.split(path)
+    storage = Storage(folder or ".")
+    if not storage.exists(name) or name in storage.list_folders():
+        raise ValueError(f"model.init_from = {path!r} is no file: give a timm checkpoint, such as model.safetensors")
+    with tempfile.TemporaryDirectory() as directory:
+        local = Path(storage.file(name))
+        if not storage.is_local:
+            local = Path(directory, name)
+            local.write_bytes(storage.read_bytes(name))
+        try:
+            tensors = load_state_dict(str(local), weights_only=True)
+            if all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+                return dict(tensors)
+        except Exception as error:  # whatever a damaged or foreign file makes a reader raise
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise ValueError(f"model.init_from = {path!r} cannot be read as a timm checkpoint: {reason}") from error
+    raise ValueError(f"model.init_from = {path!r} is no timm checkpoint: it holds other things than tensors")

@@ -1,0 +1,189 @@
+"""What is exported from each phase, loaded by timm, PEFT and onnxruntime alone; and evaluation of all of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pyarrow.parquet as pq
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from prelora_ray.config import parse_settings
+from prelora_ray.data.manifest import read_manifest
+from prelora_ray.evaluate import evaluate
+from prelora_ray.export import ExportError, export
+from prelora_ray.method.phases import Decision
+from prelora_ray.run_folder import RunFolder
+from prelora_ray.storage import Storage
+from prelora_ray.train.checkpoint import Checkpoints
+from prelora_ray.train.state import TrainState
+from prelora_ray.trained import load_run_model
+from tests.conftest import TINY_VIT
+
+PHASES = ("full", "warmup", "lora")
+
+
+def make_run(folder: Path, digits: Path, phase: str) -> Path:
+    """A run that stands in `phase`, with adapters that do something."""
+    settings = parse_settings(
+        {
+            "name": phase,
+            "storage": str(folder),
+            "data": {"path": str(digits), "batch_size": 96, "cell": 12, "mean": [0.3] * 3, "std": [0.4] * 3, "crop_ratio": 1},
+            "model": {"name": "vit_tiny_patch16_224", "image_size": 8, "options": TINY_VIT},
+            "method": {"r_min": 2, "r_max": 8},
+        }
+    )
+    manifest = read_manifest(Storage(str(digits)))
+    state = TrainState(settings, 10, 1, torch.device("cpu"), 1)
+    if phase != "full":
+        names = [target.name for target in state.targets if target.layer != 1]
+        ranks = {name: (2, 4, 8)[i % 3] for i, name in enumerate(names)}
+        state.phases.load_state_dict({**state.phases.state_dict(), "phase": "warmup", "switch_epoch": 1, "ranks": ranks})
+        state.apply(Decision(switch=ranks))
+    if phase == "lora":
+        state.phases.load_state_dict({**state.phases.state_dict(), "phase": "lora", "freeze_epoch": 2})
+        state.apply(Decision(freeze=True))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in state.model.named_parameters():
+            if "lora_B" in name or name.startswith("head"):
+                parameter.normal_(std=0.2)
+    state.epoch = 3
+    run = RunFolder.of(settings)
+    run.make()
+    run.write_settings(settings)
+    run.write_json("data.json", {"classes": list(manifest.classes), "fingerprint": manifest.fingerprint})
+    Checkpoints(run).save(state.checkpoint())
+    return folder / phase
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, digits) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    return {phase: make_run(folder, digits, phase) for phase in PHASES}
+
+
+@pytest.fixture(scope="module")
+def exports(runs, tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("exports")
+    for phase, run in runs.items():
+        export(str(run), str(folder / phase))
+    return {phase: folder / phase for phase in PHASES}
+
+
+@pytest.fixture(scope="module")
+def validation(digits) -> tuple[torch.Tensor, torch.Tensor]:
+    """All validation images, normalised, and their labels, from scikit-learn's own arrays."""
+    shards = read_manifest(Storage(str(digits))).splits["val"]
+    rows = [int(row["source"]) for shard in shards for row in pq.read_table(digits / shard.file).to_pylist()]
+    content = load_digits()
+    pixels = torch.from_numpy((content.images[rows] * 255 / 16).round()).float()
+    images = ((pixels / 255 - 0.3) / 0.4)[:, None].expand(-1, 3, 8, 8).contiguous()
+    return images, torch.from_numpy(content.target[rows])
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@torch.no_grad()
+def test_timm_peft_and_onnxruntime_compute_what_the_run_does(runs, exports, validation, phase):
+    images, _ = validation
+    expected = load_run_model(str(runs[phase])).module(images)
+    out = exports[phase]
+    forms = {
+        "hugging face folder": timm.create_model(f"local-dir:{out}/timm", pretrained=True).eval()(images),
+        "checkpoint": timm.create_model(
+            "vit_tiny_patch16_224",
+            num_classes=10,
+            img_size=8,
+            checkpoint_path=str(out / "timm/model.safetensors"),
+            **TINY_VIT,
+        ).eval()(images),
+        "onnx": torch.from_numpy(
+            onnxruntime.InferenceSession(str(out / "onnx/model.onnx")).run(["logits"], {"pixels": images.numpy()})[0]
+        ),
+    }
+    if phase != "full":
+        base = timm.create_model(f"local-dir:{out}/adapter/base", pretrained=True).eval()
+        assert (base(images) - expected).abs().max() > 1e-2, "the adapters do something"
+        forms["peft"] = PeftModel.from_pretrained(base, str(out / "adapter")).eval()(images)
+    else:
+        assert not (out / "adapter").exists()
+    for form, logits in forms.items():
+        assert (logits - expected).abs().max() <= 1e-4, form
+
+
+def test_the_configuration_is_that_of_the_run(exports):
+    config = json.loads((exports["lora"] / "timm/config.json").read_text())
+    assert config["label_names"] == [str(digit) for digit in range(10)]
+    assert config["pretrained_cfg"]["mean"] == [0.3] * 3
+    transform = timm.data.create_transform(
+        **timm.data.resolve_data_config({}, model=timm.create_model(f"local-dir:{exports['lora']}/timm", pretrained=False))
+    )
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    expected = (torch.from_numpy(pixels).permute(2, 0, 1) / 255 - 0.3) / 0.4
+    torch.testing.assert_close(transform(Image.fromarray(pixels)), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("form", ["run", "checkpoint", "export", "timm", "adapter", "onnx"])
+def test_evaluation_against_scikit_learns_own_arrays(runs, exports, digits, validation, form):
+    images, labels = validation
+    out = exports["lora"]
+    source = {"run": runs["lora"], "checkpoint": runs["lora"] / "checkpoints/00003-000000", "export": out}.get(form, out / form)
+    report = evaluate(str(source), None if form in ("run", "checkpoint") else str(digits))
+    with torch.no_grad():
+        logits = load_run_model(str(runs["lora"])).module(images)
+    best = logits.argsort(1, descending=True)
+    assert report.evaluation.images == len(labels)
+    assert report.evaluation.top1 == pytest.approx((best[:, 0] == labels).double().mean().item())
+    assert report.evaluation.top5 == pytest.approx((best[:, :5] == labels[:, None]).any(1).double().mean().item())
+    assert report.evaluation.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    confusion = torch.zeros(10, 10, dtype=torch.int64)
+    for label, guess in zip(labels, best[:, 0], strict=True):
+        confusion[label, guess] += 1
+    assert torch.equal(report.confusion, confusion)
+    assert report.class_top1[3] == pytest.approx(confusion[3, 3].item() / (labels == 3).sum().item())
+
+
+def test_a_form_that_differs_fails_and_leaves_nothing(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "prelora_ray.export.merged_state_dict", lambda model: load_run_model(str(runs["full"])).module.state_dict()
+    )
+    with pytest.raises(ExportError, match=r"the (onnx|timm) form differs from the run's model by"):
+        export(str(runs["lora"]), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_mistakes_are_told_in_a_sentence(runs, exports, digits, tmp_path):
+    with pytest.raises(ValueError, match="is not empty: name a new folder"):
+        export(str(runs["lora"]), str(exports["lora"]))
+    with pytest.raises(ValueError, match=r"is no run folder: it has no config\.yaml"):
+        export(str(tmp_path), str(tmp_path / "out"))
+    with pytest.raises(ValueError, match="is no trained model: give a run folder"):
+        evaluate(str(tmp_path))
+    with pytest.raises(ValueError, match="does not know its data: name a prepared folder"):
+        evaluate(str(exports["lora"]))
+    with pytest.raises(ValueError, match="is no prepared folder"):
+        evaluate(str(runs["lora"]), str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match="is no exported model"):
+        evaluate(str(tmp_path), str(digits))
+
+
+def test_other_classes_are_refused(runs, digits, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in digits.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    content = json.loads((other / "manifest.json").read_text())
+    content["classes"][4] = "four"
+    (other / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"class 4 is 'four' in .* was trained with '4'"):
+        evaluate(str(runs["lora"]), str(other))
