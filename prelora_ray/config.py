@@ -219,15 +219,23 @@ class WorkerSettings(_Section):
     """CPUs that each worker asks Ray for."""
     gpu: bool | Literal["auto"] = "auto"
     """Whether each worker takes a GPU; auto does where the cluster has enough of them."""
-    max_failures: Annotated[int, Field(ge=-1, strict=True)] = 3
+    max_failures: Annotated[int, Field(ge=-1, strict=True)] = 10
     """Failures of workers that a run survives, preemptions not counted; -1 is any number."""
+    hang_seconds: Positive = 120.0
+    """A worker without progress for so long is ended, and the group starts again; starts and compilations have 10 times it."""
 
 
 class CheckpointSettings(_Section):
     every_epochs: Count = 1
     """Epochs between checkpoints; the end of a phase and of the run always make one."""
+    every_steps: Count | None = None
+    """Steps between checkpoints inside an epoch; null makes none for steps."""
+    every_seconds: Positive | None = 60.0
+    """Seconds between checkpoints inside an epoch: about what a crash costs; null makes none for time."""
     keep: Count = 2
-    """Newest checkpoints that are kept, besides the one at the end of each phase."""
+    """Newest checkpoints that are kept, besides the best and those on both sides of a change of phase."""
+    keep_trunk: bool = False
+    """Whether every checkpoint of phase full at the end of a window is kept, for runs that fork from it."""
 
 
 class Settings(_Section):
@@ -280,6 +288,11 @@ class Settings(_Section):
         if method.enabled and method.switch_epoch is not None and method.switch_epoch >= train.epochs:
             raise ValueError(
                 f"method.switch_epoch = {method.switch_epoch} is not allowed: it must be below train.epochs = {train.epochs}"
+            )
+        if self.checkpoint.keep_trunk and method.window_epochs % self.checkpoint.every_epochs:
+            raise ValueError(
+                f"checkpoint.every_epochs = {self.checkpoint.every_epochs} is not allowed with checkpoint.keep_trunk: it must "
+                f"divide method.window_epochs = {method.window_epochs}"
             )
         if train.ramp_epochs >= train.epochs:
             raise ValueError(

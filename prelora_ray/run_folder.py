@@ -10,12 +10,13 @@ lines speak of the same epoch, window or batch, the later attempt stands.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import tempfile
 import time
 from collections.abc import Iterable
-from typing import IO, Any
+from typing import Any
 
 import yaml
 
@@ -51,10 +52,6 @@ class RunFolder(Storage):
             return []
         return parse_lines(self.read_bytes(name))
 
-    def next_attempt(self) -> int:
-        """Number of the attempt that starts now: 0, or one more than any on file."""
-        return 1 + max((line["attempt"] for line in self.read_lines("events.jsonl") if "attempt" in line), default=-1)
-
 
 def parse_lines(content: bytes) -> list[dict[str, Any]]:
     """Lines of JSON; a last line that a killed writer left unfinished is passed over."""
@@ -81,42 +78,50 @@ def last_attempt(lines: Iterable[dict[str, Any]], *key: str) -> list[dict[str, A
 class LineWriter:
     """Appends JSON lines to one file of a run folder; infinite numbers become null.
 
-    On a disk each line is there once `write` returns. Object stores cannot append: there the lines
-    gather in a local file, which `flush` uploads whole.
+    On a disk each line is there once `write` returns; on a full one lines wait for room. Object stores
+    cannot append: there the lines gather in a local file, which `flush` uploads whole.
     """
 
     def __init__(self, folder: Storage, name: str) -> None:
         self._folder = folder
         self._name = name
-        self._file: IO[bytes]
+        self._pending = b""
         if folder.is_local:
             folder.make()
-            self._file = open(folder.file(name), "ab")  # noqa: SIM115
-            self._end_unfinished_line()
+            self._file = open(folder.file(name), "ab", buffering=0)  # noqa: SIM115
+            self._pending = self._end_of_unfinished_line()
         else:
-            self._file = tempfile.TemporaryFile()  # noqa: SIM115
+            self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
             if folder.exists(name):
-                self._file.write(folder.read_bytes(name))
+                self._pending = folder.read_bytes(name)
         self._uploaded = True
 
     def write(self, **line: Any) -> None:
-        self._file.write(json.dumps(_finite(line), allow_nan=False).encode() + b"\n")
-        self._file.flush()
+        self._pending += json.dumps(_finite(line), allow_nan=False).encode() + b"\n"
         self._uploaded = False
+        self._drain()
 
     def flush(self) -> None:
+        self._drain()
         if self._folder.is_local or self._uploaded:
             return
         self._file.seek(0)
-        self._folder.write_bytes(self._name, self._file.read())
+        try:
+            self._folder.write_bytes(self._name, self._file.read())
+        except OSError:  # an unreachable bucket: the next flush tries again
+            return
         self._uploaded = True
 
-    def _end_unfinished_line(self) -> None:
+    def _drain(self) -> None:
+        """Writes as much as there is room for."""
+        with contextlib.suppress(OSError):
+            while self._pending:
+                self._pending = self._pending[self._file.write(self._pending) :]
+
+    def _end_of_unfinished_line(self) -> bytes:
         with open(self._folder.file(self._name), "rb") as file:
             content = file.read()
-        if content and not content.endswith(b"\n"):
-            self._file.write(b"\n")
-            self._file.flush()
+        return b"\n" if content and not content.endswith(b"\n") else b""
 
 
 class RunRecords:
@@ -146,7 +151,8 @@ class RunRecords:
     def progress(self, **content: Any) -> None:
         """Replaces progress.json, which says where the run is right now."""
         self._progress_time = time.monotonic()
-        self._folder.write_json("progress.json", _finite({"attempt": self._attempt, "time": time.time(), **content}))
+        with contextlib.suppress(OSError):  # on a full disk the next one will tell
+            self._folder.write_json("progress.json", _finite({"attempt": self._attempt, "time": time.time(), **content}))
 
     def flush(self) -> None:
         for writer in self._writers.values():

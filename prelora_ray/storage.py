@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import posixpath
@@ -90,6 +91,11 @@ class Storage:
 
     def read_json(self, name: str) -> Any:
         return json.loads(self.read_bytes(name))
+
+    def remove_file(self, name: str) -> None:
+        """Removes a file, which may be gone already."""
+        with contextlib.suppress(FileNotFoundError):
+            self.filesystem.delete_file(self.file(name))
 
     def remove_folder(self, name: str) -> None:
         self.filesystem.delete_dir(self.file(name))

@@ -90,14 +90,12 @@ def load_run_model(source: str) -> RunModel:
         folder = RunFolder(str(Storage(folder.uri.rstrip("/").rsplit("/", 2)[0])))
     settings = folder.read_settings()
     checkpoints = Checkpoints(folder)
-    if name is None:
-        name, _ = checkpoints.newest()
-        if name is None:
-            raise ValueError(f"{source!r} has no whole checkpoint yet")
     try:
-        checkpoint = checkpoints.load(name)
+        checkpoint = checkpoints.newest()[0] if name is None else checkpoints.load(name)
     except DamagedCheckpointError as error:
         raise ValueError(f"{source!r}: {error}") from None
+    if checkpoint is None:
+        raise ValueError(f"{source!r} has no whole checkpoint yet")
     return _run_model(settings, folder.read_classes(), checkpoint)
 
 

@@ -62,7 +62,7 @@ def make_run(folder: Path, digits: Path, phase: str) -> Path:
     run.make()
     run.write_settings(settings)
     run.write_json("data.json", {"classes": list(manifest.classes), "fingerprint": manifest.fingerprint})
-    Checkpoints(run).save(state.checkpoint())
+    Checkpoints(run).save(state.snapshot([], holds_base=False))
     return folder / phase
 
 

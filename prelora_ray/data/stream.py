@@ -172,7 +172,8 @@ def _read(plan: StreamPlan, schedule: Sequence[Pass]) -> Iterator[pa.Table]:
             order.slots(ids_of_epoch, batch, plan.cells, plan.num_slots) for batch in range(first_batch, order.num_batches)
         ]
         reader = readers[split]
-        reader.expect(slices)
+        if slices:
+            reader.expect(slices)
         for i in range(0, len(slices), plan.batches_per_block):
             slots = np.stack(slices[i : i + plan.batches_per_block])
             images, labels = reader.take(slots[slots >= 0])

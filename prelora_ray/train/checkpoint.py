@@ -5,7 +5,7 @@
       adapter/              PEFT's adapter_model.safetensors and adapter_config.json, once switched
       optimizer.pt          AdamW's state by parameter name
       state.json            position, phases, the test's windows
-      manifest.json         size and SHA-256 of every file above, and of the base that it refers to
+      manifest.json         size and SHA-256 of every file above, and of the base that it refers to; phase and top-1
     checkpoints/base.safetensors    what phase lora has frozen, stored once
 
 The name is the position: epochs done, and batches done in the epoch after.
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,14 +41,46 @@ class Checkpoint:
     """The model's own tensors, by timm's names, less those in `base`."""
     optimizer: OptimizerState
     base: Tensors = field(default_factory=dict)
-    """Frozen tensors."""
+    """Frozen tensors; empty too where the run folder holds them already."""
+    refers_to_base: bool = False
+    """Whether the checkpoint is whole only with the frozen tensors."""
     adapter: Tensors = field(default_factory=dict)
     """Adapters in PEFT's names."""
     adapter_config: dict[str, Any] | None = None
 
+    val_top1: float | None = None
+    """Accuracy of the epoch that it ends, where it ends one that was validated."""
+
     @property
     def name(self) -> str:
         return checkpoint_name(self.state["epoch"], self.state["batch"])
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay: the newest, the best, those on both sides of a change of phase, and the trunk's."""
+
+    keep: int
+    """Newest checkpoints that stay."""
+    trunk_epochs: int | None = None
+    """Keeps those of phase full at every multiple of so many epochs, where a fork may land; None keeps none."""
+
+    def kept(self, about: dict[str, dict[str, Any]]) -> set[str]:
+        """Names that stay, of `about`: what `Checkpoints.about` tells of all committed ones, oldest first."""
+        names = list(about)
+        stay = set(names[-self.keep :])
+        validated = [name for name in names if about[name]["val_top1"] is not None]
+        stay |= {max(validated, key=lambda name: about[name]["val_top1"])} if validated else set()
+        for name, after in itertools.pairwise(names):
+            if about[name]["phase"] != about[after]["phase"]:
+                stay |= {name, after}
+        if self.trunk_epochs is not None:
+            stay |= {
+                name
+                for name, entry in about.items()
+                if entry["phase"] == "full" and entry["batch"] == 0 and entry["epoch"] % self.trunk_epochs == 0
+            }
+        return stay
 
 
 def checkpoint_name(epoch: int, batch: int) -> str:
@@ -59,6 +92,8 @@ class Checkpoints:
 
     def __init__(self, run: Storage) -> None:
         self.folder = run / "checkpoints"
+        self._about: dict[str, dict[str, Any]] = {}
+        self._base: dict[str, Any] | None = None
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Writes and commits a checkpoint; on return it is whole."""
@@ -71,6 +106,8 @@ class Checkpoints:
             files["adapter/adapter_model.safetensors"] = safetensors.torch.save(_on_cpu(checkpoint.adapter))
             files["adapter/adapter_config.json"] = json.dumps(checkpoint.adapter_config, indent=1).encode()
         folder = self.folder / checkpoint.name
+        if checkpoint.base:
+            self._save_base(checkpoint.base)
         for name, content in files.items():
             folder.write_bytes(name, content)
         folder.write_json(
@@ -78,16 +115,23 @@ class Checkpoints:
             {
                 "schema": _SCHEMA_VERSION,
                 "files": {name: _describe(content) for name, content in files.items()},
-                "base": self._save_base(checkpoint.base) if checkpoint.base else None,
+                "base": self._base if checkpoint.refers_to_base else None,
+                "epoch": checkpoint.state["epoch"],
+                "batch": checkpoint.state["batch"],
+                "phase": checkpoint.state["phases"]["phase"],
+                "val_top1": checkpoint.val_top1,
             },
         )
 
-    def _save_base(self, base: Tensors) -> dict[str, Any]:
+    @property
+    def holds_base(self) -> bool:
+        """Whether this object has saved the frozen tensors, or has loaded a checkpoint that refers to them."""
+        return self._base is not None
+
+    def _save_base(self, base: Tensors) -> None:
         content = safetensors.torch.save(_on_cpu(base))
-        description = _describe(content)
-        if self.folder.list_files().get(BASE) != len(content) or _describe(self.folder.read_bytes(BASE)) != description:
-            self.folder.write_bytes(BASE, content)
-        return description
+        self.folder.write_bytes(BASE, content)
+        self._base = _describe(content)
 
     def names(self) -> list[str]:
         """Names of the committed checkpoints, oldest first."""
@@ -100,6 +144,7 @@ class Checkpoints:
             manifest = folder.read_json("manifest.json")
             files = {file: _verified(folder, file, entry) for file, entry in manifest["files"].items()}
             base = _verified(self.folder, BASE, manifest["base"]) if manifest["base"] else None
+            self._base = manifest["base"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DamagedCheckpointError(f"checkpoint {name} is damaged: {error}") from error
         adapter = files.get("adapter/adapter_model.safetensors")
@@ -108,27 +153,46 @@ class Checkpoints:
             model=safetensors.torch.load(files["model.safetensors"]),
             optimizer=torch.load(io.BytesIO(files["optimizer.pt"]), weights_only=True),
             base=safetensors.torch.load(base) if base else {},
+            refers_to_base=base is not None,
             adapter=safetensors.torch.load(adapter) if adapter else {},
             adapter_config=json.loads(files["adapter/adapter_config.json"]) if adapter else None,
+            val_top1=manifest.get("val_top1"),
         )
 
-    def newest(self) -> tuple[str | None, list[str]]:
-        """Name of the newest whole checkpoint, and a sentence for each newer one that is damaged."""
-        damaged = []
+    def newest(self) -> tuple[Checkpoint | None, dict[str, str]]:
+        """The newest whole checkpoint, and by name a sentence for each newer one that is damaged."""
+        damaged: dict[str, str] = {}
         for name in reversed(self.names()):
             try:
-                self.load(name)
+                return self.load(name), damaged
             except DamagedCheckpointError as error:
-                damaged.append(str(error))
-            else:
-                return name, damaged
+                damaged[name] = str(error)
         return None, damaged
 
-    def prune(self, keep: int, also: set[str]) -> None:
-        """Removes all but the newest `keep` committed checkpoints and those named in `also`."""
-        for name in self.names()[:-keep]:
-            if name not in also:
+    def remove(self, name: str) -> None:
+        self.folder.remove_folder(name)
+
+    def about(self) -> dict[str, dict[str, Any]]:
+        """Position, phase and accuracy of every committed checkpoint whose manifest can be read, oldest first."""
+        found = {}
+        for name in self.names():
+            if name not in self._about:
+                try:
+                    manifest = (self.folder / name).read_json("manifest.json")
+                    self._about[name] = {key: manifest[key] for key in ("epoch", "batch", "phase", "val_top1")}
+                except (OSError, ValueError, KeyError, TypeError):
+                    continue
+            found[name] = self._about[name]
+        return found
+
+    def prune(self, retention: Retention) -> None:
+        """Removes what need not stay, and what was left uncommitted before the newest committed checkpoint."""
+        about = self.about()
+        stay = retention.kept(about)
+        for name in self.folder.list_folders():
+            if name < max(about, default="") and name not in stay:
                 self.folder.remove_folder(name)
+                self._about.pop(name, None)
 
 
 class DamagedCheckpointError(RuntimeError):

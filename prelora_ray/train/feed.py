@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import ray
 import torch
@@ -18,8 +18,16 @@ from prelora_ray.data.stream import Batch, Pass, StreamPlan, stream_batches
 class Feed:
     """The stream of batches, taken split by split, with the time that was spent waiting for it."""
 
-    def __init__(self, settings: Settings, plan: StreamPlan, start: tuple[int, int], workers_on_node: int) -> None:
-        """`start` is the position, (epochs done, batches done in the epoch after)."""
+    def __init__(
+        self,
+        settings: Settings,
+        plan: StreamPlan,
+        start: tuple[int, int],
+        workers_on_node: int,
+        on_batch: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`start` is the position, (epochs done, batches done in the epoch after); `on_batch` is called as each is taken."""
+        self._on_batch = on_batch
         self._batches = stream_batches(plan, _passes(settings, *start), _decoders(settings, workers_on_node))
         self._next: Batch | None = None
         self.wait_seconds = 0.0
@@ -36,6 +44,7 @@ class Feed:
                 return
             self._next = None
             yield batch
+            self._on_batch()
 
 
 def validates(settings: Settings, epoch: int) -> bool:

@@ -28,7 +28,8 @@ def summarize(folder: RunFolder) -> dict[str, Any]:
         "val_top1": validated[-1] if validated else None,
         "best_val_top1": max(validated, default=None),
         "images_per_second": {
-            phase: sum(line["images"] for line in lines) / sum(line["train_seconds"] for line in lines)
+            phase: sum(line["images_per_second"] * line["train_seconds"] for line in lines)
+            / sum(line["train_seconds"] for line in lines)
             for phase, lines in phases.items()
         },
         "peak_memory_bytes": {phase: max(line["peak_memory_bytes"] for line in lines) for phase, lines in phases.items()},

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,15 +21,26 @@ from prelora_ray.data.prepare import prepare
 from prelora_ray.errors import InterruptedRunError, WorkError
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
+from prelora_ray.train.lock import DriverLock
 from prelora_ray.train.model import check_model, create_model
+from prelora_ray.train.notices import STOP_FILE
 from prelora_ray.train.pretrained import load_pretrained
 from prelora_ray.train.result import summarize
+from prelora_ray.train.watchdog import PATIENCE
 from prelora_ray.train.worker import train_worker
 
 logger = logging.getLogger(__name__)
 
 _MAY_CHANGE = {"storage", "audit_samples", "workers", "checkpoint", "data.path", "data.source", "data.decoders"}
 """Keys that may differ when a run is resumed: they do not change what the run computes."""
+
+
+_RAY_TRAIN = {
+    "HEALTH_CHECK_INTERVAL_S": "0.25",  # the controller takes up one report a look, and an epoch may be short
+    "PREEMPTION_POLL_INTERVAL_S": "1",
+}
+_RESIZE_LOOK_SECONDS = 10.0
+"""Between looks whether there is room for more workers."""
 
 
 class TrainError(WorkError):
@@ -54,23 +68,39 @@ def train(settings: Settings, *, debug: bool = False) -> dict[str, Any]:
         return result
     for sentence in without_effect(settings):
         logger.warning("%s", sentence)
-    with ray_session(debug=debug) as is_embedded:
+    with DriverLock(folder), ray_session(debug=debug) as is_embedded:
         _check_room(settings, is_embedded)
         _prepare_once(settings)
         manifest = read_manifest(Storage(settings.data.path))
         for split in manifest.splits:
             if not manifest.num_images(split):
                 raise ValueError(f"data.path = {settings.data.path!r} is not allowed: it has no images in {split}")
-        folder.make()
         _check_same_data(folder, settings, manifest)
         folder.write_settings(settings)
-        _fit(settings, folder)
-    failed = [line for line in folder.read_lines("events.jsonl") if line["event"] == "run_failed"]
-    if failed and failed[-1]["attempt"] == folder.next_attempt() - 1:
-        raise TrainError(failed[-1]["message"])
+        folder.remove_file(STOP_FILE)
+        with _stop_on_sigterm(folder):
+            _fit(settings, folder)
+    last = folder.read_lines("events.jsonl")[-1]
+    if last["event"] == "run_failed":
+        raise TrainError(last["message"])
+    if last["event"] == "stop":
+        raise InterruptedRunError(f"stopped; the same command goes on from epoch {last['epoch']} of {folder}")
     result = summarize(folder)
     folder.write_json("result.json", result)
     return result
+
+
+@contextmanager
+def _stop_on_sigterm(folder: RunFolder) -> Iterator[None]:
+    """On SIGTERM, asks the workers to save where they stand and to end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: folder.write_json(STOP_FILE, {"time": time.time()}))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
@@ -109,9 +139,13 @@ def _check_room(settings: Settings, is_embedded: bool) -> None:
 
 
 def _fit(settings: Settings, folder: RunFolder) -> None:
-    # Ray Train's controller takes up one report a look; with its default of 2 s, short epochs would wait for it.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
     workers = settings.workers
+    is_elastic = workers.min < workers.max
+    for key, value in _RAY_TRAIN.items():
+        os.environ.setdefault(f"RAY_TRAIN_{key}", value)
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(workers.hang_seconds)
+    if is_elastic:  # a group that finds no room is to become smaller; one of fixed size has nothing to do but wait
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
     use_gpu = workers.gpu
     if use_gpu == "auto":
         use_gpu = ray.cluster_resources().get("GPU", 0) >= workers.min
@@ -119,10 +153,12 @@ def _fit(settings: Settings, folder: RunFolder) -> None:
         train_worker,
         train_loop_config={"settings": settings.model_dump(mode="json")},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=workers.max if workers.min == workers.max else (workers.min, workers.max),
+            num_workers=(workers.min, workers.max) if is_elastic else workers.max,
+            elastic_resize_monitor_interval_s=_RESIZE_LOOK_SECONDS,
             use_gpu=bool(use_gpu),
             resources_per_worker={"CPU": workers.cpus} | ({"GPU": 1} if use_gpu else {}),
         ),
+        torch_config=ray.train.torch.TorchConfig(timeout_s=int(workers.hang_seconds * PATIENCE)),
         run_config=ray.train.RunConfig(
             name="ray",
             storage_path=folder.path if folder.is_local else str(folder),

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import resource
-import tempfile
 import time
-from pathlib import Path
 from typing import Any, cast
 
 import ray.train
@@ -20,53 +17,77 @@ from prelora_ray.method.phases import Decision, count_parameters
 from prelora_ray.method.targets import target_norms
 from prelora_ray.run_folder import LineWriter, RunFolder, RunRecords
 from prelora_ray.storage import Storage
-from prelora_ray.train.checkpoint import Checkpoints
+from prelora_ray.train.checkpoint import Checkpoints, Retention
+from prelora_ray.train.control import Action, Control
 from prelora_ray.train.evaluation import Evaluation
 from prelora_ray.train.feed import Feed, stream_plan, validates
+from prelora_ray.train.notices import Notices
+from prelora_ray.train.report import report
+from prelora_ray.train.saver import Saver
+from prelora_ray.train.start import Start, find_start
 from prelora_ray.train.state import TrainState
 from prelora_ray.train.step import Stepper
+from prelora_ray.train.watchdog import Watchdog
 
 _CHECK_STEPS = 50
 """Steps between looks whether the loss is still finite, each of which waits for the device."""
+_LAST_SAVES = 10
+"""How often the end of a run tries to save."""
+
+
+class StoppedError(Exception):
+    """The run was asked to stop, and has committed where it stands."""
 
 
 class Session:
     """One worker's part in one attempt. Every worker trains; rank 0 also decides, records and saves."""
 
     def __init__(self, settings: Settings) -> None:
+        self.watchdog = Watchdog(settings.workers.hang_seconds)
         self.settings = settings
         context = ray.train.get_context()
         self.rank, world_size = context.get_world_rank(), context.get_world_size()
         self.folder = RunFolder.of(settings)
         self.checkpoints = Checkpoints(self.folder)
-        start = _from_rank_0(self._where_to_start() if self.rank == 0 else None)
-        self.attempt: int = start["attempt"]
+        start, checkpoint = find_start(self.folder, self.checkpoints) if self.rank == 0 else (None, None)
+        start = cast(Start, _from_rank_0(start))
+        if self.rank != 0 and start.checkpoint is not None:
+            checkpoint = self.checkpoints.load(start.checkpoint)
+        self.attempt = start.attempt
         manifest = read_manifest(Storage(settings.data.path))
         self.plan = stream_plan(settings, manifest, self.rank, world_size)
         device = ray.train.torch.get_device()
         batches = self.plan.orders["train"].num_batches
-        checkpoint = self.checkpoints.load(start["checkpoint"]) if start["checkpoint"] is not None else None
         self.state = TrainState(settings, len(manifest.classes), batches, device, world_size, checkpoint)
         self.stepper = Stepper(self.state, self.plan)
+        self._sums_before = _own_sums(checkpoint.state["sums"] if checkpoint else [], self.rank, world_size)
+        self.control = Control()
+        self.notices = Notices(self.folder, settings.checkpoint)
         self.records = RunRecords(self.folder, self.attempt) if self.rank == 0 else None
         self.audit = LineWriter(self.folder, f"samples-{self.rank}.jsonl") if settings.audit_samples else None
         if self.records:
-            for message in start["damaged"]:
-                self.records.event("checkpoint_damaged", message=message)
-            self._event("run_started" if self.attempt == 0 else "restart", world_size=world_size, seed=settings.train.seed)
-            for sentence in self.state.pretrained_notes:
-                self._event("init_from", message=sentence)
-        self.feed = Feed(settings, self.plan, (self.state.epoch, self.state.batch), context.get_local_world_size())
+            trunk_epochs = settings.method.window_epochs if settings.checkpoint.keep_trunk else None
+            self.saver = Saver(self.checkpoints, Retention(settings.checkpoint.keep, trunk_epochs))
+            self._record_start(start)
+        self.feed = Feed(
+            settings, self.plan, (self.state.epoch, self.state.batch), context.get_local_world_size(), self.watchdog.beat
+        )
 
     def begin_epoch(self) -> None:
         self._epoch_time = time.monotonic()
         self._phase = self.state.phases.phase
         self.feed.wait_seconds = 0.0
-        self.stepper.begin_epoch()
+        self.stepper.begin_epoch(self._sums_before)
+        self._sums_before = (0.0, 0.0)
+        self._first_batch = self.state.batch
         if self.state.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
 
     def step(self, batch: Batch) -> None:
+        """Trains on one batch, and then does what all workers have agreed to do.
+
+        Raises StoppedError where that is to stop.
+        """
         if self.audit:
             ids = [int(i) for i in batch.ids if i >= 0]
             self.audit.write(attempt=self.attempt, epoch=batch.epoch, batch=batch.batch, samples=ids)
@@ -76,14 +97,19 @@ class Session:
             self.stepper.check_finite()
         if self.records and self.records.progress_is_due():
             seconds = time.monotonic() - self._epoch_time
-            images = self.state.batch * self.settings.data.batch_size
+            images = (self.state.batch - self._first_batch) * self.settings.data.batch_size
             self._progress(loss=self.stepper.local_loss(), images_per_second=images / seconds)
+            self._record_saves()
+        wish = self.notices.wish(self.state.step, is_busy=self.saver.is_busy) if self.records else Action.NONE
+        self._act(self.control.exchange(wish))
 
     def mean_loss(self) -> float:
         """Mean training loss over the epoch's images, of all workers."""
         self.stepper.check_finite()
         loss, self._images = self.stepper.epoch_sums()
         self._train_seconds = time.monotonic() - self._epoch_time
+        batches = range(self._first_batch, self.state.batches)
+        self._images_here = sum(self.plan.orders["train"].batch_size(batch) for batch in batches)
         self._wait_seconds = self.feed.wait_seconds
         return loss / self._images
 
@@ -131,7 +157,7 @@ class Session:
             "val_loss": validation and validation.loss,
             "val_top1": validation and validation.top1,
             "val_top5": validation and validation.top5,
-            "images_per_second": self._images / self._train_seconds,
+            "images_per_second": self._images_here / self._train_seconds,
             "images": self._images,
             "train_seconds": self._train_seconds,
             "seconds": time.monotonic() - self._epoch_time,
@@ -143,47 +169,106 @@ class Session:
             "world_size": self.state.world_size,
         }
         self.state.epoch, self.state.batch = epoch + 1, 0
+        if decision.switch is not None or decision.freeze:
+            self.watchdog.beat(patiently=True)  # what trains now is built and compiled anew
         self.state.apply(decision)
         if self.records:
             self.records.epoch(**line)
             self._record_change(decision)
-        if self._saves(epoch, decision):
-            self._save()
+        is_last = epoch + 1 == self.settings.train.epochs
+        changes = decision.switch is not None or decision.freeze
+        due = (epoch + 1) % self.settings.checkpoint.every_epochs == 0
+        if self.records and (due or changes or is_last):
+            self._save([], line["val_top1"])
+        if is_last:
+            self.watchdog.beat(patiently=True)
+            self._finish_saving()
         if self.audit:
             self.audit.flush()
         if self.records:
+            self._record_saves()
             self.records.flush()
-        self._report(line, decision)
+        report(self, line, decision)
 
     def fail(self, message: str) -> None:
         """Ends the run for good, without another try by Ray Train."""
         if self.records:
+            self._finish_saving()
             names = self.checkpoints.names()
             where = (
                 f"the last good checkpoint is {self.checkpoints.folder / names[-1]}" if names else "no checkpoint was saved yet"
             )
             self._event("run_failed", message=f"{message}; {where}")
             self.records.flush()
+        self.watchdog.end()
 
-    def _where_to_start(self) -> dict[str, Any]:
-        name, damaged = self.checkpoints.newest()
-        return {"attempt": self.folder.next_attempt(), "checkpoint": name, "damaged": damaged}
+    def close(self) -> None:
+        self.watchdog.end()
 
-    def _saves(self, epoch: int, decision: Decision) -> bool:
-        settings = self.settings
-        due = (epoch + 1) % settings.checkpoint.every_epochs == 0 or epoch + 1 == settings.train.epochs
-        return due or decision.switch is not None or decision.freeze
+    def _act(self, action: Action) -> None:
+        """What rank 0 asked for, on every worker."""
+        if Action.LOOK in action:
+            self.notices.look()
+        if action & (Action.SAVE | Action.STOP):
+            self.stepper.check_finite()
+            sums = self.stepper.worker_sums()
+            if self.records:
+                self._save(sums)
+        if Action.STOP in action:
+            self.watchdog.beat(patiently=True)
+            if self.records:
+                self._finish_saving()
+                self._event("stop" if self.notices.preemption is None else "preemption")
+                self.records.flush()
+            if self.audit:
+                self.audit.flush()
+            if self.notices.preemption is None:
+                raise StoppedError
+            self.watchdog.end()
+            while True:  # returning would end the run; Ray Train ends the group at the deadline and starts another
+                time.sleep(1)
 
-    def _save(self) -> None:
+    def _save(self, sums: list[list[float]], val_top1: float | None = None) -> None:
+        self.saver.wait()
+        self._record_saves()
+        self.saver.start(self.state.snapshot(sums, holds_base=self.checkpoints.holds_base, val_top1=val_top1))
+        self.notices.saved(self.state.step)
+
+    def _finish_saving(self) -> None:
+        """Waits for the save under way. Where it failed, tries again a few times: what it holds is the last of the run."""
         if not self.records:
             return
-        start = time.monotonic()
-        checkpoint = self.state.checkpoint()
-        self.checkpoints.save(checkpoint)
-        phases = self.state.phases
-        also = {f"{epoch:05d}-000000" for epoch in (phases.switched_at, phases.frozen_at) if epoch is not None}
-        self.checkpoints.prune(self.settings.checkpoint.keep, also)
-        self._event("checkpoint", checkpoint=checkpoint.name, seconds=time.monotonic() - start)
+        self.saver.wait()
+        for _ in range(_LAST_SAVES):
+            if not self.saver.has_failed:
+                break
+            time.sleep(self.settings.workers.hang_seconds / _LAST_SAVES)
+            self.saver.retry()
+        self._record_saves()
+
+    def _record_saves(self) -> None:
+        assert self.records
+        for saved in self.saver.results():
+            if saved.error is None:
+                self._event("checkpoint", checkpoint=saved.name, seconds=saved.seconds)
+            else:
+                self._event("checkpoint_failed", checkpoint=saved.name, seconds=saved.seconds, message=saved.error)
+
+    def _record_start(self, start: Start) -> None:
+        assert self.records
+        for name, message in start.damaged.items():
+            self._event("checkpoint_damaged", message=message)
+            self.checkpoints.remove(name)
+        world_size, seed = self.state.world_size, self.settings.train.seed
+        if self.attempt == 0:
+            self._event("run_started", world_size=world_size, seed=seed)
+        else:
+            lost = max(0, start.last_step - self.state.step)
+            self._event("restart", world_size=world_size, cause=start.cause, seconds=start.seconds, steps_again=lost)
+            if start.world_size != world_size:
+                self._event("resize", world_size=world_size, before=start.world_size)
+        for sentence in self.state.pretrained_notes:
+            self._event("init_from", message=sentence)
 
     def _record_change(self, decision: Decision) -> None:
         phases = self.state.phases
@@ -195,31 +280,6 @@ class Session:
             trainable, parameters = count_parameters(self.state.model)
             self._event("freeze", freeze_epoch=phases.frozen_at, trainable_parameters=trainable, parameters=parameters)
 
-    def _report(self, line: dict[str, Any], decision: Decision) -> None:
-        """Tells Ray Train of the epoch, with a tiny checkpoint that points to ours."""
-        phases, method = self.state.phases, self.settings.method
-        metrics = {
-            **line,
-            "trainable_fraction": line["trainable_parameters"] / line["parameters"],
-            "next_phase": phases.phase.value,
-            "switch_epoch": phases.switched_at,
-            "freeze_epoch": phases.frozen_at,
-            "tau": method.tau,
-            "zeta": method.zeta,
-            "norm_change": decision.verdict and decision.verdict.family_change,
-            "loss_change": decision.verdict and decision.verdict.loss_change,
-            "converged": decision.verdict and decision.verdict.converged,
-            "ranks": phases.ranks and _summary(list(phases.ranks.values())),
-        }
-        if self.rank != 0:
-            ray.train.report(metrics)
-            return
-        with tempfile.TemporaryDirectory() as directory:
-            names = self.checkpoints.names()
-            pointer = {"run": str(self.folder), "checkpoint": names[-1] if names else None}
-            Path(directory, "pointer.json").write_text(json.dumps(pointer))
-            ray.train.report(metrics, ray.train.Checkpoint.from_directory(directory))
-
     def _event(self, event: str, **content: Any) -> None:
         assert self.records
         state = self.state
@@ -228,7 +288,12 @@ class Session:
     def _progress(self, **content: Any) -> None:
         assert self.records
         self.records.progress(
-            epoch=self.state.epoch, batch=self.state.batch, batches=self.state.batches, phase=self.state.phases.phase, **content
+            epoch=self.state.epoch,
+            batch=self.state.batch,
+            batches=self.state.batches,
+            step=self.state.step,
+            phase=self.state.phases.phase,
+            **content,
         )
 
 
@@ -248,6 +313,10 @@ def _peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _summary(ranks: list[int]) -> dict[str, Any]:
-    counts = {str(rank): ranks.count(rank) for rank in sorted(set(ranks))}
-    return {"min": min(ranks), "max": max(ranks), "mean": sum(ranks) / len(ranks), "counts": counts}
+def _own_sums(sums: list[list[float]], rank: int, world_size: int) -> tuple[float, float]:
+    """This worker's share of the sums in a checkpoint: its own, or with another number of workers all of them on rank 0."""
+    if len(sums) == world_size:
+        return sums[rank][0], sums[rank][1]
+    if rank != 0:
+        return 0.0, 0.0
+    return sum(entry[0] for entry in sums), sum(entry[1] for entry in sums)

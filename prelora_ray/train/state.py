@@ -116,27 +116,36 @@ class TrainState:
             freeze_parameters(self.model, self.settings.method.freeze)
         self._rebuild(moments)
 
-    def checkpoint(self) -> Checkpoint:
-        """A snapshot, for rank 0 to save."""
+    def snapshot(self, sums: list[list[float]], *, holds_base: bool, val_top1: float | None = None) -> Checkpoint:
+        """What rank 0 saves: copies on the device, which training does not change any more.
+
+        `sums`: the epoch's sums so far of every worker, empty at an epoch's end. `holds_base`: whether the run
+        folder has the frozen tensors already.
+        """
         base: dict[str, torch.Tensor] = {}
         model = base_state_dict(self.model)
-        if self.phases.phase is Phase.LORA:
+        is_frozen = self.phases.phase is Phase.LORA
+        if is_frozen:
             frozen = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
-            base = {name: tensor for name, tensor in model.items() if name in frozen}
+            base = {} if holds_base else {name: tensor for name, tensor in model.items() if name in frozen}
             model = {name: tensor for name, tensor in model.items() if name not in frozen}
         switched = self.phases.phase is not Phase.FULL
+        moments = optimizer_state(self.model, self.optimizer)
         return Checkpoint(
             state={
                 "epoch": self.epoch,
                 "batch": self.batch,
                 "best_val_top1": self.best_val_top1,
                 "phases": self.phases.state_dict(),
+                "sums": sums,
             },
-            model=model,
-            optimizer=optimizer_state(self.model, self.optimizer),
-            base=base,
-            adapter=peft_state_dict(self.model) if switched else {},
+            model=_copied(model),
+            optimizer={name: _copied(entry) for name, entry in moments.items()},
+            base=_copied(base),
+            refers_to_base=is_frozen,
+            adapter=_copied(peft_state_dict(self.model)) if switched else {},
             adapter_config=peft_config(self.model) if switched else None,
+            val_top1=val_top1,
         )
 
     def _load(self, checkpoint: Checkpoint) -> None:
@@ -191,6 +200,10 @@ class TrainState:
         self.model.eval()
         logits: torch.Tensor = self.model(images.to(self.device, self.dtype))
         return logits
+
+
+def _copied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
 def restore_model(settings: Settings, num_classes: int, checkpoint: Checkpoint) -> nn.Module:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -35,8 +36,9 @@ class Stepper:
         self._bad_step = torch.full((), -1, device=state.device)
         self.begin_epoch()
 
-    def begin_epoch(self) -> None:
-        self._sums.zero_()
+    def begin_epoch(self, sums: Sequence[float] = (0, 0)) -> None:
+        """Begins to sum anew, from this worker's `sums` where the epoch was begun before."""
+        self._sums.copy_(torch.tensor(sums, dtype=self._sums.dtype))
         self._bad_step.fill_(-1)
         self.learning_rate = 0.0
 
@@ -120,6 +122,14 @@ class Stepper:
         """Mean training loss of this worker's images since `begin_epoch`; waits for the device."""
         loss, count = self._sums.tolist()
         return float(loss / count) if count else 0.0
+
+    def worker_sums(self) -> list[list[float]]:
+        """Loss sum and images since the epoch's begin of every worker, by rank; all workers call it together."""
+        if self.state.world_size == 1:
+            return [self._sums.tolist()]
+        gathered = [torch.empty_like(self._sums) for _ in range(self.state.world_size)]
+        dist.all_gather(gathered, self._sums)
+        return [sums.tolist() for sums in gathered]
 
     def epoch_sums(self) -> tuple[float, int]:
         """Sum of the training losses since `begin_epoch` and number of images, over all workers."""

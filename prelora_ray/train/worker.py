@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from prelora_ray.config import parse_settings
-from prelora_ray.train.session import Session
+from prelora_ray.train.session import Session, StoppedError
 from prelora_ray.train.step import NonFiniteLossError
 
 
@@ -25,5 +25,8 @@ def train_worker(config: dict[str, Any]) -> None:
             validation = session.validate(epoch)
             decision = session.decide(epoch, loss)
             session.end_epoch(epoch, loss, validation, decision)
+        session.close()
+    except StoppedError:
+        session.close()
     except NonFiniteLossError as error:  # the same on every worker and on every retry, so no retry helps
         session.fail(str(error))

@@ -6,16 +6,17 @@ import pytest
 import torch
 
 from prelora_ray.storage import Storage
-from prelora_ray.train.checkpoint import Checkpoint, Checkpoints, DamagedCheckpointError
+from prelora_ray.train.checkpoint import Checkpoint, Checkpoints, DamagedCheckpointError, Retention
 
 
 def checkpoint(epoch: int, batch: int = 0) -> Checkpoint:
     torch.manual_seed(epoch)
     return Checkpoint(
-        state={"epoch": epoch, "batch": batch},
+        state={"epoch": epoch, "batch": batch, "phases": {"phase": "lora"}},
         model={"head.weight": torch.randn(3, 4, dtype=torch.float64)},
         optimizer={"head.weight": {"exp_avg": torch.randn(3, 4), "step": torch.tensor(7.0)}},
         base={"blocks.0.attn.qkv.weight": torch.ones(2, 2)},
+        refers_to_base=True,
         adapter={"a": torch.randn(2)},
         adapter_config={"r": 8},
     )
@@ -58,20 +59,55 @@ def test_damage_is_found_and_the_one_before_is_used(saved, tmp_path, file, damag
         path.write_bytes(content if damage == "flipped" else content[:-1])
     with pytest.raises(DamagedCheckpointError, match="00010-000000"):
         saved.load("00010-000000")
-    name, messages = saved.newest()
-    assert name == "00002-000000"
-    assert len(messages) == 1
+    newest, damaged = saved.newest()
+    assert newest is not None and newest.name == "00002-000000"
+    assert list(damaged) == ["00010-000000"]
+    assert file in damaged["00010-000000"] or damage == "missing"
 
 
 def test_a_save_without_its_manifest_is_no_checkpoint(saved, tmp_path):
     (tmp_path / "checkpoints" / "00010-000000" / "manifest.json").unlink()
-    assert saved.newest() == ("00002-000000", [])
+    newest, damaged = saved.newest()
+    assert newest is not None and newest.name == "00002-000000"
+    assert damaged == {}
 
 
-def test_prune_keeps_the_newest_and_the_named(saved):
-    saved.prune(1, {"00001-000000"})
-    assert saved.names() == ["00001-000000", "00010-000000"]
+def about(*entries: tuple[int, int, str, float | None]) -> dict[str, dict]:
+    return {
+        f"{epoch:05d}-{batch:06d}": {"epoch": epoch, "batch": batch, "phase": phase, "val_top1": top1}
+        for epoch, batch, phase, top1 in entries
+    }
+
+
+def test_what_stays():
+    """Newest two, the best, both sides of each change of phase; with a trunk, phase full at the end of windows."""
+    run = about(
+        (1, 0, "full", 0.1),
+        (2, 0, "full", 0.2),
+        (2, 5, "full", None),
+        (3, 0, "full", 0.9),
+        (3, 7, "full", None),
+        (4, 0, "full", 0.3),
+        (5, 0, "warmup", 0.3),
+        (6, 0, "warmup", 0.4),
+        (7, 0, "lora", 0.4),
+        (8, 0, "lora", 0.5),
+        (9, 0, "lora", 0.6),
+        (9, 3, "lora", None),
+    )
+    plain = {"00003-000000", "00004-000000", "00005-000000", "00006-000000", "00007-000000", "00009-000000", "00009-000003"}
+    assert Retention(2).kept(run) == plain
+    assert Retention(2, trunk_epochs=2).kept(run) == plain | {"00002-000000"}
+
+
+def test_prune_removes_what_need_not_stay_and_what_was_never_committed(saved, tmp_path):
+    for name in ("00005-000003", "00011-000000"):
+        (tmp_path / "checkpoints" / name).mkdir()
+        (tmp_path / "checkpoints" / name / "model.safetensors").write_bytes(b"cut")
+    saved.prune(Retention(1))
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir() if path.is_dir())
+    assert names == ["00010-000000", "00011-000000"]  # the last may be the one that is being written
 
 
 def test_nothing_saved(tmp_path):
-    assert Checkpoints(Storage(tmp_path)).newest() == (None, [])
+    assert Checkpoints(Storage(tmp_path)).newest() == (None, {})

@@ -1,0 +1,46 @@
+"""How all workers do the same thing after the same step, without waiting for each other at any."""
+
+from __future__ import annotations
+
+from enum import IntFlag
+
+import torch
+import torch.distributed as dist
+
+
+class Action(IntFlag):
+    """What rank 0 asks all workers to do."""
+
+    NONE = 0
+    SAVE = 1
+    """Gather what a checkpoint needs, which rank 0 then writes."""
+    STOP = 2
+    """Save, wait until it is committed, and train no further."""
+    LOOK = 4
+    """Ask Ray whether a node is about to go, which is a barrier."""
+
+
+class Control:
+    """Rank 0's wish of one step reaches all workers at the next one, by a broadcast that runs beside the step."""
+
+    def __init__(self) -> None:
+        self._group = None
+        self._is_alone = not dist.is_initialized() or dist.get_world_size() == 1
+        if not self._is_alone:  # a group of its own, on the CPU: it must not queue behind gradients
+            self._group = dist.new_group(backend="gloo")
+        self._pending: tuple[torch.Tensor, dist.Work] | None = None
+
+    def exchange(self, wish: Action) -> Action:
+        """Takes this step's wish (rank 0's counts) and returns that of the step before, on every worker."""
+        if self._is_alone:
+            return wish
+        asked = Action.NONE
+        if self._pending is not None:
+            box, work = self._pending
+            work.wait()
+            asked = Action(int(box))
+        box = torch.tensor(int(wish))
+        work = dist.broadcast(box, src=0, group=self._group, async_op=True)
+        assert work is not None
+        self._pending = box, work
+        return asked

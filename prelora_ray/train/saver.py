@@ -1,0 +1,83 @@
+"""Writes checkpoints beside training, one at a time."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from dataclasses import dataclass
+
+from prelora_ray.train.checkpoint import Checkpoint, Checkpoints, Retention
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What became of one save."""
+
+    name: str
+    seconds: float
+    """From the snapshot to the commit, or to the failure."""
+    error: str | None
+    """Why it failed; None where the checkpoint is committed."""
+
+
+class Saver:
+    """A thread that writes, commits and prunes. What it did waits in `results` for the loop to record."""
+
+    def __init__(self, checkpoints: Checkpoints, retention: Retention) -> None:
+        self._checkpoints = checkpoints
+        self._retention = retention
+        self._idle = threading.Event()
+        self._idle.set()
+        self._results: queue.SimpleQueue[Saved] = queue.SimpleQueue()
+        self._failed: Checkpoint | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        return not self._idle.is_set()
+
+    def start(self, checkpoint: Checkpoint) -> None:
+        """Writes a snapshot, which nothing may change any more, once the one before it is written."""
+        self.wait()
+        self._idle.clear()
+        threading.Thread(target=self._write, args=(checkpoint,), daemon=True).start()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the last save failed."""
+        return self._failed is not None
+
+    def retry(self) -> None:
+        """Writes once more what could not be written, and waits for it."""
+        assert self._failed is not None
+        self.start(self._failed)
+        self.wait()
+
+    def wait(self) -> None:
+        """Returns when nothing is being written."""
+        self._idle.wait()
+
+    def results(self) -> list[Saved]:
+        """What has been saved, or failed to be, since the last call."""
+        found = []
+        while not self._results.empty():
+            found.append(self._results.get())
+        return found
+
+    def _write(self, checkpoint: Checkpoint) -> None:
+        start = time.monotonic()
+        error = None
+        try:
+            self._checkpoints.save(checkpoint)
+            self._checkpoints.prune(self._retention)
+        except OSError as failure:  # a full disk, an unreachable bucket: training goes on, and the next save tries again
+            error = f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
+        except BaseException:
+            logger.exception("saving failed")
+            error = "an error of the program, see the worker's log"
+        self._failed = None if error is None else checkpoint
+        self._results.put(Saved(checkpoint.name, time.monotonic() - start, error))
+        self._idle.set()
