@@ -49,4 +49,3 @@ def test_lines_are_appended_by_one_writer_after_the_other(folder):
         (1, "a"),
         (1, "b"),
     ]
-    assert run.next_attempt() == 2

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from enum import IntFlag
+from enum import IntEnum
 
 import torch
 import torch.distributed as dist
 
 
-class Action(IntFlag):
+class Action(IntEnum):
     """What rank 0 asks all workers to do."""
 
     NONE = 0
     SAVE = 1
     """Gather what a checkpoint needs, which rank 0 then writes."""
     STOP = 2
-    """Save, wait until it is committed, and train no further."""
-    LOOK = 4
-    """Ask Ray whether a node is about to go, which is a barrier."""
+    """Save, wait until it is committed, and end: the driver was asked to."""
+    LEAVE = 3
+    """Save, wait until it is committed, and end: the driver goes on without the nodes that are about to go."""
 
 
 class Control:

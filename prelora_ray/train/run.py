@@ -25,6 +25,7 @@ from prelora_ray.train.lock import DriverLock
 from prelora_ray.train.model import check_model, create_model
 from prelora_ray.train.notices import STOP_FILE
 from prelora_ray.train.pretrained import load_pretrained
+from prelora_ray.train.ray_private import ScalingConfig, TorchConfig, release
 from prelora_ray.train.result import summarize
 from prelora_ray.train.watchdog import PATIENCE
 from prelora_ray.train.worker import train_worker
@@ -37,7 +38,7 @@ _MAY_CHANGE = {"storage", "audit_samples", "workers", "checkpoint", "data.path",
 
 _RAY_TRAIN = {
     "HEALTH_CHECK_INTERVAL_S": "0.25",  # the controller takes up one report a look, and an epoch may be short
-    "PREEMPTION_POLL_INTERVAL_S": "1",
+    "PREEMPTION_POLL_INTERVAL_S": "0.25",  # the notice has to reach the loop before its data dries up
 }
 _RESIZE_LOOK_SECONDS = 10.0
 """Between looks whether there is room for more workers."""
@@ -145,20 +146,20 @@ def _fit(settings: Settings, folder: RunFolder) -> None:
         os.environ.setdefault(f"RAY_TRAIN_{key}", value)
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(workers.hang_seconds)
     if is_elastic:  # a group that finds no room is to become smaller; one of fixed size has nothing to do but wait
-        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "5")
     use_gpu = workers.gpu
     if use_gpu == "auto":
         use_gpu = ray.cluster_resources().get("GPU", 0) >= workers.min
     trainer = ray.train.torch.TorchTrainer(
         train_worker,
         train_loop_config={"settings": settings.model_dump(mode="json")},
-        scaling_config=ray.train.ScalingConfig(
+        scaling_config=ScalingConfig(
             num_workers=(workers.min, workers.max) if is_elastic else workers.max,
             elastic_resize_monitor_interval_s=_RESIZE_LOOK_SECONDS,
             use_gpu=bool(use_gpu),
             resources_per_worker={"CPU": workers.cpus} | ({"GPU": 1} if use_gpu else {}),
         ),
-        torch_config=ray.train.torch.TorchConfig(timeout_s=int(workers.hang_seconds * PATIENCE)),
+        torch_config=TorchConfig(timeout_s=int(workers.hang_seconds * PATIENCE)),
         run_config=ray.train.RunConfig(
             name="ray",
             storage_path=folder.path if folder.is_local else str(folder),
@@ -167,11 +168,30 @@ def _fit(settings: Settings, folder: RunFolder) -> None:
         ),
     )
     try:
-        trainer.fit()
+        _fit_again_and_again(trainer, folder, workers.max_failures)
     except (SystemExit, KeyboardInterrupt):  # Ray Train's own handler of Ctrl-C ends its workers and exits
         raise InterruptedRunError(f"interrupted; the same command goes on from the last checkpoint in {folder}") from None
-    except ray.train.TrainingFailedError as error:
+    except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
         raise TrainError(f"training failed after {workers.max_failures} restarts: {_root_cause(error)}") from error
+
+
+def _fit_again_and_again(trainer: ray.train.torch.TorchTrainer, folder: RunFolder, max_failures: int) -> None:
+    """Fits; where Ray Train's controller dies or the workers leave nodes that are about to go, goes on with new ones."""
+    lost = 0
+    while True:
+        reserved = [line["reservation"] for line in folder.read_lines("events.jsonl") if "reservation" in line]
+        if reserved:
+            release(reserved[-1])
+        try:
+            trainer.fit()
+        except ray.exceptions.RayActorError:
+            lost += 1
+            if 0 <= max_failures < lost:
+                raise
+            logger.warning("Ray Train's controller died; another one goes on")
+            continue
+        if folder.read_lines("events.jsonl")[-1]["event"] != "preemption":
+            return
 
 
 def _root_cause(error: BaseException) -> str:

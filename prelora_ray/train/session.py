@@ -22,6 +22,7 @@ from prelora_ray.train.control import Action, Control
 from prelora_ray.train.evaluation import Evaluation
 from prelora_ray.train.feed import Feed, stream_plan, validates
 from prelora_ray.train.notices import Notices
+from prelora_ray.train.ray_private import reservation
 from prelora_ray.train.report import report
 from prelora_ray.train.saver import Saver
 from prelora_ray.train.start import Start, find_start
@@ -36,7 +37,7 @@ _LAST_SAVES = 10
 
 
 class StoppedError(Exception):
-    """The run was asked to stop, and has committed where it stands."""
+    """The run stops here for now, and has committed where it stands."""
 
 
 class Session:
@@ -200,33 +201,28 @@ class Session:
             )
             self._event("run_failed", message=f"{message}; {where}")
             self.records.flush()
-        self.watchdog.end()
 
     def close(self) -> None:
         self.watchdog.end()
 
     def _act(self, action: Action) -> None:
         """What rank 0 asked for, on every worker."""
-        if Action.LOOK in action:
-            self.notices.look()
-        if action & (Action.SAVE | Action.STOP):
-            self.stepper.check_finite()
-            sums = self.stepper.worker_sums()
-            if self.records:
-                self._save(sums)
-        if Action.STOP in action:
-            self.watchdog.beat(patiently=True)
-            if self.records:
-                self._finish_saving()
-                self._event("stop" if self.notices.preemption is None else "preemption")
-                self.records.flush()
-            if self.audit:
-                self.audit.flush()
-            if self.notices.preemption is None:
-                raise StoppedError
-            self.watchdog.end()
-            while True:  # returning would end the run; Ray Train ends the group at the deadline and starts another
-                time.sleep(1)
+        if action is Action.NONE:
+            return
+        self.stepper.check_finite()
+        sums = self.stepper.worker_sums()
+        if self.records:
+            self._save(sums)
+        if action is Action.SAVE:
+            return
+        self.watchdog.beat(patiently=True)
+        if self.records:
+            self._finish_saving()
+            self._event("stop" if action is Action.STOP else "preemption")
+            self.records.flush()
+        if self.audit:
+            self.audit.flush()
+        raise StoppedError
 
     def _save(self, sums: list[list[float]], val_top1: float | None = None) -> None:
         self.saver.wait()
@@ -259,12 +255,13 @@ class Session:
         for name, message in start.damaged.items():
             self._event("checkpoint_damaged", message=message)
             self.checkpoints.remove(name)
-        world_size, seed = self.state.world_size, self.settings.train.seed
+        world_size = self.state.world_size
+        content: dict[str, Any] = {"world_size": world_size, "reservation": reservation()}
         if self.attempt == 0:
-            self._event("run_started", world_size=world_size, seed=seed)
+            self._event("run_started", seed=self.settings.train.seed, **content)
         else:
             lost = max(0, start.last_step - self.state.step)
-            self._event("restart", world_size=world_size, cause=start.cause, seconds=start.seconds, steps_again=lost)
+            self._event("restart", cause=start.cause, seconds=start.seconds, steps_again=lost, **content)
             if start.world_size != world_size:
                 self._event("resize", world_size=world_size, before=start.world_size)
         for sentence in self.state.pretrained_notes:

@@ -25,8 +25,9 @@ def train_worker(config: dict[str, Any]) -> None:
             validation = session.validate(epoch)
             decision = session.decide(epoch, loss)
             session.end_epoch(epoch, loss, validation, decision)
-        session.close()
     except StoppedError:
-        session.close()
+        pass
     except NonFiniteLossError as error:  # the same on every worker and on every retry, so no retry helps
         session.fail(str(error))
+    finally:
+        session.close()

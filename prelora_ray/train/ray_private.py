@@ -1,0 +1,77 @@
+"""What Ray 2.60 keeps to itself and an elastic run needs, in one place.
+
+A run reserves room: an elastic one with Ray's autoscaling coordinator, every one by a placement group. Where its controller or
+driver dies, the first stays for 180 s and the second until Ray's dashboard tells that the controller is dead, which an embedded
+Ray has not; the same run, started again, would wait for its own ghost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any
+
+import ray
+import ray.train.torch
+from ray.train.v2._internal.execution.context import get_train_context
+from ray.util.placement_group import PlacementGroup
+
+_SHUTDOWN_SECONDS = 5
+
+
+class TorchConfig(ray.train.torch.TorchConfig):
+    """Ray Train's, whose controller waits 5 s, not 30, for a worker that hangs to leave its process group.
+
+    Ray reads this limit from the environment of the controller, which does not get the driver's.
+    """
+
+    @property
+    def backend_cls(self) -> Any:
+        os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", str(_SHUTDOWN_SECONDS))
+        return super().backend_cls
+
+
+class ScalingConfig(ray.train.ScalingConfig):
+    """Ray Train's, with no more workers than have room on the nodes that are to stay.
+
+    Ray counts a node that is about to go as room until it is gone, but starts nothing on it.
+    """
+
+    @property
+    def max_workers(self) -> int:
+        most = super().max_workers
+        if not ray.is_initialized() or not (leaving := ray._private.state.state.get_draining_nodes()):
+            return most
+        needed = {name: amount for name, amount in self._resources_per_worker_not_none.items() if amount}
+        staying = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
+        room = sum(min(int(node.get(name, 0) // amount) for name, amount in needed.items()) for node in staying)
+        return max(self.min_workers, min(most, room))
+
+
+def preemption() -> Any:
+    """Ray's PreemptionInfo as far as this worker has heard; None while no node of the group is about to go.
+
+    `ray.train.get_preemption_info` tells the same, but waits for every worker to call it.
+    """
+    return get_train_context().preemption_context.preemption_info
+
+
+def reservation() -> dict[str, str]:
+    """What the controller of this Train worker has reserved: names that `release` takes."""
+    group = ray.util.get_current_placement_group()
+    return {
+        "requester": f"train-{get_train_context().train_run_context.run_id}",
+        "placement_group": group.id.hex() if group else "",
+    }
+
+
+def release(names: dict[str, str]) -> None:
+    """Gives back what a dead controller has reserved; nothing happens where it is gone already."""
+    from ray._raylet import PlacementGroupID
+    from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
+
+    with contextlib.suppress(Exception):  # what is not given back here ends by itself, later
+        ray.get(get_or_create_autoscaling_coordinator().cancel_request.remote(requester_id=names["requester"]), timeout=10)
+        if names["placement_group"]:
+            group = PlacementGroup(PlacementGroupID.from_hex(names["placement_group"]))
+            ray.util.remove_placement_group(group)
