@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test test-all lint clean
+.PHONY: install demo test test-all chaos lint clean
 
 install: .venv/.installed
 
@@ -20,6 +20,9 @@ test: install lint
 
 test-all: install lint
 	$(BIN)/python -m pytest
+
+chaos: install
+	$(BIN)/python -m tests.chaos.chaos
 
 lint: install
 	$(BIN)/ruff check --quiet .

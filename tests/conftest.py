@@ -13,6 +13,7 @@ import ray
 import torch
 from moto.server import ThreadedMotoServer
 
+from prelora_ray.run_folder import RunFolder
 from prelora_ray.torchvision_ops import make_importable
 
 make_importable()
@@ -55,3 +56,15 @@ def digits(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("data") / "digits"
     prepare("digits", str(out))
     return out
+
+
+def samples(folder: RunFolder) -> dict[tuple[int, int], list[int]]:
+    """Samples of every global batch, sorted: those of the latest attempt at it, over all its workers."""
+    batches: dict[tuple[int, int], tuple[int, list[int]]] = {}
+    for path in Path(folder.path).glob("samples-*.jsonl"):
+        for line in folder.read_lines(path.name):
+            place = line["epoch"], line["batch"]
+            attempt, ids = batches.get(place, (-1, []))
+            if line["attempt"] >= attempt:
+                batches[place] = line["attempt"], (ids if line["attempt"] == attempt else []) + line["samples"]
+    return {place: sorted(ids) for place, (_, ids) in batches.items()}

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from typing import Any
 
 import ray
 import ray.train.torch
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 from ray.train.v2._internal.execution.context import get_train_context
 from ray.util.placement_group import PlacementGroup
 
 _SHUTDOWN_SECONDS = 5
+_COUNT_SECONDS = 2.0
 
 
 class TorchConfig(ray.train.torch.TorchConfig):
@@ -32,20 +35,36 @@ class TorchConfig(ray.train.torch.TorchConfig):
 
 
 class ScalingConfig(ray.train.ScalingConfig):
-    """Ray Train's, with no more workers than have room on the nodes that are to stay.
+    """Ray Train's, with no more workers than have room on the nodes that are to stay, and a fresh count of the nodes.
 
-    Ray counts a node that is about to go as room until it is gone, but starts nothing on it.
+    Ray counts a node that is about to go as room until it is gone, though it starts nothing on it; and
+    it counts nodes every 20 s, in which time it waits for those that are gone.
     """
 
     @property
     def max_workers(self) -> int:
         most = super().max_workers
-        if not ray.is_initialized() or not (leaving := ray._private.state.state.get_draining_nodes()):
+        if self.min_workers == most or not ray.is_initialized() or ray.get_runtime_context().get_actor_id() is None:
+            return most  # only the controller, which is an actor, decides on sizes
+        _count_nodes()
+        leaving = ray._private.state.state.get_draining_nodes()
+        if not leaving:
             return most
         needed = {name: amount for name, amount in self._resources_per_worker_not_none.items() if amount}
         staying = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
         room = sum(min(int(node.get(name, 0) // amount) for name, amount in needed.items()) for node in staying)
         return max(self.min_workers, min(most, room))
+
+
+_counted = float("-inf")
+
+
+def _count_nodes() -> None:
+    """Has Ray's autoscaling coordinator look at the cluster now, without waiting for it."""
+    global _counted
+    if time.monotonic() - _counted > _COUNT_SECONDS:
+        _counted = time.monotonic()
+        get_or_create_autoscaling_coordinator().get_reserved_resources.remote("none", recompute=True)
 
 
 def preemption() -> Any:
@@ -68,7 +87,6 @@ def reservation() -> dict[str, str]:
 def release(names: dict[str, str]) -> None:
     """Gives back what a dead controller has reserved; nothing happens where it is gone already."""
     from ray._raylet import PlacementGroupID
-    from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 
     with contextlib.suppress(Exception):  # what is not given back here ends by itself, later
         ray.get(get_or_create_autoscaling_coordinator().cancel_request.remote(requester_id=names["requester"]), timeout=10)

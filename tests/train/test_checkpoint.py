@@ -5,8 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from prelora_ray.config import parse_settings
+from prelora_ray.method.phases import Decision
 from prelora_ray.storage import Storage
 from prelora_ray.train.checkpoint import Checkpoint, Checkpoints, DamagedCheckpointError, Retention
+from prelora_ray.train.state import TrainState
 
 
 def checkpoint(epoch: int, batch: int = 0) -> Checkpoint:
@@ -111,3 +114,33 @@ def test_prune_removes_what_need_not_stay_and_what_was_never_committed(saved, tm
 
 def test_nothing_saved(tmp_path):
     assert Checkpoints(Storage(tmp_path)).newest() == (None, {})
+
+
+def test_in_phase_lora_a_checkpoint_costs_what_trains(tmp_path):
+    """At most 1.3 times the bytes of the trainable parameters and AdamW's two moments; the frozen base is stored once."""
+    settings = parse_settings(
+        {
+            "name": "size",
+            "storage": str(tmp_path),
+            "data": {"path": str(tmp_path), "batch_size": 8, "cell": 4},
+            "model": {"name": "vit_tiny_patch16_224", "image_size": 32, "options": {"patch_size": 8, "depth": 4}},
+            "train": {"epochs": 9, "ramp_epochs": 0},
+        }
+    )
+    state = TrainState(settings, 10, 1, torch.device("cpu"), 1)
+    state.phases.load_state_dict(state.phases.state_dict() | {"phase": "lora"})
+    state.apply(Decision(switch={target.name: 8 for target in state.targets}, freeze=True))
+    state.model(torch.randn(2, 3, 32, 32)).sum().backward()
+    state.optimizer.step()
+    checkpoints = Checkpoints(Storage(tmp_path))
+    for epoch in (1, 2):
+        state.epoch = epoch
+        checkpoints.save(state.snapshot([], holds_base=checkpoints.holds_base))
+    sizes = [
+        sum(path.stat().st_size for path in (tmp_path / "checkpoints" / name).rglob("*") if path.is_file())
+        for name in checkpoints.names()
+    ]
+    trained = sum(4 * parameter.numel() for parameter in state.model.parameters() if parameter.requires_grad)
+    assert 3 * trained < sizes[1] <= 1.3 * 3 * trained
+    assert sizes[0] == pytest.approx(sizes[1], abs=10)
+    assert (tmp_path / "checkpoints" / "base.safetensors").stat().st_size > 4 * 4 * 12 * 192**2 * 0.99

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
@@ -17,15 +18,16 @@ import torch
 from prelora_ray.config import Settings, parse_settings
 from prelora_ray.data.manifest import read_manifest
 from prelora_ray.data.prepare import prepare
+from prelora_ray.errors import InterruptedRunError
 from prelora_ray.method.adapters import merged_state_dict
 from prelora_ray.method.phases import Phase
 from prelora_ray.run_folder import RunFolder, last_attempt
 from prelora_ray.storage import Storage
 from prelora_ray.sweep.replay import read_record, replay
-from prelora_ray.train.checkpoint import Checkpoint, Checkpoints
+from prelora_ray.train.checkpoint import Checkpoint, Checkpoints, checkpoint_name
 from prelora_ray.train.run import TrainError, train
 from prelora_ray.train.state import TrainState
-from tests.conftest import TINY_VIT
+from tests.conftest import TINY_VIT, samples
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -52,7 +54,7 @@ def settings(digits: Path, storage: Path, name: str, workers: int, **sections: d
         "workers": {"min": workers, "max": workers, "cpus": 0.5},
     }
     for section, keys in sections.items():
-        content[section] |= keys
+        content[section] = content.get(section, {}) | keys
     return parse_settings({"name": name, "storage": str(storage), "audit_samples": True, **content})
 
 
@@ -72,31 +74,25 @@ def assert_same_bits(one: Checkpoint, other: Checkpoint) -> None:
         assert all(torch.equal(value, other.optimizer[name][key]) for key, value in entry.items()), name
 
 
-def samples(run: Settings) -> dict[tuple[int, int], list[int]]:
-    """Samples of every global batch, sorted: those of the latest attempt at it, over all its workers."""
-    batches: dict[tuple[int, int], tuple[int, list[int]]] = {}
-    for path in Path(RunFolder.of(run).path).glob("samples-*.jsonl"):
-        for line in RunFolder.of(run).read_lines(path.name):
-            place = line["epoch"], line["batch"]
-            attempt, ids = batches.get(place, (-1, []))
-            if line["attempt"] >= attempt:
-                batches[place] = line["attempt"], (ids if line["attempt"] == attempt else []) + line["samples"]
-    return {place: sorted(ids) for place, (_, ids) in batches.items()}
+def wait_inside(folder: RunFolder, epoch: int) -> None:
+    """Returns once a checkpoint inside an epoch (from 0) is committed."""
+    checkpoints = Checkpoints(folder)
+    while not any(name >= checkpoint_name(epoch, 1) for name in checkpoints.names()):
+        time.sleep(0.01)
 
 
 class Killer(threading.Thread):
-    """Sends SIGKILL to one worker, in turn, as soon as each of the given numbers of epochs is done."""
+    """Sends SIGKILL to one worker, in turn, inside each of the given epochs."""
 
-    def __init__(self, run: Settings, after_epochs: list[int]) -> None:
+    def __init__(self, run: Settings, epochs: list[int]) -> None:
         super().__init__(daemon=True)
         self._folder = RunFolder.of(run)
-        self._after_epochs = after_epochs
+        self._epochs = epochs
         self.phases: list[str] = []
 
     def run(self) -> None:
-        for n, epochs in enumerate(self._after_epochs):
-            while len(last_attempt(self._folder.read_lines("epochs.jsonl"), "epoch")) <= epochs - 1:
-                time.sleep(0.01)
+        for n, epoch in enumerate(self._epochs):
+            wait_inside(self._folder, epoch)
             workers = [
                 process
                 for process in psutil.Process().children(recursive=True)
@@ -104,8 +100,8 @@ class Killer(threading.Thread):
             ]
             workers.sort(key=lambda process: process.pid)
             victim = workers[n % len(workers)]
-            self.phases.append(self._folder.read_lines("epochs.jsonl")[-1]["phase"])
             os.kill(victim.pid, signal.SIGKILL)
+            self.phases.append(Checkpoints(self._folder).newest()[0].state["phases"]["phase"])
 
 
 @pytest.fixture(scope="module")
@@ -128,15 +124,15 @@ def undisturbed(digits: Path, storage: Path):
     return get
 
 
-AFTER_EPOCHS = {"full": 1, "warmup": SWITCH + 1, "lora": FREEZE + 1}
+INSIDE_EPOCH = {"full": 1, "warmup": SWITCH, "lora": FREEZE}
 ONE_PHASE = [(1, ["full"]), (2, ["warmup"]), (3, ["lora"])]
-EVERY_PHASE = [pytest.param(workers, list(AFTER_EPOCHS), marks=pytest.mark.slow) for workers in (1, 2, 3)]
+EVERY_PHASE = [pytest.param(workers, list(INSIDE_EPOCH), marks=pytest.mark.slow) for workers in (1, 2, 3)]
 
 
 @pytest.mark.parametrize(("workers", "phases"), ONE_PHASE + EVERY_PHASE)
-def test_killed_and_resumed_it_ends_with_the_same_bits(digits, storage, undisturbed, workers, phases):
-    run = settings(digits, storage, f"killed-{workers}-{len(phases)}", workers)
-    killer = Killer(run, [AFTER_EPOCHS[phase] for phase in phases])
+def test_killed_inside_an_epoch_it_ends_with_the_same_bits(digits, storage, undisturbed, workers, phases):
+    run = settings(digits, storage, f"killed-{workers}-{len(phases)}", workers, checkpoint={"every_steps": 4})
+    killer = Killer(run, [INSIDE_EPOCH[phase] for phase in phases])
     killer.start()
     result = train(run)
     assert killer.phases == phases
@@ -144,7 +140,30 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(digits, storage, undistur
     assert (result["switch_epoch"], result["freeze_epoch"], result["epochs"]) == (SWITCH, FREEZE, EPOCHS)
     plain = undisturbed(workers)
     assert_same_bits(final(run), final(plain))
-    assert samples(run) == samples(plain)
+    assert samples(RunFolder.of(run)) == samples(RunFolder.of(plain))
+
+
+def test_stopped_by_sigterm_it_goes_on_where_it_stood(digits, storage, undisturbed):
+    """Meanwhile another driver of the same run is refused."""
+    run = settings(digits, storage, "stopped", 2, checkpoint={"every_steps": 4})
+    refusals: list[str] = []
+
+    def disturb() -> None:
+        wait_inside(RunFolder.of(run), 1)
+        try:
+            train(run)
+        except ValueError as error:
+            refusals.append(str(error))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=disturb, daemon=True).start()
+    with pytest.raises(InterruptedRunError, match="the same command goes on from epoch"):
+        train(run)
+    assert f"is being trained by process {os.getpid()} on {socket.gethostname()}" in refusals[0]
+    train(run)
+    assert_same_bits(final(run), final(undisturbed(2)))
+    (restart,) = (line for line in RunFolder.of(run).read_lines("events.jsonl") if line["event"] == "restart")
+    assert (restart["cause"], restart["steps_again"]) == ("stop", 0)
 
 
 def test_one_run_through_all_phases(undisturbed):
@@ -158,7 +177,7 @@ def test_one_run_through_all_phases(undisturbed):
     assert len(set(ranks.values())) > 1
     events = [line["event"] for line in folder.read_lines("events.jsonl")]
     assert [event for event in events if event not in ("window", "checkpoint")] == ["run_started", "switch", "freeze"]
-    seen = samples(run)
+    seen = samples(RunFolder.of(run))
     for epoch in range(EPOCHS):
         ids = [i for (e, _), part in seen.items() if e == epoch for i in part]
         assert sorted(ids) == list(range(1438))
@@ -194,7 +213,7 @@ def test_lora_checkpoint_is_what_it_says(undisturbed):
 
 def test_one_worker_equals_three_in_float64(undisturbed):
     one, three = undisturbed(1, "fp64"), undisturbed(3, "fp64")
-    assert samples(one) == samples(three)
+    assert samples(RunFolder.of(one)) == samples(RunFolder.of(three))
     folders = [RunFolder.of(run) for run in (one, three)]
     assert folders[0].read_json("ranks.json") == folders[1].read_json("ranks.json")
     a, b = final(one), final(three)

@@ -1,0 +1,267 @@
+"""A run that everything happens to, against one that is left alone: `make chaos`, or
+
+    python -m tests.chaos.chaos [--each N] [--out FILE]
+
+N faults of each kind (default 4), at random moments of all three phases; it ends with a table of what each cost, and
+checks that no sample was lost or counted twice, that the switch and the ranks are those of the undisturbed run, and that
+the weights agree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from prelora_ray.run_folder import RunFolder, last_attempt
+from prelora_ray.train.checkpoint import Checkpoints
+from tests.chaos.faults import DRAIN_SECONDS, FAULTS, RESTARTING, TAKES_A_NODE, Target
+from tests.chaos.site import ROOT, WORKERS, Site, run_folder, wait_for, write_config
+from tests.conftest import samples
+
+BATCHES = 15
+"""Global batches of an epoch."""
+STEPS_SHORT, STEPS_LONG = 18, 160
+"""Steps that a run does from one fault to the next, and where it trains on while the fault goes on."""
+LONG = {"node added", "disk full"}
+RECOVERY_SECONDS = 150.0
+
+
+@dataclass(frozen=True)
+class Cost:
+    kind: str
+    phase: str
+    seconds: float
+    """From the fault to the next trained step; 0 where training went on."""
+    steps_again: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """How the disturbed run compares with the undisturbed one."""
+
+    batches: int
+    """Global batches that were compared."""
+    lost: int
+    twice: int
+    """Samples that no batch, or more than one, counted."""
+    difference: float
+    """Largest relative difference of a tensor's weights."""
+    differ: list[str]
+    """Keys of result.json that are not the same."""
+    sizes: set[int]
+    """Numbers of workers that the disturbed run had."""
+
+
+def plan(each: int, rng: random.Random) -> list[str]:
+    """So many faults of each kind in random order; a node that is added follows on one that is taken, or it would be no use."""
+    taking = [kind for kind in TAKES_A_NODE for _ in range(each)]
+    rng.shuffle(taking)
+    groups = [[kind, "node added"] for kind in taking[:each]] + [[kind] for kind in taking[each:]]
+    groups += [[kind] for kind in FAULTS if kind not in TAKES_A_NODE | {"node added"} for _ in range(each)]
+    rng.shuffle(groups)
+    return [kind for group in groups for kind in group]
+
+
+def epochs_for(faults: list[str]) -> tuple[int, int, int]:
+    """Epochs of full, warmup and lora that hold the faults."""
+    steps = sum(STEPS_LONG if kind in LONG else STEPS_SHORT for kind in faults)
+    per_phase = -(-steps // (3 * BATCHES)) + 1
+    return max(3, per_phase), per_phase, per_phase + 1
+
+
+def position(folder: RunFolder) -> dict[str, Any]:
+    """Where the run is, or nothing where it has not told or is just telling."""
+    try:
+        content: dict[str, Any] = folder.read_json("progress.json")
+        return content
+    except (OSError, ValueError):
+        return {"step": -1, "attempt": -1, "phase": "full", "time": 0.0}
+
+
+def disturb(target: Target, faults: list[str], tell: Callable[[str], None]) -> list[Cost]:
+    """Lets the faults happen to a run, each some steps after the one before is healed, and waits for the run's end."""
+    target.site.start_driver(target.config)
+    costs: list[Cost] = []
+    healed = 0
+    for kind, after_it in itertools.zip_longest(faults, faults[1:]):
+        before = wait_for(
+            functools.partial(_progress_since, target.folder, healed), RECOVERY_SECONDS, f"a step before {kind!r}"
+        )
+        time.sleep(target.rng.random())
+        if after_it == "node added":
+            target.site.remove_idle()
+        start = time.time()
+        FAULTS[kind](target)
+        now = wait_for(functools.partial(_healed, target, kind, before), RECOVERY_SECONDS, f"recovery from {kind!r}")
+        again, seconds = 0, 0.0
+        if kind in RESTARTING:
+            again = _events(target.folder, "restart")[-1]["steps_again"]
+            seconds = max(0.0, now["time"] - start)
+        costs.append(Cost(kind, before["phase"], seconds, again))
+        healed = now["step"]
+        tell(f"{len(costs)}/{len(faults)} {kind} in {before['phase']}: {seconds:.1f} s, {again} steps again")
+        if after_it != "node added":
+            target.site.add_spare()
+    assert target.site.driver
+    assert target.site.driver.wait(timeout=RECOVERY_SECONDS + len(faults) * 10) == 0, "the run ends by itself"
+    return costs
+
+
+def _progress_since(folder: RunFolder, step: int) -> dict[str, Any] | None:
+    now = position(folder)
+    return now if now["step"] >= step + STEPS_SHORT / 3 else None
+
+
+def _events(folder: RunFolder, event: str) -> list[dict[str, Any]]:
+    return [line for line in folder.read_lines("events.jsonl") if line["event"] == event]
+
+
+def _healed(target: Target, kind: str, before: dict[str, Any]) -> dict[str, Any] | None:
+    now = position(target.folder)
+    if kind in RESTARTING:
+        return now if now["attempt"] > before["attempt"] else None
+    failed = [line for line in _events(target.folder, "checkpoint_failed") if line["time"] > before["time"]]
+    return now if failed and now["step"] > before["step"] else None
+
+
+def compare(disturbed: RunFolder, plain: RunFolder) -> Found:
+    ours, theirs = samples(disturbed), samples(plain)
+    places = ours.keys() | theirs.keys()
+    lost = twice = 0
+    for place in places:
+        one, other = ours.get(place, []), theirs.get(place, [])
+        lost += len(set(other) - set(one))
+        twice += len(one) - len(set(one)) + len(set(one) - set(other))
+    a, b = (Checkpoints(folder).newest()[0] for folder in (disturbed, plain))
+    assert a and b
+    difference = 0.0
+    for part in ("model", "base", "adapter"):
+        tensors, expected = getattr(a, part), getattr(b, part)
+        assert tensors.keys() == expected.keys()
+        for name, tensor in tensors.items():
+            difference = max(difference, float((tensor - expected[name]).norm() / expected[name].norm().clamp(min=1e-30)))
+    results = [folder.read_json("result.json") for folder in (disturbed, plain)]
+    differ = [key for key in ("epochs", "switch_epoch", "freeze_epoch", "ranks") if results[0][key] != results[1][key]]
+    sizes = {line["world_size"] for line in disturbed.read_lines("events.jsonl") if "world_size" in line}
+    return Found(len(places), lost, twice, difference, differ, sizes)
+
+
+def check(found: Found, costs: list[Cost], folder: RunFolder) -> None:
+    assert found.lost == found.twice == 0, found
+    assert not found.differ, found
+    assert found.difference <= (1e-5 if len(found.sizes) > 1 else 0.0), found
+    for kind, event in {
+        "node drained": "preemption",
+        "driver stopped": "stop",
+        "checkpoint damaged": "checkpoint_damaged",
+    }.items():
+        assert len(_events(folder, event)) >= sum(cost.kind == kind for cost in costs), f"{kind}: {event} is not on record"
+
+
+def page(costs: list[Cost], found: Found, seconds: float) -> str:
+    """The results as a page."""
+    rows = []
+    for kind in FAULTS:
+        of_kind = [cost for cost in costs if cost.kind == kind]
+        if not of_kind:
+            continue
+        counts = " | ".join(str(sum(cost.phase == phase for cost in of_kind)) for phase in ("full", "warmup", "lora"))
+        middle, most = statistics.median(cost.seconds for cost in of_kind), max(cost.seconds for cost in of_kind)
+        again = max(cost.steps_again for cost in of_kind)
+        rows.append(f"| {kind} | {counts} | {middle:.1f} | {most:.1f} | {again} |")
+    each = min(Counter(cost.kind for cost in costs).values())
+    versions = f"Python {platform.python_version()}, torch {torch.__version__.split('+')[0]}, Ray {ray.__version__}"
+    return f"""# {len(costs)} faults in one run
+
+    python -m tests.chaos.chaos --each {each}
+
+A ViT of 3 blocks on scikit-learn's digits in float64, 1 to {WORKERS} workers on nodes of one CPU each, all on one machine of
+{os.cpu_count()} CPU cores; {versions}. Seconds are from the fault to the next trained step: for a
+drained node from the notice, {DRAIN_SECONDS} s before it goes; for a node that is added, from the start of its processes. On a
+full disk the run trains on.
+
+| fault | in full | in warmup | in lora | median s | most s | steps done again, most |
+| --- | --- | --- | --- | --- | --- | --- |
+{chr(10).join(rows)}
+
+| against the undisturbed run | |
+| --- | --- |
+| global batches compared | {found.batches} |
+| samples lost | {found.lost} |
+| samples counted twice | {found.twice} |
+| switch, freeze, ranks | {"differ: " + ", ".join(found.differ) if found.differ else "the same"} |
+| largest relative difference of a tensor of the final weights | {found.difference:.1e} |
+
+In all {seconds / 60:.0f} minutes.
+"""
+
+
+def run(directory: Path, data: Path, faults: list[str], rng: random.Random) -> tuple[list[Cost], Found]:
+    """The undisturbed run and the disturbed one; raises AssertionError where they differ. Prints as it goes."""
+    runs = directory / "runs"
+    runs.mkdir()
+    is_mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(runs)], check=False).returncode == 0
+    if not is_mounted:  # filling a whole disk is more than a test may do
+        print("no file system of its own for the run folder (that takes root): without the fault 'disk full'")
+        faults = [fault for fault in faults if fault != "disk full"]
+    epochs = epochs_for(faults)
+    site = Site(directory)
+    try:
+        plain = write_config(directory, "plain", data, epochs)
+        site.start_driver(plain)
+        assert site.driver and site.driver.wait(timeout=1800) == 0, "the undisturbed run ends"
+        config = write_config(directory, "disturbed", data, epochs)
+        folder = run_folder(config)
+        costs = disturb(Target(site, config, folder, rng), faults, functools.partial(print, flush=True))
+        finished = last_attempt(folder.read_lines("epochs.jsonl"), "epoch")
+        assert [line["epoch"] for line in finished] == list(range(sum(epochs)))
+        found = compare(folder, run_folder(plain))
+        check(found, costs, folder)
+        return costs, found
+    except AssertionError:
+        print((directory / "driver.log").read_text()[-5000:])
+        raise
+    finally:
+        site.close()
+        if is_mounted:
+            subprocess.run(["umount", "-l", str(runs)], check=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--each", type=int, default=4, help="faults of each kind")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", help="file for the results as a page")
+    options = parser.parse_args()
+    rng = random.Random(options.seed)
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="chaos") as name:
+        directory = Path(name)
+        command = [sys.executable, "-m", "prelora_ray", "prepare", "digits", str(directory / "digits")]
+        subprocess.run(command, check=True, cwd=ROOT)
+        costs, found = run(directory, directory / "digits", plan(options.each, rng), rng)
+    text = page(costs, found, time.monotonic() - start)
+    print(text)
+    if options.out:
+        Path(options.out).write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""A cluster of several raylets on this machine, and a run on it whose driver is a process of its own."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+from ray.cluster_utils import Cluster
+
+from prelora_ray.config import parse_settings
+from prelora_ray.run_folder import RunFolder
+
+ROOT = Path(__file__).parents[2]
+WORKERS = 2
+"""The most that the run takes."""
+HANG_SECONDS = 8.0
+
+
+class Site:
+    """A head without room for workers, and nodes with room for one each: as many as the run takes, and a spare."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # a socket's path must be short
+        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        self.nodes: list[Any] = []
+        self.driver: subprocess.Popen[bytes] | None = None
+        self.log = open(folder / "driver.log", "ab")  # noqa: SIM115
+        for _ in range(WORKERS):
+            self.add_node()
+        self.add_spare()
+
+    def close(self) -> None:
+        self.kill_driver()
+        self.cluster.shutdown()
+        self.log.close()
+
+    def add_node(self) -> None:
+        self.nodes.append(self.cluster.add_node(num_cpus=1, wait=False))
+
+    def add_spare(self) -> None:
+        """Makes sure that a node that goes is replaced at once."""
+        while len(self.nodes) <= WORKERS:
+            self.add_node()
+
+    def remove_idle(self) -> None:
+        """Removes nodes on which no worker of the run is."""
+        for node in self.nodes[:]:
+            if not self._workers_of(node):
+                self.nodes.remove(node)
+                self.cluster.remove_node(node, allow_graceful=False)
+
+    def take_busy(self, rng: random.Random) -> Any:
+        """A node on which a worker of the run is; it is no longer counted as one of the site's."""
+        node = rng.choice(wait_for(lambda: [node for node in self.nodes if self._workers_of(node)], 60, "a busy node"))
+        self.nodes.remove(node)
+        return node
+
+    def start_driver(self, config: Path) -> None:
+        self.driver = subprocess.Popen(
+            [sys.executable, "-m", "prelora_ray", "train", str(config)],
+            cwd=ROOT,
+            env={**os.environ, "RAY_ADDRESS": self.cluster.address, "OMP_NUM_THREADS": "1"},
+            stdout=self.log,
+            stderr=self.log,
+        )
+
+    def kill_driver(self) -> None:
+        if self.driver is not None and self.driver.poll() is None:
+            self.driver.kill()
+        if self.driver is not None:
+            self.driver.wait()
+
+    def workers(self) -> list[psutil.Process]:
+        """The run's workers, by process number."""
+        return sorted((process for node in self.nodes for process in self._workers_of(node)), key=lambda process: process.pid)
+
+    def controller(self) -> psutil.Process:
+        """Ray Train's controller, on whatever node it is."""
+        nodes = [self.cluster.head_node, *self.nodes]
+        return wait_for(lambda: [p for node in nodes for p in _children(node, "TrainController")], 30, "a controller")[0]
+
+    def _workers_of(self, node: Any) -> list[psutil.Process]:
+        return _children(node, "RayTrainWorker")
+
+
+def _children(node: Any, title: str) -> list[psutil.Process]:
+    """Processes of a node whose title holds `title`."""
+    found = []
+    try:
+        for process in psutil.Process(node.all_processes["raylet"][0].process.pid).children(recursive=True):
+            if title in " ".join(process.cmdline()[:1]):
+                found.append(process)
+    except (psutil.NoSuchProcess, KeyError):
+        pass  # it ended while we looked
+    return found
+
+
+def write_config(folder: Path, name: str, data: Path, epochs: tuple[int, int, int], **sections: dict[str, Any]) -> Path:
+    """A recipe in float64 with so many epochs of each phase, 1 to 2 workers, and all that is drawn turned on."""
+    full, warmup, lora = epochs
+    content: dict[str, Any] = {
+        "name": name,
+        "storage": str(folder / "runs"),
+        "audit_samples": True,
+        "data": {"path": str(data), "batch_size": 96, "cell": 12, "crop_ratio": 1.0, "decoders": 1},
+        "model": {
+            "name": "vit_tiny_patch16_224",
+            "image_size": 8,
+            "drop_path": 0.2,
+            "options": {"patch_size": 2, "embed_dim": 48, "depth": 3, "num_heads": 3},
+        },
+        "augment": {"crop": "padded", "padding": 1, "mixup": 0.8, "cutmix": 1.0},
+        "train": {"epochs": full + warmup + lora, "ramp_epochs": 1, "seed": 5, "precision": "fp64"},
+        "method": {
+            "tau": 1000,
+            "zeta": 1000,
+            "windows": full,
+            "window_epochs": 1,
+            "warmup_epochs": warmup,
+            "r_min": 2,
+            "r_max": 8,
+        },
+        "workers": {"min": 1, "max": WORKERS, "cpus": 1.0, "max_failures": -1, "hang_seconds": HANG_SECONDS},
+        "checkpoint": {"every_steps": 5, "every_seconds": 2.0},
+    }
+    for section, keys in sections.items():
+        content[section] = content[section] | keys
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def run_folder(config: Path) -> RunFolder:
+    return RunFolder.of(parse_settings(yaml.safe_load(config.read_text())))
+
+
+def wait_for(condition: Any, seconds: float, what: str) -> Any:
+    """What `condition` returns once it is true. Raises AssertionError after so many seconds."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        found = condition()
+        if found:
+            return found
+        time.sleep(0.1)
+    raise AssertionError(f"{what} did not happen in {seconds:g} s")

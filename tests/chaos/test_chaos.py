@@ -1,0 +1,13 @@
+"""One fault of each kind; `make chaos` does several, at random."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+from tests.chaos.chaos import plan, run
+
+
+def test_one_fault_of_each_kind_changes_nothing(digits: Path, tmp_path: Path) -> None:
+    rng = random.Random(0)
+    run(tmp_path, digits, plan(1, rng), rng)

@@ -1,0 +1,64 @@
+"""When rank 0 asks for a save, a stop, or to leave."""
+
+from __future__ import annotations
+
+import pytest
+
+from prelora_ray.config import CheckpointSettings
+from prelora_ray.run_folder import RunFolder
+from prelora_ray.train import notices
+from prelora_ray.train.control import Action
+from prelora_ray.train.notices import STOP_FILE, Notices
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    """A clock that the test moves, on a machine whose nodes all stay."""
+    clock = Clock()
+    monkeypatch.setattr(notices, "time", clock)
+    monkeypatch.setattr(notices, "preemption", lambda: None)
+    return clock
+
+
+def test_saves_every_so_many_steps_counted_from_where_the_attempt_began(tmp_path, clock):
+    watch = Notices(RunFolder(tmp_path), CheckpointSettings(every_steps=3, every_seconds=None))
+    wishes = []
+    for step in range(101, 111):
+        wishes.append(watch.wish(step, is_busy=False))
+        if wishes[-1] is Action.SAVE:
+            watch.saved(step)
+    assert [wish.name for wish in wishes] == ["NONE", "NONE", "NONE", "SAVE", "NONE", "NONE", "SAVE", "NONE", "NONE", "SAVE"]
+
+
+def test_saves_every_so_many_seconds_but_not_while_one_is_being_written(tmp_path, clock):
+    watch = Notices(RunFolder(tmp_path), CheckpointSettings(every_seconds=60.0))
+    assert watch.wish(1, is_busy=False) is Action.NONE
+    clock.now += 60
+    assert watch.wish(2, is_busy=True) is Action.NONE
+    assert watch.wish(3, is_busy=False) is Action.SAVE
+    watch.saved(4)
+    clock.now += 59
+    assert watch.wish(5, is_busy=False) is Action.NONE
+
+
+def test_the_drivers_request_is_seen_within_seconds(tmp_path, clock):
+    folder = RunFolder(tmp_path)
+    watch = Notices(folder, CheckpointSettings())
+    folder.write_json(STOP_FILE, {})
+    assert watch.wish(1, is_busy=False) is Action.NONE
+    clock.now += 3
+    assert watch.wish(2, is_busy=True) is Action.STOP
+
+
+def test_a_notice_of_preemption_is_obeyed_at_once(tmp_path, clock, monkeypatch):
+    watch = Notices(RunFolder(tmp_path), CheckpointSettings())
+    monkeypatch.setattr(notices, "preemption", object)
+    assert watch.wish(1, is_busy=True) is Action.LEAVE
