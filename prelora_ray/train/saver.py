@@ -6,7 +6,11 @@ import logging
 import queue
 import threading
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 from prelora_ray.train.checkpoint import Checkpoint, Checkpoints, Retention
 
@@ -71,7 +75,8 @@ class Saver:
         start = time.monotonic()
         error = None
         try:
-            self._checkpoints.save(checkpoint)
+            with _beside_training(checkpoint):
+                self._checkpoints.save(checkpoint)
             self._checkpoints.prune(self._retention)
         except OSError as failure:  # a full disk, an unreachable bucket: training goes on, and the next save tries again
             error = f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
@@ -81,3 +86,13 @@ class Saver:
         self._failed = None if error is None else checkpoint
         self._results.put(Saved(checkpoint.name, time.monotonic() - start, error))
         self._idle.set()
+
+
+def _beside_training(checkpoint: Checkpoint) -> AbstractContextManager[Any]:
+    """A stream of its own for the copies from a GPU: in the loop's they would stand in front of its steps."""
+    device = next(iter(checkpoint.model.values())).device
+    if device.type != "cuda":
+        return nullcontext()
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.default_stream(device))  # on which the snapshot was taken
+    return torch.cuda.stream(stream)

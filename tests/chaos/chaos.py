@@ -1,10 +1,10 @@
 """A run that everything happens to, against one that is left alone: `make chaos`, or
 
-    python -m tests.chaos.chaos [--each N] [--out FILE]
+    python -m tests.chaos.chaos [--faults N] [--seed N] [--out FILE]
 
-N faults of each kind (default 4), at random moments of all three phases; it ends with a table of what each cost, and
-checks that no sample was lost or counted twice, that the switch and the ranks are those of the undisturbed run, and that
-the weights agree.
+N faults (default 45), as many of each kind, at random moments spread over all three phases; it ends with a table of what
+each cost, and checks that no sample was lost or counted twice, that the switch and the ranks are those of the undisturbed
+run, and that the weights agree.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,9 +36,11 @@ from tests.conftest import samples
 
 BATCHES = 15
 """Global batches of an epoch."""
-STEPS_SHORT, STEPS_LONG = 18, 160
-"""Steps that a run does from one fault to the next, and where it trains on while the fault goes on."""
-LONG = {"node added", "disk full"}
+STEPS_BETWEEN = 6
+"""Fewest steps from one fault's end to the next fault."""
+STEPS = {"node added": 120, "disk full": 50}
+"""Steps set aside for a fault during which the run trains on."""
+STEPS_OTHER = 15
 RECOVERY_SECONDS = 150.0
 
 
@@ -69,20 +70,30 @@ class Found:
     """Numbers of workers that the disturbed run had."""
 
 
-def plan(each: int, rng: random.Random) -> list[str]:
-    """So many faults of each kind in random order; a node that is added follows on one that is taken, or it would be no use."""
-    taking = [kind for kind in TAKES_A_NODE for _ in range(each)]
+def plan(count: int, rng: random.Random) -> list[str]:
+    """Faults in random order, as many of each kind but for a rest.
+
+    A node that is added follows on one that is taken, or it would be no use.
+    """
+    each, rest = divmod(count, len(FAULTS))
+    paired = TAKES_A_NODE | {"node added"}
+    taking = [kind for kind in sorted(TAKES_A_NODE) for _ in range(each)]
     rng.shuffle(taking)
     groups = [[kind, "node added"] for kind in taking[:each]] + [[kind] for kind in taking[each:]]
-    groups += [[kind] for kind in FAULTS if kind not in TAKES_A_NODE | {"node added"} for _ in range(each)]
+    others = [kind for kind in FAULTS if kind not in paired]
+    groups += [[kind] for kind in others * each + rng.choices(others, k=rest)]
     rng.shuffle(groups)
     return [kind for group in groups for kind in group]
 
 
+def steps_for(faults: list[str]) -> list[int]:
+    """Steps of the run before each fault, and in all."""
+    return list(itertools.accumulate((STEPS.get(kind, STEPS_OTHER) for kind in faults), initial=STEPS_BETWEEN))
+
+
 def epochs_for(faults: list[str]) -> tuple[int, int, int]:
     """Epochs of full, warmup and lora that hold the faults."""
-    steps = sum(STEPS_LONG if kind in LONG else STEPS_SHORT for kind in faults)
-    per_phase = -(-steps // (3 * BATCHES)) + 1
+    per_phase = -(-steps_for(faults)[-1] // (3 * BATCHES))
     return max(3, per_phase), per_phase, per_phase + 1
 
 
@@ -96,14 +107,13 @@ def position(folder: RunFolder) -> dict[str, Any]:
 
 
 def disturb(target: Target, faults: list[str], tell: Callable[[str], None]) -> list[Cost]:
-    """Lets the faults happen to a run, each some steps after the one before is healed, and waits for the run's end."""
+    """Lets the faults happen to a run, each in its turn once the one before is healed, and waits for the run's end."""
     target.site.start_driver(target.config)
     costs: list[Cost] = []
     healed = 0
-    for kind, after_it in itertools.zip_longest(faults, faults[1:]):
-        before = wait_for(
-            functools.partial(_progress_since, target.folder, healed), RECOVERY_SECONDS, f"a step before {kind!r}"
-        )
+    for kind, after_it, due in zip(faults, [*faults[1:], None], steps_for(faults), strict=False):
+        step = max(due, healed + STEPS_BETWEEN)
+        before = wait_for(functools.partial(_progress, target.folder, step), RECOVERY_SECONDS, f"step {step}, for {kind!r}")
         time.sleep(target.rng.random())
         if after_it == "node added":
             target.site.remove_idle()
@@ -124,9 +134,9 @@ def disturb(target: Target, faults: list[str], tell: Callable[[str], None]) -> l
     return costs
 
 
-def _progress_since(folder: RunFolder, step: int) -> dict[str, Any] | None:
+def _progress(folder: RunFolder, step: int) -> dict[str, Any] | None:
     now = position(folder)
-    return now if now["step"] >= step + STEPS_SHORT / 3 else None
+    return now if now["step"] >= step else None
 
 
 def _events(folder: RunFolder, event: str) -> list[dict[str, Any]]:
@@ -186,11 +196,10 @@ def page(costs: list[Cost], found: Found, seconds: float) -> str:
         middle, most = statistics.median(cost.seconds for cost in of_kind), max(cost.seconds for cost in of_kind)
         again = max(cost.steps_again for cost in of_kind)
         rows.append(f"| {kind} | {counts} | {middle:.1f} | {most:.1f} | {again} |")
-    each = min(Counter(cost.kind for cost in costs).values())
     versions = f"Python {platform.python_version()}, torch {torch.__version__.split('+')[0]}, Ray {ray.__version__}"
     return f"""# {len(costs)} faults in one run
 
-    python -m tests.chaos.chaos --each {each}
+    python -m tests.chaos.chaos --faults {len(costs)}
 
 A ViT of 3 blocks on scikit-learn's digits in float64, 1 to {WORKERS} workers on nodes of one CPU each, all on one machine of
 {os.cpu_count()} CPU cores; {versions}. Seconds are from the fault to the next trained step: for a
@@ -225,13 +234,13 @@ def run(directory: Path, data: Path, faults: list[str], rng: random.Random) -> t
     site = Site(directory)
     try:
         plain = write_config(directory, "plain", data, epochs)
-        site.start_driver(plain)
-        assert site.driver and site.driver.wait(timeout=1800) == 0, "the undisturbed run ends"
+        undisturbed = site.start_elsewhere(plain)
         config = write_config(directory, "disturbed", data, epochs)
         folder = run_folder(config)
         costs = disturb(Target(site, config, folder, rng), faults, functools.partial(print, flush=True))
         finished = last_attempt(folder.read_lines("epochs.jsonl"), "epoch")
         assert [line["epoch"] for line in finished] == list(range(sum(epochs)))
+        assert undisturbed.wait(timeout=RECOVERY_SECONDS) == 0, "the undisturbed run ends"
         found = compare(folder, run_folder(plain))
         check(found, costs, folder)
         return costs, found
@@ -246,7 +255,7 @@ def run(directory: Path, data: Path, faults: list[str], rng: random.Random) -> t
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--each", type=int, default=4, help="faults of each kind")
+    parser.add_argument("--faults", type=int, default=45, help="at least one of each kind")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="file for the results as a page")
     options = parser.parse_args()
@@ -256,7 +265,7 @@ def main() -> None:
         directory = Path(name)
         command = [sys.executable, "-m", "prelora_ray", "prepare", "digits", str(directory / "digits")]
         subprocess.run(command, check=True, cwd=ROOT)
-        costs, found = run(directory, directory / "digits", plan(options.each, rng), rng)
+        costs, found = run(directory, directory / "digits", plan(options.faults, rng), rng)
     text = page(costs, found, time.monotonic() - start)
     print(text)
     if options.out:

@@ -16,8 +16,8 @@ import psutil
 from prelora_ray.run_folder import RunFolder
 from tests.chaos.site import Site, wait_for
 
-DRAIN_SECONDS = 12
-FULL_SECONDS = 6
+DRAIN_SECONDS = 10
+FULL_SECONDS = 3
 
 
 @dataclass

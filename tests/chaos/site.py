@@ -33,6 +33,7 @@ class Site:
         self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         self.nodes: list[Any] = []
         self.driver: subprocess.Popen[bytes] | None = None
+        self._others: list[subprocess.Popen[bytes]] = []
         self.log = open(folder / "driver.log", "ab")  # noqa: SIM115
         for _ in range(WORKERS):
             self.add_node()
@@ -40,6 +41,9 @@ class Site:
 
     def close(self) -> None:
         self.kill_driver()
+        for other in self._others:
+            other.kill()
+            other.wait()
         self.cluster.shutdown()
         self.log.close()
 
@@ -65,10 +69,18 @@ class Site:
         return node
 
     def start_driver(self, config: Path) -> None:
-        self.driver = subprocess.Popen(
+        self.driver = self._train(config, RAY_ADDRESS=self.cluster.address)
+
+    def start_elsewhere(self, config: Path) -> subprocess.Popen[bytes]:
+        """Another run, on a Ray of its own to which nothing happens."""
+        self._others.append(self._train(config, RAY_ADDRESS="local"))
+        return self._others[-1]
+
+    def _train(self, config: Path, **environment: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
             [sys.executable, "-m", "prelora_ray", "train", str(config)],
             cwd=ROOT,
-            env={**os.environ, "RAY_ADDRESS": self.cluster.address, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
             stdout=self.log,
             stderr=self.log,
         )

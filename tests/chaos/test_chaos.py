@@ -6,8 +6,9 @@ import random
 from pathlib import Path
 
 from tests.chaos.chaos import plan, run
+from tests.chaos.faults import FAULTS
 
 
 def test_one_fault_of_each_kind_changes_nothing(digits: Path, tmp_path: Path) -> None:
     rng = random.Random(0)
-    run(tmp_path, digits, plan(1, rng), rng)
+    run(tmp_path, digits, plan(len(FAULTS), rng), rng)
