@@ -40,7 +40,7 @@ _RAY_TRAIN = {
     "HEALTH_CHECK_INTERVAL_S": "0.25",  # the controller takes up one report a look, and an epoch may be short
     "PREEMPTION_POLL_INTERVAL_S": "0.25",  # the notice has to reach the loop before its data dries up
 }
-_RESIZE_LOOK_SECONDS = 10.0
+_RESIZE_LOOK_SECONDS = 5.0
 """Between looks whether there is room for more workers."""
 
 

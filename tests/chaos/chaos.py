@@ -38,9 +38,9 @@ BATCHES = 15
 """Global batches of an epoch."""
 STEPS_BETWEEN = 6
 """Fewest steps from one fault's end to the next fault."""
-STEPS = {"node added": 120, "disk full": 50}
+STEPS = {"node added": 300, "disk full": 120, "node drained": 120}
 """Steps set aside for a fault during which the run trains on."""
-STEPS_OTHER = 15
+STEPS_OTHER = 50
 RECOVERY_SECONDS = 150.0
 
 
