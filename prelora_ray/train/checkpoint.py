@@ -17,7 +17,9 @@ import hashlib
 import io
 import itertools
 import json
+import tempfile
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -98,12 +100,12 @@ class Checkpoints:
     def save(self, checkpoint: Checkpoint) -> None:
         """Writes and commits a checkpoint; on return it is whole."""
         files: dict[str, bytes | memoryview] = {
-            "model.safetensors": safetensors.torch.save(_on_cpu(checkpoint.model)),
+            "model.safetensors": _safetensors(checkpoint.model),
             "optimizer.pt": _pickle_free_save(checkpoint.optimizer),
             "state.json": json.dumps(checkpoint.state, allow_nan=False).encode(),
         }
         if checkpoint.adapter:
-            files["adapter/adapter_model.safetensors"] = safetensors.torch.save(_on_cpu(checkpoint.adapter))
+            files["adapter/adapter_model.safetensors"] = _safetensors(checkpoint.adapter)
             files["adapter/adapter_config.json"] = json.dumps(checkpoint.adapter_config, indent=1).encode()
         folder = self.folder / checkpoint.name
         if checkpoint.base:
@@ -129,7 +131,7 @@ class Checkpoints:
         return self._base is not None
 
     def _save_base(self, base: Tensors) -> None:
-        content = safetensors.torch.save(_on_cpu(base))
+        content = _safetensors(base)
         self.folder.write_bytes(BASE, content)
         self._base = _describe(content)
 
@@ -201,6 +203,14 @@ class DamagedCheckpointError(RuntimeError):
 
 def _on_cpu(tensors: Tensors) -> Tensors:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _safetensors(tensors: Tensors) -> bytes:
+    """By way of a file, as `safetensors.torch.save` holds up every thread of the process until it is done."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "tensors")
+        safetensors.torch.save_file(_on_cpu(tensors), path)
+        return path.read_bytes()
 
 
 def _pickle_free_save(state: OptimizerState) -> memoryview:
