@@ -209,7 +209,10 @@ def _safetensors(tensors: Tensors) -> bytes:
     """By way of a file, as `safetensors.torch.save` holds up every thread of the process until it is done."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "tensors")
-        safetensors.torch.save_file(_on_cpu(tensors), path)
+        try:
+            safetensors.torch.save_file(_on_cpu(tensors), path)
+        except safetensors.SafetensorError as error:  # how it tells of a full disk
+            raise OSError(str(error)) from error
         return path.read_bytes()
 
 

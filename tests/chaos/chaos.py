@@ -233,7 +233,9 @@ def run(directory: Path, data: Path, faults: list[str], rng: random.Random) -> t
     epochs = epochs_for(faults)
     site = Site(directory)
     try:
-        plain = write_config(directory, "plain", data, epochs)
+        quiet = directory / "quiet"  # outside the file system that fills up
+        quiet.mkdir()
+        plain = write_config(quiet, "plain", data, epochs)
         undisturbed = site.start_elsewhere(plain)
         config = write_config(directory, "disturbed", data, epochs)
         folder = run_folder(config)

@@ -116,7 +116,7 @@ def _children(node: Any, title: str) -> list[psutil.Process]:
     return found
 
 
-def write_config(folder: Path, name: str, data: Path, epochs: tuple[int, int, int], **sections: dict[str, Any]) -> Path:
+def write_config(folder: Path, name: str, data: Path, epochs: tuple[int, int, int]) -> Path:
     """A recipe in float64 with so many epochs of each phase, 1 to 2 workers, and all that is drawn turned on."""
     full, warmup, lora = epochs
     content: dict[str, Any] = {
@@ -144,8 +144,6 @@ def write_config(folder: Path, name: str, data: Path, epochs: tuple[int, int, in
         "workers": {"min": 1, "max": WORKERS, "cpus": 1.0, "max_failures": -1, "hang_seconds": HANG_SECONDS},
         "checkpoint": {"every_steps": 5, "every_seconds": 2.0},
     }
-    for section, keys in sections.items():
-        content[section] = content[section] | keys
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(content))
     return path
