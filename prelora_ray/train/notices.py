@@ -11,8 +11,8 @@ from prelora_ray.train.ray_private import preemption
 
 STOP_FILE = "stop.json"
 """The driver's request to stop."""
-_LOOK_SECONDS = 3.0
-"""Between looks for the driver's request, each of which asks the run folder's storage."""
+_LOOK_SECONDS = {True: 0.2, False: 3.0}
+"""Between looks for the driver's request, by whether the run folder is on a disk or in a bucket that has to be asked."""
 
 
 class Notices:
@@ -31,7 +31,7 @@ class Notices:
             self._save_step = step
         if preemption() is not None:  # at once: on a node that is about to go, Ray Data decodes no more
             return Action.LEAVE
-        if now - self._look_time >= _LOOK_SECONDS:
+        if now - self._look_time >= _LOOK_SECONDS[self._folder.is_local]:
             self._look_time = now
             if self._folder.exists(STOP_FILE):
                 return Action.STOP

@@ -109,15 +109,15 @@ def corrupt_checkpoint(target: Target) -> None:
 
 
 def fill_disk(target: Target) -> None:
-    """No room for a while on the run folder's own file system."""
+    """No room for a while on the run folder's own file system, also where the run frees some of it."""
     filler = Path(target.folder.path).parent / "filler"
+    end = time.monotonic() + FULL_SECONDS
     with open(filler, "wb", buffering=0) as file:
-        try:
-            while True:
+        while time.monotonic() < end:
+            try:
                 file.write(bytes(2**16))
-        except OSError:
-            pass
-    time.sleep(FULL_SECONDS)
+            except OSError:
+                time.sleep(0.01)
     filler.unlink()
 
 

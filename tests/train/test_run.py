@@ -149,11 +149,13 @@ def test_stopped_by_sigterm_it_goes_on_where_it_stood(digits, storage, undisturb
     refusals: list[str] = []
 
     def disturb() -> None:
-        wait_inside(RunFolder.of(run), 1)
+        while not RunFolder.of(run).exists("driver.json"):
+            time.sleep(0.01)
         try:
             train(run)
         except ValueError as error:
             refusals.append(str(error))
+        wait_inside(RunFolder.of(run), 1)
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=disturb, daemon=True).start()
