@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -26,11 +26,16 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Channels = tuple[Share, Share, Share]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """Settings with a sentence under each key; an unknown key is a mistake."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
-class ModelSettings(_Section):
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+class ModelSettings(Section):
     name: str = "vit_small_patch16_224"
     """A Vision Transformer's name in timm."""
     image_size: Count = 224
@@ -65,7 +70,7 @@ _RESERVED_OPTIONS = {
 }
 
 
-class AugmentSettings(_Section):
+class AugmentSettings(Section):
     crop: Literal["random_resized", "padded", "center"] = "random_resized"
     """A crop of random area and aspect ratio; or a shifted crop of the image with a black border; or none."""
     min_scale: Annotated[float, Field(gt=0, le=1)] = 0.08
@@ -97,7 +102,7 @@ class AugmentSettings(_Section):
         return policy
 
 
-class DataSettings(_Section):
+class DataSettings(Section):
     path: str
     """The prepared folder."""
     source: str | None = None
@@ -122,7 +127,7 @@ class DataSettings(_Section):
         return self.batch_size // self.cell
 
 
-class TrainSettings(_Section):
+class TrainSettings(Section):
     epochs: Count = 300
     """Passes over the training images, all phases together."""
     seed: Whole = 0
@@ -151,7 +156,7 @@ class TrainSettings(_Section):
     """Epochs between validations; the last epoch is always validated."""
 
 
-class MethodSettings(_Section):
+class MethodSettings(Section):
     enabled: bool = True
     """Whether the run switches at all; false is plain full training, whose norms are recorded all the same."""
     tau: NotNegative = 0.5
@@ -210,7 +215,7 @@ class MethodSettings(_Section):
         return self
 
 
-class WorkerSettings(_Section):
+class WorkerSettings(Section):
     min: Count = 1
     """Fewest workers that the run starts and goes on with."""
     max: Count = 1
@@ -225,7 +230,7 @@ class WorkerSettings(_Section):
     """A worker without progress for so long is ended, and the group starts again; starts and compilations have 10 times it."""
 
 
-class CheckpointSettings(_Section):
+class CheckpointSettings(Section):
     every_epochs: Count = 1
     """Epochs between checkpoints; the end of a phase and of the run always make one."""
     every_steps: Count | None = None
@@ -238,7 +243,7 @@ class CheckpointSettings(_Section):
     """Whether every checkpoint of phase full at the end of a window is kept, for runs that fork from it."""
 
 
-class Settings(_Section):
+class Settings(Section):
     """A run, as one YAML file describes it."""
 
     name: str
@@ -343,6 +348,16 @@ def load_settings(
 
     Raises ValueError with one sentence a mistake, naming the key, the value and what is allowed.
     """
+    return parse_settings(read_named(path, overrides, name=name, storage=storage))
+
+
+def read_named(
+    path: str | Path, overrides: Iterable[str] = (), *, name: str | None = None, storage: str | None = None
+) -> dict[str, Any]:
+    """What a YAML file holds, with what a command line changes in it; the name is by default the file's own.
+
+    Raises ValueError where it is no such file.
+    """
     path = Path(path)
     try:
         content = yaml.load(path.read_text(), Loader=_UniqueKeyLoader)
@@ -361,23 +376,25 @@ def load_settings(
         content["name"] = name
     if storage is not None:
         content["storage"] = storage
-    return parse_settings(content)
+    return content
 
 
 def parse_settings(content: dict[str, Any]) -> Settings:
     """Checks settings given as nested dictionaries. Raises ValueError as `load_settings` does."""
-    try:
-        return Settings.model_validate(content)
-    except ValidationError as error:
-        raise ValueError("\n".join(_sentences(error.errors()))) from None
+    return parse_section(Settings, content)
 
 
 def parse_method(content: dict[str, Any]) -> MethodSettings:
     """Checks the settings of the method alone. Raises ValueError as `load_settings` does."""
+    return parse_section(MethodSettings, content, "method.")
+
+
+def parse_section(section: type[SectionT], content: dict[str, Any], prefix: str = "") -> SectionT:
+    """Checks a section whose keys are told with `prefix` in front. Raises ValueError as `load_settings` does."""
     try:
-        return MethodSettings.model_validate(content)
+        return section.model_validate(content)
     except ValidationError as error:
-        raise ValueError("\n".join(_sentences(error.errors(), "method"))) from None
+        raise ValueError("\n".join(_sentences(error.errors(), _known_keys(section, prefix), prefix))) from None
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -409,33 +426,31 @@ def _apply(content: dict[str, Any], override: str) -> None:
         raise ValueError(f"--set {override!r} is not allowed: the value is not YAML") from None
 
 
-def _sentences(errors: list[ErrorDetails], section: str = "") -> list[str]:
+def _sentences(errors: list[ErrorDetails], known: list[str], prefix: str) -> list[str]:
     """One sentence a key: the errors of a union's members (an integer, or `auto`) are one mistake."""
-    known = _known_keys(Settings)
     merged: dict[str, ErrorDetails] = {}
     for details in errors:
-        location = [section] * bool(section) + [str(part) for part in details["loc"]]
+        location = [str(part) for part in details["loc"]]
         if details["type"] != "extra_forbidden":  # drop what pydantic adds behind the key: the union's member, an index
-            while location and ".".join(location) not in known:
+            while location and prefix + ".".join(location) not in known:
                 location.pop()
-        key = ".".join(location)
+        key = prefix + ".".join(location)
         message = _RULE_START.sub("", details["msg"].removeprefix("Value error, "))
         if key in merged and details["type"] != "extra_forbidden":
             message = f"{merged[key]['msg']}, or {message}"
         merged[key] = {**details, "msg": message}
-    return [_sentence(key, details) for key, details in merged.items()]
+    return [_sentence(key, details, known) for key, details in merged.items()]
 
 
 _RULE_START = re.compile(r"^(Input should be|must be) ")
 
 
-def _sentence(key: str, details: ErrorDetails) -> str:
+def _sentence(key: str, details: ErrorDetails, known: list[str]) -> str:
     value, rule = details["input"], details["msg"]
     if details["type"] == "extra_forbidden":
-        known = _known_keys(Settings)
         close = difflib.get_close_matches(key, known, 1)
         close = close or [other for other in known if other.split(".")[-1] == key.split(".")[-1]]
-        hint = f"did you mean {close[0]}?" if close else f"its section knows {_siblings(key)}"
+        hint = f"did you mean {close[0]}?" if close else f"its section knows {_siblings(key, known)}"
         return f"{key} = {value!r} is not allowed: there is no such key, {hint}"
     if details["type"] == "missing" and isinstance(details["loc"][-1], int):
         return f"{key} = {value!r} is not allowed: it has too few entries"
@@ -457,7 +472,7 @@ def _known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
     return keys
 
 
-def _siblings(key: str) -> str:
+def _siblings(key: str, known: list[str]) -> str:
     prefix = key[: key.rfind(".") + 1]
-    names = [other[len(prefix) :] for other in _known_keys(Settings) if other.startswith(prefix)]
+    names = [other[len(prefix) :] for other in known if other.startswith(prefix)]
     return ", ".join(name for name in names if "." not in name)

@@ -52,6 +52,10 @@ class RunFolder(Storage):
             return []
         return parse_lines(self.read_bytes(name))
 
+    def write_lines(self, name: str, lines: Iterable[dict[str, Any]]) -> None:
+        """Writes a JSON-lines file whole; infinite numbers become null."""
+        self.write_bytes(name, b"".join(_encoded(line) for line in lines))
+
 
 def parse_lines(content: bytes) -> list[dict[str, Any]]:
     """Lines of JSON; a last line that a killed writer left unfinished is passed over."""
@@ -97,7 +101,7 @@ class LineWriter:
         self._uploaded = True
 
     def write(self, **line: Any) -> None:
-        self._pending += json.dumps(_finite(line), allow_nan=False).encode() + b"\n"
+        self._pending += _encoded(line)
         self._uploaded = False
         self._drain()
 
@@ -157,6 +161,10 @@ class RunRecords:
     def flush(self) -> None:
         for writer in self._writers.values():
             writer.flush()
+
+
+def _encoded(line: dict[str, Any]) -> bytes:
+    return json.dumps(_finite(line), allow_nan=False).encode() + b"\n"
 
 
 def _finite(value: Any) -> Any:

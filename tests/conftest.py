@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import boto3
@@ -13,13 +13,14 @@ import ray
 import torch
 from moto.server import ThreadedMotoServer
 
+from prelora_ray.config import Settings
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.torchvision_ops import make_importable
+from prelora_ray.train.run import train
+from tests.runs import settings
 
 make_importable()
 torch.set_num_threads(1)
-
-TINY_VIT = {"patch_size": 2, "embed_dim": 16, "depth": 3, "num_heads": 2}
 
 
 @pytest.fixture(scope="session")
@@ -56,6 +57,27 @@ def digits(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("data") / "digits"
     prepare("digits", str(out))
     return out
+
+
+@pytest.fixture(scope="session")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the tests' runs lie."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="session")
+def undisturbed(digits: Path, storage: Path) -> Callable[..., Settings]:
+    """The undisturbed run on a number of workers, trained once."""
+    done: dict[tuple[int, str], Settings] = {}
+
+    def get(workers: int, precision: str = "fp32") -> Settings:
+        if (workers, precision) not in done:
+            run = settings(digits, storage, f"plain-{workers}-{precision}", workers, train={"precision": precision})
+            train(run)
+            done[workers, precision] = run
+        return done[workers, precision]
+
+    return get
 
 
 def samples(folder: RunFolder) -> dict[tuple[int, int], list[int]]:

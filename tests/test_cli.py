@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from prelora_ray.method.convergence import percent_change
-from tests.conftest import TINY_VIT
+from tests.runs import TINY_VIT
 
 ROOT = Path(__file__).parent.parent
 

@@ -26,7 +26,7 @@ from prelora_ray.storage import Storage
 from prelora_ray.train.checkpoint import Checkpoints
 from prelora_ray.train.state import TrainState
 from prelora_ray.trained import load_run_model
-from tests.conftest import TINY_VIT
+from tests.runs import TINY_VIT
 
 PHASES = ("full", "warmup", "lora")
 

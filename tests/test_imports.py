@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "trained.py": {"train", "config.py", "run_folder.py", "storage.py"},
     "evaluate.py": {"trained.py", "train", "data", "storage.py"},
     "export.py": {"trained.py", "method", "data", "storage.py", "errors.py", "torchvision_ops.py"},
-    "sweep": {"sweep", "train", "method", "config.py", "run_folder.py"},
+    "sweep": {"sweep", "train", "method", "config.py", "run_folder.py", "storage.py", "errors.py"},
     "console.py": {"config.py", "run_folder.py", "sweep", "evaluate.py"},
     "cli.py": {"console.py", "config.py", "run_folder.py", "errors.py", "evaluate.py", "export.py", "data", "train", "sweep"},
     "__main__.py": {"cli.py"},

@@ -39,6 +39,18 @@ class Verdict:
     """Some window that the test compares lies in the learning-rate ramp, so that no verdict is taken."""
     converged: bool
 
+    def record(self) -> dict[str, Any]:
+        """What a run keeps of it on file; norms of a window are those on file for its epochs."""
+        return {
+            "window": self.window.index,
+            "epoch_end": self.window.epoch_end,
+            "loss": self.window.loss,
+            "change": self.family_change,
+            "loss_change": self.loss_change,
+            "converged": self.converged,
+            "in_ramp": self.in_ramp,
+        }
+
 
 def percent_change(before: float, after: float) -> float:
     """|after - before| / |before| x 100. Zero that stays zero is no change; leaving zero is an infinite one."""

@@ -130,18 +130,8 @@ class Session:
             self.records.norms(epoch=epoch, phase=self._phase, loss=loss, norms=norms)
             decision = self.state.phases.end_epoch(epoch, norms, loss)
             if decision.verdict is not None:
-                verdict = decision.verdict
-                line = {
-                    "window": verdict.window.index,
-                    "epoch_end": verdict.window.epoch_end,
-                    "phase": self._phase,
-                    "loss": verdict.window.loss,
-                    "change": verdict.family_change,
-                    "loss_change": verdict.loss_change,
-                    "converged": verdict.converged,
-                    "in_ramp": verdict.in_ramp,
-                }
-                self.records.window(**line)
+                line = decision.verdict.record()
+                self.records.window(phase=self._phase, **line)
                 self._event("window", **{k: line[k] for k in ("window", "converged", "in_ramp")})
             content = {"decision": decision, "phases": self.state.phases.state_dict()}
         content = _from_rank_0(content)
@@ -266,6 +256,8 @@ class Session:
                 self._event("resize", world_size=world_size, before=start.world_size)
         for sentence in self.state.pretrained_notes:
             self._event("init_from", message=sentence)
+        if self.state.fork is not None:
+            self._record_change(self.state.fork)
 
     def _record_change(self, decision: Decision) -> None:
         phases = self.state.phases

@@ -66,10 +66,14 @@ class TrainState:
         self.batch = 0
         """Global batches done in the epoch after."""
         self.best_val_top1 = 0.0
+        self.fork: Decision | None = None
+        """The change of phase that the checkpoint of a trunk has yet to go through, where a fork begins with one."""
         self.network: nn.Module = self.model
         if checkpoint is not None:
             self._load(checkpoint)
         self._rebuild(checkpoint.optimizer if checkpoint is not None else {})
+        if self.fork is not None:
+            self.apply(self.fork)
 
     @property
     def step(self) -> int:
@@ -154,7 +158,10 @@ class TrainState:
         self.best_val_top1 = checkpoint.state["best_val_top1"]
         self.phases.load_state_dict(checkpoint.state["phases"])
         _load_weights(self.model, self.settings, checkpoint)
-        if self.phases.phase is Phase.LORA:
+        is_frozen = self.phases.phase is Phase.LORA
+        if self.phases.ranks is not None and not checkpoint.adapter:
+            self.fork = Decision(switch=self.phases.ranks, freeze=is_frozen)
+        elif is_frozen:
             freeze_parameters(self.model, self.settings.method.freeze)
 
     def _inject(self, ranks: dict[str, int]) -> None:
@@ -215,8 +222,8 @@ def restore_model(settings: Settings, num_classes: int, checkpoint: Checkpoint) 
 
 def _load_weights(model: nn.Module, settings: Settings, checkpoint: Checkpoint) -> None:
     model.load_state_dict(checkpoint.base | checkpoint.model)
-    ranks = checkpoint.state["phases"]["ranks"]
-    if ranks is not None:
+    if checkpoint.adapter:
+        ranks = checkpoint.state["phases"]["ranks"]
         targets = find_targets(model, settings.method.targets)
         inject(model, targets, ranks, settings.method.scaling, settings.train.seed)
         load_peft_state_dict(model, checkpoint.adapter)

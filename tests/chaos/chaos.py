@@ -38,9 +38,9 @@ BATCHES = 15
 """Global batches of an epoch."""
 STEPS_BETWEEN = 6
 """Fewest steps from one fault's end to the next fault."""
-STEPS = {"node added": 300, "disk full": 120, "node drained": 120}
+STEPS = {"node added": 240, "disk full": 80}
 """Steps set aside for a fault during which the run trains on."""
-STEPS_OTHER = 50
+STEPS_OTHER = 30
 RECOVERY_SECONDS = 150.0
 
 
@@ -49,7 +49,7 @@ class Cost:
     kind: str
     phase: str
     seconds: float
-    """From the fault to the next trained step; 0 where training went on."""
+    """From the fault to the next trained step of a new attempt; 0 where training went on."""
     steps_again: int
 
 
@@ -121,7 +121,7 @@ def disturb(target: Target, faults: list[str], tell: Callable[[str], None]) -> l
         FAULTS[kind](target)
         now = wait_for(functools.partial(_healed, target, kind, before), RECOVERY_SECONDS, f"recovery from {kind!r}")
         again, seconds = 0, 0.0
-        if kind in RESTARTING:
+        if now["attempt"] > before["attempt"]:
             again = _events(target.folder, "restart")[-1]["steps_again"]
             seconds = max(0.0, now["time"] - start)
         costs.append(Cost(kind, before["phase"], seconds, again))
@@ -145,8 +145,9 @@ def _events(folder: RunFolder, event: str) -> list[dict[str, Any]]:
 
 def _healed(target: Target, kind: str, before: dict[str, Any]) -> dict[str, Any] | None:
     now = position(target.folder)
-    if kind in RESTARTING:
-        return now if now["attempt"] > before["attempt"] else None
+    restarted = now["attempt"] > before["attempt"]
+    if restarted or kind in RESTARTING:
+        return now if restarted else None
     failed = [line for line in _events(target.folder, "checkpoint_failed") if line["time"] > before["time"]]
     return now if failed and now["step"] > before["step"] else None
 

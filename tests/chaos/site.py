@@ -21,7 +21,7 @@ from prelora_ray.run_folder import RunFolder
 ROOT = Path(__file__).parents[2]
 WORKERS = 2
 """The most that the run takes."""
-HANG_SECONDS = 8.0
+HANG_SECONDS = 5.0
 
 
 class Site:

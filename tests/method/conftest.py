@@ -5,7 +5,7 @@ import timm
 import torch
 from torch import nn
 
-from tests.conftest import TINY_VIT
+from tests.runs import TINY_VIT
 
 
 @pytest.fixture

@@ -72,7 +72,7 @@ def test_initial_values_depend_on_seed_and_name_alone(vit):
 def test_merged_equals_unmerged(adapted, vit, images):
     import timm
 
-    from tests.conftest import TINY_VIT
+    from tests.runs import TINY_VIT
 
     expected = adapted(images)
     plain = timm.create_model("vit_tiny_patch16_224", img_size=8, num_classes=10, **TINY_VIT).eval()
@@ -94,7 +94,7 @@ def test_output_against_float64_by_hand(adapted):
 def test_peft_loads_our_files_and_computes_the_same(adapted, vit, images, tmp_path: Path):
     import timm
 
-    from tests.conftest import TINY_VIT
+    from tests.runs import TINY_VIT
 
     base = timm.create_model("vit_tiny_patch16_224", img_size=8, num_classes=10, **TINY_VIT).eval()
     base.load_state_dict({name: t for name, t in adapted.state_dict().items() if "lora_" not in name})

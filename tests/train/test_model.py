@@ -5,7 +5,7 @@ import torch
 
 from prelora_ray.config import MethodSettings, ModelSettings
 from prelora_ray.train.model import check_model, create_model, draw_drop_path, drop_path_modules, set_drop_path
-from tests.conftest import TINY_VIT
+from tests.runs import TINY_VIT
 
 TINY = ModelSettings(name="vit_tiny_patch16_224", image_size=8, options=TINY_VIT)
 SMALL_RANKS = MethodSettings(r_min=2, r_max=8)

@@ -10,7 +10,7 @@ import torch
 from prelora_ray.config import ModelSettings
 from prelora_ray.train.model import create_model
 from prelora_ray.train.pretrained import load_pretrained
-from tests.conftest import TINY_VIT
+from tests.runs import TINY_VIT
 
 SETTINGS = ModelSettings(name="vit_tiny_patch16_224", image_size=8, options=TINY_VIT)
 

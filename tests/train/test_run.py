@@ -9,13 +9,12 @@ import socket
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 import torch
 
-from prelora_ray.config import Settings, parse_settings
+from prelora_ray.config import Settings
 from prelora_ray.data.manifest import read_manifest
 from prelora_ray.data.prepare import prepare
 from prelora_ray.errors import InterruptedRunError
@@ -24,54 +23,13 @@ from prelora_ray.method.phases import Phase
 from prelora_ray.run_folder import RunFolder, last_attempt
 from prelora_ray.storage import Storage
 from prelora_ray.sweep.replay import read_record, replay
-from prelora_ray.train.checkpoint import Checkpoint, Checkpoints, checkpoint_name
+from prelora_ray.train.checkpoint import Checkpoints, checkpoint_name
 from prelora_ray.train.run import TrainError, train
 from prelora_ray.train.state import TrainState
-from tests.conftest import TINY_VIT, samples
+from tests.conftest import samples
+from tests.runs import EPOCHS, FREEZE, SWITCH, assert_same_bits, final, settings
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
-
-SWITCH, FREEZE, EPOCHS = 3, 5, 7
-
-
-def settings(digits: Path, storage: Path, name: str, workers: int, **sections: dict[str, Any]) -> Settings:
-    """A run that its test switches after epoch 3 and that freezes after epoch 5 of 7, all that is drawn turned on."""
-    content: dict[str, dict[str, Any]] = {
-        "data": {"path": str(digits), "batch_size": 96, "cell": 12, "crop_ratio": 1.0, "decoders": 1},
-        "model": {"name": "vit_tiny_patch16_224", "image_size": 8, "options": TINY_VIT, "drop_path": 0.2},
-        "augment": {"crop": "padded", "padding": 1, "mixup": 0.8, "cutmix": 1.0},
-        "train": {"epochs": EPOCHS, "ramp_epochs": 1, "seed": 5},
-        "method": {
-            "tau": 1000,
-            "zeta": 1000,
-            "windows": 3,
-            "window_epochs": 1,
-            "warmup_epochs": 2,
-            "r_min": 2,
-            "r_max": 8,
-            "adapter_ramp_steps": 10,
-        },
-        "workers": {"min": workers, "max": workers, "cpus": 0.5},
-    }
-    for section, keys in sections.items():
-        content[section] = content.get(section, {}) | keys
-    return parse_settings({"name": name, "storage": str(storage), "audit_samples": True, **content})
-
-
-def final(run: Settings) -> Checkpoint:
-    checkpoints = Checkpoints(RunFolder.of(run))
-    return checkpoints.load(checkpoints.names()[-1])
-
-
-def assert_same_bits(one: Checkpoint, other: Checkpoint) -> None:
-    assert one.state == other.state
-    for part in ("model", "base", "adapter"):
-        ours, theirs = getattr(one, part), getattr(other, part)
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items()), part
-    assert one.optimizer.keys() == other.optimizer.keys()
-    for name, entry in one.optimizer.items():
-        assert all(torch.equal(value, other.optimizer[name][key]) for key, value in entry.items()), name
 
 
 def wait_inside(folder: RunFolder, epoch: int) -> None:
@@ -102,26 +60,6 @@ class Killer(threading.Thread):
             victim = workers[n % len(workers)]
             os.kill(victim.pid, signal.SIGKILL)
             self.phases.append(Checkpoints(self._folder).newest()[0].state["phases"]["phase"])
-
-
-@pytest.fixture(scope="module")
-def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("runs")
-
-
-@pytest.fixture(scope="module")
-def undisturbed(digits: Path, storage: Path):
-    """The undisturbed run on a number of workers, trained once."""
-    done: dict[tuple[int, str], Settings] = {}
-
-    def get(workers: int, precision: str = "fp32") -> Settings:
-        if (workers, precision) not in done:
-            run = settings(digits, storage, f"plain-{workers}-{precision}", workers, train={"precision": precision})
-            train(run)
-            done[workers, precision] = run
-        return done[workers, precision]
-
-    return get
 
 
 INSIDE_EPOCH = {"full": 1, "warmup": SWITCH, "lora": FREEZE}

@@ -15,7 +15,7 @@ from prelora_ray.data.stream import Batch
 from prelora_ray.train.feed import stream_plan
 from prelora_ray.train.state import TrainState
 from prelora_ray.train.step import NonFiniteLossError, Stepper
-from tests.conftest import TINY_VIT
+from tests.runs import TINY_VIT
 
 MANIFEST = Manifest(
     tuple("0123456789"),

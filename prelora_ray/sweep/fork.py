@@ -1,0 +1,80 @@
+"""A run that begins where the phase full of another one, its trunk, ends for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prelora_ray.config import Settings
+from prelora_ray.method.phases import Phase
+from prelora_ray.run_folder import RunFolder, last_attempt
+from prelora_ray.sweep.replay import read_record
+from prelora_ray.train.checkpoint import Checkpoints, checkpoint_name
+from prelora_ray.train.state import phase_schedule
+
+ATTEMPT = -1
+"""Of the lines that a fork takes over from its trunk: the run's own attempts count from 0."""
+
+
+def fork(trunk: RunFolder, settings: Settings) -> int:
+    """Makes a run folder that stands where a straight run with these settings leaves phase full, and returns that epoch.
+
+    `train` then goes on from there, to the same weights. Does nothing where the folder has been made
+    before. The trunk is any run that kept its checkpoints (`checkpoint.keep_trunk`).
+
+    Raises ValueError where the trunk was run with other settings than those of the method, never
+    switches with these, or has no checkpoint at the switch.
+    """
+    _check_same_trunk(trunk, settings)
+    record = read_record(str(trunk))
+    schedule = phase_schedule(settings, list(record.epochs[0]["norms"]))
+    verdicts = []
+    for line in record.epochs:
+        decision = schedule.end_epoch(line["epoch"], line["norms"], line["loss"])
+        if decision.verdict is not None:
+            verdicts.append(decision.verdict)
+        if schedule.phase is not Phase.FULL:
+            break
+    epoch = schedule.switched_at
+    if epoch is None:
+        raise ValueError(f"run {trunk} does not switch with the settings of {settings.name}: see `prelora replay`")
+    folder = RunFolder.of(settings)
+    name = checkpoint_name(epoch, 0)
+    own = Checkpoints(folder)
+    if own.names():
+        return epoch
+    kept = Checkpoints(trunk)
+    if name not in kept.names():
+        raise ValueError(
+            f"run {trunk} has no checkpoint of epoch {epoch}, where {settings.name} forks from it: "
+            "train it with checkpoint.keep_trunk: true"
+        )
+    before = {"attempt": ATTEMPT, "phase": Phase.FULL}
+    folder.write_lines("norms.jsonl", [{**line, **before} for line in record.epochs if line["epoch"] < epoch])
+    epochs = last_attempt(trunk.read_lines("epochs.jsonl"), "epoch")
+    folder.write_lines("epochs.jsonl", [{**line, **before} for line in epochs if line["epoch"] < epoch])
+    folder.write_lines("windows.jsonl", [{**before, **verdict.record()} for verdict in verdicts])
+    times = [line["time"] for line in trunk.read_lines("events.jsonl") if line["epoch"] < epoch]
+    event = {**before, "event": "fork", "epoch": epoch, "trunk": str(trunk)}
+    folder.write_lines("events.jsonl", [{**event, "time": time} for time in (min(times), max(times))])
+    checkpoint = kept.load(name)
+    checkpoint.state["phases"] = schedule.state_dict()
+    own.save(checkpoint)
+    return epoch
+
+
+def _check_same_trunk(trunk: RunFolder, settings: Settings) -> None:
+    ours, theirs = (_of_trunk(each) for each in (settings, trunk.read_settings()))
+    for key in ours:
+        if ours[key] != theirs[key]:
+            raise ValueError(f"{key} = {ours[key]!r} is not allowed in a fork: its trunk {trunk} was run with {theirs[key]!r}")
+
+
+def _of_trunk(settings: Settings) -> dict[str, Any]:
+    """What a run computes in phase full."""
+    content = settings.model_dump(mode="json")
+    sections = {name: content[name] for name in ("model", "data", "augment", "train")}
+    without_effect = {"data.path", "data.source", "data.decoders"}
+    flat = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
+    return {key: value for key, value in flat.items() if key not in without_effect} | {
+        "method.targets": content["method"]["targets"]
+    }

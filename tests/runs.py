@@ -1,0 +1,55 @@
+"""A whole run that takes seconds, and how two of them are compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prelora_ray.config import Settings, parse_settings
+from prelora_ray.run_folder import RunFolder
+from prelora_ray.train.checkpoint import Checkpoint, Checkpoints
+
+TINY_VIT = {"patch_size": 2, "embed_dim": 16, "depth": 3, "num_heads": 2}
+SWITCH, FREEZE, EPOCHS = 3, 5, 7
+
+
+def settings(digits: Path, storage: Path, name: str, workers: int, **sections: dict[str, Any]) -> Settings:
+    """A run that its test switches after epoch 3 and that freezes after epoch 5 of 7, all that is drawn turned on."""
+    content: dict[str, dict[str, Any]] = {
+        "data": {"path": str(digits), "batch_size": 96, "cell": 12, "crop_ratio": 1.0, "decoders": 1},
+        "model": {"name": "vit_tiny_patch16_224", "image_size": 8, "options": TINY_VIT, "drop_path": 0.2},
+        "augment": {"crop": "padded", "padding": 1, "mixup": 0.8, "cutmix": 1.0},
+        "train": {"epochs": EPOCHS, "ramp_epochs": 1, "seed": 5},
+        "method": {
+            "tau": 1000,
+            "zeta": 1000,
+            "windows": 3,
+            "window_epochs": 1,
+            "warmup_epochs": 2,
+            "r_min": 2,
+            "r_max": 8,
+            "adapter_ramp_steps": 10,
+        },
+        "workers": {"min": workers, "max": workers, "cpus": 0.5},
+    }
+    for section, keys in sections.items():
+        content[section] = content.get(section, {}) | keys
+    return parse_settings({"name": name, "storage": str(storage), "audit_samples": True, **content})
+
+
+def final(run: Settings) -> Checkpoint:
+    checkpoints = Checkpoints(RunFolder.of(run))
+    return checkpoints.load(checkpoints.names()[-1])
+
+
+def assert_same_bits(one: Checkpoint, other: Checkpoint) -> None:
+    assert one.state == other.state
+    for part in ("model", "base", "adapter"):
+        ours, theirs = getattr(one, part), getattr(other, part)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items()), part
+    assert one.optimizer.keys() == other.optimizer.keys()
+    for name, entry in one.optimizer.items():
+        assert all(torch.equal(value, other.optimizer[name][key]) for key, value in entry.items()), name
