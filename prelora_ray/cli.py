@@ -22,6 +22,7 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; repeatable.")]
 _debug = False
 
 
@@ -36,9 +37,7 @@ def _options(
 @app.command()
 def train(
     config: Annotated[str, typer.Argument(help="A recipe, such as jobs/configs/digits.yaml.")],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; repeatable.")
-    ] = None,
+    overrides: Overrides = None,
     storage: Annotated[str | None, typer.Option(help="Folder or bucket that holds the run folders.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run; the same name again resumes it.")] = None,
     as_json: Json = False,
@@ -65,6 +64,33 @@ def train(
     console.out.print(
         f"switch after epoch {result['switch_epoch']}, freeze after epoch {result['freeze_epoch']}, "
         f"top-1 {result['val_top1']:.1%} (best {result['best_val_top1']:.1%}), {result['seconds']:,.0f} s"
+    )
+
+
+@app.command()
+def sweep(
+    config: Annotated[str, typer.Argument(help="A sweep, such as jobs/configs/digits_sweep.yaml.")],
+    overrides: Overrides = None,
+    storage: Annotated[str | None, typer.Option(help="Folder or bucket that holds the sweep's folder.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the sweep; the same name again goes on with it.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Search the method's settings: train the trunk once, fork each distinct run from it, and compare."""
+    from prelora_ray.sweep.settings import load_sweep
+
+    plan = load_sweep(config, overrides or [], name=name, storage=storage)
+
+    from prelora_ray import console
+    from prelora_ray.sweep.run import sweep as run
+
+    result = run(plan, console.watch, debug=_debug)
+    if as_json:
+        _print_json(result)
+        return
+    console.out.print(console.sweep_table(result))
+    console.out.print(
+        f"{result['trials']} runs stand for {len(result['settings'])} settings: {result['gpu_hours']:.3g} GPU-hours with the "
+        f"trunk, where each setting by itself would have cost {result['naive_gpu_hours']:.3g}"
     )
 
 

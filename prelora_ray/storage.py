@@ -8,7 +8,7 @@ import os
 import posixpath
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pyarrow.fs
 
@@ -35,8 +35,8 @@ class Storage:
     def is_local(self) -> bool:
         return isinstance(self.filesystem, pyarrow.fs.LocalFileSystem)
 
-    def __truediv__(self, name: str) -> Storage:
-        return Storage(posixpath.join(self.uri, name))
+    def __truediv__(self, name: str) -> Self:
+        return type(self)(posixpath.join(self.uri, name))
 
     def file(self, name: str) -> str:
         """Path of a file in the folder, as `filesystem` takes it."""

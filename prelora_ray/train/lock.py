@@ -20,10 +20,14 @@ OLD_SECONDS = 60.0
 """A heartbeat older than this is a dead driver's."""
 
 
+class HeldRunError(ValueError):
+    """Another driver trains the run."""
+
+
 class DriverLock:
     """Holds a run folder for the time of a block.
 
-    Raises ValueError where another driver holds it. One that died on this machine is seen at once,
+    Raises HeldRunError where another driver holds it. One that died on this machine is seen at once,
     one on another machine when its heartbeat is old.
     """
 
@@ -41,7 +45,7 @@ class DriverLock:
     def __enter__(self) -> DriverLock:
         other = self._other()
         if other is not None:
-            raise ValueError(
+            raise HeldRunError(
                 f"run {self._folder} is being trained by process {other['pid']} on {other['host']}: wait for it, stop it, "
                 "or give another --name"
             )

@@ -15,6 +15,7 @@ from typing import Any
 import ray
 import ray.train.torch
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
+from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from ray.train.v2._internal.execution.context import get_train_context
 from ray.util.placement_group import PlacementGroup
 
@@ -65,6 +66,16 @@ def _count_nodes() -> None:
     if time.monotonic() - _counted > _COUNT_SECONDS:
         _counted = time.monotonic()
         get_or_create_autoscaling_coordinator().get_reserved_resources.remote("none", recompute=True)
+
+
+def let_trials_be_stopped() -> None:
+    """Has Ray Train find its cluster where Tune stops a trial, also on a machine with another cluster's address on file.
+
+    The actor that gives back a stopped trial's room asks for its cluster without an address; where that
+    fails nobody hears of it, and the room is lost to all trials after.
+    """
+    ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
 
 
 def preemption() -> Any:

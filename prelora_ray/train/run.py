@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,8 +48,10 @@ class TrainError(WorkError):
     """The work failed; the message says where it stands."""
 
 
-def train(settings: Settings, *, debug: bool = False) -> dict[str, Any]:
+def train(settings: Settings, *, debug: bool = False, callbacks: Sequence[ray.train.UserCallback] = ()) -> dict[str, Any]:
     """Trains a run to its end, from wherever it stands, and returns the contents of result.json.
+
+    `callbacks` are Ray Train's, which hear of every report.
 
     Raises ValueError for settings that cannot work, before Ray starts; TrainError where the work
     fails; InterruptedRunError on Ctrl-C.
@@ -80,7 +82,7 @@ def train(settings: Settings, *, debug: bool = False) -> dict[str, Any]:
         folder.write_settings(settings)
         folder.remove_file(STOP_FILE)
         with _stop_on_sigterm(folder):
-            _fit(settings, folder)
+            _fit(settings, folder, callbacks)
     last = folder.read_lines("events.jsonl")[-1]
     if last["event"] == "run_failed":
         raise TrainError(last["message"])
@@ -139,7 +141,7 @@ def _check_room(settings: Settings, is_embedded: bool) -> None:
         logger.warning("waiting for room: %s", told)
 
 
-def _fit(settings: Settings, folder: RunFolder) -> None:
+def _fit(settings: Settings, folder: RunFolder, callbacks: Sequence[ray.train.UserCallback]) -> None:
     workers = settings.workers
     is_elastic = workers.min < workers.max
     for key, value in _RAY_TRAIN.items():
@@ -165,6 +167,7 @@ def _fit(settings: Settings, folder: RunFolder) -> None:
             storage_path=folder.path if folder.is_local else str(folder),
             failure_config=ray.train.FailureConfig(max_failures=workers.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+            callbacks=list(callbacks),
         ),
     )
     try:

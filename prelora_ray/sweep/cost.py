@@ -1,0 +1,36 @@
+"""What runs cost, from the speed that was measured, in GPU-hours: those of all workers (on CPUs a worker counts as a GPU)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from prelora_ray.run_folder import RunFolder, last_attempt
+
+
+def straight_hours(run: RunFolder, epochs: int) -> float:
+    """Cost of a run of so many epochs, had it trained all of them; what a stopped one lacks at its last phase's speed."""
+    lines = last_attempt(run.read_lines("epochs.jsonl"), "epoch")
+    last = [_hours(line) for line in lines if line["phase"] == lines[-1]["phase"]]
+    return sum(_hours(line) for line in lines) + (epochs - len(lines)) * sum(last) / len(last)
+
+
+def own_hours(run: RunFolder) -> float:
+    """Cost of what the run has trained itself, without what a fork took over from its trunk."""
+    return sum(_hours(line) for line in run.read_lines("epochs.jsonl") if line["attempt"] >= 0)
+
+
+def pareto_front(points: Iterable[tuple[float, float]]) -> list[int]:
+    """Indices of the (accuracy, cost) pairs that no other one beats in one without losing in the other, cheapest first."""
+    front: list[int] = []
+    best = float("-inf")
+    points = list(points)
+    for index in sorted(range(len(points)), key=lambda i: (points[i][1], -points[i][0])):
+        if points[index][0] > best:
+            best = points[index][0]
+            front.append(index)
+    return front
+
+
+def _hours(line: dict[str, Any]) -> float:
+    return float(line["seconds"] * line["world_size"] / 3600)

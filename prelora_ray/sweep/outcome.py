@@ -1,0 +1,40 @@
+"""What a setting comes to before anything is trained: which run it stands for. Settings that agree in it are one run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+from prelora_ray.config import Settings
+from prelora_ray.sweep.replay import Record, replay
+from prelora_ray.sweep.settings import OF_THE_TEST, Plan, Setting
+
+
+@dataclass(frozen=True)
+class Outcome:
+    switch_epoch: int | None
+    """None where the setting never switches: its run is the trunk."""
+    trial: str
+    """Name of the run folder."""
+
+
+def outcome(plan: Plan, setting: Setting, trunk: Record) -> Outcome:
+    """`trunk`: the record of the sweep's trunk."""
+    settings = plan.settings_of(setting, "check")
+    found = replay(trunk, settings.method, settings.train.ramp_epochs)
+    if found.switch_epoch is None or found.ranks is None or found.switch_epoch >= settings.train.epochs:
+        return Outcome(None, plan.trunk.name)
+    return Outcome(found.switch_epoch, _trial_name(settings, setting, found.switch_epoch, found.ranks))
+
+
+def _trial_name(settings: Settings, setting: Setting, switch_epoch: int, ranks: dict[str, int]) -> str:
+    """Tells the switch and what was searched of the rest, and ends in a digest of all that makes the run what it is."""
+    after = settings.method.model_dump(mode="json", exclude={*OF_THE_TEST, "rank_pattern"})
+    digest = hashlib.blake2b(json.dumps([ranks, after], sort_keys=True).encode(), digest_size=4).hexdigest()
+    told = [f"switch-{switch_epoch}"]
+    for key, value in setting.items():
+        name = key.removeprefix("method.")
+        if name in after:
+            told.append(f"{name}-{value:.4g}" if isinstance(value, float) else f"{name}-{value}")
+    return "_".join([*told, digest])

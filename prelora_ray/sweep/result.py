@@ -1,0 +1,84 @@
+"""What a sweep leaves in its folder: a note for each setting that was tried, and sweep.json."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from prelora_ray.run_folder import RunFolder, last_attempt
+from prelora_ray.storage import Storage
+from prelora_ray.sweep.cost import own_hours, pareto_front, straight_hours
+from prelora_ray.sweep.outcome import outcome
+from prelora_ray.sweep.replay import read_record
+from prelora_ray.sweep.settings import Plan, Setting
+
+
+def write_note(plan: Plan, setting: Setting, **content: Any) -> dict[str, Any]:
+    """Adds to a setting's note (`ended`: finished, stopped or failed; `message`: why it failed), and returns all of it."""
+    folder, name = Storage(plan.folder) / "settings", f"{_digest(setting)}.json"
+    before = folder.read_json(name) if folder.exists(name) else {"setting": setting, "ended": None, "message": None}
+    folder.write_json(name, before | content)
+    return before | content
+
+
+def read_notes(plan: Plan) -> list[dict[str, Any]]:
+    folder = Storage(plan.folder) / "settings"
+    return [folder.read_json(name) for name in sorted(folder.list_files())]
+
+
+def is_finished(plan: Plan, trial: str) -> bool:
+    return (RunFolder(plan.folder) / trial).exists("result.json")
+
+
+def summarize_sweep(plan: Plan) -> dict[str, Any]:
+    """The contents of sweep.json: each setting with its run and what that came to, the Pareto front, and the cost.
+
+    `naive_gpu_hours` is what the settings would have cost had each been trained by itself from the start.
+    """
+    trunk, epochs = RunFolder.of(plan.trunk), plan.trunk.train.epochs
+    record = read_record(str(trunk))
+    notes = {_digest(note["setting"]): note for note in read_notes(plan)}
+    is_listed = plan.sweep.search != "optuna"
+    settings = plan.settings_to_try() if is_listed else [note["setting"] for note in notes.values()]
+    entries = []
+    for setting in settings:
+        found = outcome(plan, setting, record)
+        run = RunFolder(plan.folder) / found.trial
+        entries.append({"setting": setting, "trial": found.trial, "switch_epoch": found.switch_epoch, **_of_run(run, epochs)})
+    tried = {entry["trial"]: note for entry in entries if (note := notes.get(_digest(entry["setting"]))) and note["ended"]}
+    for entry in entries:
+        note = tried.get(entry["trial"], {"ended": None, "message": None})
+        if is_finished(plan, entry["trial"]):
+            note = {"ended": "finished", "message": None}
+        entry |= {"ended": note["ended"], "message": note["message"]}
+    finished = [entry for entry in entries if entry["ended"] == "finished"]
+    front = pareto_front((entry["val_top1"], entry["gpu_hours"]) for entry in finished)
+    trials = {entry["trial"] for entry in entries} - {plan.trunk.name}
+    trained = [RunFolder(plan.folder) / name for name in sorted(trials | {plan.trunk.name})]
+    return {
+        "path": plan.folder,
+        "full": _of_run(trunk, epochs),
+        "settings": entries,
+        "pareto": [entries.index(finished[i]) for i in front],
+        "trials": len(trials),
+        "gpu_hours": sum(own_hours(run) for run in trained),
+        "naive_gpu_hours": sum(entry["gpu_hours"] or 0.0 for entry in entries),
+    }
+
+
+def _of_run(run: RunFolder, epochs: int) -> dict[str, Any]:
+    """What a run came to; of one that was stopped, as far as it came."""
+    lines = last_attempt(run.read_lines("epochs.jsonl"), "epoch")
+    top1 = [line["val_top1"] for line in lines if line["val_top1"] is not None]
+    lora = [line for line in lines if line["phase"] == "lora"]
+    return {
+        "epochs": len(lines),
+        "val_top1": top1[-1] if top1 else None,
+        "gpu_hours": straight_hours(run, epochs) if lines else None,
+        "trainable_fraction": lora[-1]["trainable_parameters"] / lora[-1]["parameters"] if lora else None,
+    }
+
+
+def _digest(setting: Setting) -> str:
+    return hashlib.blake2b(json.dumps(setting, sort_keys=True).encode(), digest_size=8).hexdigest()

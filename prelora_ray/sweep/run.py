@@ -1,0 +1,193 @@
+"""A sweep on Ray Tune: the trunk once, then one trial for each run that its settings stand for."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import optuna
+import ray
+from ray import tune
+from ray.tune.experiment import Trial
+from ray.tune.integration.ray_train import TuneReportCallback
+from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search.optuna import OptunaSearch
+
+from prelora_ray.config import Settings
+from prelora_ray.run_folder import RunFolder, last_attempt
+from prelora_ray.storage import Storage
+from prelora_ray.sweep.cost import straight_hours
+from prelora_ray.sweep.fork import fork
+from prelora_ray.sweep.outcome import outcome
+from prelora_ray.sweep.replay import read_record
+from prelora_ray.sweep.result import is_finished, read_notes, summarize_sweep, write_note
+from prelora_ray.sweep.settings import Plan, Range, SweepSettings
+from prelora_ray.train.lock import HeldRunError
+from prelora_ray.train.ray_private import let_trials_be_stopped, release
+from prelora_ray.train.run import ray_session, train
+
+logger = logging.getLogger(__name__)
+
+_TRIAL_CPUS = 0.01
+"""What a trial's own process asks for; its workers ask for theirs."""
+_LOOK_SECONDS = 2.0
+"""Between looks whether another trial is done with the run that both stand for."""
+_MODES = {"val_top1": "max", "gpu_hours": "min"}
+
+
+def sweep(plan: Plan, watch: Callable[[Settings], AbstractContextManager[None]], *, debug: bool = False) -> dict[str, Any]:
+    """Runs a sweep to its end, from wherever it stands, and returns the contents of sweep.json.
+
+    `watch` shows the trunk's progress for the time of a block. A trial that fails is told and does not
+    end the sweep. Raises ValueError and WorkError as `train` does.
+    """
+    with ray_session(debug=debug):
+        trunk = plan.trunk
+        with watch(trunk):
+            train(trunk, debug=debug)
+        _search(plan, [note["setting"] for note in read_notes(plan)])
+    result = summarize_sweep(plan)
+    Storage(plan.folder).write_json("sweep.json", result)
+    return result
+
+
+def _search(plan: Plan, earlier: list[dict[str, Any]]) -> None:
+    """Trains what the settings stand for: those of a grid, or drawn ones, or Optuna's, which begins with the `earlier`."""
+    sweep = plan.sweep
+    if sweep.search == "optuna":
+        space = {key: _dimension(values) for key, values in sweep.space.items()}
+    else:
+        trunk = read_record(str(RunFolder.of(plan.trunk)))
+        distinct = {outcome(plan, setting, trunk).trial: setting for setting in reversed(plan.settings_to_try())}
+        if sweep.asha is None:  # which would have to hear of finished runs too
+            distinct = {name: setting for name, setting in distinct.items() if not is_finished(plan, name)}
+        if not distinct:
+            return
+        space = {"setting": tune.grid_search([distinct[name] for name in sorted(distinct)])}
+    tuner = tune.Tuner(
+        tune.with_resources(tune.with_parameters(_trial, plan=plan), {"CPU": _TRIAL_CPUS}),
+        param_space=space,
+        tune_config=tune.TuneConfig(
+            search_alg=_optuna(sweep, earlier) if sweep.search == "optuna" else None,
+            scheduler=_asha(plan),
+            num_samples=sweep.num_settings if sweep.search == "optuna" else 1,
+            max_concurrent_trials=_concurrent(plan),
+        ),
+        run_config=tune.RunConfig(
+            name=time.strftime("%Y%m%d-%H%M%S"), storage_path=f"{plan.folder}/tune", callbacks=[_Ends(plan)], verbose=0
+        ),
+    )
+    with contextlib.redirect_stdout(sys.stderr):  # where results alone go, Tune prints its greetings
+        tuner.fit()
+
+
+def _dimension(values: list[Any] | Range) -> Any:
+    if isinstance(values, list):
+        return tune.choice(values)
+    if values.is_whole:
+        return (tune.lograndint if values.log else tune.randint)(int(values.min), int(values.max) + 1)
+    return (tune.loguniform if values.log else tune.uniform)(values.min, values.max)
+
+
+def _optuna(sweep: SweepSettings, earlier: list[dict[str, Any]]) -> OptunaSearch:
+    """Earlier settings come first: their runs are there, so a search that goes on learns from them at once."""
+    modes = [_MODES[metric] for metric in sweep.objectives]
+    if len(modes) == 1:
+        return OptunaSearch(metric=sweep.objectives[0], mode=modes[0], points_to_evaluate=earlier, seed=sweep.seed)
+    sampler = optuna.samplers.NSGAIISampler(seed=sweep.seed)
+    return OptunaSearch(metric=list(sweep.objectives), mode=modes, points_to_evaluate=earlier, sampler=sampler)
+
+
+def _asha(plan: Plan) -> ASHAScheduler | None:
+    if plan.sweep.asha is None:
+        return None
+    return ASHAScheduler(
+        time_attr="epochs_done",
+        metric="val_top1",
+        mode="max",
+        max_t=plan.trunk.train.epochs,
+        grace_period=plan.sweep.asha.grace_epochs,
+        reduction_factor=plan.sweep.asha.reduction_factor,
+    )
+
+
+def _concurrent(plan: Plan) -> int:
+    """As many trials as have room for their workers, with a CPU beside each trial's for Ray Data."""
+    if plan.sweep.concurrent != "auto":
+        return plan.sweep.concurrent
+    workers, has = plan.trunk.workers, ray.cluster_resources()
+    room = has.get("CPU", 1) / (workers.max * workers.cpus + 1)
+    gpus = has.get("GPU", 0)
+    if workers.gpu is True or (workers.gpu == "auto" and gpus >= workers.min):
+        room = min(room, gpus / workers.max)
+    return max(1, int(room))
+
+
+def _trial(config: dict[str, Any], plan: Plan) -> None:
+    """Trains the run that a setting stands for, in a process of its own, or goes on with it."""
+    let_trials_be_stopped()
+    setting = config.get("setting", config)
+    was_stopped = write_note(plan, setting)["ended"] == "stopped"
+    trunk = RunFolder.of(plan.trunk)
+    found = outcome(plan, setting, read_record(str(trunk)))
+    settings = plan.trunk if found.switch_epoch is None else plan.settings_of(setting, found.trial)
+    run = RunFolder.of(settings)
+    if found.switch_epoch is not None:
+        fork(trunk, settings)
+        for line in last_attempt(run.read_lines("epochs.jsonl"), "epoch"):  # trained before: the scheduler is to know
+            if line["attempt"] >= 0:
+                tune.report(_heard(line))
+    if was_stopped:
+        return
+    while True:
+        try:
+            train(settings, callbacks=[_Report()])
+            break
+        except HeldRunError:  # another setting stands for the same run, which is being trained
+            time.sleep(_LOOK_SECONDS)
+    line = last_attempt(run.read_lines("epochs.jsonl"), "epoch")[-1]
+    tune.report({**_heard(line), "gpu_hours": straight_hours(run, settings.train.epochs), "finished": True})
+
+
+class _Report(TuneReportCallback):
+    """Tells Tune of each epoch what it needs."""
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        super().after_report(run_context, [_heard(metrics[0])], None)
+
+
+def _heard(line: dict[str, Any]) -> dict[str, Any]:
+    return {"epochs_done": line["epoch"] + 1, "phase": line["phase"], "loss": line["loss"], "val_top1": line["val_top1"]}
+
+
+class _Ends(tune.Callback):
+    """Notes and tells how trials end, and gives back the room of those that Tune stopped."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._trunk = read_record(str(RunFolder.of(plan.trunk)))
+        self._done = 0
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._end(trials, trial, "finished" if trial.last_result.get("finished") else "stopped")
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._end(trials, trial, "failed", str(trial.get_error()).strip().splitlines()[-1])
+
+    def _end(self, trials: list[Trial], trial: Trial, ended: str, message: str | None = None) -> None:
+        setting = trial.config.get("setting", trial.config)
+        name = outcome(self._plan, setting, self._trunk).trial
+        write_note(self._plan, setting, ended=ended, message=message)
+        if ended == "stopped":
+            for line in (RunFolder(self._plan.folder) / name).read_lines("events.jsonl"):
+                if "reservation" in line:
+                    release(line["reservation"])
+        top1 = trial.last_result.get("val_top1") if trial.last_result else None
+        told = message or ("no top-1" if top1 is None else f"top-1 {top1:.1%}")
+        self._done += 1
+        logger.info("trial %d of %d: %s %s, %s", self._done, len(trials), name, ended, told)

@@ -1,0 +1,169 @@
+"""What a sweep is: a recipe, the keys of the method that it searches, and how."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from prelora_ray.config import Count, Section, Settings, Whole, load_settings, parse_section, parse_settings, read_named
+
+Setting = dict[str, Any]
+"""A value for each key that a sweep searches, such as {"method.tau": 0.5, "method.r_max": 32}."""
+
+OF_THE_TEST = ("tau", "zeta", "windows", "window_epochs", "norm_statistic", "switch_epoch", "r_min", "r_max", "normalize")
+"""Keys of the method that decide when a run switches and with which ranks, and nothing after."""
+_AFTER = (
+    *("warmup_epochs", "rank_pattern", "scaling", "freeze"),
+    *("adapter_learning_rate_scale", "adapter_ramp_steps", "adapter_weight_decay"),
+)
+SEARCHABLE = tuple(f"method.{key}" for key in (*OF_THE_TEST, *_AFTER))
+"""Keys that all trials of one trunk may differ in."""
+
+
+class Range(Section):
+    """Numbers between two bounds, both included; whole ones where both bounds are."""
+
+    min: float
+    """Smallest value."""
+    max: float
+    """Largest value."""
+    log: bool = False
+    """Whether values are drawn evenly in their logarithm."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.min < self.max:
+            raise ValueError(f"a range with min = {self.min:g} and max = {self.max:g} is empty: min must be below max")
+        if self.log and self.min <= 0:
+            raise ValueError(f"a range with min = {self.min:g} has no logarithm: it must be above 0")
+        return self
+
+    @property
+    def is_whole(self) -> bool:
+        return self.min.is_integer() and self.max.is_integer()
+
+    def draw(self, rng: random.Random) -> float:
+        if self.log:
+            value = math.exp(rng.uniform(math.log(self.min), math.log(self.max)))
+            return round(value) if self.is_whole else value
+        return rng.randint(int(self.min), int(self.max)) if self.is_whole else rng.uniform(self.min, self.max)
+
+
+class AshaSettings(Section):
+    grace_epochs: Count
+    """Epochs of the run, those of the trunk counted, before a trial may be stopped."""
+    reduction_factor: Annotated[int, Field(ge=2, strict=True)] = 3
+    """At each rung one trial in so many goes on."""
+
+
+class SweepSettings(Section):
+    """A sweep, as one YAML file describes it."""
+
+    name: str
+    """Name of the sweep and of its folder; the same name again goes on with it. Default: the file's own."""
+    storage: str = "runs"
+    """Folder, file share or bucket that holds the sweep's folder."""
+    recipe: str
+    """The runs' recipe, by its path from the folder of this file."""
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    """Settings that all runs have in place of the recipe's: {key.path: value}."""
+    space: dict[str, list[Any] | Range]
+    """What is searched: {key: list of values, or {min, max, log}}."""
+    search: Literal["grid", "random", "optuna"] = "grid"
+    """All combinations; so many drawn ones; or Optuna's choice: TPE for one objective, NSGA-II for two."""
+    num_settings: Count = 20
+    """Settings that `random` and `optuna` try."""
+    objectives: Annotated[tuple[Literal["val_top1", "gpu_hours"], ...], Field(min_length=1, max_length=2)] = ("val_top1",)
+    """What is to be best: the final top-1, and the cost of a straight run."""
+    asha: AshaSettings | None = None
+    """Stops trials that fall behind (one objective only); null lets all run to their end."""
+    concurrent: Count | Literal["auto"] = "auto"
+    """Trials at a time; auto is as many as the cluster has room for."""
+    seed: Whole = 0
+    """Seed of what is drawn."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.space:
+            raise ValueError("space is empty: name at least one key, such as method.tau: [0.25, 0.5, 1.0]")
+        for key, values in self.space.items():
+            if key not in SEARCHABLE:
+                raise ValueError(
+                    f"space.{key} is not allowed: trials share their trunk, so they differ in {', '.join(SEARCHABLE)} alone"
+                )
+            if isinstance(values, Range) and self.search == "grid":
+                raise ValueError(f"space.{key} is a range, of which search: grid knows no values: give a list of them")
+            if values == []:
+                raise ValueError(f"space.{key} = [] is not allowed: give at least one value")
+        if self.asha and len(self.objectives) > 1:
+            raise ValueError("asha is not allowed with two objectives: it ranks trials by one")
+        if self.asha and self.objectives == ("gpu_hours",):
+            raise ValueError("asha is not allowed with objective gpu_hours: a trial's cost is known from the start")
+        if len(set(self.objectives)) < len(self.objectives):
+            raise ValueError(f"objectives = {list(self.objectives)} is not allowed: one stands twice")
+        return self
+
+
+class Plan:
+    """A sweep's runs: the trunk, and the run of each setting."""
+
+    def __init__(self, sweep: SweepSettings, base: Settings) -> None:
+        """`base`: the recipe's settings with the sweep's overrides.
+
+        Raises ValueError where the space holds a setting that is not allowed.
+        """
+        self.sweep = sweep
+        self._content = base.model_dump(mode="json")
+        self.folder = f"{sweep.storage.rstrip('/')}/{sweep.name}"
+        for setting in self.settings_to_try():
+            self.settings_of(setting, "check")
+
+    @property
+    def trunk(self) -> Settings:
+        """Full training to the end of the run, with a checkpoint wherever a setting may switch."""
+        epochs = math.gcd(*self._switch_grid())
+        method = {**self._content["method"], "enabled": False, "switch_epoch": None, "window_epochs": epochs}
+        every = math.gcd(epochs, self._content["checkpoint"]["every_epochs"])
+        checkpoint = {**self._content["checkpoint"], "keep_trunk": True, "every_epochs": every}
+        return parse_settings({**self._content, **self._place("trunk"), "method": method, "checkpoint": checkpoint})
+
+    def settings_of(self, setting: Setting, name: str) -> Settings:
+        """The settings of the run that a setting asks for."""
+        method = {**self._content["method"], "enabled": True}
+        method |= {key.removeprefix("method."): value for key, value in setting.items()}
+        return parse_settings({**self._content, **self._place(name), "method": method})
+
+    def settings_to_try(self) -> list[Setting]:
+        """All settings of a grid, or as many drawn ones as are to be tried."""
+        space = self.sweep.space
+        if self.sweep.search == "grid":
+            lists = [values for values in space.values() if isinstance(values, list)]
+            return [dict(zip(space, values, strict=True)) for values in itertools.product(*lists)]
+        rng = random.Random(self.sweep.seed)
+        return [
+            {key: values.draw(rng) if isinstance(values, Range) else rng.choice(values) for key, values in space.items()}
+            for _ in range(self.sweep.num_settings)
+        ]
+
+    def _place(self, name: str) -> dict[str, str]:
+        return {"storage": self.folder, "name": name}
+
+    def _switch_grid(self) -> list[int]:
+        """Numbers of epochs of which every possible switch epoch is a multiple of the greatest common divisor."""
+        method, numbers = self._content["method"], []
+        for key in ("window_epochs", "switch_epoch"):
+            values = self.sweep.space.get(f"method.{key}", [method[key]])
+            numbers += [1] if isinstance(values, Range) else [value for value in values if value is not None]
+        return numbers
+
+
+def load_sweep(path: str, overrides: list[str], *, name: str | None = None, storage: str | None = None) -> Plan:
+    """Reads a sweep's file and the recipe that it names. Raises ValueError as `load_settings` does."""
+    sweep = parse_section(SweepSettings, read_named(path, overrides, name=name, storage=storage))
+    base = load_settings(Path(path).parent / sweep.recipe, [f"{key}={value}" for key, value in sweep.overrides.items()])
+    return Plan(sweep, base)
