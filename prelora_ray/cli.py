@@ -65,6 +65,9 @@ def train(
         f"switch after epoch {result['switch_epoch']}, freeze after epoch {result['freeze_epoch']}, "
         f"top-1 {result['val_top1']:.1%} (best {result['best_val_top1']:.1%}), {result['seconds']:,.0f} s"
     )
+    for line in folder.read_lines("events.jsonl"):
+        if line["event"] == "diagnosis":
+            console.out.print(line["message"])
 
 
 @app.command()
@@ -228,6 +231,24 @@ def replay(
         counts = {rank: list(result.ranks.values()).count(rank) for rank in sorted(set(result.ranks.values()))}
         told = ", ".join(f"{count} modules of rank {rank}" for rank, count in counts.items())
         console.out.print(f"switch after epoch {result.switch_epoch} (window {result.switch_window}): {told}")
+
+
+@app.command()
+def report(
+    paths: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders, or one sweep's folder.")],
+    out: Annotated[str, typer.Option(help="The HTML file.")] = "report.html",
+    png: Annotated[str | None, typer.Option(metavar="FOLDER", help="Also draw each figure as a picture into a folder.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what happened in a run, in several side by side, or in a sweep, as one HTML file."""
+    from prelora_ray import console
+    from prelora_ray.report.page import write_report
+
+    figures = write_report(paths, out, png)
+    if as_json:
+        _print_json({"path": out, "figures": figures, "png": png})
+    else:
+        console.out.print(f"{out}: {len(figures)} figures" + (f", as pictures in {png}" if png else ""))
 
 
 def _print_json(content: dict[str, Any]) -> None:

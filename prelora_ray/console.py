@@ -126,7 +126,7 @@ class _Watcher(threading.Thread):
             case "run_started" | "restart":
                 at = f" from epoch {epoch}" if epoch else ""
                 return f"[bold]{kind.replace('_', ' ')}[/]{at} with {line['world_size']} workers, phase {line['phase']}"
-            case "checkpoint_damaged" | "init_from":
+            case "checkpoint_damaged" | "init_from" | "diagnosis":
                 return f"[bold]{escape(line['message'])}[/]"
         return None
 

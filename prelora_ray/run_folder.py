@@ -16,6 +16,7 @@ import math
 import tempfile
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -79,11 +80,11 @@ def last_attempt(lines: Iterable[dict[str, Any]], *key: str) -> list[dict[str, A
     return [standing[place] for place in sorted(standing)]
 
 
-class LineWriter:
-    """Appends JSON lines to one file of a run folder; infinite numbers become null.
+class Appender:
+    """Appends to one file of a run folder.
 
-    On a disk each line is there once `write` returns; on a full one lines wait for room. Object stores
-    cannot append: there the lines gather in a local file, which `flush` uploads whole.
+    On a disk what is appended is there once `append` returns; on a full one it waits for room. Object
+    stores cannot append: there it gathers in a local file, which `flush` uploads whole.
     """
 
     def __init__(self, folder: Storage, name: str) -> None:
@@ -91,17 +92,16 @@ class LineWriter:
         self._name = name
         self._pending = b""
         if folder.is_local:
-            folder.make()
+            Path(folder.file(name)).parent.mkdir(parents=True, exist_ok=True)
             self._file = open(folder.file(name), "ab", buffering=0)  # noqa: SIM115
-            self._pending = self._end_of_unfinished_line()
         else:
             self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
             if folder.exists(name):
                 self._pending = folder.read_bytes(name)
         self._uploaded = True
 
-    def write(self, **line: Any) -> None:
-        self._pending += _encoded(line)
+    def append(self, content: bytes) -> None:
+        self._pending += content
         self._uploaded = False
         self._drain()
 
@@ -122,10 +122,18 @@ class LineWriter:
             while self._pending:
                 self._pending = self._pending[self._file.write(self._pending) :]
 
-    def _end_of_unfinished_line(self) -> bytes:
-        with open(self._folder.file(self._name), "rb") as file:
-            content = file.read()
-        return b"\n" if content and not content.endswith(b"\n") else b""
+
+class LineWriter(Appender):
+    """Appends JSON lines; infinite numbers become null. A line that a killed writer left unfinished stays one by itself."""
+
+    def __init__(self, folder: Storage, name: str) -> None:
+        super().__init__(folder, name)
+        if folder.is_local:
+            content = folder.read_bytes(name)
+            self._pending = b"\n" if content and not content.endswith(b"\n") else b""
+
+    def write(self, **line: Any) -> None:
+        self.append(_encoded(line))
 
 
 class RunRecords:

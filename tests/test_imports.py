@@ -23,12 +23,24 @@ MAY_IMPORT = {
     "evaluate.py": {"trained.py", "train", "data", "storage.py"},
     "export.py": {"trained.py", "method", "data", "storage.py", "errors.py", "torchvision_ops.py"},
     "sweep": {"sweep", "train", "method", "config.py", "run_folder.py", "storage.py", "errors.py"},
+    "report": {"report", "config.py", "run_folder.py"},
     "console.py": {"config.py", "run_folder.py", "sweep", "evaluate.py"},
-    "cli.py": {"console.py", "config.py", "run_folder.py", "errors.py", "evaluate.py", "export.py", "data", "train", "sweep"},
+    "cli.py": {
+        "console.py",
+        "config.py",
+        "run_folder.py",
+        "errors.py",
+        "evaluate.py",
+        "export.py",
+        "data",
+        "train",
+        "sweep",
+        "report",
+    },
     "__main__.py": {"cli.py"},
     "__init__.py": set(),
 }
-METHOD_LIBRARIES = {"torch", "hashlib", "math", "re", "collections", "dataclasses", "enum", "typing", "__future__"}
+METHOD_LIBRARIES = {"torch", "hashlib", "itertools", "math", "re", "collections", "dataclasses", "enum", "typing", "__future__"}
 
 
 def room(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,10 +10,16 @@ from prelora_ray.run_folder import RunFolder, last_attempt
 
 
 def straight_hours(run: RunFolder, epochs: int) -> float:
-    """Cost of a run of so many epochs, had it trained all of them; what a stopped one lacks at its last phase's speed."""
-    lines = last_attempt(run.read_lines("epochs.jsonl"), "epoch")
-    last = [_hours(line) for line in lines if line["phase"] == lines[-1]["phase"]]
-    return sum(_hours(line) for line in lines) + (epochs - len(lines)) * sum(last) / len(last)
+    """Cost of a straight run of so many epochs: each at the median of its phase, and what a stopped one lacks as the last.
+
+    The median leaves out what the start of a process, or of a fork, adds to an epoch.
+    """
+    phases: dict[str, list[float]] = {}
+    for line in last_attempt(run.read_lines("epochs.jsonl"), "epoch"):
+        phases.setdefault(line["phase"], []).append(_hours(line))
+    counts = {phase: len(hours) for phase, hours in phases.items()}
+    counts[list(phases)[-1]] += epochs - sum(counts.values())
+    return sum(statistics.median(phases[phase]) * count for phase, count in counts.items())
 
 
 def own_hours(run: RunFolder) -> float:

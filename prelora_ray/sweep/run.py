@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 from prelora_ray.config import Settings
+from prelora_ray.errors import InterruptedRunError, WorkError
 from prelora_ray.run_folder import RunFolder, last_attempt
 from prelora_ray.storage import Storage
 from prelora_ray.sweep.cost import straight_hours
@@ -44,7 +46,7 @@ def sweep(plan: Plan, watch: Callable[[Settings], AbstractContextManager[None]],
     """Runs a sweep to its end, from wherever it stands, and returns the contents of sweep.json.
 
     `watch` shows the trunk's progress for the time of a block. A trial that fails is told and does not
-    end the sweep. Raises ValueError and WorkError as `train` does.
+    end the sweep. Raises as `train` does, and WorkError where every trial fails.
     """
     with ray_session(debug=debug):
         trunk = plan.trunk
@@ -53,6 +55,11 @@ def sweep(plan: Plan, watch: Callable[[Settings], AbstractContextManager[None]],
         _search(plan, [note["setting"] for note in read_notes(plan)])
     result = summarize_sweep(plan)
     Storage(plan.folder).write_json("sweep.json", result)
+    ended = [entry["ended"] for entry in result["settings"]]
+    if None in ended:
+        raise InterruptedRunError(f"interrupted; the same command goes on with {plan.folder}")
+    if set(ended) == {"failed"}:
+        raise WorkError(f"every trial failed: {result['settings'][0]['message']}")
     return result
 
 
@@ -97,9 +104,10 @@ def _dimension(values: list[Any] | Range) -> Any:
 def _optuna(sweep: SweepSettings, earlier: list[dict[str, Any]]) -> OptunaSearch:
     """Earlier settings come first: their runs are there, so a search that goes on learns from them at once."""
     modes = [_MODES[metric] for metric in sweep.objectives]
+    seed = sweep.seed + len(earlier)  # what is drawn after them is not to be what was drawn before
     if len(modes) == 1:
-        return OptunaSearch(metric=sweep.objectives[0], mode=modes[0], points_to_evaluate=earlier, seed=sweep.seed)
-    sampler = optuna.samplers.NSGAIISampler(seed=sweep.seed)
+        return OptunaSearch(metric=sweep.objectives[0], mode=modes[0], points_to_evaluate=earlier, seed=seed)
+    sampler = optuna.samplers.NSGAIISampler(seed=seed)
     return OptunaSearch(metric=list(sweep.objectives), mode=modes, points_to_evaluate=earlier, sampler=sampler)
 
 
@@ -110,7 +118,7 @@ def _asha(plan: Plan) -> ASHAScheduler | None:
         time_attr="epochs_done",
         metric="val_top1",
         mode="max",
-        max_t=plan.trunk.train.epochs,
+        max_t=plan.trunk.train.epochs + 1,  # it stops a trial that reports so many
         grace_period=plan.sweep.asha.grace_epochs,
         reduction_factor=plan.sweep.asha.reduction_factor,
     )
@@ -162,7 +170,9 @@ class _Report(TuneReportCallback):
 
 
 def _heard(line: dict[str, Any]) -> dict[str, Any]:
-    return {"epochs_done": line["epoch"] + 1, "phase": line["phase"], "loss": line["loss"], "val_top1": line["val_top1"]}
+    """What Tune compares: it wants every objective at every report, also where it is not known."""
+    top1 = math.nan if line["val_top1"] is None else line["val_top1"]
+    return {"epochs_done": line["epoch"] + 1, "phase": line["phase"], "val_top1": top1, "gpu_hours": math.nan}
 
 
 class _Ends(tune.Callback):
@@ -188,6 +198,6 @@ class _Ends(tune.Callback):
                 if "reservation" in line:
                     release(line["reservation"])
         top1 = trial.last_result.get("val_top1") if trial.last_result else None
-        told = message or ("no top-1" if top1 is None else f"top-1 {top1:.1%}")
+        told = message or ("no top-1 yet" if top1 is None else f"top-1 {top1:.1%}")
         self._done += 1
         logger.info("trial %d of %d: %s %s, %s", self._done, len(trials), name, ended, told)

@@ -118,7 +118,9 @@ class Plan:
         Raises ValueError where the space holds a setting that is not allowed.
         """
         self.sweep = sweep
-        self._content = base.model_dump(mode="json")
+        self._base = base
+        self._content = base.model_dump(mode="json", exclude_unset=True)  # what nobody set is no setting without effect
+        self._method = self._content.get("method", {})
         self.folder = f"{sweep.storage.rstrip('/')}/{sweep.name}"
         for setting in self.settings_to_try():
             self.settings_of(setting, "check")
@@ -127,14 +129,16 @@ class Plan:
     def trunk(self) -> Settings:
         """Full training to the end of the run, with a checkpoint wherever a setting may switch."""
         epochs = math.gcd(*self._switch_grid())
-        method = {**self._content["method"], "enabled": False, "switch_epoch": None, "window_epochs": epochs}
-        every = math.gcd(epochs, self._content["checkpoint"]["every_epochs"])
-        checkpoint = {**self._content["checkpoint"], "keep_trunk": True, "every_epochs": every}
+        of_records = {"tau", "zeta", "windows", "norm_statistic", "targets"}
+        method = {key: value for key, value in self._method.items() if key in of_records}
+        method |= {"enabled": False, "window_epochs": epochs}
+        every = math.gcd(epochs, self._base.checkpoint.every_epochs)
+        checkpoint = {**self._content.get("checkpoint", {}), "keep_trunk": True, "every_epochs": every}
         return parse_settings({**self._content, **self._place("trunk"), "method": method, "checkpoint": checkpoint})
 
     def settings_of(self, setting: Setting, name: str) -> Settings:
         """The settings of the run that a setting asks for."""
-        method = {**self._content["method"], "enabled": True}
+        method = {**self._method, "enabled": True}
         method |= {key.removeprefix("method."): value for key, value in setting.items()}
         return parse_settings({**self._content, **self._place(name), "method": method})
 
@@ -155,9 +159,9 @@ class Plan:
 
     def _switch_grid(self) -> list[int]:
         """Numbers of epochs of which every possible switch epoch is a multiple of the greatest common divisor."""
-        method, numbers = self._content["method"], []
+        numbers: list[int] = []
         for key in ("window_epochs", "switch_epoch"):
-            values = self.sweep.space.get(f"method.{key}", [method[key]])
+            values = self.sweep.space.get(f"method.{key}", [getattr(self._base.method, key)])
             numbers += [1] if isinstance(values, Range) else [value for value in values if value is not None]
         return numbers
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
+from dataclasses import asdict
 from typing import Any, cast
 
 import ray.train
@@ -13,9 +14,11 @@ import torch.distributed as dist
 from prelora_ray.config import Settings
 from prelora_ray.data.manifest import read_manifest
 from prelora_ray.data.stream import Batch
+from prelora_ray.method.diagnosis import diagnose
 from prelora_ray.method.phases import Decision, count_parameters
+from prelora_ray.method.ranks import rank_choices
 from prelora_ray.method.targets import target_norms
-from prelora_ray.run_folder import LineWriter, RunFolder, RunRecords
+from prelora_ray.run_folder import LineWriter, RunFolder, RunRecords, last_attempt
 from prelora_ray.storage import Storage
 from prelora_ray.train.checkpoint import Checkpoints, Retention
 from prelora_ray.train.control import Action, Control
@@ -28,6 +31,7 @@ from prelora_ray.train.saver import Saver
 from prelora_ray.train.start import Start, find_start
 from prelora_ray.train.state import TrainState
 from prelora_ray.train.step import Stepper
+from prelora_ray.train.tensorboard import TensorBoardLog
 from prelora_ray.train.watchdog import Watchdog
 
 _CHECK_STEPS = 50
@@ -65,11 +69,16 @@ class Session:
         self.control = Control()
         self.notices = Notices(self.folder, settings.checkpoint)
         self.records = RunRecords(self.folder, self.attempt) if self.rank == 0 else None
+        self.board = TensorBoardLog(self.folder, self.attempt, self.state.epoch) if self.rank == 0 else None
         self.audit = LineWriter(self.folder, f"samples-{self.rank}.jsonl") if settings.audit_samples else None
         if self.records:
             trunk_epochs = settings.method.window_epochs if settings.checkpoint.keep_trunk else None
             self.saver = Saver(self.checkpoints, Retention(settings.checkpoint.keep, trunk_epochs))
             self._record_start(start)
+            done = last_attempt(self.folder.read_lines("epochs.jsonl"), "epoch")
+            self._lines = [line for line in done if line["epoch"] < self.state.epoch]
+            events = self.folder.read_lines("events.jsonl")
+            self._diagnosed = {line["signature"] for line in events if line["event"] == "diagnosis"}
         self.feed = Feed(
             settings, self.plan, (self.state.epoch, self.state.batch), context.get_local_world_size(), self.watchdog.beat
         )
@@ -126,12 +135,13 @@ class Session:
         content = None
         if self.rank == 0:
             norms = target_norms(self.state.model, self.state.targets)
-            assert self.records
+            assert self.records and self.board
             self.records.norms(epoch=epoch, phase=self._phase, loss=loss, norms=norms)
             decision = self.state.phases.end_epoch(epoch, norms, loss)
             if decision.verdict is not None:
                 line = decision.verdict.record()
                 self.records.window(phase=self._phase, **line)
+                self.board.window(line)
                 self._event("window", **{k: line[k] for k in ("window", "converged", "in_ramp")})
             content = {"decision": decision, "phases": self.state.phases.state_dict()}
         content = _from_rank_0(content)
@@ -163,9 +173,11 @@ class Session:
         if decision.switch is not None or decision.freeze:
             self.watchdog.beat(patiently=True)  # what trains now is built and compiled anew
         self.state.apply(decision)
-        if self.records:
+        if self.records and self.board:
             self.records.epoch(**line)
+            self.board.epoch(line)
             self._record_change(decision)
+            self._diagnose(line)
         is_last = epoch + 1 == self.settings.train.epochs
         changes = decision.switch is not None or decision.freeze
         due = (epoch + 1) % self.settings.checkpoint.every_epochs == 0
@@ -176,9 +188,10 @@ class Session:
             self._finish_saving()
         if self.audit:
             self.audit.flush()
-        if self.records:
+        if self.records and self.board:
             self._record_saves()
             self.records.flush()
+            self.board.flush()
         report(self, line, decision)
 
     def fail(self, message: str) -> None:
@@ -268,6 +281,15 @@ class Session:
         if decision.freeze:
             trainable, parameters = count_parameters(self.state.model)
             self._event("freeze", freeze_epoch=phases.frozen_at, trainable_parameters=trainable, parameters=parameters)
+
+    def _diagnose(self, line: dict[str, Any]) -> None:
+        """Records failure signatures, each once."""
+        method = self.settings.method
+        self._lines.append(line)
+        for finding in diagnose(self._lines, self.state.phases.ranks, len(rank_choices(method.r_min, method.r_max))):
+            if finding.signature not in self._diagnosed:
+                self._diagnosed.add(finding.signature)
+                self._event("diagnosis", **asdict(finding))
 
     def _event(self, event: str, **content: Any) -> None:
         assert self.records

@@ -1,0 +1,197 @@
+"""The figures of a report, as plotly draws them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from prelora_ray.report.records import Line, RunRecords
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe and Ito's palette, which colour-blind readers tell apart (jfly.uni-koeln.de/color)."""
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+"""With the colours: runs beyond the palette stay apart, on grey paper too."""
+_BANDS = {"full": "rgba(0,0,0,0)", "warmup": "rgba(230,159,0,0.13)", "lora": "rgba(86,180,233,0.13)"}
+_MARKS = {"restart": "#D55E00", "resize": "#009E73", "preemption": "#CC79A7"}
+_FAMILIES = ("query", "key", "value", "proj", "fc1", "fc2")
+
+
+def learning(runs: Sequence[RunRecords]) -> go.Figure:
+    """Loss and top-1 over the epochs."""
+    figure = _panels(["loss", "top-1, %", "learning rate"])
+    for index, run in enumerate(runs):
+        of = f"{run.name}: " if len(runs) > 1 else ""
+        top1 = [None if value is None else value * 100 for value in run.column("val_top1")]
+        _line(figure, 1, run.done, run.column("loss"), f"{of}training", index)
+        _line(figure, 1, run.done, run.column("val_loss"), f"{of}validation", index, opacity=0.55, markers=True)
+        _line(figure, 2, run.done, top1, f"{of}top-1", index, legend=False)
+        _line(figure, 3, run.done, run.column("learning_rate"), f"{of}learning rate", index, legend=False)
+    return _with_marks(figure, runs, 3)
+
+
+def convergence(run: RunRecords) -> go.Figure:
+    """What the partial convergence test saw: norm changes against tau, loss changes against zeta, its verdicts."""
+    method = run.settings.method
+    figure = _panels([f"norm change, % (tau {method.tau:g})", f"loss change, % (zeta {method.zeta:g})"])
+    windows = [line for line in run.windows if line["change"] is not None]
+    ends = [line["epoch_end"] for line in windows]
+    verdicts = ["in the ramp" if w["in_ramp"] else "converged" if w["converged"] else "not yet" for w in windows]
+    for index, family in enumerate(family for family in _FAMILIES if windows and family in windows[0]["change"]):
+        changes = [line["change"][family] for line in windows]
+        _line(figure, 1, ends, changes, family, index, markers=True, hover=verdicts)
+    _line(figure, 2, ends, [line["loss_change"] for line in windows], "loss", 6, markers=True, hover=verdicts)
+    for row, limit in ((1, method.tau), (2, method.zeta)):
+        figure.add_hline(limit, row=row, col=1, line={"color": "black", "dash": "dash", "width": 1})
+        figure.update_yaxes(type="log", row=row, col=1)
+    return _with_marks(figure, [run], 2)
+
+
+def ranks(run: RunRecords) -> go.Figure:
+    """Ranks by layer and family."""
+    assert run.ranks
+    places = {name: (int(name.split(".")[1]), name.rsplit(".", 1)[1]) for name in run.ranks}
+    layers = sorted({layer for layer, _ in places.values()})
+    families = [family for family in _FAMILIES if any(other == family for _, other in places.values())]
+    by_place = {place: run.ranks[name] for name, place in places.items()}
+    table = [[by_place.get((layer, family)) for layer in layers] for family in families]
+    heatmap = go.Heatmap(
+        z=table, x=layers, y=families, text=table, texttemplate="%{text}", colorscale="Cividis", colorbar={"title": "rank"}
+    )
+    figure = go.Figure(heatmap, layout=_layout(height=120 + 40 * len(families), left=70))
+    figure.update_xaxes(title="layer", dtick=1)
+    figure.update_yaxes(autorange="reversed")
+    return figure
+
+
+def speed(runs: Sequence[RunRecords]) -> go.Figure:
+    """Throughput, time of an epoch, waiting for data, memory and what trains, over the epochs."""
+    figure = _panels(
+        ["images/s", "seconds an epoch", "waiting for data, %", "peak memory, GiB", "trainable parameters, %", "workers"]
+    )
+    for index, run in enumerate(runs):
+        waits = [100 * line["data_wait_seconds"] / line["train_seconds"] for line in run.epochs]
+        trains = [100 * line["trainable_parameters"] / line["parameters"] for line in run.epochs]
+        memory = [value / 2**30 for value in run.column("peak_memory_bytes")]
+        columns = [run.column("images_per_second"), run.column("seconds"), waits, memory, trains, run.column("world_size")]
+        for row, values in enumerate(columns, 1):
+            _line(figure, row, run.done, values, run.name, index, legend=row == 1 and len(runs) > 1)
+    for row in range(1, 7):
+        figure.update_yaxes(rangemode="tozero", row=row, col=1)
+    return _with_marks(figure, runs, 6)
+
+
+def pareto(sweep: Line) -> go.Figure:
+    """Top-1 against cost, every setting of a sweep, with the Pareto front and full training."""
+    figure = go.Figure(layout=_layout(height=480))
+    entries = [entry for entry in sweep["settings"] if entry["val_top1"] is not None]
+    told = [", ".join(f"{key.removeprefix('method.')} {value}" for key, value in e["setting"].items()) for e in entries]
+    _scatter(figure, entries, told, "settings", COLORS[0], "circle", "markers")
+    front = [sweep["settings"][i] for i in sweep["pareto"]]
+    _scatter(figure, front, [entry["trial"] for entry in front], "Pareto front", COLORS[1], "diamond", "lines+markers")
+    _scatter(figure, [sweep["full"]], ["full training"], "full training", COLORS[2], "star", "markers")
+    figure.update_xaxes(title="cost of a straight run, GPU-hours")
+    figure.update_yaxes(title="top-1, %")
+    return figure
+
+
+def switch_map(taus: list[float], zetas: list[float], values: list[list[float | None]], title: str) -> go.Figure:
+    """What each tau (row) and zeta (column) comes to, such as its switch epoch; empty where it never switches."""
+    heatmap = go.Heatmap(z=values, x=zetas, y=taus, colorscale="Cividis", colorbar={"title": title}, hoverongaps=False)
+    figure = go.Figure(heatmap, layout=_layout(height=420, left=70))
+    figure.update_xaxes(title="zeta, %", type="log")
+    figure.update_yaxes(title="tau, %", type="log")
+    return figure
+
+
+def _scatter(figure: go.Figure, entries: list[Line], text: list[str], name: str, color: str, symbol: str, mode: str) -> None:
+    figure.add_trace(
+        go.Scatter(
+            x=[entry["gpu_hours"] for entry in entries],
+            y=[100 * entry["val_top1"] for entry in entries],
+            text=text,
+            name=name,
+            mode=mode,
+            marker={"color": color, "symbol": symbol, "size": 10},
+            line={"color": color, "dash": "dot"},
+            hovertemplate="%{text}<br>%{x:.3g} GPU-hours, top-1 %{y:.2f} %<extra></extra>",
+        )
+    )
+
+
+def _panels(titles: list[str]) -> go.Figure:
+    """Panels under each other over the epochs, zoomed together."""
+    figure = make_subplots(rows=len(titles), cols=1, shared_xaxes=True, vertical_spacing=0.2 / (2 * len(titles)))
+    figure.update_layout(_layout(height=90 + 190 * len(titles), left=80))
+    for row, title in enumerate(titles, 1):
+        figure.update_yaxes(title=title, row=row, col=1)
+    figure.update_xaxes(title="epochs completed", row=len(titles), col=1)
+    return figure
+
+
+def _layout(*, height: int, left: int = 60) -> dict[str, Any]:
+    return {
+        "template": "plotly_white",
+        "height": height,
+        "margin": {"l": left, "r": 40, "t": 50, "b": 50},
+        "modebar": {"orientation": "v"},
+        "hovermode": "x unified",
+        "legend": {"orientation": "h", "yanchor": "bottom", "y": 1.01},
+        "font": {"family": "sans-serif", "size": 13},
+    }
+
+
+def _line(
+    figure: go.Figure,
+    row: int,
+    x: list[int],
+    y: list[Any],
+    name: str,
+    index: int,
+    *,
+    markers: bool = False,
+    opacity: float = 1.0,
+    hover: list[str] | None = None,
+    legend: bool = True,
+) -> None:
+    figure.add_trace(
+        go.Scatter(
+            x=x,
+            y=y,
+            name=name,
+            mode="lines+markers" if markers else "lines",
+            opacity=opacity,
+            connectgaps=True,
+            line={"color": COLORS[index % len(COLORS)], "dash": DASHES[index // len(COLORS) % len(DASHES)], "width": 2},
+            marker={"size": 4},
+            text=hover,
+            hovertemplate="%{y:.4g}" + (" (%{text})" if hover else ""),
+            legendgroup=name,
+            showlegend=legend,
+        ),
+        row=row,
+        col=1,
+    )
+
+
+def _with_marks(figure: go.Figure, runs: Sequence[RunRecords], rows: int) -> go.Figure:
+    """Phases as bands, where there is one run; restarts and resizes as marks."""
+    if len(runs) != 1:
+        return figure
+    (run,) = runs
+    for phase, begin, end in run.phase_bounds():
+        for row in range(1, rows + 1):
+            label = {"text": phase, "textposition": "top left", "font": {"size": 11}} if row == 1 else {}
+            figure.add_shape(
+                type="rect", x0=begin, x1=end, y0=0, y1=1, yref="y domain", layer="below", line={"width": 0},
+                fillcolor=_BANDS[phase], label=label, row=row, col=1,
+            )  # fmt: skip
+    for line in run.events_of(*_MARKS):
+        text = line["event"] if line["event"] != "resize" else f"{line['before']} to {line['world_size']} workers"
+        figure.add_vline(line["epoch"], line={"color": _MARKS[line["event"]], "dash": "dot", "width": 1})
+        figure.add_annotation(
+            x=line["epoch"], y=1, yref="y domain", text=text, textangle=-90, showarrow=False, xanchor="right", font={"size": 10}
+        )
+    return figure

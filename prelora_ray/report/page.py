@@ -1,0 +1,160 @@
+"""One HTML file that needs no network, and pictures for slides."""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+
+from prelora_ray.report import figures
+from prelora_ray.report.records import Line, RunRecords, differing_settings, read_run, read_sweep
+
+Section = tuple[str, str, str, go.Figure | None]
+"""Name of its picture, title, text in HTML, and its figure."""
+
+_STYLE = """
+body { font: 15px/1.45 sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222 }
+h1 { font-size: 1.6em } h2 { font-size: 1.2em; margin-top: 2em; border-bottom: 1px solid #ccc }
+table { border-collapse: collapse; margin: 1em 0; font-size: 0.9em } th, td { padding: 0.25em 0.7em; text-align: right }
+th { border-bottom: 2px solid #888 } td:first-child, th:first-child { text-align: left }
+tr:nth-child(even) { background: #f5f5f5 }
+.finding, .healthy { border-left: 4px solid #D55E00; padding-left: 0.8em } .healthy { border-color: #009E73 }
+@media print { body { max-width: none } section { break-inside: avoid } }
+"""
+
+
+def write_report(paths: list[str], out: str, png: str | None = None) -> list[str]:
+    """Writes the report of runs, or of a sweep, to the file `out`, and its figures into the folder `png`.
+
+    Returns the names of the figures. Raises ValueError where a path is neither, or both kinds are given.
+    """
+    sweeps = [sweep for path in paths if (sweep := read_sweep(path)) is not None]
+    if sweeps and len(paths) > 1:
+        raise ValueError("a report is of one sweep, or of runs: give a sweep's folder by itself")
+    sections = _sweep_sections(sweeps[0]) if sweeps else _run_sections([read_run(path) for path in paths])
+    title = f"Sweep {Path(paths[0]).name}" if sweeps else ", ".join(Path(path.rstrip("/")).name for path in paths)
+    Path(out).write_text(_page(title, sections), encoding="utf-8")
+    pictures = {name: figure for name, _, _, figure in sections if figure is not None}
+    if png is not None:
+        _write_pictures(pictures, Path(png))
+    return list(pictures)
+
+
+def _run_sections(runs: list[RunRecords]) -> list[Section]:
+    sections: list[Section] = [("", "Diagnosis", "".join(_diagnosis(run) for run in runs), None)]
+    sections.append(("", "By phase", _table(*_phases(runs)), None))
+    if len(runs) > 1:
+        differing = differing_settings(runs)
+        rows = [[key, *map(str, values)] for key, values in differing.items()]
+        sections.append(("", "Settings that differ", _table(["setting", *(run.name for run in runs)], rows), None))
+    sections.append(("learning", "Loss, accuracy, learning rate", "", figures.learning(runs)))
+    for run in runs:
+        of = f" of {run.name}" if len(runs) > 1 else ""
+        suffix = f"-{run.name}" if len(runs) > 1 else ""
+        if any(line["change"] is not None for line in run.windows):
+            text = "<p>The run switches when every family is under tau, and the loss at most at zeta, in each of the last "
+            text += (
+                f"{run.settings.method.windows - 1} steps between windows of {run.settings.method.window_epochs} epochs.</p>"
+            )
+            title = f"Partial convergence test{of}"
+            sections.append((f"convergence{suffix}", title, text, figures.convergence(run)))
+        if run.ranks:
+            sections.append((f"ranks{suffix}", f"Ranks{of}", "", figures.ranks(run)))
+    sections.append(("speed", "Speed and memory", "", figures.speed(runs)))
+    return sections
+
+
+def _sweep_sections(sweep: Line) -> list[Section]:
+    cost = (
+        f"<p>{sweep['trials']} runs stand for {len(sweep['settings'])} settings. With the trunk they cost "
+        f"{sweep['gpu_hours']:.3g} GPU-hours; each setting trained by itself would have cost {sweep['naive_gpu_hours']:.3g}.</p>"
+    )
+    keys = list(sweep["settings"][0]["setting"])
+    names = [key.removeprefix("method.") for key in keys]
+    columns = [*names, "switch", "trains, %", "GPU-hours", "top-1, %", "ended", "run"]
+    rows = []
+    for entry in sorted(sweep["settings"], key=lambda entry: -(entry["val_top1"] or 0)):
+        share = entry["trainable_fraction"]
+        rows.append(
+            [
+                *(str(entry["setting"][key]) for key in keys),
+                "never" if entry["switch_epoch"] is None else str(entry["switch_epoch"]),
+                "" if share is None else f"{100 * share:.1f}",
+                f"{entry['gpu_hours']:.3g}" if entry["gpu_hours"] is not None else "",
+                f"{100 * entry['val_top1']:.2f}" if entry["val_top1"] is not None else "",
+                entry["message"] or entry["ended"] or "",
+                entry["trial"],
+            ]
+        )
+    return [
+        ("pareto", "Accuracy and cost", cost, figures.pareto(sweep)),
+        ("", "Settings", _table(columns, rows), None),
+    ]
+
+
+def _diagnosis(run: RunRecords) -> str:
+    found = run.events_of("diagnosis")
+    of = f"<b>{escape(run.name)}</b>: "
+    if not found:
+        return f"<p class='healthy'>{of}none of the failure signatures shows.</p>"
+    return "".join(f"<p class='finding'>{of}{escape(line['message'])}.</p>" for line in found)
+
+
+def _phases(runs: list[RunRecords]) -> tuple[list[str], list[list[str]]]:
+    rows = []
+    for run in runs:
+        for phase, begin, end in run.phase_bounds():
+            lines = run.epochs[begin:end]
+            seconds = sum(line["train_seconds"] for line in lines)
+            images = sum(line["images_per_second"] * line["train_seconds"] for line in lines)
+            top1 = [line["val_top1"] for line in lines if line["val_top1"] is not None]
+            rows.append(
+                [
+                    run.name,
+                    phase,
+                    str(end - begin),
+                    f"{lines[-1]['loss']:.4g}",
+                    f"{100 * top1[-1]:.2f}" if top1 else "",
+                    f"{images / seconds:,.0f}",
+                    f"{100 * sum(line['data_wait_seconds'] for line in lines) / seconds:.1f}",
+                    f"{max(line['peak_memory_bytes'] for line in lines) / 2**30:.2f}",
+                    f"{100 * lines[-1]['trainable_parameters'] / lines[-1]['parameters']:.1f}",
+                ]
+            )
+    head = ["run", "phase", "epochs", "loss", "top-1, %", "images/s", "waits for data, %", "peak memory, GiB", "trains, %"]
+    return head, rows
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    def row(cells: list[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    return f"<table>{row(head, 'th')}{''.join(row(cells, 'td') for cells in rows)}</table>"
+
+
+def _page(title: str, sections: list[Section]) -> str:
+    parts = []
+    for name, heading, text, figure in sections:
+        drawn = figure.to_html(full_html=False, include_plotlyjs=False, div_id=name, config=_CONFIG) if figure else ""
+        parts.append(f"<section><h2>{escape(heading)}</h2>{text}{drawn}</section>")
+    return (
+        f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{escape(title)}</title>"
+        f"<link rel='icon' href='data:,'><style>{_STYLE}</style><script>{get_plotlyjs()}</script></head>"
+        f"<body><h1>{escape(title)}</h1>{''.join(parts)}</body></html>\n"
+    )
+
+
+_CONFIG: dict[str, Any] = {"displaylogo": False, "responsive": True}
+
+
+def _write_pictures(pictures: dict[str, go.Figure], folder: Path) -> None:
+    """Raises ValueError where there is no browser to draw them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        for name, figure in pictures.items():
+            figure.write_image(folder / f"{name}.png", width=1100, scale=2)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"--png needs Chrome or Chromium (its path may stand in BROWSER_PATH): {error}") from None

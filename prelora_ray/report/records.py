@@ -1,0 +1,81 @@
+"""What a report shows: the records of runs and of a sweep, read from their folders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from prelora_ray.config import Settings
+from prelora_ray.run_folder import RunFolder, last_attempt
+
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunRecords:
+    """A run's records, each with the lines that stand, in order."""
+
+    name: str
+    settings: Settings
+    epochs: list[Line]
+    windows: list[Line]
+    events: list[Line]
+    ranks: dict[str, int] | None
+
+    def column(self, key: str) -> list[Any]:
+        return [line[key] for line in self.epochs]
+
+    @property
+    def done(self) -> list[int]:
+        """Numbers of completed epochs, one for each line of `epochs`."""
+        return [line["epoch"] + 1 for line in self.epochs]
+
+    def phase_bounds(self) -> list[tuple[str, int, int]]:
+        """(phase, epochs completed at its begin, and at its end), in order."""
+        bounds: list[tuple[str, int, int]] = []
+        for line in self.epochs:
+            if not bounds or bounds[-1][0] != line["phase"]:
+                bounds.append((line["phase"], line["epoch"], line["epoch"] + 1))
+            bounds[-1] = (*bounds[-1][:2], line["epoch"] + 1)
+        return bounds
+
+    def events_of(self, *kinds: str) -> list[Line]:
+        return [line for line in self.events if line["event"] in kinds]
+
+
+def read_run(path: str) -> RunRecords:
+    """Raises ValueError where the folder holds no run, or one that has not finished an epoch."""
+    folder = RunFolder(path)
+    settings = folder.read_settings()
+    epochs = last_attempt(folder.read_lines("epochs.jsonl"), "epoch")
+    if not epochs:
+        raise ValueError(f"{path} has nothing to report yet: no epoch is done")
+    return RunRecords(
+        name=settings.name,
+        settings=settings,
+        epochs=epochs,
+        windows=last_attempt(folder.read_lines("windows.jsonl"), "window"),
+        events=folder.read_lines("events.jsonl"),
+        ranks=folder.read_json("ranks.json") if folder.exists("ranks.json") else None,
+    )
+
+
+def read_sweep(path: str) -> Line | None:
+    """The contents of sweep.json; None where the folder holds no sweep."""
+    folder = RunFolder(path)
+    return dict(folder.read_json("sweep.json")) if folder.exists("sweep.json") else None
+
+
+def differing_settings(runs: list[RunRecords]) -> dict[str, list[Any]]:
+    """Settings in which the runs differ, with each one's value; the name and where runs lie do not count."""
+    flat = [_flat(run.settings.model_dump(mode="json", exclude={"name", "storage"})) for run in runs]
+    keys = list(dict.fromkeys(key for content in flat for key in content))
+    values = {key: [content.get(key) for content in flat] for key in keys}
+    return {key: found for key, found in values.items() if any(value != found[0] for value in found)}
+
+
+def _flat(content: Line, prefix: str = "") -> Line:
+    flat: Line = {}
+    for key, value in content.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

@@ -1,0 +1,139 @@
+"""Sweeps on Ray Tune over a tiny trunk."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import pytest
+import ray
+import yaml
+
+from prelora_ray.run_folder import RunFolder
+from prelora_ray.sweep.cost import pareto_front
+from prelora_ray.sweep.outcome import outcome
+from prelora_ray.sweep.replay import Record
+from prelora_ray.sweep.run import sweep
+from prelora_ray.sweep.settings import Plan, load_sweep
+from prelora_ray.train.checkpoint import Checkpoints
+from prelora_ray.train.run import train
+from tests.chaos.site import wait_for
+from tests.runs import assert_same_bits, final, settings
+
+STALE_ADDRESS = Path("/tmp/ray/ray_current_cluster")
+
+
+@pytest.fixture
+def load(digits, tmp_path):
+    """Reads a sweep over a recipe of 7 epochs with windows of 1."""
+
+    def load(**content) -> Plan:
+        recipe = settings(digits, tmp_path, "recipe", 1).model_dump(mode="json", exclude_unset=True)
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        content = {"recipe": "recipe.yaml", "storage": str(tmp_path), **content}
+        (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+        return load_sweep(str(tmp_path / "sweep.yaml"), [])
+
+    return load
+
+
+@pytest.fixture
+def stale_address():
+    """What a cluster that ended badly leaves on a machine."""
+    before = STALE_ADDRESS.read_text() if STALE_ADDRESS.exists() else None
+    STALE_ADDRESS.parent.mkdir(exist_ok=True)
+    STALE_ADDRESS.write_text("127.0.0.1:1")
+    yield
+    if before is None:
+        STALE_ADDRESS.unlink()
+    else:
+        STALE_ADDRESS.write_text(before)
+
+
+def run(plan: Plan):
+    return sweep(plan, lambda _: contextlib.nullcontext())
+
+
+def test_settings_that_agree_are_one_run_with_the_bits_of_a_straight_one(load, digits, tmp_path):
+    space = {"method.tau": [0.0, 500, 1000], "method.r_max": [4, 2], "method.r_min": [2]}
+    result = run(load(name="grid", space=space))
+    by_setting = {tuple(entry["setting"].values()): entry for entry in result["settings"]}
+    assert [by_setting[0.0, r_max, 2]["trial"] for r_max in (4, 2)] == ["trunk", "trunk"]  # tau 0 never switches
+    for r_max in (4, 2):
+        assert by_setting[500, r_max, 2]["trial"] == by_setting[1000, r_max, 2]["trial"]
+    assert result["trials"] == 2
+    assert all(entry["ended"] == "finished" for entry in result["settings"])
+    assert 0 < result["gpu_hours"] < result["naive_gpu_hours"]
+    straight = settings(digits, tmp_path, "straight", 1, method={"tau": 500, "r_min": 2, "r_max": 4})
+    train(straight)
+    trial = RunFolder(tmp_path / "grid" / by_setting[500, 4, 2]["trial"])
+    checkpoints = Checkpoints(trial)
+    assert_same_bits(checkpoints.load(checkpoints.names()[-1]), final(straight))
+    before = (Path(trial.path) / "epochs.jsonl").read_bytes()
+    assert run(load(name="grid", space=space)) == result
+    assert (Path(trial.path) / "epochs.jsonl").read_bytes() == before
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_asha_stops_trials_and_the_rest_find_room(load, stale_address):
+    space = {"method.warmup_epochs": [0, 1, 2], "method.scaling": [0.5, 1.0, 2.0, 4.0]}
+    result = run(load(name="asha", space=space, asha={"grace_epochs": 4, "reduction_factor": 2}, concurrent=2))
+    ended = [entry["ended"] for entry in result["settings"]]
+    assert set(ended) == {"finished", "stopped"}
+    assert len(ended) == 12
+    wait_for(lambda: ray.available_resources()["CPU"] == ray.cluster_resources()["CPU"], 20, "all room is given back")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_optuna_goes_on_with_what_it_has_tried(load):
+    space = {"method.warmup_epochs": {"min": 0, "max": 3}, "method.scaling": {"min": 0.5, "max": 4, "log": True}}
+    search = {"name": "optuna", "search": "optuna", "space": space, "objectives": ["val_top1", "gpu_hours"]}
+    first = run(load(**search, num_settings=3))
+    assert len(first["settings"]) == 3
+    more = run(load(**search, num_settings=5))
+    assert [entry for entry in more["settings"] if entry in first["settings"]] == first["settings"]
+    assert len(more["settings"]) == 5
+    for entry in more["settings"]:
+        assert 0.5 <= entry["setting"]["method.scaling"] <= 4
+        assert entry["setting"]["method.warmup_epochs"] in range(4)
+
+
+def test_pareto_front_is_what_nothing_beats():
+    points = [(0.9, 5.0), (0.8, 1.0), (0.9, 4.0), (0.7, 2.0), (0.95, 9.0), (0.8, 1.5)]
+    assert pareto_front(points) == [1, 2, 4]
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ({"space": {"train.seed": [1]}}, r"space.train.seed is not allowed: trials share their trunk"),
+        ({"space": {"method.tau": {"min": 0.1, "max": 1}}}, r"space.method.tau is a range, of which search: grid"),
+        ({"space": {"method.r_min": [32], "method.r_max": [16]}}, r"r_min"),
+        ({"space": {"method.tau": [-1]}}, r"method.tau = -1 is not allowed"),
+        ({"space": {}}, "space is empty"),
+        (
+            {
+                "space": {"method.tau": [1]},
+                "objectives": ["val_top1", "gpu_hours"],
+                "asha": {"grace_epochs": 2},
+            },
+            "asha is not allowed with two objectives",
+        ),
+        ({"space": {"method.tau": [1]}, "recipe": "none.yaml"}, "none.yaml is no file"),
+        ({"space": {"method.tau": [1]}, "serach": "grid"}, "serach = 'grid' is not allowed: .* did you mean search"),
+    ],
+)
+def test_what_a_sweep_may_not_ask_is_one_sentence(load, content, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        load(**content)
+
+
+def test_trials_are_named_by_what_makes_them(load):
+    plan = load(space={"method.tau": [0.5, 1.0], "method.warmup_epochs": [1, 2]})
+    norms = {f"blocks.{layer}.attn.query": 1.0 + layer for layer in range(3)}
+    trunk = Record([{"epoch": e, "norms": norms, "loss": 1.0} for e in range(7)], plan.trunk.method, ramp_epochs=1)
+    names = [outcome(plan, setting, trunk).trial for setting in plan.settings_to_try()]
+    assert names[0] == names[2] != names[1] == names[3]
+    assert names[0].startswith("switch-3_warmup_epochs-1_")
