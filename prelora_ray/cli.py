@@ -7,11 +7,15 @@ import logging
 import sys
 import time
 from dataclasses import asdict
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from prelora_ray.errors import InterruptedRunError, WorkError
+
+if TYPE_CHECKING:
+    from prelora_ray.config import MethodSettings
+    from prelora_ray.sweep.replay import Record
 
 app = typer.Typer(
     help="PreLoRA pre-training of Vision Transformers on Ray.",
@@ -192,8 +196,10 @@ def export(
 @app.command()
 def replay(
     source: Annotated[str, typer.Argument(help="A run folder, or a norms.jsonl.")],
-    tau: Annotated[float | None, typer.Option(help="Largest norm change, in percent.")] = None,
-    zeta: Annotated[float | None, typer.Option(help="Largest loss change, in percent.")] = None,
+    tau: Annotated[
+        str | None, typer.Option(help="Largest norm change, in percent; several as 0.25,0.5 or FROM:TO:COUNT.")
+    ] = None,
+    zeta: Annotated[str | None, typer.Option(help="Largest loss change, in percent; several likewise.")] = None,
     windows: Annotated[int | None, typer.Option(help="Windows that the test looks at (k).")] = None,
     window_epochs: Annotated[int | None, typer.Option(help="Epochs in a window (m).")] = None,
     norm_statistic: Annotated[Literal["last", "mean"] | None, typer.Option(help="A window's norm.")] = None,
@@ -203,6 +209,7 @@ def replay(
     ramp_epochs: Annotated[
         int | None, typer.Option(help="Epochs of the learning-rate ramp, in which no verdict is taken.")
     ] = None,
+    picture: Annotated[str | None, typer.Option(help="An HTML file for pictures over several tau and zeta.")] = None,
     as_json: Json = False,
 ) -> None:
     """Tell where other settings of the test would have switched a recorded run. What is not given is the run's own."""
@@ -212,7 +219,10 @@ def replay(
     from prelora_ray.sweep.replay import replay as run
 
     record = read_record(source)
-    test = {"tau": tau, "zeta": zeta, "windows": windows, "window_epochs": window_epochs, "norm_statistic": norm_statistic}
+    taus = [record.method.tau] if tau is None else _numbers("--tau", tau)
+    zetas = [record.method.zeta] if zeta is None else _numbers("--zeta", zeta)
+    test: dict[str, Any] = {"windows": windows, "window_epochs": window_epochs, "norm_statistic": norm_statistic}
+    test |= {"tau": None if tau is None else taus[0], "zeta": None if zeta is None else zetas[0]}
     ranks = {"r_min": r_min, "r_max": r_max, "normalize": normalize}
     given: dict[str, Any] = {key: value for key, value in (test | ranks).items() if value is not None}
     if given.keys() & test.keys():  # another test, so not the run's forced switch
@@ -220,7 +230,13 @@ def replay(
     if given.keys() & ranks.keys():
         given["rank_pattern"] = None
     method = parse_method({**record.method.model_dump(), **given})
-    result = run(record, method, record.ramp_epochs if ramp_epochs is None else ramp_epochs)
+    ramp = record.ramp_epochs if ramp_epochs is None else ramp_epochs
+    if len(taus) * len(zetas) > 1:
+        _replay_map(source, record, method, ramp, taus, zetas, picture, as_json)
+        return
+    if picture is not None:
+        raise ValueError(f"--picture {picture} is not allowed: it takes several values of --tau or --zeta, such as 0.1:10:30")
+    result = run(record, method, ramp)
     if as_json:
         _print_json({key: getattr(result, key) for key in ("switch_window", "switch_epoch", "ranks", "reason")})
         return
@@ -231,6 +247,50 @@ def replay(
         counts = {rank: list(result.ranks.values()).count(rank) for rank in sorted(set(result.ranks.values()))}
         told = ", ".join(f"{count} modules of rank {rank}" for rank, count in counts.items())
         console.out.print(f"switch after epoch {result.switch_epoch} (window {result.switch_window}): {told}")
+
+
+def _replay_map(
+    source: str,
+    record: Record,
+    method: MethodSettings,
+    ramp_epochs: int,
+    taus: list[float],
+    zetas: list[float],
+    picture: str | None,
+    as_json: bool,
+) -> None:
+    from prelora_ray import console
+    from prelora_ray.report.page import write_switch_map
+    from prelora_ray.sweep.map import switch_map, what_it_means
+
+    points = switch_map(record, method, ramp_epochs, taus, zetas, what_it_means(source, method))
+    if picture is not None:
+        rows = [points[row * len(zetas) : (row + 1) * len(zetas)] for row in range(len(taus))]
+        titles = {"switch_epoch": "switch after epoch", "trainable_fraction": "share that lora trains", "hours": "hours"}
+        maps = {title: [[getattr(point, key) for point in row] for row in rows] for key, title in titles.items()}
+        write_switch_map(taus, zetas, maps, picture)
+    if as_json:
+        _print_json({"settings": [asdict(point) for point in points], "picture": picture})
+        return
+    console.out.print(console.switch_map_table(points))
+    if picture is not None:
+        console.out.print(f"{picture}: pictures over tau and zeta")
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    """`0.5`; `0.25,0.5,1`; or `0.1:10:30`, so many evenly spaced in their logarithm."""
+    try:
+        if ":" in text:
+            low, high, count = text.split(":")
+            first, ratio, steps = float(low), float(high) / float(low), int(count) - 1
+            if first <= 0 or ratio <= 1 or steps < 1:
+                raise ValueError(text)
+            return [first * ratio ** (step / steps) for step in range(steps + 1)]
+        return [float(part) for part in text.split(",")]
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(
+            f"{option} {text} is not allowed: give a number, several such as 0.25,0.5,1, or 0.1:10:30 for 30 from 0.1 to 10"
+        ) from None
 
 
 @app.command()

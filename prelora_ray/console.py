@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from prelora_ray.sweep.replay import Replay
 
 if TYPE_CHECKING:
     from prelora_ray.evaluate import Report
+    from prelora_ray.sweep.map import Point
 
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 """Standard output: results. A log or a pipe has no width of its own."""
@@ -230,6 +231,20 @@ def replay_table(replay: Replay) -> Table:
             _number(verdict.loss_change),
             "converged" if verdict.converged else "in ramp" if verdict.in_ramp else "",
         )
+    return table
+
+
+def switch_map_table(points: Sequence[Point]) -> Table:
+    """Each tau and zeta with what it comes to."""
+    table = Table()
+    for column in ("tau", "zeta", "switch", "ranks", "lora trains", "hours"):
+        table.add_column(column, justify="right")
+    for point in points:
+        ranks = list((point.ranks or {}).values())
+        counts = ", ".join(f"{ranks.count(rank)} of {rank}" for rank in sorted(set(ranks)))
+        switch = "never" if point.switch_epoch is None else str(point.switch_epoch)
+        share = _percent(point.trainable_fraction)
+        table.add_row(_number(point.tau), _number(point.zeta), switch, counts, share, _number(point.hours))
     return table
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from prelora_ray.method.targets import family_of
@@ -37,7 +38,13 @@ class Verdict:
     """dL."""
     in_ramp: bool
     """Some window that the test compares lies in the learning-rate ramp, so that no verdict is taken."""
+    largest: tuple[float, float] | None
+    """Largest family change and largest loss change of the steps that the test looks at; None where it takes no verdict."""
     converged: bool
+
+    def is_under(self, tau: float, zeta: float) -> bool:
+        """Whether the run has partially converged for these thresholds."""
+        return self.largest is not None and self.largest[0] < tau and self.largest[1] <= zeta
 
     def record(self) -> dict[str, Any]:
         """What a run keeps of it on file; norms of a window are those on file for its epochs."""
@@ -117,23 +124,17 @@ class ConvergenceTest:
     def _verdict(self) -> Verdict:
         window = self._closed[-1]
         if len(self._closed) < 2:
-            return Verdict(window, None, None, None, in_ramp=False, converged=False)
-        steps = [_step(before, after) for before, after in zip(self._closed, self._closed[1:], strict=False)]
+            return Verdict(window, None, None, None, in_ramp=False, largest=None, converged=False)
+        steps = [_step(before, after) for before, after in itertools.pairwise(self._closed)]
         # A step is what happened during its later window.
         in_ramp = self._closed[1].epoch_end - self.window_epochs < self.ramp_epochs
-        quiet = all(
-            all(change < self.tau for change in family_changes(modules).values()) and loss <= self.zeta
-            for modules, loss in steps
-        )
+        largest = None
+        if len(self._closed) == self.windows and not in_ramp:
+            changes = [change for modules, _ in steps for change in family_changes(modules).values()]
+            largest = max(changes), max(loss for _, loss in steps)
         modules, loss_change = steps[-1]
-        return Verdict(
-            window=window,
-            module_change=modules,
-            family_change=family_changes(modules),
-            loss_change=loss_change,
-            in_ramp=in_ramp,
-            converged=quiet and len(self._closed) == self.windows and not in_ramp,
-        )
+        verdict = Verdict(window, modules, family_changes(modules), loss_change, in_ramp, largest, converged=False)
+        return replace(verdict, converged=verdict.is_under(self.tau, self.zeta))
 
     def state_dict(self) -> dict[str, Any]:
         """The recent windows and the open one, as JSON can hold them."""

@@ -11,9 +11,9 @@ from typing import Any, Literal
 Signature = Literal["early_switch", "insufficient_warmup", "uniform_ranks"]
 
 LEVEL_PERCENT = 5.0
-"""How far above the trunk's extrapolated curve the loss must end to be called levelled off."""
-SCATTERS = 2.0
-"""And how many times the scatter of the losses around that curve it must be."""
+"""How far the loss must fall behind the trunk's curve to be called levelled off."""
+ERRORS = 2.0
+"""And how many standard errors of the two slopes that must be."""
 JUMP_PERCENT = 2.0
 """Smallest rise of the loss at the freeze that is called a jump."""
 JUMP_SPREADS = 3.0
@@ -23,7 +23,7 @@ UNIFORM_SHARE = 0.9
 _LOOK_BACK = 10
 """Epochs in front of the freeze that tell the usual change of the loss."""
 _FEWEST = 4
-"""Epochs that a curve is fitted to, or judged by, at least."""
+"""Epochs that a line is fitted to at least."""
 
 
 @dataclass(frozen=True)
@@ -50,34 +50,33 @@ def diagnose(epochs: Sequence[Mapping[str, Any]], ranks: Mapping[str, int] | Non
 
 
 def _early_switch(epochs: Sequence[Mapping[str, Any]]) -> Finding | None:
-    """After the switch the loss levels off above the trunk's curve.
+    """After the freeze the loss levels off above the trunk's extrapolated curve.
 
-    The curve is a power law of the learning rate spent so far, fitted to the second half of phase full. It bends with
-    the schedule, and a rate that decays lowers the loss further, so a run that keeps up with its trunk ends under it.
+    The curve is exponential in the learning rate spent, with the slope of the last third of phase full. So it bends with
+    the schedule, and as a rate that decays lowers the loss further, a run that keeps up with its trunk ends under it.
     """
     full = [line for line in epochs if line["phase"] == "full"]
-    lora = [line for line in epochs if line["phase"] == "lora"]
-    if len(full) < 2 * _FEWEST or len(lora) < _FEWEST:
+    if len(full) < 2 * _FEWEST:
         return None
-    rates = itertools.accumulate(line["learning_rate"] for line in epochs)
-    spent = {line["epoch"]: rate for line, rate in zip(epochs, rates, strict=True)}
-    points = [(math.log(spent[line["epoch"]]), math.log(line["loss"])) for line in full[len(full) // 2 :]]
-    intercept, slope = _line_through(points)
-    scatter = math.sqrt(sum((y - intercept - slope * x) ** 2 for x, y in points) / len(points)) * 100
-    limit = max(LEVEL_PERCENT, SCATTERS * scatter)
-    last = lora[-_FEWEST:]
-    expected = sum(math.exp(intercept + slope * math.log(spent[line["epoch"]])) for line in last) / len(last)
-    found = sum(line["loss"] for line in last) / len(last)
-    percent = (found / expected - 1) * 100
+    spent = list(itertools.accumulate(line["learning_rate"] for line in epochs))
+    points = [(rate, math.log(line["loss"]), line["phase"]) for rate, line in zip(spent, epochs, strict=True)]
+    trunk = [(x, y) for x, y, phase in points if phase == "full"][-max(_FEWEST, len(full) // 3) :]
+    lora = [(x, y) for x, y, phase in points if phase == "lora"]
+    if len(lora) < _FEWEST:
+        return None
+    before, after = _line_through(trunk), _line_through(lora)
+    length = lora[-1][0] - lora[0][0]
+    percent = math.expm1((after.slope - before.slope) * length) * 100
+    limit = max(LEVEL_PERCENT, ERRORS * math.hypot(before.error, after.error) * length * 100)
     if percent <= limit:
         return None
     return Finding(
         "early_switch",
         percent,
         limit,
-        f"early switch: the loss of the last {len(last)} epochs, {found:.4g}, is {percent:.1f} % above where phase full's "
-        f"curve would stand ({expected:.4g}; up to {limit:.1f} % is usual for this run), so the switch after epoch "
-        f"{full[-1]['epoch'] + 1} may have come too early: try a smaller tau or zeta, or more windows",
+        f"early switch: over {len(lora)} epochs of phase lora the loss has fallen {percent:.1f} % behind the pace of phase "
+        f"full (up to {limit:.1f} % is within this run's noise), so the switch after epoch {full[-1]['epoch'] + 1} may have "
+        "come too early: try a smaller tau or zeta, more windows, or larger ranks",
     )
 
 
@@ -121,8 +120,17 @@ def _uniform_ranks(ranks: Mapping[str, int] | None, num_choices: int) -> Finding
     )
 
 
-def _line_through(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Intercept and slope of the least-squares line."""
+@dataclass(frozen=True)
+class _Line:
+    slope: float
+    error: float
+    """Standard error of the slope."""
+
+
+def _line_through(points: Sequence[tuple[float, float]]) -> _Line:
+    """The least-squares line."""
     mean_x, mean_y = (sum(values) / len(points) for values in zip(*points, strict=True))
-    slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
-    return mean_y - slope * mean_x, slope
+    spread = sum((x - mean_x) ** 2 for x, _ in points)
+    slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / spread
+    squares = sum((y - mean_y - slope * (x - mean_x)) ** 2 for x, y in points)
+    return _Line(slope, math.sqrt(squares / (len(points) - 2) / spread))

@@ -43,6 +43,15 @@ def write_report(paths: list[str], out: str, png: str | None = None) -> list[str
     return list(pictures)
 
 
+def write_switch_map(taus: list[float], zetas: list[float], maps: dict[str, list[list[float | None]]], out: str) -> None:
+    """Writes pictures over tau (rows) and zeta (columns), by title, to the file `out`."""
+    sections: list[Section] = [
+        (f"map-{index}", title, "", figures.switch_map(taus, zetas, values, title))
+        for index, (title, values) in enumerate(maps.items())
+    ]
+    Path(out).write_text(_page("Where tau and zeta switch", sections), encoding="utf-8")
+
+
 def _run_sections(runs: list[RunRecords]) -> list[Section]:
     sections: list[Section] = [("", "Diagnosis", "".join(_diagnosis(run) for run in runs), None)]
     sections.append(("", "By phase", _table(*_phases(runs)), None))
@@ -70,7 +79,7 @@ def _run_sections(runs: list[RunRecords]) -> list[Section]:
 def _sweep_sections(sweep: Line) -> list[Section]:
     cost = (
         f"<p>{sweep['trials']} runs stand for {len(sweep['settings'])} settings. With the trunk they cost "
-        f"{sweep['gpu_hours']:.3g} GPU-hours; each setting trained by itself would have cost {sweep['naive_gpu_hours']:.3g}.</p>"
+        f"{sweep['gpu_hours']:.3g} GPU-hours; each setting by itself would have cost {sweep['naive_gpu_hours']:.3g}.</p>"
     )
     keys = list(sweep["settings"][0]["setting"])
     names = [key.removeprefix("method.") for key in keys]

@@ -71,12 +71,13 @@ def replay(record: Record, method: MethodSettings, ramp_epochs: int) -> Replay:
         forced = method.switch_epoch is not None and completed == method.switch_epoch
         if forced or (method.switch_epoch is None and verdict is not None and verdict.converged):
             last = verdicts[-1] if verdicts else None
-            ranks = _ranks(method, line["norms"], last)
+            ranks = ranks_at(method, line["norms"], last)
             return Replay(last.window.index if last else None, completed, ranks, None, verdicts)
     return Replay(None, None, None, _reason(method, len(record.epochs), verdicts), verdicts)
 
 
-def _ranks(method: MethodSettings, norms: dict[str, float], verdict: Verdict | None) -> dict[str, int]:
+def ranks_at(method: MethodSettings, norms: dict[str, float], verdict: Verdict | None) -> dict[str, int]:
+    """Ranks that a switch at a verdict gives the modules of `norms`."""
     if method.rank_pattern is not None:
         return match_rank_pattern(method.rank_pattern, norms)
     assert verdict is not None and verdict.module_change is not None, "settings ask for two windows before a switch"

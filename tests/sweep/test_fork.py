@@ -11,15 +11,6 @@ from prelora_ray.train.checkpoint import Checkpoints
 from prelora_ray.train.run import train
 from tests.runs import EPOCHS, FREEZE, SWITCH, assert_same_bits, final, settings
 
-METHOD_OFF = {"enabled": False, "window_epochs": 1, "windows": 2}
-
-
-@pytest.fixture(scope="session")
-def trunk(digits, storage):
-    run = settings(digits, storage, "trunk", 1, method=METHOD_OFF, checkpoint={"keep_trunk": True})
-    train(run)
-    return RunFolder.of(run)
-
 
 def test_a_fork_ends_with_the_bits_of_the_straight_run(trunk, digits, storage, undisturbed):
     run, straight = settings(digits, storage, "forked", 1), undisturbed(1)
@@ -53,7 +44,7 @@ def test_what_cannot_fork_is_told(trunk, digits, storage):
     never = settings(digits, storage, "never", 1, method={"tau": 0})
     with pytest.raises(ValueError, match="does not switch with the settings of never"):
         fork(trunk, never)
-    Checkpoints(trunk).remove(f"{SWITCH + 1:05d}-000000")
-    late = settings(digits, storage, "late", 1, method={"windows": SWITCH + 1})
-    with pytest.raises(ValueError, match=r"has no checkpoint of epoch 4, .*keep_trunk"):
+    Checkpoints(trunk).remove(f"{EPOCHS - 1:05d}-000000")
+    late = settings(digits, storage, "late", 1, method={"windows": EPOCHS - 1})
+    with pytest.raises(ValueError, match=r"has no checkpoint of epoch 6, .*keep_trunk"):
         fork(trunk, late)

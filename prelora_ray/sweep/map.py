@@ -1,0 +1,110 @@
+"""Where any tau and zeta would have switched a recorded run, and what that would have meant, all from one replay."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from prelora_ray.config import MethodSettings, Settings
+from prelora_ray.method.adapters import inject
+from prelora_ray.method.phases import count_parameters, freeze_parameters
+from prelora_ray.method.targets import find_targets
+from prelora_ray.run_folder import RunFolder, last_attempt
+from prelora_ray.sweep.replay import Record, ranks_at, replay
+from prelora_ray.train.model import create_model
+
+
+@dataclass(frozen=True)
+class Point:
+    tau: float
+    zeta: float
+    switch_epoch: int | None
+    """None where the record does not switch; what follows is then None too."""
+    ranks: dict[str, int] | None
+    trainable_fraction: float | None
+    """In phase lora; None too where the model is not known."""
+    hours: float | None
+    """Wall-clock of the whole run at the phases' measured speed; None too where a phase was not measured."""
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What a switch means for the run that was recorded."""
+
+    trainable_fraction: Callable[[dict[str, int]], float]
+    """Share of the parameters that phase lora trains with some ranks."""
+    epoch_seconds: dict[str, float]
+    """Median duration of an epoch by phase."""
+    epochs: int
+    """Length of the run."""
+
+    def hours(self, switch_epoch: int, warmup_epochs: int) -> float | None:
+        warmup = min(warmup_epochs, self.epochs - switch_epoch)
+        counts = {"full": switch_epoch, "warmup": warmup, "lora": self.epochs - switch_epoch - warmup}
+        if any(count and phase not in self.epoch_seconds for phase, count in counts.items()):
+            return None
+        return sum(count * self.epoch_seconds.get(phase, 0.0) for phase, count in counts.items()) / 3600
+
+
+def what_it_means(source: str, method: MethodSettings) -> Meaning | None:
+    """For a run folder; None for a bare record, of which the model is not known."""
+    folder = RunFolder(source)
+    if not folder.exists("config.yaml"):
+        return None
+    settings = folder.read_settings()
+    seconds: dict[str, list[float]] = {}
+    for line in last_attempt(folder.read_lines("epochs.jsonl"), "epoch"):
+        seconds.setdefault(line["phase"], []).append(line["seconds"])
+    medians = {phase: statistics.median(values) for phase, values in seconds.items()}
+    fraction = _trainable_fraction(settings, len(folder.read_classes()), method)
+    return Meaning(fraction, medians, settings.train.epochs)
+
+
+def switch_map(
+    record: Record,
+    method: MethodSettings,
+    ramp_epochs: int,
+    taus: list[float],
+    zetas: list[float],
+    meaning: Meaning | None = None,
+) -> list[Point]:
+    """A point for each tau and, inside, each zeta; the other settings of the test are `method`'s."""
+    never = method.model_copy(update={"tau": 0.0, "zeta": 0.0, "switch_epoch": None})
+    verdicts = replay(record, never, ramp_epochs).verdicts
+    norms = record.epochs[0]["norms"]
+    switches: dict[int, tuple[int, dict[str, int], float | None, float | None]] = {}
+    points = []
+    for tau, zeta in itertools.product(taus, zetas):
+        verdict = next((verdict for verdict in verdicts if verdict.is_under(tau, zeta)), None)
+        if verdict is None:
+            points.append(Point(tau, zeta, None, None, None, None))
+            continue
+        epoch = verdict.window.epoch_end
+        if epoch not in switches:
+            ranks = ranks_at(method, norms, verdict)
+            fraction = meaning.trainable_fraction(ranks) if meaning else None
+            hours = meaning.hours(epoch, method.warmup_epochs) if meaning else None
+            switches[epoch] = epoch, ranks, fraction, hours
+        points.append(Point(tau, zeta, *switches[epoch]))
+    return points
+
+
+def _trainable_fraction(settings: Settings, num_classes: int, method: MethodSettings) -> Callable[[dict[str, int]], float]:
+    with torch.device("meta"):
+        model = create_model(settings.model, num_classes, settings.train.seed)
+    targets = find_targets(model, method.targets)
+    sides = {target.name: target.in_features + target.out_features for target in targets}
+    inject(model, targets, dict.fromkeys(sides, 1))
+    freeze_parameters(model, method.freeze)
+    adapters = sum(sides.values())
+    trainable, parameters = count_parameters(model)
+
+    def fraction(ranks: dict[str, int]) -> float:
+        own = sum(sides[name] * rank for name, rank in ranks.items())
+        return (trainable - adapters + own) / (parameters - adapters + own)
+
+    return fraction

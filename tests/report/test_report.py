@@ -1,0 +1,83 @@
+"""The report's file, opened in a real browser without network."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from prelora_ray.report.page import write_report, write_switch_map
+from prelora_ray.report.records import differing_settings, read_run
+from prelora_ray.run_folder import RunFolder
+
+CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+
+
+def opened(page: Path) -> str:
+    """The document after its scripts have run. Raises AssertionError where one of them complained."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine (Debian: apt install chromium)")
+    command = [
+        *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND"),
+        *("--enable-logging=stderr", "--virtual-time-budget=10000", "--dump-dom", page.as_uri()),
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    complaints = [line for line in result.stderr.splitlines() if "CONSOLE" in line]
+    assert not complaints
+    return result.stdout
+
+
+def drawn(document: str) -> dict[str, int]:
+    """How many traces each figure shows."""
+    found = {}
+    for part in document.split('<div id="')[1:]:
+        name = part[: part.index('"')]
+        traces = len(re.findall(r'<g class="trace (?:scatter|heatmap)|<g class="hm"', part))
+        if "plotly-graph-div" in part[:400]:
+            found[name] = traces
+    return found
+
+
+def test_every_figure_of_a_run_is_drawn(undisturbed, tmp_path):
+    run = str(RunFolder.of(undisturbed(2)))
+    names = write_report([run], str(tmp_path / "report.html"))
+    assert names == ["learning", "convergence", "ranks", "speed"]
+    figures = drawn(opened(tmp_path / "report.html"))
+    # training, validation, top-1, rate; six families and the loss; a heatmap; six panels
+    assert figures == {"learning": 4, "convergence": 7, "ranks": 1, "speed": 6}
+
+
+def test_runs_side_by_side_tell_what_differs(undisturbed, tmp_path):
+    runs = [str(RunFolder.of(undisturbed(workers))) for workers in (1, 2)]
+    assert differing_settings([read_run(run) for run in runs]) == {"workers.min": [1, 2], "workers.max": [1, 2]}
+    names = write_report(runs, str(tmp_path / "report.html"))
+    assert names.count("learning") == 1 and "ranks-plain-1-fp32" in names
+    document = opened(tmp_path / "report.html")
+    assert set(drawn(document)) == set(names)
+    assert "<td>workers.min</td><td>1</td><td>2</td>" in document
+
+
+def test_pictures_over_tau_and_zeta(tmp_path):
+    write_switch_map([0.5, 1.0], [1.0, 2.0, 4.0], {"switch": [[None, 9, 6], [9, 6, 6]]}, str(tmp_path / "map.html"))
+    assert drawn(opened(tmp_path / "map.html")) == {"map-0": 1}
+
+
+def test_names_are_text_and_not_markup(undisturbed, tmp_path):
+    source = Path(RunFolder.of(undisturbed(1)).path)
+    shutil.copytree(source, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "ray"))
+    event = '{"attempt": 0, "time": 0, "event": "diagnosis", "epoch": 1, "step": 1, "message": "<script>alert(1)</script>"}\n'
+    with open(tmp_path / "run" / "events.jsonl", "a") as file:
+        file.write(event)
+    write_report([str(tmp_path / "run")], str(tmp_path / "report.html"))
+    page = (tmp_path / "report.html").read_text()
+    assert "<script>alert(1)" not in page
+    assert "&lt;script&gt;alert(1)" in page
+
+
+def test_what_is_no_run_is_told(tmp_path):
+    with pytest.raises(ValueError, match="is no run folder"):
+        write_report([str(tmp_path)], str(tmp_path / "report.html"))
+    assert not (tmp_path / "report.html").exists()

@@ -1,0 +1,36 @@
+"""Runs that are made to fail are told so; one that is not stays unmentioned."""
+
+from __future__ import annotations
+
+import pytest
+
+from prelora_ray.run_folder import RunFolder
+from prelora_ray.sweep.fork import fork
+from prelora_ray.train.run import train
+from tests.runs import settings
+
+
+@pytest.fixture
+def diagnosed(trunk, digits, storage):
+    """Signatures that a fork of the trunk shows, which switches after epoch 5 of 7."""
+
+    def diagnosed(name: str, **method) -> list[str]:
+        run = settings(digits, storage, name, 1, method={"switch_epoch": 5, "warmup_epochs": 0, **method})
+        fork(trunk, run)
+        train(run)
+        events = RunFolder.of(run).read_lines("events.jsonl")
+        return [line["signature"] for line in events if line["event"] == "diagnosis"]
+
+    return diagnosed
+
+
+def test_no_warmup_and_a_high_rate_are_told(diagnosed):
+    assert diagnosed("rash", adapter_learning_rate_scale=10_000, adapter_ramp_steps=0) == ["insufficient_warmup"]
+
+
+def test_a_uniform_pattern_is_told(diagnosed):
+    assert diagnosed("uniform", rank_pattern={".*": 4}) == ["uniform_ranks"]
+
+
+def test_a_healthy_run_is_not_mentioned(diagnosed):
+    assert diagnosed("healthy") == []

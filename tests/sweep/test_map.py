@@ -1,0 +1,49 @@
+"""A map over tau and zeta tells what a replay of each point does, and what a run with it came to."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from prelora_ray.config import MethodSettings
+from prelora_ray.run_folder import RunFolder
+from prelora_ray.sweep.map import switch_map, what_it_means
+from prelora_ray.sweep.replay import Record, read_record, replay
+
+
+def noisy_record(rng: random.Random) -> Record:
+    names = [f"blocks.{layer}.{target}" for layer in range(3) for target in ("attn.query", "mlp.fc1")]
+    norms, loss, lines = dict.fromkeys(names, 10.0), 3.0, []
+    for epoch in range(36):
+        lines.append({"epoch": epoch, "norms": dict(norms), "loss": loss})
+        norms = {name: norm * (1 + rng.uniform(0, 0.1) / (epoch + 1)) for name, norm in norms.items()}
+        loss *= 1 - rng.uniform(0, 0.2) / (epoch + 1)
+    return Record(lines, MethodSettings(), ramp_epochs=3)
+
+
+@pytest.mark.parametrize("windows", [2, 4])
+def test_every_point_is_what_a_replay_gives(windows):
+    rng = random.Random(0)
+    record = noisy_record(rng)
+    method = MethodSettings(windows=windows, window_epochs=3)
+    taus, zetas = sorted(rng.uniform(0, 5) for _ in range(8)), sorted(rng.uniform(0, 5) for _ in range(6))
+    points = switch_map(record, method, record.ramp_epochs, taus, zetas)
+    assert [(point.tau, point.zeta) for point in points] == [(tau, zeta) for tau in taus for zeta in zetas]
+    for point in points:
+        alone = replay(record, method.model_copy(update={"tau": point.tau, "zeta": point.zeta}), record.ramp_epochs)
+        assert (point.switch_epoch, point.ranks) == (alone.switch_epoch, alone.ranks)
+    assert len({point.switch_epoch for point in points}) > 3
+
+
+def test_what_a_switch_means_is_what_the_run_measured(undisturbed):
+    run = RunFolder.of(undisturbed(1))
+    record = read_record(str(run))
+    meaning = what_it_means(str(run), record.method)
+    (point,) = switch_map(record, record.method, record.ramp_epochs, [1000], [1000], meaning)
+    result = run.read_json("result.json")
+    assert point.switch_epoch == result["switch_epoch"]
+    assert point.trainable_fraction == result["trainable_fraction"]["lora"]
+    assert meaning is not None and point.hours == pytest.approx(
+        sum(meaning.epoch_seconds[phase] * count for phase, count in (("full", 3), ("warmup", 2), ("lora", 2))) / 3600
+    )
