@@ -12,7 +12,7 @@ Signature = Literal["early_switch", "insufficient_warmup", "uniform_ranks"]
 
 LEVEL_PERCENT = 5.0
 """How far the loss must fall behind the trunk's curve to be called levelled off."""
-ERRORS = 2.0
+ERRORS = 3.0
 """And how many standard errors of the two slopes that must be."""
 JUMP_PERCENT = 2.0
 """Smallest rise of the loss at the freeze that is called a jump."""

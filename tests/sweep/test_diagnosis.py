@@ -5,18 +5,21 @@ from __future__ import annotations
 import pytest
 
 from prelora_ray.run_folder import RunFolder
-from prelora_ray.sweep.fork import fork
 from prelora_ray.train.run import train
 from tests.runs import settings
 
 
+MODEL = {"options": {"patch_size": 2, "embed_dim": 48, "depth": 3, "num_heads": 3}, "drop_path": 0}
+
+
 @pytest.fixture
-def diagnosed(trunk, digits, storage):
-    """Signatures that a fork of the trunk shows, which switches after epoch 5 of 7."""
+def diagnosed(digits, storage):
+    """Signatures that a run shows which learns fast, and switches and freezes after epoch 5 of 7."""
 
     def diagnosed(name: str, **method) -> list[str]:
-        run = settings(digits, storage, name, 1, method={"switch_epoch": 5, "warmup_epochs": 0, **method})
-        fork(trunk, run)
+        method = {"switch_epoch": 5, "warmup_epochs": 0, "r_min": 2, "r_max": 8, **method}
+        learning = {"augment": {"mixup": 0, "cutmix": 0}, "train": {"learning_rate": 5e-3}, "model": MODEL}
+        run = settings(digits, storage, name, 1, method=method, **learning)
         train(run)
         events = RunFolder.of(run).read_lines("events.jsonl")
         return [line["signature"] for line in events if line["event"] == "diagnosis"]
@@ -25,7 +28,7 @@ def diagnosed(trunk, digits, storage):
 
 
 def test_no_warmup_and_a_high_rate_are_told(diagnosed):
-    assert diagnosed("rash", adapter_learning_rate_scale=10_000, adapter_ramp_steps=0) == ["insufficient_warmup"]
+    assert diagnosed("rash", adapter_learning_rate_scale=100, adapter_ramp_steps=0) == ["insufficient_warmup"]
 
 
 def test_a_uniform_pattern_is_told(diagnosed):
