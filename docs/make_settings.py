@@ -3,16 +3,23 @@
 from pathlib import Path
 
 from pydantic import BaseModel
-from pydantic_core import PydanticUndefined
 
 from prelora_ray.config import Settings
+from prelora_ray.sweep.settings import AshaSettings, SweepSettings
 
 HEAD = """# Settings
 
 Every key of a recipe, with its default. `--set key.path=value` changes one on the command line. Written by
 `python docs/make_settings.py`.
 
-| key | default | meaning |
+"""
+SWEEP_HEAD = """
+## Sweeps
+
+Every key of a sweep ([sweeps.md](sweeps.md)).
+
+"""
+TABLE = """| key | default | meaning |
 | --- | --- | --- |
 """
 
@@ -23,7 +30,7 @@ def rows(section: type[BaseModel], prefix: str = "") -> list[str]:
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             found += rows(field.annotation, f"{prefix}{name}.")
             continue
-        default = "required" if field.default is PydanticUndefined else f"`{_yaml(field.default)}`"
+        default = "required" if field.is_required() else f"`{_yaml(field.get_default(call_default_factory=True))}`"
         found.append(f"| `{prefix}{name}` | {default} | {' '.join((field.description or '').split())} |")
     return found
 
@@ -35,7 +42,9 @@ def _yaml(value: object) -> str:
 
 
 def reference() -> str:
-    return HEAD + "\n".join(rows(Settings)) + "\n"
+    sweep = rows(SweepSettings) + rows(AshaSettings, "asha.")
+    tables = [TABLE + "\n".join(found) + "\n" for found in (rows(Settings), sweep)]
+    return HEAD + tables[0] + SWEEP_HEAD + tables[1]
 
 
 if __name__ == "__main__":

@@ -99,6 +99,8 @@ def sweep(
         f"{result['trials']} runs stand for {len(result['settings'])} settings: {result['gpu_hours']:.3g} GPU-hours with the "
         f"trunk, where each setting by itself would have cost {result['naive_gpu_hours']:.3g}"
     )
+    if result["smallest_warmup"] is not None:
+        console.out.print(f"smallest warmup without a jump of the loss at the freeze: {result['smallest_warmup']} epochs")
 
 
 @app.command()

@@ -171,10 +171,19 @@ def sweep_table(result: dict[str, Any]) -> Table:
     """A sweep's settings, the best first, each with the run that it stands for; `*` marks the Pareto front."""
     keys = list(result["settings"][0]["setting"])
     table = Table(title=f"sweep {result['path']}", title_justify="left")
-    for column in (*(key.removeprefix("method.") for key in keys), "switch", "trains", "GPU-hours", "top-1", "", "run"):
-        table.add_column(column, justify="left" if column == "run" else "right")
+    for column in (
+        *(key.removeprefix("method.") for key in keys),
+        "switch",
+        "trains",
+        "GPU-hours",
+        "top-1",
+        "",
+        "diagnosis",
+        "run",
+    ):
+        table.add_column(column, justify="left" if column in ("diagnosis", "run") else "right")
     full = result["full"]
-    table.add_row(*["full"] + [""] * (len(keys) - 1), "-", "100.0%", *_cost_and_top1(full), "", "trunk", end_section=True)
+    table.add_row(*["full"] + [""] * (len(keys) - 1), "-", "100.0%", *_cost_and_top1(full), "", "", "trunk", end_section=True)
     order = sorted(enumerate(result["settings"]), key=lambda item: -(item[1]["val_top1"] or 0.0))
     for index, entry in order:
         table.add_row(
@@ -182,7 +191,8 @@ def sweep_table(result: dict[str, Any]) -> Table:
             "never" if entry["switch_epoch"] is None else str(entry["switch_epoch"]),
             _percent(entry["trainable_fraction"]),
             *_cost_and_top1(entry),
-            "*" if index in result["pareto"] else "" if entry["ended"] == "finished" else str(entry["ended"]),
+            "*" if index in result["pareto"] else "" if entry["ended"] == "finished" else entry["ended"] or "not run",
+            ", ".join(signature.replace("_", " ") for signature in entry["diagnosis"]),
             escape(entry["trial"] if entry["message"] is None else f"{entry['trial']}: {entry['message']}"),
         )
     return table

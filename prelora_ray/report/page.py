@@ -83,7 +83,7 @@ def _sweep_sections(sweep: Line) -> list[Section]:
     )
     keys = list(sweep["settings"][0]["setting"])
     names = [key.removeprefix("method.") for key in keys]
-    columns = [*names, "switch", "trains, %", "GPU-hours", "top-1, %", "ended", "run"]
+    columns = [*names, "switch", "trains, %", "GPU-hours", "top-1, %", "ended", "diagnosis", "run"]
     rows = []
     for entry in sorted(sweep["settings"], key=lambda entry: -(entry["val_top1"] or 0)):
         share = entry["trainable_fraction"]
@@ -94,7 +94,8 @@ def _sweep_sections(sweep: Line) -> list[Section]:
                 "" if share is None else f"{100 * share:.1f}",
                 f"{entry['gpu_hours']:.3g}" if entry["gpu_hours"] is not None else "",
                 f"{100 * entry['val_top1']:.2f}" if entry["val_top1"] is not None else "",
-                entry["message"] or entry["ended"] or "",
+                entry["message"] or entry["ended"] or "not run",
+                ", ".join(signature.replace("_", " ") for signature in entry["diagnosis"]),
                 entry["trial"],
             ]
         )

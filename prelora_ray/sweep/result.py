@@ -35,6 +35,7 @@ def summarize_sweep(plan: Plan) -> dict[str, Any]:
     """The contents of sweep.json: each setting with its run and what that came to, the Pareto front, and the cost.
 
     `naive_gpu_hours` is what the settings would have cost had each been trained by itself from the start.
+    `smallest_warmup` is that of the finished runs whose loss did not jump at the freeze, where warmups are compared.
     """
     trunk, epochs = RunFolder.of(plan.trunk), plan.trunk.train.epochs
     record = read_record(str(trunk))
@@ -61,6 +62,7 @@ def summarize_sweep(plan: Plan) -> dict[str, Any]:
         "full": _of_run(trunk, epochs),
         "settings": entries,
         "pareto": [entries.index(finished[i]) for i in front],
+        "smallest_warmup": _smallest_warmup(finished),
         "trials": len(trials),
         "gpu_hours": sum(own_hours(run) for run in trained),
         "naive_gpu_hours": sum(entry["gpu_hours"] or 0.0 for entry in entries),
@@ -76,8 +78,15 @@ def _of_run(run: RunFolder, epochs: int) -> dict[str, Any]:
         "epochs": len(lines),
         "val_top1": top1[-1] if top1 else None,
         "gpu_hours": straight_hours(run, epochs) if lines else None,
+        "diagnosis": [line["signature"] for line in run.read_lines("events.jsonl") if line["event"] == "diagnosis"],
         "trainable_fraction": lora[-1]["trainable_parameters"] / lora[-1]["parameters"] if lora else None,
     }
+
+
+def _smallest_warmup(finished: list[dict[str, Any]]) -> int | None:
+    key = "method.warmup_epochs"
+    calm = [entry for entry in finished if key in entry["setting"] and "insufficient_warmup" not in entry["diagnosis"]]
+    return min((entry["setting"][key] for entry in calm), default=None)
 
 
 def _digest(setting: Setting) -> str:

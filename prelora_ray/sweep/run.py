@@ -52,11 +52,12 @@ def sweep(plan: Plan, watch: Callable[[Settings], AbstractContextManager[None]],
         trunk = plan.trunk
         with watch(trunk):
             train(trunk, debug=debug)
-        _search(plan, [note["setting"] for note in read_notes(plan)])
+        if not plan.sweep.trunk_only:
+            _search(plan, [note["setting"] for note in read_notes(plan)])
     result = summarize_sweep(plan)
     Storage(plan.folder).write_json("sweep.json", result)
     ended = [entry["ended"] for entry in result["settings"]]
-    if None in ended:
+    if None in ended and not plan.sweep.trunk_only:
         raise InterruptedRunError(f"interrupted; the same command goes on with {plan.folder}")
     if set(ended) == {"failed"}:
         raise WorkError(f"every trial failed: {result['settings'][0]['message']}")

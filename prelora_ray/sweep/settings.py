@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import random
 from pathlib import Path
@@ -72,8 +73,12 @@ class SweepSettings(Section):
     """The runs' recipe, by its path from the folder of this file."""
     overrides: dict[str, Any] = Field(default_factory=dict)
     """Settings that all runs have in place of the recipe's: {key.path: value}."""
-    space: dict[str, list[Any] | Range]
+    space: dict[str, list[Any] | Range] = Field(default_factory=dict)
     """What is searched: {key: list of values, or {min, max, log}}."""
+    settings: list[Setting] = Field(default_factory=list)
+    """Instead of a space: the settings to try, each {key: value}."""
+    trunk_only: bool = False
+    """Whether only the trunk is trained, to see where each setting would switch."""
     search: Literal["grid", "random", "optuna"] = "grid"
     """All combinations; so many drawn ones; or Optuna's choice: TPE for one objective, NSGA-II for two."""
     num_settings: Count = 20
@@ -89,17 +94,24 @@ class SweepSettings(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if not self.space:
-            raise ValueError("space is empty: name at least one key, such as method.tau: [0.25, 0.5, 1.0]")
-        for key, values in self.space.items():
+        if bool(self.space) == bool(self.settings):
+            raise ValueError("space or settings must be given, one of them, such as space: {method.tau: [0.25, 0.5, 1.0]}")
+        if len({tuple(setting) for setting in self.settings}) > 1:
+            raise ValueError("settings differ in their keys: give each the same ones, in the same order")
+        if self.settings and self.search != "grid":
+            raise ValueError(f"search = {self.search!r} is not allowed with settings: it needs a space to choose from")
+        for key in self.keys:
             if key not in SEARCHABLE:
                 raise ValueError(
-                    f"space.{key} is not allowed: trials share their trunk, so they differ in {', '.join(SEARCHABLE)} alone"
+                    f"{key} is not allowed: trials share their trunk, so they differ in {', '.join(SEARCHABLE)} alone"
                 )
+        for key, values in self.space.items():
             if isinstance(values, Range) and self.search == "grid":
                 raise ValueError(f"space.{key} is a range, of which search: grid knows no values: give a list of them")
             if values == []:
                 raise ValueError(f"space.{key} = [] is not allowed: give at least one value")
+        if self.trunk_only and self.search == "optuna":
+            raise ValueError("search = 'optuna' is not allowed with trunk_only: it chooses by what trials come to")
         if self.asha and len(self.objectives) > 1:
             raise ValueError("asha is not allowed with two objectives: it ranks trials by one")
         if self.asha and self.objectives == ("gpu_hours",):
@@ -107,6 +119,17 @@ class SweepSettings(Section):
         if len(set(self.objectives)) < len(self.objectives):
             raise ValueError(f"objectives = {list(self.objectives)} is not allowed: one stands twice")
         return self
+
+    @property
+    def keys(self) -> list[str]:
+        """Keys that the settings differ in."""
+        return list(self.space or self.settings[0])
+
+    def values(self, key: str) -> list[Any] | Range | None:
+        """What a key may be; None where it is not searched."""
+        if key not in self.keys:
+            return None
+        return self.space[key] if self.space else [setting[key] for setting in self.settings]
 
 
 class Plan:
@@ -143,8 +166,10 @@ class Plan:
         return parse_settings({**self._content, **self._place(name), "method": method})
 
     def settings_to_try(self) -> list[Setting]:
-        """All settings of a grid, or as many drawn ones as are to be tried."""
+        """The given settings, all of a grid, or as many drawn ones as are to be tried."""
         space = self.sweep.space
+        if self.sweep.settings:
+            return list(self.sweep.settings)
         if self.sweep.search == "grid":
             lists = [values for values in space.values() if isinstance(values, list)]
             return [dict(zip(space, values, strict=True)) for values in itertools.product(*lists)]
@@ -161,7 +186,7 @@ class Plan:
         """Numbers of epochs of which every possible switch epoch is a multiple of the greatest common divisor."""
         numbers: list[int] = []
         for key in ("window_epochs", "switch_epoch"):
-            values = self.sweep.space.get(f"method.{key}", [getattr(self._base.method, key)])
+            values = self.sweep.values(f"method.{key}") or [getattr(self._base.method, key)]
             numbers += [1] if isinstance(values, Range) else [value for value in values if value is not None]
         return numbers
 
@@ -169,5 +194,7 @@ class Plan:
 def load_sweep(path: str, overrides: list[str], *, name: str | None = None, storage: str | None = None) -> Plan:
     """Reads a sweep's file and the recipe that it names. Raises ValueError as `load_settings` does."""
     sweep = parse_section(SweepSettings, read_named(path, overrides, name=name, storage=storage))
-    base = load_settings(Path(path).parent / sweep.recipe, [f"{key}={value}" for key, value in sweep.overrides.items()])
+    base = load_settings(
+        Path(path).parent / sweep.recipe, [f"{key}={json.dumps(value)}" for key, value in sweep.overrides.items()]
+    )
     return Plan(sweep, base)

@@ -8,7 +8,6 @@ from prelora_ray.run_folder import RunFolder
 from prelora_ray.train.run import train
 from tests.runs import settings
 
-
 MODEL = {"options": {"patch_size": 2, "embed_dim": 48, "depth": 3, "num_heads": 3}, "drop_path": 0}
 
 

@@ -12,7 +12,7 @@ import yaml
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.sweep.cost import pareto_front
 from prelora_ray.sweep.outcome import outcome
-from prelora_ray.sweep.replay import Record
+from prelora_ray.sweep.replay import Record, read_record
 from prelora_ray.sweep.run import sweep
 from prelora_ray.sweep.settings import Plan, load_sweep
 from prelora_ray.train.checkpoint import Checkpoints
@@ -74,6 +74,14 @@ def test_settings_that_agree_are_one_run_with_the_bits_of_a_straight_one(load, d
     assert (Path(trial.path) / "epochs.jsonl").read_bytes() == before
 
 
+def test_the_trunk_alone_tells_where_settings_switch(load, trunk):
+    """The trunk of another test serves: it is the same run."""
+    published = [{"method.tau": tau, "method.zeta": zeta} for tau, zeta in ((1000, 1000), (0.0, 1000))]
+    plan = load(settings=published, trunk_only=True, name="calibration", overrides={"method.windows": 4})
+    record = read_record(str(trunk))
+    assert [outcome(plan, setting, record).switch_epoch for setting in plan.settings_to_try()] == [4, None]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_asha_stops_trials_and_the_rest_find_room(load, stale_address):
@@ -108,11 +116,12 @@ def test_pareto_front_is_what_nothing_beats():
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ({"space": {"train.seed": [1]}}, r"space.train.seed is not allowed: trials share their trunk"),
+        ({"space": {"train.seed": [1]}}, r"train.seed is not allowed: trials share their trunk"),
         ({"space": {"method.tau": {"min": 0.1, "max": 1}}}, r"space.method.tau is a range, of which search: grid"),
         ({"space": {"method.r_min": [32], "method.r_max": [16]}}, r"r_min"),
         ({"space": {"method.tau": [-1]}}, r"method.tau = -1 is not allowed"),
-        ({"space": {}}, "space is empty"),
+        ({"space": {}}, "space or settings must be given"),
+        ({"settings": [{"method.tau": 1}, {"method.zeta": 1}]}, "settings differ in their keys"),
         (
             {
                 "space": {"method.tau": [1]},
