@@ -76,7 +76,7 @@ def train(
 
 @app.command()
 def sweep(
-    config: Annotated[str, typer.Argument(help="A sweep, such as jobs/configs/digits_sweep.yaml.")],
+    config: Annotated[str, typer.Argument(help="A sweep, such as jobs/sweeps/digits.yaml.")],
     overrides: Overrides = None,
     storage: Annotated[str | None, typer.Option(help="Folder or bucket that holds the sweep's folder.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the sweep; the same name again goes on with it.")] = None,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from prelora_ray.method.convergence import NormStatistic
@@ -32,6 +32,13 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
+def _check_folder_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", name):
+        raise ValueError("must be 1 to 128 letters, digits, dots, dashes and underscores, and begin with a letter or digit")
+    return name
+
+
+FolderName = Annotated[str, AfterValidator(_check_folder_name)]
 SectionT = TypeVar("SectionT", bound=Section)
 
 
@@ -243,10 +250,19 @@ class CheckpointSettings(Section):
     """Whether every checkpoint of phase full at the end of a window is kept, for runs that fork from it."""
 
 
+class MonitorSettings(Section):
+    enabled: bool = True
+    """Whether the run's metrics go to the cluster's exporter, which serves them to Prometheus."""
+    host: str = "127.0.0.1"
+    """Address that the exporter listens on, on the cluster's head: this machine alone; `0.0.0.0` is every network."""
+    port: Annotated[int, Field(ge=1024, le=65000, strict=True)] = 9464
+    """Port that it takes; the next free one where it is taken. An exporter that runs already keeps its own."""
+
+
 class Settings(Section):
     """A run, as one YAML file describes it."""
 
-    name: str
+    name: FolderName
     """Name of the run and of its folder; the same name again resumes it. Default: the file's own."""
     storage: str = "runs"
     """Folder, file share or bucket that holds the run folders."""
@@ -259,13 +275,7 @@ class Settings(Section):
     method: MethodSettings = MethodSettings()
     workers: WorkerSettings = WorkerSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
-
-    @field_validator("name")
-    @classmethod
-    def _check_name(cls, name: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", name):
-            raise ValueError("must be 1 to 128 letters, digits, dots, dashes and underscores, and begin with a letter or digit")
-        return name
+    monitor: MonitorSettings = MonitorSettings()
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -11,7 +11,17 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from prelora_ray.config import Count, Section, Settings, Whole, load_settings, parse_section, parse_settings, read_named
+from prelora_ray.config import (
+    Count,
+    FolderName,
+    Section,
+    Settings,
+    Whole,
+    load_settings,
+    parse_section,
+    parse_settings,
+    read_named,
+)
 
 Setting = dict[str, Any]
 """A value for each key that a sweep searches, such as {"method.tau": 0.5, "method.r_max": 32}."""
@@ -65,7 +75,7 @@ class AshaSettings(Section):
 class SweepSettings(Section):
     """A sweep, as one YAML file describes it."""
 
-    name: str
+    name: FolderName
     """Name of the sweep and of its folder; the same name again goes on with it. Default: the file's own."""
     storage: str = "runs"
     """Folder, file share or bucket that holds the sweep's folder."""

@@ -19,6 +19,8 @@ from prelora_ray.config import Settings, with_absolute_paths, without_effect
 from prelora_ray.data.manifest import Manifest, read_manifest
 from prelora_ray.data.prepare import prepare
 from prelora_ray.errors import InterruptedRunError, WorkError
+from prelora_ray.monitor.client import finish
+from prelora_ray.monitor.exporter import start_exporter
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
 from prelora_ray.train.lock import DriverLock
@@ -27,12 +29,13 @@ from prelora_ray.train.notices import STOP_FILE
 from prelora_ray.train.pretrained import load_pretrained
 from prelora_ray.train.ray_private import ScalingConfig, TorchConfig, release
 from prelora_ray.train.result import summarize
+from prelora_ray.train.telemetry import run_label
 from prelora_ray.train.watchdog import PATIENCE
 from prelora_ray.train.worker import train_worker
 
 logger = logging.getLogger(__name__)
 
-_MAY_CHANGE = {"storage", "audit_samples", "workers", "checkpoint", "data.path", "data.source", "data.decoders"}
+_MAY_CHANGE = {"storage", "audit_samples", "workers", "checkpoint", "monitor", "data.path", "data.source", "data.decoders"}
 """Keys that may differ when a run is resumed: they do not change what the run computes."""
 
 
@@ -81,8 +84,10 @@ def train(settings: Settings, *, debug: bool = False, callbacks: Sequence[ray.tr
         _check_same_data(folder, settings, manifest)
         folder.write_settings(settings)
         folder.remove_file(STOP_FILE)
+        _start_exporter(settings)
         with _stop_on_sigterm(folder):
             _fit(settings, folder, callbacks)
+        finish(run_label(settings))
     last = folder.read_lines("events.jsonl")[-1]
     if last["event"] == "run_failed":
         raise TrainError(last["message"])
@@ -91,6 +96,20 @@ def train(settings: Settings, *, debug: bool = False, callbacks: Sequence[ray.tr
     result = summarize(folder)
     folder.write_json("result.json", result)
     return result
+
+
+def _start_exporter(settings: Settings) -> None:
+    """A run that cannot be watched runs all the same."""
+    monitor = settings.monitor
+    if not monitor.enabled:
+        return
+    try:
+        address = start_exporter(monitor.host, monitor.port)
+    except (ray.exceptions.RayError, TimeoutError) as error:
+        logger.warning("no metrics: the exporter did not start (%s)", _root_cause(error))
+        return
+    taken = "" if address.endswith(f":{monitor.port}") else f" (not port {monitor.port})"
+    logger.info("metrics at http://%s/metrics%s", address, taken)
 
 
 @contextmanager

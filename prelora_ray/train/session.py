@@ -31,6 +31,7 @@ from prelora_ray.train.saver import Saver
 from prelora_ray.train.start import Start, find_start
 from prelora_ray.train.state import TrainState
 from prelora_ray.train.step import Stepper
+from prelora_ray.train.telemetry import RunTelemetry, WorkerTelemetry
 from prelora_ray.train.tensorboard import TensorBoardLog
 from prelora_ray.train.watchdog import Watchdog
 
@@ -71,6 +72,7 @@ class Session:
         self.records = RunRecords(self.folder, self.attempt) if self.rank == 0 else None
         self.board = TensorBoardLog(self.folder, self.attempt, self.state.epoch) if self.rank == 0 else None
         self.audit = LineWriter(self.folder, f"samples-{self.rank}.jsonl") if settings.audit_samples else None
+        self.telemetry = WorkerTelemetry(settings, self.rank, world_size, device)
         if self.records:
             trunk_epochs = settings.method.window_epochs if settings.checkpoint.keep_trunk else None
             self.saver = Saver(self.checkpoints, Retention(settings.checkpoint.keep, trunk_epochs))
@@ -79,6 +81,7 @@ class Session:
             self._lines = [line for line in done if line["epoch"] < self.state.epoch]
             events = self.folder.read_lines("events.jsonl")
             self._diagnosed = {line["signature"] for line in events if line["event"] == "diagnosis"}
+            self.run_telemetry = RunTelemetry(settings, world_size, events)
         self.feed = Feed(
             settings, self.plan, (self.state.epoch, self.state.batch), context.get_local_world_size(), self.watchdog.beat
         )
@@ -87,6 +90,9 @@ class Session:
         self._epoch_time = time.monotonic()
         self._phase = self.state.phases.phase
         self.feed.wait_seconds = 0.0
+        self.telemetry.begin_epoch(self._phase)
+        if self.records:
+            self.run_telemetry.state(self._phase, self.state.epoch, self.state.phases.ranks)
         self.stepper.begin_epoch(self._sums_before)
         self._sums_before = (0.0, 0.0)
         self._first_batch = self.state.batch
@@ -103,12 +109,15 @@ class Session:
             self.audit.write(attempt=self.attempt, epoch=batch.epoch, batch=batch.batch, samples=ids)
         self.stepper.train(batch)
         self.state.batch += 1
+        self.telemetry.step(int((batch.labels >= 0).sum()), self.feed.wait_seconds)
         if self.state.batch % _CHECK_STEPS == 0:
             self.stepper.check_finite()
         if self.records and self.records.progress_is_due():
             seconds = time.monotonic() - self._epoch_time
             images = (self.state.batch - self._first_batch) * self.settings.data.batch_size
-            self._progress(loss=self.stepper.local_loss(), images_per_second=images / seconds)
+            loss = self.stepper.local_loss()
+            self._progress(loss=loss, images_per_second=images / seconds)
+            self.run_telemetry.progress(loss)
             self._record_saves()
         wish = self.notices.wish(self.state.step, is_busy=self.saver.is_busy) if self.records else Action.NONE
         self._act(self.control.exchange(wish))
@@ -142,6 +151,7 @@ class Session:
                 line = decision.verdict.record()
                 self.records.window(phase=self._phase, **line)
                 self.board.window(line)
+                self.run_telemetry.window(line)
                 self._event("window", **{k: line[k] for k in ("window", "converged", "in_ramp")})
             content = {"decision": decision, "phases": self.state.phases.state_dict()}
         content = _from_rank_0(content)
@@ -176,6 +186,7 @@ class Session:
         if self.records and self.board:
             self.records.epoch(**line)
             self.board.epoch(line)
+            self.run_telemetry.epoch(line)
             self._record_change(decision)
             self._diagnose(line)
         is_last = epoch + 1 == self.settings.train.epochs
@@ -192,6 +203,7 @@ class Session:
             self._record_saves()
             self.records.flush()
             self.board.flush()
+        self.telemetry.send(now=is_last)
         report(self, line, decision)
 
     def fail(self, message: str) -> None:
@@ -248,6 +260,7 @@ class Session:
     def _record_saves(self) -> None:
         assert self.records
         for saved in self.saver.results():
+            self.run_telemetry.saved(saved)
             if saved.error is None:
                 self._event("checkpoint", checkpoint=saved.name, seconds=saved.seconds)
             else:
@@ -290,6 +303,7 @@ class Session:
             if finding.signature not in self._diagnosed:
                 self._diagnosed.add(finding.signature)
                 self._event("diagnosis", **asdict(finding))
+                self.run_telemetry.diagnosis(finding.signature)
 
     def _event(self, event: str, **content: Any) -> None:
         assert self.records

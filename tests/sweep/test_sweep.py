@@ -130,6 +130,7 @@ def test_pareto_front_is_what_nothing_beats():
             },
             "asha is not allowed with two objectives",
         ),
+        ({"space": {"method.tau": [1]}, "name": "../up"}, r"name = '../up' is not allowed"),
         ({"space": {"method.tau": [1]}, "recipe": "none.yaml"}, "none.yaml is no file"),
         ({"space": {"method.tau": [1]}, "serach": "grid"}, "serach = 'grid' is not allowed: .* did you mean search"),
     ],
@@ -137,6 +138,14 @@ def test_pareto_front_is_what_nothing_beats():
 def test_what_a_sweep_may_not_ask_is_one_sentence(load, content, sentence):
     with pytest.raises(ValueError, match=sentence):
         load(**content)
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "jobs" / "sweeps").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_sweep_of_the_project_is_sound(path):
+    plan = load_sweep(str(path), [])
+    assert plan.settings_to_try()
+    assert not plan.trunk.method.enabled and plan.trunk.checkpoint.keep_trunk
+    assert f"prelora sweep jobs/sweeps/{path.name}" in path.read_text().splitlines()[0]
 
 
 def test_trials_are_named_by_what_makes_them(load):

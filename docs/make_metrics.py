@@ -1,0 +1,37 @@
+"""Writes docs/metrics.md from the metrics' own descriptions: `python docs/make_metrics.py`."""
+
+from pathlib import Path
+
+from prelora_ray.monitor.metrics import RunMetrics, WorkerMetrics
+
+HEAD = """# Metrics
+
+What the exporter serves at `/metrics`; written by `python docs/make_metrics.py`. It is a detached actor on the cluster's head
+that takes no CPU of its own, started by the first run and shared by all. It listens on loopback, port 9464, unless
+`monitor.host` and `monitor.port` say otherwise; where the port is taken it goes to the next free one, and the run says so.
+`/healthz` answers `ok`; all else is refused.
+
+Every worker sends all of its values about once a second and never waits for an answer, so a lost message costs nothing, and an
+exporter that dies has them again a second after Ray has started it anew. Workers that leave the group are dropped at once,
+silent ones after 60 s; a finished run's last values stay for 5 minutes.
+
+`run` is the storage's last part and the run's name, such as `runs/digits`. Workers' counters begin anew with each attempt, as
+Prometheus expects of a process that starts again.
+
+| metric | type | labels | meaning |
+| --- | --- | --- | --- |
+"""
+
+
+def reference() -> str:
+    rows = []
+    for metrics in (RunMetrics(), WorkerMetrics()):
+        for collector in metrics.registry._collector_to_names:
+            name = collector._name + ("_total" if collector._type == "counter" else "")
+            labels = ", ".join(f"`{label}`" for label in collector._labelnames)
+            rows.append(f"| `{name}` | {collector._type} | {labels} | {collector._documentation} |")
+    return HEAD + "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    Path(__file__).with_name("metrics.md").write_text(reference())

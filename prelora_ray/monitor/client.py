@@ -1,0 +1,42 @@
+"""What a worker calls: sends its metrics about once a second, and never waits."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import Any
+
+import ray
+
+from prelora_ray.monitor.exporter import NAME, NAMESPACE
+from prelora_ray.monitor.metrics import RunMetrics, WorkerMetrics
+
+SEND_SECONDS = 1.0
+
+
+class Client:
+    """The sender of one source: a worker, by its rank, or the run. Sends nothing where there is no exporter."""
+
+    def __init__(self, run: str, source: str, metrics: WorkerMetrics | RunMetrics, *, enabled: bool = True) -> None:
+        self._run = run
+        self._source = source
+        self._metrics = metrics
+        self._time = float("-inf")
+        self._actor: Any = None
+        if enabled:
+            with contextlib.suppress(ValueError):
+                self._actor = ray.get_actor(NAME, NAMESPACE)
+
+    def send(self, world_size: int, *, now: bool = False) -> None:
+        """Sends what the metrics are, if it is time, or with `now`."""
+        if self._actor is None or not (now or time.monotonic() - self._time >= SEND_SECONDS):
+            return
+        self._time = time.monotonic()
+        with contextlib.suppress(ray.exceptions.PendingCallsLimitExceeded, ray.exceptions.RayActorError):
+            self._actor.update.remote(self._run, self._source, self._metrics.collect(), world_size)
+
+
+def finish(run: str) -> None:
+    """Tells the exporter that a run has ended."""
+    with contextlib.suppress(ValueError):
+        ray.get_actor(NAME, NAMESPACE).finish.remote(run)

@@ -1,0 +1,142 @@
+"""One address that serves the metrics of all runs of a cluster: a detached actor on the head, which no worker waits for."""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import ray
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Metric, generate_latest
+from prometheus_client.registry import Collector
+
+from prelora_ray.monitor.metrics import merged
+
+NAME, NAMESPACE = "prelora-exporter", "prelora"
+SILENT_SECONDS = 60.0
+"""A worker that says nothing for so long has left."""
+KEEP_SECONDS = 300.0
+"""How long a finished run's last values stay, and those of one that fell silent."""
+REQUEST_SECONDS = 5.0
+"""How long a client may take to send its request, and to take the answer."""
+PORTS = 50
+"""Ports that are tried, from the wished one on."""
+
+
+class Board(Collector):
+    """The last word of every source of every run."""
+
+    def __init__(self, clock: Any = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._said: dict[str, dict[str, tuple[float, list[Metric]]]] = {}
+        self._finished: dict[str, float] = {}
+
+    def update(self, run: str, source: str, metrics: list[Metric], world_size: int) -> None:
+        """Takes what a source says; workers that the group no longer has are forgotten. Sources are ranks, and `run`."""
+        with self._lock:
+            self._finished.pop(run, None)
+            said = self._said.setdefault(run, {})
+            said[source] = self._clock(), metrics
+            for rank in [other for other in said if other.isdigit() and int(other) >= world_size]:
+                del said[rank]
+
+    def finish(self, run: str) -> None:
+        with self._lock:
+            self._finished[run] = self._clock()
+
+    def collect(self) -> list[Metric]:
+        now = self._clock()
+        with self._lock:
+            for run, said in list(self._said.items()):
+                last = max((at for at, _ in said.values()), default=float("-inf"))
+                if now - self._finished.get(run, last) > KEEP_SECONDS:
+                    del self._said[run]
+                    self._finished.pop(run, None)
+                elif run not in self._finished and now - last <= SILENT_SECONDS:
+                    for source in [source for source, (at, _) in said.items() if now - at > SILENT_SECONDS]:
+                        del said[source]
+            sources = [metrics for said in self._said.values() for _, metrics in said.values()]
+        return merged(sources)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """GET /metrics and /healthz, and nothing else."""
+
+    registry: CollectorRegistry
+    timeout = REQUEST_SECONDS
+
+    def do_GET(self) -> None:
+        if self.path.split("?")[0] == "/metrics":
+            self._answer(200, generate_latest(self.registry), CONTENT_TYPE_LATEST)
+        elif self.path == "/healthz":
+            self._answer(200, b"ok\n", "text/plain")
+        else:
+            self._answer(404, b"only /metrics and /healthz are here\n", "text/plain")
+
+    def _answer(self, status: int, content: bytes, kind: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def serve(board: Board, host: str, port: int) -> ThreadingHTTPServer:
+    """Serves a board from a thread, at the first free port from `port` on. Raises OSError where none is free."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(board)
+    handler = type("Handler", (_Handler,), {"registry": registry})
+    for candidate in range(port, port + PORTS):
+        try:
+            server = ThreadingHTTPServer((host, candidate), handler)
+            break
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or candidate == port + PORTS - 1:
+                raise
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
+class Exporter:
+    """The actor. It loses what it heard when it dies, and hears all of it again within a second."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._board = Board()
+        self._server = serve(self._board, host, port)
+
+    def address(self) -> str:
+        host, port = self._server.server_address[:2]
+        return f"{host!s}:{port}"
+
+    def update(self, run: str, source: str, metrics: list[Metric], world_size: int) -> None:
+        self._board.update(run, source, metrics, world_size)
+
+    def finish(self, run: str) -> None:
+        self._board.finish(run)
+
+
+def start_exporter(host: str, port: int) -> str:
+    """Starts the cluster's exporter where there is none; returns where it listens."""
+    actor = (
+        ray.remote(Exporter)
+        .options(
+            name=NAME,
+            namespace=NAMESPACE,
+            lifetime="detached",
+            get_if_exists=True,
+            num_cpus=0,
+            max_restarts=-1,
+            max_pending_calls=1000,
+            resources={"node:__internal_head__": 0.001},
+        )
+        .remote(host, port)
+    )
+    address: str = ray.get(actor.address.remote(), timeout=30)
+    return address

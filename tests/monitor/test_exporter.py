@@ -1,0 +1,182 @@
+"""What Prometheus reads, with its own parser."""
+
+from __future__ import annotations
+
+import runpy
+import socket
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+from prometheus_client.parser import text_string_to_metric_families
+
+from prelora_ray.monitor.client import Client
+from prelora_ray.monitor.exporter import KEEP_SECONDS, NAME, NAMESPACE, SILENT_SECONDS, Board, serve, start_exporter
+from prelora_ray.monitor.metrics import RunMetrics, WorkerMetrics
+from prelora_ray.run_folder import RunFolder
+from prelora_ray.train.run import train
+from prelora_ray.train.telemetry import run_label
+from tests.chaos.site import wait_for
+from tests.runs import EPOCHS, settings
+
+Series = dict[tuple[str, tuple[str, ...]], float]
+
+
+def read(address: str) -> Series:
+    """{(name, label values in the order of their names): value}"""
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
+        families = list(text_string_to_metric_families(answer.read().decode()))
+    samples = [sample for family in families for sample in family.samples]
+    assert len({family.name for family in families}) == len(families)
+    return {(s.name, tuple(s.labels[key] for key in sorted(s.labels))): s.value for s in samples}
+
+
+def worker(run: str, rank: str, images: int) -> WorkerMetrics:
+    metrics = WorkerMetrics()
+    metrics.images.labels(run, rank, "full").inc(images)
+    return metrics
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def board(clock) -> Board:
+    return Board(clock)
+
+
+@pytest.fixture
+def address(board) -> Iterator[str]:
+    server = serve(board, "127.0.0.1", 19464)
+    yield "{}:{}".format(*server.server_address)
+    server.shutdown()
+    server.server_close()
+
+
+def images(board_address: str) -> dict[tuple[str, ...], float]:
+    """{(phase, run, worker): images}"""
+    return {labels: value for (name, labels), value in read(board_address).items() if name == "prelora_images_total"}
+
+
+def test_all_workers_of_all_runs_are_there_once_with_their_last_word(board, address):
+    for run, rank, count in (("a", "0", 5), ("a", "1", 7), ("b", "0", 11), ("a", "0", 6)):
+        board.update(run, rank, worker(run, rank, count).collect(), world_size=2)
+    assert images(address) == {("full", "a", "0"): 6, ("full", "a", "1"): 7, ("full", "b", "0"): 11}
+
+
+def test_workers_that_left_are_gone(board, address, clock):
+    for rank in ("0", "1", "2"):
+        board.update("a", rank, worker("a", rank, 1).collect(), world_size=3)
+    board.update("a", "0", worker("a", "0", 2).collect(), world_size=2)  # the group shrank
+    assert images(address) == {("full", "a", "0"): 2, ("full", "a", "1"): 1}
+    clock.now += SILENT_SECONDS + 1
+    board.update("a", "0", worker("a", "0", 3).collect(), world_size=2)
+    assert images(address) == {("full", "a", "0"): 3}
+
+
+def test_a_finished_runs_values_stay_for_a_while(board, address, clock):
+    board.update("a", "0", worker("a", "0", 1).collect(), world_size=1)
+    board.finish("a")
+    clock.now += KEEP_SECONDS - 1
+    assert images(address) == {("full", "a", "0"): 1}
+    clock.now += 2
+    assert images(address) == {}
+
+
+def test_what_fell_silent_goes_too(board, address, clock):
+    board.update("a", "0", worker("a", "0", 1).collect(), world_size=1)
+    clock.now += KEEP_SECONDS + 1
+    assert images(address) == {}
+
+
+def test_the_page_of_metrics_is_up_to_date():
+    docs = Path(__file__).parents[2] / "docs"
+    reference = runpy.run_path(str(docs / "make_metrics.py"))["reference"]
+    assert (docs / "metrics.md").read_text() == reference(), "run `python docs/make_metrics.py`"
+
+
+def test_nothing_but_metrics_and_health_is_answered(address):
+    with urllib.request.urlopen(f"http://{address}/healthz", timeout=10) as answer:
+        assert answer.read() == b"ok\n"
+    for request, status in (
+        (urllib.request.Request(f"http://{address}/../etc/passwd"), 404),
+        (urllib.request.Request(f"http://{address}/"), 404),
+        (urllib.request.Request(f"http://{address}/metrics", data=b"x"), 501),
+    ):
+        with pytest.raises(urllib.error.HTTPError) as refusal:
+            urllib.request.urlopen(request, timeout=10)
+        assert refusal.value.code == status
+
+
+def test_a_taken_port_means_the_next_one(board):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        server = serve(board, "127.0.0.1", port)
+        assert port < server.server_address[1] < port + 50
+        assert server.server_address[0] == "127.0.0.1"
+        server.shutdown()
+        server.server_close()
+
+
+def test_an_exporter_that_dies_comes_back_with_what_workers_say(ray_cluster):
+    address = start_exporter("127.0.0.1", 19500)
+    metrics = RunMetrics()
+    metrics.restarts.labels("a", "failure").inc(3)
+    client = Client("a", "run", metrics)
+    series = ("prelora_restarts_total", ("failure", "a"))
+    client.send(1, now=True)
+    assert wait_for(lambda: read(address).get(series), 10, "the first message") == 3
+    ray.kill(ray.get_actor(NAME, NAMESPACE), no_restart=False)
+    metrics.restarts.labels("a", "failure").inc()
+
+    def again() -> float | None:
+        client.send(1, now=True)
+        time.sleep(0.2)
+        try:
+            return read(start_exporter("127.0.0.1", 19500)).get(series)
+        except (OSError, ray.exceptions.RayActorError):
+            return None
+
+    assert wait_for(again, 30, "the exporter's return") == 4
+
+
+def test_a_run_exports_what_its_folder_says(digits, storage, ray_cluster):
+    run = settings(digits, storage, "watched", 2)
+    train(run)
+    found = read(start_exporter(run.monitor.host, run.monitor.port))
+    label = run_label(run)
+    epochs = RunFolder.of(run).read_lines("epochs.jsonl")
+    counted: dict[str, float] = {}
+    for (name, labels), value in found.items():
+        if name == "prelora_images_total" and labels[1] == label:
+            counted[labels[0]] = counted.get(labels[0], 0) + value
+    phases = {line["phase"] for line in epochs}
+    assert counted == {phase: sum(line["images"] for line in epochs if line["phase"] == phase) for phase in phases}
+    steps = {labels[0]: value for (name, labels), value in found.items() if name == "prelora_step_seconds_count"}
+    assert steps == {phase: 15 * sum(line["phase"] == phase for line in epochs) for phase in phases}
+    assert found["prelora_epoch", (label,)] in (EPOCHS - 1, EPOCHS)
+    assert found["prelora_loss", (label,)] == epochs[-1]["loss"]
+    assert found["prelora_val_top1_ratio", (label,)] == epochs[-1]["val_top1"]
+    assert found["prelora_phase_info", ("lora", label)] == 1
+    ranks = {
+        labels[0]: value for (name, labels), value in found.items() if name == "prelora_adapter_rank" and labels[1] == label
+    }
+    assert ranks == RunFolder.of(run).read_json("ranks.json")
+    window = RunFolder.of(run).read_lines("windows.jsonl")[-1]
+    for family, change in window["change"].items():
+        assert found["prelora_norm_change_percent", (family, label)] == change
