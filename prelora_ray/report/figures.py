@@ -124,19 +124,19 @@ def _scatter(figure: go.Figure, entries: list[Line], text: list[str], name: str,
 def _panels(titles: list[str]) -> go.Figure:
     """Panels under each other over the epochs, zoomed together."""
     figure = make_subplots(rows=len(titles), cols=1, shared_xaxes=True, vertical_spacing=0.2 / (2 * len(titles)))
-    figure.update_layout(_layout(height=90 + 190 * len(titles), left=80))
+    figure.update_layout(_layout(height=90 + 190 * len(titles), left=80, modebar="v"))
     for row, title in enumerate(titles, 1):
         figure.update_yaxes(title=title, row=row, col=1)
     figure.update_xaxes(title="epochs completed", row=len(titles), col=1)
     return figure
 
 
-def _layout(*, height: int, left: int = 60) -> dict[str, Any]:
+def _layout(*, height: int, left: int = 60, modebar: str = "h") -> dict[str, Any]:
     return {
         "template": "plotly_white",
         "height": height,
         "margin": {"l": left, "r": 40, "t": 50, "b": 50},
-        "modebar": {"orientation": "v"},
+        "modebar": {"orientation": modebar},
         "hovermode": "x unified",
         "legend": {"orientation": "h", "yanchor": "bottom", "y": 1.01},
         "font": {"family": "sans-serif", "size": 13},

@@ -21,6 +21,7 @@ from prelora_ray.config import (
     parse_section,
     parse_settings,
     read_named,
+    with_absolute_paths,
 )
 
 Setting = dict[str, Any]
@@ -148,13 +149,15 @@ class Plan:
     def __init__(self, sweep: SweepSettings, base: Settings) -> None:
         """`base`: the recipe's settings with the sweep's overrides.
 
-        Raises ValueError where the space holds a setting that is not allowed.
+        Paths become absolute, as trials run in folders of their own. Raises ValueError where the space
+        holds a setting that is not allowed.
         """
         self.sweep = sweep
+        base = with_absolute_paths(base.model_copy(update={"storage": sweep.storage}))
         self._base = base
         self._content = base.model_dump(mode="json", exclude_unset=True)  # what nobody set is no setting without effect
         self._method = self._content.get("method", {})
-        self.folder = f"{sweep.storage.rstrip('/')}/{sweep.name}"
+        self.folder = f"{base.storage.rstrip('/')}/{sweep.name}"
         for setting in self.settings_to_try():
             self.settings_of(setting, "check")
 

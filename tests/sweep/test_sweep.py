@@ -148,6 +148,14 @@ def test_every_sweep_of_the_project_is_sound(path):
     assert f"prelora sweep jobs/sweeps/{path.name}" in path.read_text().splitlines()[0]
 
 
+def test_paths_are_those_of_the_command_and_not_of_a_trial(load, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plan = load(space={"method.tau": [1]}, storage="runs", name="here", overrides={"data.path": "data/digits"})
+    assert plan.folder == str(tmp_path / "runs" / "here")
+    assert plan.trunk.storage == plan.folder
+    assert plan.trunk.data.path == str(tmp_path / "data" / "digits")
+
+
 def test_trials_are_named_by_what_makes_them(load):
     plan = load(space={"method.tau": [0.5, 1.0], "method.warmup_epochs": [1, 2]})
     norms = {f"blocks.{layer}.attn.query": 1.0 + layer for layer in range(3)}
