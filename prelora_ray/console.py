@@ -184,7 +184,9 @@ def sweep_table(result: dict[str, Any]) -> Table:
         table.add_column(column, justify="left" if column in ("diagnosis", "run") else "right")
     full = result["full"]
     table.add_row(*["full"] + [""] * (len(keys) - 1), "-", "100.0%", *_cost_and_top1(full), "", "", "trunk", end_section=True)
-    order = sorted(enumerate(result["settings"]), key=lambda item: -(item[1]["val_top1"] or 0.0))
+    order = sorted(
+        enumerate(result["settings"]), key=lambda item: (item[1]["ended"] != "finished", -(item[1]["val_top1"] or 0))
+    )
     for index, entry in order:
         table.add_row(
             *(_value(entry["setting"][key]) for key in keys),

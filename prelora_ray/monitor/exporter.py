@@ -134,6 +134,7 @@ def start_exporter(host: str, port: int) -> str:
             num_cpus=0,
             max_restarts=-1,
             max_pending_calls=1000,
+            scheduling_strategy="DEFAULT",  # outside the placement group of a Tune trial, which ends with the trial
             resources={"node:__internal_head__": 0.001},
         )
         .remote(host, port)

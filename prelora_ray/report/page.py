@@ -85,7 +85,7 @@ def _sweep_sections(sweep: Line) -> list[Section]:
     names = [key.removeprefix("method.") for key in keys]
     columns = [*names, "switch", "trains, %", "GPU-hours", "top-1, %", "ended", "diagnosis", "run"]
     rows = []
-    for entry in sorted(sweep["settings"], key=lambda entry: -(entry["val_top1"] or 0)):
+    for entry in sorted(sweep["settings"], key=lambda entry: (entry["ended"] != "finished", -(entry["val_top1"] or 0))):
         share = entry["trainable_fraction"]
         rows.append(
             [

@@ -185,12 +185,14 @@ class _Ends(tune.Callback):
         self._done = 0
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        self._end(trial, "finished" if trial.last_result.get("finished") else "stopped")
+        is_done, is_pruned = trial.last_result.get("finished"), self._plan.sweep.asha is not None
+        self._end(trial, "finished" if is_done else "stopped" if is_pruned else None)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        self._end(trial, "failed", str(trial.get_error()).strip().splitlines()[-1])
+        error = str(trial.get_error() or "its process died").strip()
+        self._end(trial, "failed", error.splitlines()[-1])
 
-    def _end(self, trial: Trial, ended: str, message: str | None = None) -> None:
+    def _end(self, trial: Trial, ended: str | None, message: str | None = None) -> None:
         setting = trial.config.get("setting", trial.config)
         name = outcome(self._plan, setting, self._trunk).trial
         write_note(self._plan, setting, ended=ended, message=message)
@@ -201,4 +203,4 @@ class _Ends(tune.Callback):
         top1 = trial.last_result.get("val_top1") if trial.last_result else None
         told = message or ("no top-1 yet" if top1 is None else f"top-1 {top1:.1%}")
         self._done += 1
-        logger.info("trial %d: %s %s, %s", self._done, name, ended, told)
+        logger.info("trial %d: %s %s, %s", self._done, name, ended or "interrupted", told)

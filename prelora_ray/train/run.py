@@ -105,7 +105,7 @@ def _start_exporter(settings: Settings) -> None:
         return
     try:
         address = start_exporter(monitor.host, monitor.port)
-    except (ray.exceptions.RayError, TimeoutError) as error:
+    except Exception as error:
         logger.warning("no metrics: the exporter did not start (%s)", _root_cause(error))
         return
     taken = "" if address.endswith(f":{monitor.port}") else f" (not port {monitor.port})"
