@@ -52,8 +52,12 @@ def sweep(plan: Plan, watch: Callable[[Settings], AbstractContextManager[None]],
         trunk = plan.trunk
         with watch(trunk):
             train(trunk, debug=debug)
+        notes = read_notes(plan)
+        for note in notes:
+            if note["ended"] == "failed":  # is tried again
+                write_note(plan, note["setting"], ended=None, message=None)
         if not plan.sweep.trunk_only:
-            _search(plan, [note["setting"] for note in read_notes(plan)])
+            _search(plan, [note["setting"] for note in notes])
     result = summarize_sweep(plan)
     Storage(plan.folder).write_json("sweep.json", result)
     ended = [entry["ended"] for entry in result["settings"]]

@@ -74,6 +74,14 @@ def test_settings_that_agree_are_one_run_with_the_bits_of_a_straight_one(load, d
     assert (Path(trial.path) / "epochs.jsonl").read_bytes() == before
 
 
+def test_a_trial_that_fails_is_told_and_tried_again(load, tmp_path):
+    space = {"method.tau": [1000], "method.rank_pattern": [{"no.such.module": 4}, {".*": 4}]}
+    result = run(load(name="failing", space=space))
+    failed, finished = result["settings"]
+    assert (failed["ended"], finished["ended"]) == ("failed", "finished")
+    assert "no.such.module" in failed["message"]
+
+
 def test_the_trunk_alone_tells_where_settings_switch(load, trunk):
     """The trunk of another test serves: it is the same run."""
     published = [{"method.tau": tau, "method.zeta": zeta} for tau, zeta in ((1000, 1000), (0.0, 1000))]
