@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 
 from prelora_ray.config import Settings
@@ -37,4 +38,4 @@ def _trial_name(settings: Settings, setting: Setting, switch_epoch: int, ranks: 
         name = key.removeprefix("method.")
         if name in after:
             told.append(f"{name}-{value:.4g}" if isinstance(value, float) else f"{name}-{value}")
-    return "_".join([*told, digest])
+    return re.sub(r"[^A-Za-z0-9._-]", "", "_".join(told))[:100] + f"_{digest}"

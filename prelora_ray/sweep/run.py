@@ -28,7 +28,7 @@ from prelora_ray.sweep.fork import fork
 from prelora_ray.sweep.outcome import outcome
 from prelora_ray.sweep.replay import read_record
 from prelora_ray.sweep.result import is_finished, read_notes, summarize_sweep, write_note
-from prelora_ray.sweep.settings import Plan, Range, SweepSettings
+from prelora_ray.sweep.settings import Plan, Range, Setting, SweepSettings
 from prelora_ray.train.lock import HeldRunError
 from prelora_ray.train.ray_private import let_trials_be_stopped, release
 from prelora_ray.train.run import ray_session, train
@@ -142,10 +142,19 @@ def _concurrent(plan: Plan) -> int:
 
 
 def _trial(config: dict[str, Any], plan: Plan) -> None:
-    """Trains the run that a setting stands for, in a process of its own, or goes on with it."""
+    """A trial, in a process of its own. Why it failed goes into its setting's note."""
     let_trials_be_stopped()
     setting = config.get("setting", config)
-    was_stopped = write_note(plan, setting)["ended"] == "stopped"
+    was_stopped = write_note(plan, setting, message=None)["ended"] == "stopped"
+    try:
+        _train_or_go_on(plan, setting, was_stopped=was_stopped)
+    except Exception as error:
+        write_note(plan, setting, message=" ".join(str(error).split()) or type(error).__name__)
+        raise
+
+
+def _train_or_go_on(plan: Plan, setting: Setting, *, was_stopped: bool) -> None:
+    """Trains the run that a setting stands for; of one that was stopped, only says what it did."""
     trunk = RunFolder.of(plan.trunk)
     found = outcome(plan, setting, read_record(str(trunk)))
     settings = plan.trunk if found.switch_epoch is None else plan.settings_of(setting, found.trial)
@@ -193,18 +202,19 @@ class _Ends(tune.Callback):
         self._end(trial, "finished" if is_done else "stopped" if is_pruned else None)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        error = str(trial.get_error() or "its process died").strip()
-        self._end(trial, "failed", error.splitlines()[-1])
+        self._end(trial, "failed")
 
-    def _end(self, trial: Trial, ended: str | None, message: str | None = None) -> None:
+    def _end(self, trial: Trial, ended: str | None) -> None:
         setting = trial.config.get("setting", trial.config)
         name = outcome(self._plan, setting, self._trunk).trial
-        write_note(self._plan, setting, ended=ended, message=message)
+        note = write_note(self._plan, setting, ended=ended)
+        if ended == "failed" and note["message"] is None:
+            note = write_note(self._plan, setting, message="its process died")
         if ended == "stopped":
             for line in (RunFolder(self._plan.folder) / name).read_lines("events.jsonl"):
                 if "reservation" in line:
                     release(line["reservation"])
         top1 = trial.last_result.get("val_top1") if trial.last_result else None
-        told = message or ("no top-1 yet" if top1 is None else f"top-1 {top1:.1%}")
+        told = note["message"] or ("no top-1 yet" if top1 is None else f"top-1 {top1:.1%}")
         self._done += 1
         logger.info("trial %d: %s %s, %s", self._done, name, ended or "interrupted", told)
