@@ -45,7 +45,7 @@ def convergence(run: RunRecords) -> go.Figure:
     _line(figure, 2, ends, [line["loss_change"] for line in windows], "loss", 6, markers=True, hover=verdicts)
     for row, limit in ((1, method.tau), (2, method.zeta)):
         figure.add_hline(limit, row=row, col=1, line={"color": "black", "dash": "dash", "width": 1})
-        figure.update_yaxes(type="log", row=row, col=1)
+        figure.update_yaxes(type="log", dtick="D2", row=row, col=1)
     return _with_marks(figure, [run], 2)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,7 @@ _CONFIG: dict[str, Any] = {"displaylogo": False, "responsive": True}
 def _write_pictures(pictures: dict[str, go.Figure], folder: Path) -> None:
     """Raises ValueError where there is no browser to draw them."""
     folder.mkdir(parents=True, exist_ok=True)
+    logging.getLogger("choreographer").setLevel(logging.CRITICAL)  # it tells of half-read messages, which it reads again
     try:
         for name, figure in pictures.items():
             figure.write_image(folder / f"{name}.png", width=1100, scale=2)
