@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from prelora_ray.config import Settings, parse_settings
 from prelora_ray.run_folder import RunFolder
-from prelora_ray.train.checkpoint import Checkpoint, Checkpoints
+from prelora_ray.train.checkpoint import Checkpoint, Checkpoints, checkpoint_name
 
 TINY_VIT = {"patch_size": 2, "embed_dim": 16, "depth": 3, "num_heads": 2}
 SWITCH, FREEZE, EPOCHS = 3, 5, 7
@@ -53,3 +58,33 @@ def assert_same_bits(one: Checkpoint, other: Checkpoint) -> None:
     assert one.optimizer.keys() == other.optimizer.keys()
     for name, entry in one.optimizer.items():
         assert all(torch.equal(value, other.optimizer[name][key]) for key, value in entry.items()), name
+
+
+def wait_inside(folder: RunFolder, epoch: int) -> None:
+    """Returns once a checkpoint inside an epoch (from 0) is committed."""
+    checkpoints = Checkpoints(folder)
+    while not any(name >= checkpoint_name(epoch, 1) for name in checkpoints.names()):
+        time.sleep(0.01)
+
+
+class Killer(threading.Thread):
+    """Sends SIGKILL to one worker, in turn, inside each of the given epochs."""
+
+    def __init__(self, run: Settings, epochs: list[int]) -> None:
+        super().__init__(daemon=True)
+        self._folder = RunFolder.of(run)
+        self._epochs = epochs
+        self.phases: list[str] = []
+
+    def run(self) -> None:
+        for n, epoch in enumerate(self._epochs):
+            wait_inside(self._folder, epoch)
+            workers = [
+                process
+                for process in psutil.Process().children(recursive=True)
+                if "RayTrainWorker" in " ".join(process.cmdline()[:1])
+            ]
+            workers.sort(key=lambda process: process.pid)
+            victim = workers[n % len(workers)]
+            os.kill(victim.pid, signal.SIGKILL)
+            self.phases.append(Checkpoints(self._folder).newest()[0].state["phases"]["phase"])

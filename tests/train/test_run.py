@@ -10,11 +10,9 @@ import threading
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
-from prelora_ray.config import Settings
 from prelora_ray.data.manifest import read_manifest
 from prelora_ray.data.prepare import prepare
 from prelora_ray.errors import InterruptedRunError
@@ -23,43 +21,13 @@ from prelora_ray.method.phases import Phase
 from prelora_ray.run_folder import RunFolder, last_attempt
 from prelora_ray.storage import Storage
 from prelora_ray.sweep.replay import read_record, replay
-from prelora_ray.train.checkpoint import Checkpoints, checkpoint_name
+from prelora_ray.train.checkpoint import Checkpoints
 from prelora_ray.train.run import TrainError, train
 from prelora_ray.train.state import TrainState
 from tests.conftest import samples
-from tests.runs import EPOCHS, FREEZE, SWITCH, assert_same_bits, final, settings
+from tests.runs import EPOCHS, FREEZE, SWITCH, Killer, assert_same_bits, final, settings, wait_inside
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
-
-
-def wait_inside(folder: RunFolder, epoch: int) -> None:
-    """Returns once a checkpoint inside an epoch (from 0) is committed."""
-    checkpoints = Checkpoints(folder)
-    while not any(name >= checkpoint_name(epoch, 1) for name in checkpoints.names()):
-        time.sleep(0.01)
-
-
-class Killer(threading.Thread):
-    """Sends SIGKILL to one worker, in turn, inside each of the given epochs."""
-
-    def __init__(self, run: Settings, epochs: list[int]) -> None:
-        super().__init__(daemon=True)
-        self._folder = RunFolder.of(run)
-        self._epochs = epochs
-        self.phases: list[str] = []
-
-    def run(self) -> None:
-        for n, epoch in enumerate(self._epochs):
-            wait_inside(self._folder, epoch)
-            workers = [
-                process
-                for process in psutil.Process().children(recursive=True)
-                if "RayTrainWorker" in " ".join(process.cmdline()[:1])
-            ]
-            workers.sort(key=lambda process: process.pid)
-            victim = workers[n % len(workers)]
-            os.kill(victim.pid, signal.SIGKILL)
-            self.phases.append(Checkpoints(self._folder).newest()[0].state["phases"]["phase"])
 
 
 INSIDE_EPOCH = {"full": 1, "warmup": SWITCH, "lora": FREEZE}

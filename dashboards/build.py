@@ -1,0 +1,244 @@
+"""Writes Grafana's dashboards as JSON: `python dashboards/build.py`. Built with Grafana's own SDK."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from grafana_foundation_sdk.builders import dashboard, prometheus, timeseries
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.models.dashboard import (
+    DashboardCursorSync,
+    DataSourceRef,
+    Threshold,
+    ThresholdsMode,
+    VariableRefresh,
+)
+
+SOURCE = DataSourceRef(type_val="prometheus", uid="${source}")
+HERE = Path(__file__).parent / "grafana"
+
+
+def run() -> dashboard.Dashboard:
+    """One run: what it learns, how fast it is in each phase, and what happened to it."""
+    board = _board("prelora-run", "PreLoRA run", "One run through its phases: loss, test, ranks, speed, memory, restarts.")
+    board = board.with_variable(_variable("run", "label_values(prelora_epoch, run)", multi=False))
+    for phase, color in (("warmup", "orange"), ("lora", "blue")):
+        expression = f'changes(prelora_phase_info{{run="$run", phase="{phase}"}}[1m]) > 0 and prelora_phase_info == 1'
+        board = board.annotation(
+            dashboard.AnnotationQuery()
+            .name(f"{phase} begins")
+            .datasource(SOURCE)
+            .enable(True)
+            .icon_color(color)
+            .expr(expression)
+        )
+    of = '{run="$run"}'
+    by_phase = '{run="$run", phase=~".+"}'
+    return _with_rows(
+        board,
+        {
+            "Learning": [
+                _panel("Training loss", "Mean of the epoch so far.", [(f"prelora_loss{of}", "loss")]),
+                _panel("Top-1", "Of the last validation.", [(f"prelora_val_top1_ratio{of}", "top-1")], unit="percentunit"),
+                _panel("Learning rate", "Of the base.", [(f"prelora_learning_rate{of}", "learning rate")], unit="sci"),
+                _panel(
+                    "Trainable parameters",
+                    "They drop at the freeze.",
+                    [(f"prelora_trainable_parameters{of}", "parameters")],
+                    unit="short",
+                ),
+            ],
+            "Partial convergence test": [
+                _panel(
+                    "Norm change by family, against tau",
+                    "All families have to be under tau in several windows running.",
+                    [
+                        (f"prelora_norm_change_percent{of}", "{{family}}"),
+                        ('prelora_threshold_percent{run="$run", kind="tau"}', "tau"),
+                    ],
+                    unit="percent",
+                ),
+                _panel(
+                    "Loss change, against zeta",
+                    "It has to be at most zeta in the same windows.",
+                    [
+                        (f"prelora_loss_change_percent{of}", "loss"),
+                        ('prelora_threshold_percent{run="$run", kind="zeta"}', "zeta"),
+                    ],
+                    unit="percent",
+                ),
+                _panel(
+                    "Modules by rank",
+                    "Once the run has switched.",
+                    [(f'count_values("rank", prelora_adapter_rank{of})', "rank {{rank}}")],
+                    unit="short",
+                ),
+            ],
+            "Speed and memory by phase": [
+                _panel(
+                    "Throughput by phase",
+                    "All workers together; one series a phase, so that phases can be compared after the fact.",
+                    [(f"sum by (phase) (rate(prelora_images_total{by_phase}[$__rate_interval]))", "{{phase}}")],
+                    unit="iops",
+                ),
+                _panel(
+                    "Step time by phase, 95 %",
+                    "Of all workers' steps.",
+                    [
+                        (
+                            "histogram_quantile(0.95, sum by (le, phase) "
+                            f"(rate(prelora_step_seconds_bucket{by_phase}[$__rate_interval])))",
+                            "{{phase}}",
+                        )
+                    ],
+                    unit="s",
+                ),
+                _panel(
+                    "Waiting for data",
+                    "Share of the workers' time.",
+                    [(f"avg by (phase) (rate(prelora_data_wait_seconds_total{by_phase}[$__rate_interval]))", "{{phase}}")],
+                    unit="percentunit",
+                    warn=0.05,
+                ),
+                _panel(
+                    "GPU memory by phase",
+                    "The most of any worker; empty on CPUs.",
+                    [(f"max by (phase, kind) (prelora_gpu_memory_bytes{of})", "{{phase}} {{kind}}")],
+                    unit="bytes",
+                ),
+            ],
+            "What happened": [
+                _panel("Workers", "The group's size.", [(f"prelora_world_size{of}", "workers")], unit="short"),
+                _panel(
+                    "Restarts",
+                    "By cause, since the run began; empty as long as there was none.",
+                    [(f"prelora_restarts_total{of}", "{{cause}}")],
+                    unit="short",
+                ),
+                _panel(
+                    "Age of the last checkpoint",
+                    "What a crash would cost.",
+                    [(f"time() - prelora_checkpoint_timestamp_seconds{of}", "age")],
+                    unit="s",
+                    warn=600,
+                ),
+                _panel(
+                    "Duration of a save",
+                    "From snapshot to commit, beside training.",
+                    [(f"prelora_checkpoint_seconds{of}", "seconds")],
+                    unit="s",
+                ),
+            ],
+        },
+    )
+
+
+def fleet() -> dashboard.Dashboard:
+    """All runs of a cluster."""
+    board = _board("prelora-fleet", "PreLoRA fleet", "All runs of a cluster: where they are, how fast, and what they use.")
+    board = board.with_variable(_variable("run", "label_values(prelora_epoch, run)", multi=True))
+    of = '{run=~"$run"}'
+    return _with_rows(
+        board,
+        {
+            "Runs": [
+                _panel("Completed epochs", "By run.", [(f"prelora_epoch{of}", "{{run}}")], unit="short"),
+                _panel("Training loss", "By run.", [(f"prelora_loss{of}", "{{run}}")]),
+                _panel("Top-1", "By run.", [(f"prelora_val_top1_ratio{of}", "{{run}}")], unit="percentunit"),
+                _panel("Workers", "By run.", [(f"prelora_world_size{of}", "{{run}}")], unit="short"),
+            ],
+            "Use": [
+                _panel(
+                    "Throughput by run",
+                    "All workers together.",
+                    [(f"sum by (run) (rate(prelora_images_total{of}[$__rate_interval]))", "{{run}}")],
+                    unit="iops",
+                ),
+                _panel(
+                    "Workers by phase",
+                    "How many train in each phase; their sum over time is GPU-hours by phase.",
+                    [(f"sum by (phase) (prelora_world_size{of} * on (run) group_right () prelora_phase_info)", "{{phase}}")],
+                    unit="short",
+                ),
+                _panel(
+                    "Restarts in the last hour",
+                    "By run and cause; empty as long as there was none.",
+                    [(f"increase(prelora_restarts_total{of}[1h])", "{{run}} {{cause}}")],
+                    unit="short",
+                ),
+                _panel(
+                    "GPU utilization of nodes",
+                    "Ray's own series; empty without GPUs.",
+                    [("ray_node_gpus_utilization", "{{instance}} {{GpuIndex}}")],
+                    unit="percent",
+                ),
+            ],
+        },
+    )
+
+
+def _board(uid: str, title: str, description: str) -> dashboard.Dashboard:
+    return (
+        dashboard.Dashboard(title)
+        .uid(uid)
+        .description(description)
+        .tags(["prelora"])
+        .time("now-6h", "now")
+        .refresh("10s")
+        .tooltip(DashboardCursorSync.CROSSHAIR)
+        .with_variable(dashboard.DatasourceVariable("source").label("Data source").type("prometheus"))
+    )
+
+
+def _variable(name: str, query: str, *, multi: bool) -> dashboard.QueryVariable:
+    """Refreshed with the time range, so that a run that has ended is in it for as long as the range shows it."""
+    return (
+        dashboard.QueryVariable(name)
+        .label(name.capitalize())
+        .datasource(SOURCE)
+        .query(query)
+        .refresh(VariableRefresh.ON_TIME_RANGE_CHANGED)
+        .multi(multi)
+        .include_all(multi)
+    )
+
+
+def _panel(
+    title: str, description: str, targets: list[tuple[str, str]], unit: str = "none", warn: float | None = None
+) -> timeseries.Panel:
+    steps = [Threshold(value=None, color="green")] + ([Threshold(value=warn, color="red")] if warn is not None else [])
+    panel = (
+        timeseries.Panel()
+        .title(title)
+        .description(description)
+        .datasource(SOURCE)
+        .unit(unit)
+        .thresholds(dashboard.ThresholdsConfig().mode(ThresholdsMode.ABSOLUTE).steps(steps))
+        .span(6)
+        .height(8)
+    )
+    for index, (expression, legend) in enumerate(targets):
+        query = prometheus.Dataquery().expr(expression).legend_format(legend).ref_id(chr(ord("A") + index))
+        panel = panel.with_target(query)
+    return panel
+
+
+def _with_rows(board: dashboard.Dashboard, rows: dict[str, list[timeseries.Panel]]) -> dashboard.Dashboard:
+    for title, panels in rows.items():
+        board = board.with_row(dashboard.Row(title))
+        for panel in panels:
+            board = board.with_panel(panel)
+    return board
+
+
+def built() -> dict[str, str]:
+    """Each dashboard's JSON, by its file's name."""
+    boards = {"run.json": run(), "fleet.json": fleet()}
+    return {name: JSONEncoder(sort_keys=True, indent=2).encode(board.build()) + "\n" for name, board in boards.items()}
+
+
+if __name__ == "__main__":
+    for name, content in built().items():
+        (HERE / name).write_text(content)
+        print(HERE / name, file=sys.stderr)

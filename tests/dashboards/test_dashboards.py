@@ -1,0 +1,183 @@
+"""Dashboards and alerts against a real Prometheus that watched a real run."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import shutil
+import subprocess
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from prelora_ray.monitor.exporter import start_exporter
+from prelora_ray.run_folder import RunFolder
+from prelora_ray.train.run import train
+from prelora_ray.train.telemetry import run_label
+from tests.runs import Killer, settings
+
+ROOT = Path(__file__).parents[2] / "dashboards"
+GPU_ONLY = {"GPU memory by phase", "GPU utilization of nodes"}
+"""Panels that no run on a CPU has data for."""
+PHASE_EPOCHS = 10
+
+
+def needs(program: str) -> str:
+    path = shutil.which(program)
+    if path is None:
+        pytest.skip(f"no {program} on this machine (Debian: apt install prometheus)")
+    return path
+
+
+def panels() -> list[tuple[str, str]]:
+    """(title, expression) of every query of every panel, and of every annotation."""
+    found = []
+    for path in sorted((ROOT / "grafana").glob("*.json")):
+        board = json.loads(path.read_text())
+        for panel in board["panels"]:
+            found += [(panel["title"], target["expr"]) for target in panel.get("targets", [])]
+        found += [(annotation["name"], annotation["expr"]) for annotation in board["annotations"].get("list", [])]
+    return found
+
+
+def test_the_files_are_what_the_sdk_builds():
+    for name, content in runpy.run_path(str(ROOT / "build.py"))["built"]().items():
+        assert (ROOT / "grafana" / name).read_text() == content, "run `python dashboards/build.py`"
+
+
+def test_every_panel_says_what_it_shows():
+    for path in (ROOT / "grafana").glob("*.json"):
+        for panel in json.loads(path.read_text())["panels"]:
+            if panel["type"] != "row":
+                assert panel["description"]
+                assert panel["fieldConfig"]["defaults"]["unit"]
+                assert panel["fieldConfig"]["defaults"]["thresholds"]["steps"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("check", "rules", "alerts.yml"), ("check", "config", "prometheus.yml"), ("test", "rules", "alerts_test.yml")],
+    ids=" ".join,
+)
+def test_promtool_is_content(arguments):
+    command = [needs("promtool"), *arguments[:2], str(ROOT / "prometheus" / arguments[2])]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_every_alert_is_tested_and_explained():
+    rules = yaml.safe_load((ROOT / "prometheus" / "alerts.yml").read_text())["groups"][0]["rules"]
+    tested = (ROOT / "prometheus" / "alerts_test.yml").read_text()
+    page = (ROOT.parent / "docs" / "alerts.md").read_text()
+    for rule in rules:
+        assert f"alertname: {rule['alert']}" in tested
+        assert f"| {rule['alert']} |" in page
+
+
+Query = Callable[[str], list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def watched(digits, storage, tmp_path_factory) -> Iterator[tuple[RunFolder, str, Query]]:
+    """A run through all phases with a worker killed in it, as a Prometheus saw it that scraped it every second."""
+    program = needs("prometheus")
+    method = {"windows": 3, "window_epochs": 1, "switch_epoch": PHASE_EPOCHS, "warmup_epochs": PHASE_EPOCHS}
+    training = {"epochs": 3 * PHASE_EPOCHS}
+    run = settings(digits, storage, "on-record", 2, method=method, train=training, checkpoint={"every_steps": 4})
+    folder = tmp_path_factory.mktemp("prometheus")
+    exporter = start_exporter(run.monitor.host, run.monitor.port)
+    config = yaml.safe_load((ROOT / "prometheus" / "prometheus.yml").read_text())
+    config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    config["rule_files"] = [str(ROOT / "prometheus" / "alerts.yml")]
+    config["scrape_configs"][0]["static_configs"][0]["targets"] = [exporter]
+    (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+    port = 19090
+    server = subprocess.Popen(
+        [
+            *(program, f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"),
+            f"--web.listen-address=127.0.0.1:{port}",
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+    def ask(path: str, **parameters: str) -> Any:
+        address = f"http://127.0.0.1:{port}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
+        with urllib.request.urlopen(address, timeout=10) as answer:
+            return json.loads(answer.read())["data"]
+
+    def query(expression: str) -> list[dict[str, Any]]:
+        return list(ask("query", query=expression)["result"])
+
+    try:
+        killer = Killer(run, [PHASE_EPOCHS + 2])
+        killer.start()
+        train(run)
+        time.sleep(3)  # the last values are scraped
+        yield RunFolder.of(run), run_label(run), query
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def filled_in(expression: str, label: str) -> str:
+    return expression.replace("$run", label).replace("$__rate_interval", "2m")
+
+
+def test_every_query_of_every_panel_has_data(watched):
+    _, label, query = watched
+    for title, expression in panels():
+        found = query(filled_in(expression, label))
+        if title in GPU_ONLY:
+            assert not found
+        elif not title.endswith("begins"):
+            assert found, f"{title}: {expression}"
+
+
+def test_phase_changes_are_annotated(watched):
+    _, label, query = watched
+    for title, expression in panels():
+        if title.endswith("begins"):
+            assert query(f"max_over_time(({filled_in(expression, label)})[5m:1s])"), title
+
+
+def test_the_numbers_are_those_of_the_run_folder(watched):
+    folder, label, query = watched
+    epochs = folder.read_lines("epochs.jsonl")
+
+    def value(expression: str) -> float:
+        (found,) = query(expression)
+        return float(found["value"][1])
+
+    of = f'{{run="{label}"}}'
+    assert value(f"prelora_loss{of}") == epochs[-1]["loss"]
+    assert value(f"prelora_val_top1_ratio{of}") == epochs[-1]["val_top1"]
+    assert value(f"prelora_trainable_parameters{of}") == epochs[-1]["trainable_parameters"]
+    assert value(f"sum(prelora_restarts_total{of})") == 1
+    lora = sum(line["images"] for line in epochs if line["phase"] == "lora")
+    assert value(f'sum(prelora_images_total{{run="{label}", phase="lora"}})') == lora
+    ranks = folder.read_json("ranks.json")
+    assert value(f"count(prelora_adapter_rank{of})") == len(ranks)
+    assert value(f"sum(prelora_adapter_rank{of})") == sum(ranks.values())
+
+
+def test_every_alert_can_be_evaluated_and_a_healthy_run_raises_none(watched):
+    _, label, query = watched
+    rules = yaml.safe_load((ROOT / "prometheus" / "alerts.yml").read_text())["groups"][0]["rules"]
+    for rule in rules:
+        alarms = [found for found in query(rule["expr"]) if found["metric"].get("run") == label]
+        assert not alarms, rule["alert"]
+
+
+def test_every_name_is_one_that_is_exported():
+    page = (ROOT.parent / "docs" / "metrics.md").read_text()
+    for title, expression in panels():
+        for name in re.findall(r"prelora_\w+", expression):
+            assert f"`{name.removesuffix('_bucket')}`" in page, title
