@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -94,8 +92,7 @@ def _search(plan: Plan, earlier: list[dict[str, Any]]) -> None:
             name=time.strftime("%Y%m%d-%H%M%S"), storage_path=f"{plan.folder}/tune", callbacks=[_Ends(plan)], verbose=0
         ),
     )
-    with contextlib.redirect_stdout(sys.stderr):  # where results alone go, Tune prints its greetings
-        tuner.fit()
+    tuner.fit()
 
 
 def _dimension(values: list[Any] | Range) -> Any:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -142,7 +144,8 @@ def ray_session(*, debug: bool = False) -> Iterator[bool]:
         **({"include_dashboard": False} if address == "local" else {}),
     )
     try:
-        yield address == "local"
+        with contextlib.redirect_stdout(sys.stderr):  # where Ray's own messages go: standard output is for results
+            yield address == "local"
     finally:
         ray.shutdown()
 

@@ -167,7 +167,11 @@ def test_a_run_exports_what_its_folder_says(digits, storage, ray_cluster):
             counted[labels[0]] = counted.get(labels[0], 0) + value
     phases = {line["phase"] for line in epochs}
     assert counted == {phase: sum(line["images"] for line in epochs if line["phase"] == phase) for phase in phases}
-    steps = {labels[0]: value for (name, labels), value in found.items() if name == "prelora_step_seconds_count"}
+    steps = {
+        labels[0]: value
+        for (name, labels), value in found.items()
+        if name == "prelora_step_seconds_count" and labels[1] == label
+    }
     assert steps == {phase: 15 * sum(line["phase"] == phase for line in epochs) for phase in phases}
     assert found["prelora_epoch", (label,)] in (EPOCHS - 1, EPOCHS)
     assert found["prelora_loss", (label,)] == epochs[-1]["loss"]
