@@ -44,7 +44,7 @@ def main() -> None:
         begin = time.perf_counter()
         for client in clients:
             start = time.perf_counter()
-            client.send(options.workers, now=True)
+            client.send(options.workers)
             messages.append(time.perf_counter() - start)
         time.sleep(max(0.0, 0.5 - (time.perf_counter() - begin)))
         start = time.perf_counter()

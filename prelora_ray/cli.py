@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import time
 from dataclasses import asdict
@@ -288,10 +289,14 @@ def _numbers(option: str, text: str) -> list[float]:
             if first <= 0 or ratio <= 1 or steps < 1:
                 raise ValueError(text)
             return [first * ratio ** (step / steps) for step in range(steps + 1)]
-        return [float(part) for part in text.split(",")]
+        values = [float(part) for part in text.split(",")]
+        if not all(0 <= value < math.inf for value in values):
+            raise ValueError(text)
+        return values
     except (ValueError, ZeroDivisionError):
         raise ValueError(
-            f"{option} {text} is not allowed: give a number, several such as 0.25,0.5,1, or 0.1:10:30 for 30 from 0.1 to 10"
+            f"{option} {text} is not allowed: give a number of 0 or more, several such as 0.25,0.5,1, or 0.1:10:30 for 30 "
+            "from 0.1 to 10"
         ) from None
 
 

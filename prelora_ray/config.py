@@ -329,6 +329,18 @@ def with_absolute_paths(settings: Settings) -> Settings:
     return settings.model_copy(update={"storage": absolute(settings.storage), "data": data, "model": model})
 
 
+def flat(settings: Section) -> dict[str, Any]:
+    """The settings as {key.path: value}, all of them."""
+    return _flat(settings.model_dump(mode="json"))
+
+
+def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
 def without_effect(settings: Settings) -> list[str]:
     """A sentence for each setting that was given and has no effect."""
     method, augment = settings.method, settings.augment

@@ -54,6 +54,13 @@ def test_replay_of_a_record_as_json(record):
     assert percent_change(10, 10.8) == pytest.approx(8)
 
 
+@pytest.mark.parametrize("text", ["0.5,-1", "0.5,nan", "0:1:5", "2:1:5", "many"])
+def test_thresholds_that_are_none_are_told(record, text):
+    result = prelora("replay", str(record), "--tau", text)
+    assert result.returncode == 2
+    assert f"--tau {text} is not allowed: give a number of 0 or more" in result.stderr
+
+
 def test_replay_reads_phase_full_only_and_says_why_there_is_no_switch(record):
     result = prelora("replay", str(record), "--tau", "0.01", "--window-epochs", "1", "--json")
     content = json.loads(result.stdout)

@@ -27,9 +27,12 @@ class Client:
             with contextlib.suppress(ValueError):
                 self._actor = ray.get_actor(NAME, NAMESPACE)
 
-    def send(self, world_size: int, *, now: bool = False) -> None:
-        """Sends what the metrics are, if it is time, or with `now`."""
-        if self._actor is None or not (now or time.monotonic() - self._time >= SEND_SECONDS):
+    @property
+    def is_due(self) -> bool:
+        return self._actor is not None and time.monotonic() - self._time >= SEND_SECONDS
+
+    def send(self, world_size: int) -> None:
+        if self._actor is None:
             return
         self._time = time.monotonic()
         with contextlib.suppress(ray.exceptions.PendingCallsLimitExceeded, ray.exceptions.RayActorError):

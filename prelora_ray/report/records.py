@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
-from prelora_ray.config import Settings
+from prelora_ray.config import Settings, flat
 from prelora_ray.run_folder import RunFolder, last_attempt
 
 Line = dict[str, Any]
@@ -68,14 +69,7 @@ def read_sweep(path: str) -> Line | None:
 
 def differing_settings(runs: list[RunRecords]) -> dict[str, list[Any]]:
     """Settings in which the runs differ, with each one's value; the name and where runs lie do not count."""
-    flat = [_flat(run.settings.model_dump(mode="json", exclude={"name", "storage"})) for run in runs]
-    keys = list(dict.fromkeys(key for content in flat for key in content))
-    values = {key: [content.get(key) for content in flat] for key in keys}
+    contents = [flat(run.settings) for run in runs]
+    keys = [key for key in dict.fromkeys(itertools.chain(*contents)) if key not in ("name", "storage")]
+    values = {key: [content.get(key) for content in contents] for key in keys}
     return {key: found for key, found in values.items() if any(value != found[0] for value in found)}
-
-
-def _flat(content: Line, prefix: str = "") -> Line:
-    flat: Line = {}
-    for key, value in content.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from prelora_ray.config import Settings
+from prelora_ray.config import Settings, flat
 from prelora_ray.method.phases import Phase
 from prelora_ray.run_folder import RunFolder, last_attempt
 from prelora_ray.sweep.replay import read_record
@@ -63,18 +61,14 @@ def fork(trunk: RunFolder, settings: Settings) -> int:
 
 
 def _check_same_trunk(trunk: RunFolder, settings: Settings) -> None:
-    ours, theirs = (_of_trunk(each) for each in (settings, trunk.read_settings()))
-    for key in ours:
-        if ours[key] != theirs[key]:
-            raise ValueError(f"{key} = {ours[key]!r} is not allowed in a fork: its trunk {trunk} was run with {theirs[key]!r}")
+    ours, theirs = flat(settings), flat(trunk.read_settings())
+    for key in ours | theirs:
+        if key.startswith(_OF_TRUNK) and key not in _WITHOUT_EFFECT and ours.get(key) != theirs.get(key):
+            raise ValueError(
+                f"{key} = {ours.get(key)!r} is not allowed in a fork: its trunk {trunk} was run with {theirs.get(key)!r}"
+            )
 
 
-def _of_trunk(settings: Settings) -> dict[str, Any]:
-    """What a run computes in phase full."""
-    content = settings.model_dump(mode="json")
-    sections = {name: content[name] for name in ("model", "data", "augment", "train")}
-    without_effect = {"data.path", "data.source", "data.decoders"}
-    flat = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
-    return {key: value for key, value in flat.items() if key not in without_effect} | {
-        "method.targets": content["method"]["targets"]
-    }
+_OF_TRUNK = ("model.", "data.", "augment.", "train.", "method.targets")
+"""Keys of what a run computes in phase full."""
+_WITHOUT_EFFECT = {"data.path", "data.source", "data.decoders"}

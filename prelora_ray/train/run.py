@@ -17,7 +17,7 @@ import ray
 import ray.train
 import ray.train.torch
 
-from prelora_ray.config import Settings, with_absolute_paths, without_effect
+from prelora_ray.config import Settings, flat, with_absolute_paths, without_effect
 from prelora_ray.data.manifest import Manifest, read_manifest
 from prelora_ray.data.prepare import prepare
 from prelora_ray.errors import InterruptedRunError, WorkError
@@ -237,7 +237,7 @@ def _prepare_once(settings: Settings) -> None:
 
 def _check_unchanged(before: Settings, now: Settings, folder: RunFolder) -> None:
     """Raises ValueError where a run is resumed with settings that would make another run of it."""
-    old, new = (_flat(settings.model_dump(mode="json")) for settings in (before, now))
+    old, new = (flat(settings) for settings in (before, now))
     for key in sorted(old | new):
         if old.get(key) != new.get(key) and not any(key == may or key.startswith(may + ".") for may in _MAY_CHANGE):
             raise ValueError(
@@ -256,10 +256,3 @@ def _check_same_data(folder: RunFolder, settings: Settings, manifest: Manifest) 
             f"data.path = {settings.data.path!r} is not allowed: run {folder} was begun with other images; "
             "resume it with those, or give another --name"
         )
-
-
-def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in content.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

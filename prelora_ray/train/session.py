@@ -70,12 +70,12 @@ class Session:
         self.control = Control()
         self.notices = Notices(self.folder, settings.checkpoint)
         self.records = RunRecords(self.folder, self.attempt) if self.rank == 0 else None
-        self.board = TensorBoardLog(self.folder, self.attempt, self.state.epoch) if self.rank == 0 else None
         self.audit = LineWriter(self.folder, f"samples-{self.rank}.jsonl") if settings.audit_samples else None
         self.telemetry = WorkerTelemetry(settings, self.rank, world_size, device)
         if self.records:
             trunk_epochs = settings.method.window_epochs if settings.checkpoint.keep_trunk else None
             self.saver = Saver(self.checkpoints, Retention(settings.checkpoint.keep, trunk_epochs))
+            self.board = TensorBoardLog(self.folder, self.attempt, self.state.epoch)
             self._record_start(start)
             done = last_attempt(self.folder.read_lines("epochs.jsonl"), "epoch")
             self._lines = [line for line in done if line["epoch"] < self.state.epoch]
@@ -144,7 +144,7 @@ class Session:
         content = None
         if self.rank == 0:
             norms = target_norms(self.state.model, self.state.targets)
-            assert self.records and self.board
+            assert self.records
             self.records.norms(epoch=epoch, phase=self._phase, loss=loss, norms=norms)
             decision = self.state.phases.end_epoch(epoch, norms, loss)
             if decision.verdict is not None:
@@ -183,7 +183,7 @@ class Session:
         if decision.switch is not None or decision.freeze:
             self.watchdog.beat(patiently=True)  # what trains now is built and compiled anew
         self.state.apply(decision)
-        if self.records and self.board:
+        if self.records:
             self.records.epoch(**line)
             self.board.epoch(line)
             self.run_telemetry.epoch(line)
@@ -199,11 +199,12 @@ class Session:
             self._finish_saving()
         if self.audit:
             self.audit.flush()
-        if self.records and self.board:
+        if self.records:
             self._record_saves()
             self.records.flush()
             self.board.flush()
-        self.telemetry.send(now=is_last)
+        if is_last:
+            self.telemetry.send()
         report(self, line, decision)
 
     def fail(self, message: str) -> None:

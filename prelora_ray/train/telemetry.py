@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from prelora_ray.config import Settings
+from prelora_ray.method.phases import Phase
 from prelora_ray.monitor.client import Client
 from prelora_ray.monitor.metrics import RunMetrics, WorkerMetrics
 from prelora_ray.train.saver import Saved
 
 _RATE_SECONDS = 5.0
 """What images_per_second is the mean over, at least."""
-_PHASES = ("full", "warmup", "lora")
 
 
 def run_label(settings: Settings) -> str:
@@ -33,7 +33,6 @@ class WorkerTelemetry:
         self._device = device
         self._metrics = WorkerMetrics()
         self._client = Client(self._labels[0], str(rank), self._metrics, enabled=settings.monitor.enabled)
-        self.begin_epoch("full")
 
     def begin_epoch(self, phase: str) -> None:
         self._phase = phase
@@ -58,9 +57,10 @@ class WorkerTelemetry:
             self._recent.popleft()
         (begin, before), (end, after) = self._recent[0], self._recent[-1]
         self._rate.set((after - before) / (end - begin))
-        self.send()
+        if self._client.is_due:
+            self.send()
 
-    def send(self, *, now: bool = False) -> None:
+    def send(self) -> None:
         if self._device.type == "cuda":
             for kind, value in (
                 ("allocated", torch.cuda.memory_allocated()),
@@ -68,7 +68,7 @@ class WorkerTelemetry:
                 ("peak", torch.cuda.max_memory_allocated()),
             ):
                 self._metrics.gpu_memory_bytes.labels(*self._labels, self._phase, kind).set(value)
-        self._client.send(self._world_size, now=now)
+        self._client.send(self._world_size)
 
 
 class RunTelemetry:
@@ -90,15 +90,16 @@ class RunTelemetry:
 
     def state(self, phase: str, epoch: int, ranks: dict[str, int] | None) -> None:
         """The phase that trains now, completed epochs, and the ranks once there are any."""
-        for other in _PHASES:
-            self._metrics.phase_info.labels(self._run, other).set(other == phase)
+        for other in Phase:
+            self._metrics.phase_info.labels(self._run, other.value).set(other == phase)
         self._metrics.epoch.labels(self._run).set(epoch)
         for module, rank in (ranks or {}).items():
             self._metrics.adapter_rank.labels(self._run, module).set(rank)
 
     def progress(self, loss: float) -> None:
         self._metrics.loss.labels(self._run).set(loss)
-        self._client.send(self._world_size)
+        if self._client.is_due:
+            self._client.send(self._world_size)
 
     def epoch(self, line: dict[str, Any]) -> None:
         """A line of epochs.jsonl."""
@@ -107,7 +108,7 @@ class RunTelemetry:
         self._metrics.trainable_parameters.labels(self._run).set(line["trainable_parameters"])
         if line["val_top1"] is not None:
             self._metrics.val_top1.labels(self._run).set(line["val_top1"])
-        self._client.send(self._world_size, now=True)
+        self._client.send(self._world_size)
 
     def window(self, line: dict[str, Any]) -> None:
         """A line of windows.jsonl."""

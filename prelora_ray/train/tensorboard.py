@@ -11,6 +11,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import masked_crc32c
 
+from prelora_ray.method.phases import Phase
 from prelora_ray.run_folder import Appender, RunFolder, last_attempt
 
 FOLDER = "tensorboard"
@@ -28,7 +29,6 @@ _FROM_EPOCHS = {
     "run/world_size": "world_size",
 }
 """Scalars, by the keys of epochs.jsonl that hold them."""
-_PHASES = ("full", "warmup", "lora")
 
 
 class TensorBoardLog:
@@ -51,7 +51,7 @@ class TensorBoardLog:
     def epoch(self, line: Mapping[str, Any]) -> None:
         """A line of epochs.jsonl."""
         values = {tag: line[key] for tag, key in _FROM_EPOCHS.items()}
-        self._scalars(line["epoch"] + 1, {**values, "run/phase": _PHASES.index(line["phase"])})
+        self._scalars(line["epoch"] + 1, {**values, "run/phase": list(Phase).index(line["phase"])})
 
     def window(self, line: Mapping[str, Any]) -> None:
         """A line of windows.jsonl."""

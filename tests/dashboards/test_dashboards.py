@@ -7,7 +7,6 @@ import re
 import runpy
 import shutil
 import subprocess
-import time
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from prelora_ray.monitor.exporter import start_exporter
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.train.run import train
 from prelora_ray.train.telemetry import run_label
+from tests.chaos.site import wait_for
 from tests.runs import Killer, settings
 
 ROOT = Path(__file__).parents[2] / "dashboards"
@@ -120,8 +120,15 @@ def watched(digits, storage, tmp_path_factory) -> Iterator[tuple[RunFolder, str,
         killer = Killer(run, [PHASE_EPOCHS + 2])
         killer.start()
         train(run)
-        time.sleep(3)  # the last values are scraped
-        yield RunFolder.of(run), run_label(run), query
+        label = run_label(run)
+        epochs = RunFolder.of(run).read_lines("epochs.jsonl")
+        images = sum(line["images"] for line in epochs if line["phase"] == "lora")
+        last = [
+            f'prelora_loss{{run="{label}"}} == {epochs[-1]["loss"]!r}',
+            f'sum(prelora_images_total{{run="{label}", phase="lora"}}) == {images}',
+        ]
+        wait_for(lambda: all(query(expression) for expression in last), 30, "the scrape of the run's last values")
+        yield RunFolder.of(run), label, query
     finally:
         server.terminate()
         server.wait()
@@ -163,6 +170,7 @@ def test_the_numbers_are_those_of_the_run_folder(watched):
     assert value(f"sum(prelora_restarts_total{of})") == 1
     lora = sum(line["images"] for line in epochs if line["phase"] == "lora")
     assert value(f'sum(prelora_images_total{{run="{label}", phase="lora"}})') == lora
+    assert not query(f"prelora_images_total{of} == 0"), "workers that were started anew in warmup tell of no phase full"
     ranks = folder.read_json("ranks.json")
     assert value(f"count(prelora_adapter_rank{of})") == len(ranks)
     assert value(f"sum(prelora_adapter_rank{of})") == sum(ranks.values())

@@ -139,13 +139,13 @@ def test_an_exporter_that_dies_comes_back_with_what_workers_say(ray_cluster):
     metrics.restarts.labels("a", "failure").inc(3)
     client = Client("a", "run", metrics)
     series = ("prelora_restarts_total", ("failure", "a"))
-    client.send(1, now=True)
+    client.send(1)
     assert wait_for(lambda: read(address).get(series), 10, "the first message") == 3
     ray.kill(ray.get_actor(NAME, NAMESPACE), no_restart=False)
     metrics.restarts.labels("a", "failure").inc()
 
     def again() -> float | None:
-        client.send(1, now=True)
+        client.send(1)
         time.sleep(0.2)
         try:
             return read(start_exporter("127.0.0.1", 19500)).get(series)
