@@ -8,6 +8,7 @@ import math
 import sys
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -316,6 +317,46 @@ def report(
         _print_json({"path": out, "figures": figures, "png": png})
     else:
         console.out.print(f"{out}: {len(figures)} figures" + (f", as pictures in {png}" if png else ""))
+
+
+bench = typer.Typer(help="Measure speed on this machine, beside what others take for the same work.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+Out = Annotated[str | None, typer.Option(help="Also write the JSON object to this file.")]
+
+
+@bench.command("phases")
+def bench_phases(
+    model: Annotated[str, typer.Option(help="A Vision Transformer's name in timm.")] = "vit_large_patch16_224",
+    image_size: Annotated[int, typer.Option(help="Side of the image, in pixels.")] = 224,
+    batch: Annotated[int, typer.Option(help="Images in a step.")] = 256,
+    residual: Annotated[Literal["fp32", "bf16"], typer.Option(help="Format of our rows' residual stream.")] = "fp32",
+    steps: Annotated[int, typer.Option(help="Steps in a round; a figure is the median of five rounds.")] = 10,
+    kernels: Annotated[int, typer.Option(help="Name so many kernels of each row, those that take the most time.")] = 0,
+    row: Annotated[list[str] | None, typer.Option(help="Beginning of the names of rows to measure; repeatable.")] = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Images a second in full, warmup and lora, and of timm, PEFT and Hugging Face."""
+    from prelora_ray.bench.phases import Options
+    from prelora_ray.bench.phases import bench_phases as run
+
+    _tell_bench(run(Options(model, image_size, batch, residual, steps, kernels, tuple(row or ()))), out, as_json)
+
+
+def _tell_bench(result: dict[str, Any], out: str | None, as_json: bool) -> None:
+    from prelora_ray import console
+
+    if out is not None:
+        Path(out).write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    if as_json:
+        _print_json(result)
+    else:
+        console.out.print(console.bench_table(result))
+        for row in result["rows"]:
+            for kernel, milliseconds in row.get("kernels", ()):
+                console.out.print(f"{row['name']}: {milliseconds:8.3f} ms  {kernel[:110]}", markup=False)
+    for name, reason in result.get("missing", {}).items():
+        print(f"not measured: {name} ({reason})", file=sys.stderr)
 
 
 def _print_json(content: dict[str, Any]) -> None:

@@ -151,8 +151,11 @@ class TrainSettings(Section):
     """AdamW's decay rates of the moments."""
     clip_norm: Positive | None = 1.0
     """Largest norm of the gradient; null does not clip."""
-    precision: Literal["auto", "fp64", "fp32", "bf16"] = "auto"
-    """Number format of the products; auto is bf16 autocast on GPUs and fp32 on CPUs. Parameters are float32 (fp64: float64)."""
+    precision: Literal["auto", "fp64", "fp32", "bf16", "fp8"] = "auto"
+    """Number format of the products; auto is bf16 on GPUs and fp32 on CPUs. fp8 is bf16 before phase lora and e4m3 in it. What
+    trains is float32 (fp64: float64)."""
+    residual: Literal["fp32", "bf16"] = "fp32"
+    """Number format of the residual stream between the blocks, where the products are bf16 or fp8."""
     compile: bool | Literal["auto"] = "auto"
     """Whether the model's blocks go through torch.compile; auto does on GPUs."""
     cuda_graph: bool = True

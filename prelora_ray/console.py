@@ -266,3 +266,20 @@ def _number(value: float | None) -> str:
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
+
+
+def bench_table(result: dict[str, Any]) -> Table:
+    """A benchmark's rows, as they come."""
+    table = Table(title=f"{result['benchmark']} on {result['device']}, {result['date']}", title_justify="left")
+    columns = [column for column in (result["rows"][0] if result["rows"] else ()) if column != "kernels"]
+    for column in columns:
+        table.add_column(column.replace("_", " "), justify="left" if column == "name" else "right")
+    for row in result["rows"]:
+        table.add_row(*(_figure(row[column]) for column in columns))
+    return table
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)

@@ -12,15 +12,31 @@ import pytest
 import ray
 import torch
 from moto.server import ThreadedMotoServer
+from torch import nn
 
 from prelora_ray.config import Settings
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.torchvision_ops import make_importable
 from prelora_ray.train.run import train
-from tests.runs import settings
+from tests.runs import TINY_VIT, settings
 
 make_importable()
+
+import timm  # noqa: E402
+
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def vit() -> nn.Module:
+    """A timm ViT of three blocks, width 16, for 8 x 8 images and 10 classes."""
+    torch.manual_seed(0)
+    return timm.create_model("vit_tiny_patch16_224", img_size=8, num_classes=10, **TINY_VIT).eval()
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="session")

@@ -18,9 +18,11 @@ MAY_IMPORT = {
     "torchvision_ops.py": set(),
     "config.py": {"method"},
     "run_folder.py": {"config.py", "storage.py"},
+    "kernels": {"kernels"},
     "monitor": {"monitor"},
     "train": {
         "train",
+        "kernels",
         "method",
         "data",
         "monitor",
@@ -35,6 +37,7 @@ MAY_IMPORT = {
     "export.py": {"trained.py", "method", "data", "storage.py", "errors.py", "torchvision_ops.py"},
     "sweep": {"sweep", "train", "method", "config.py", "run_folder.py", "storage.py", "errors.py"},
     "report": {"report", "config.py", "run_folder.py"},
+    "bench": {"bench", "train", "method", "data", "config.py"},
     "console.py": {"config.py", "run_folder.py", "sweep", "evaluate.py"},
     "cli.py": {
         "console.py",
@@ -47,6 +50,7 @@ MAY_IMPORT = {
         "train",
         "sweep",
         "report",
+        "bench",
     },
     "__main__.py": {"cli.py"},
     "__init__.py": set(),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,9 @@ from prelora_ray.method.ranks import check_ranks
 from prelora_ray.method.targets import Target
 
 PEFT_PREFIX = "base_model.model."
+
+Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, float], torch.Tensor]
+"""A fast form of a layer's forward: of x, W, bias, A, B and s, with A and B as `LoraLinear.fused` gives them."""
 
 
 class LoraLinear(nn.Module):
@@ -39,6 +42,8 @@ class LoraLinear(nn.Module):
         self.weight = linear.weight
         self.bias = linear.bias
         self.scaling = scaling
+        self.product: Product | None = None
+        """Computes the layer; None does so plainly."""
         self.rows = {target.family: (target.start, target.stop) for target in targets}
         self.lora_A = nn.ParameterDict(
             {t.family: nn.Parameter(self.weight.new_empty(ranks[t.name], t.in_features)) for t in targets}
@@ -48,6 +53,8 @@ class LoraLinear(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.product is not None:
+            return self.product(x, self.weight, self.bias, *self.fused(), self.scaling)
         y = F.linear(x, self.weight, self.bias)
         updates, end = [], 0
         for family, (start, stop) in self.rows.items():
@@ -58,6 +65,11 @@ class LoraLinear(nn.Module):
         if end < self.out_features:
             updates.append(y.new_zeros(*y.shape[:-1], self.out_features - end))
         return y + (updates[0] if len(updates) == 1 else torch.cat(updates, dim=-1))
+
+    def fused(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """All slices' adapters as one: A (rank, in_features), stacked, and B (out_features, rank), block-diagonal."""
+        b = [F.pad(self.lora_B[family], (0, 0, start, self.out_features - stop)) for family, (start, stop) in self.rows.items()]
+        return torch.cat([self.lora_A[family] for family in self.rows]), torch.cat(b, dim=1)
 
     def delta(self, family: str) -> torch.Tensor:
         """s B A of one slice, (rows of the slice, in_features)."""
@@ -104,6 +116,12 @@ def _initial_a(seed: int, target: Target, rank: int) -> torch.Tensor:
     return nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
 
 
+def set_product(model: nn.Module, product: Product | None) -> None:
+    """Has every adapted layer computed by `product`, or plainly."""
+    for layer in lora_layers(model).values():
+        layer.product = product
+
+
 def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
     """The adapted linear layers by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
@@ -130,15 +148,9 @@ def peft_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """The adapters as PEFT saves them: ``base_model.model.<linear>.lora_A.weight`` and ``.lora_B.weight``."""
     tensors = {}
     for name, layer in lora_layers(model).items():
-        a = [layer.lora_A[family].detach() for family in layer.rows]
-        b = a[0].new_zeros(layer.out_features, sum(len(part) for part in a))
-        column = 0
-        for family, (start, stop) in layer.rows.items():
-            part = layer.lora_B[family].detach()
-            b[start:stop, column : column + part.shape[1]] = part
-            column += part.shape[1]
-        tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = torch.cat(a)
-        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = b
+        a, b = layer.fused()
+        tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = a.detach()
+        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = b.detach()
     return tensors
 
 

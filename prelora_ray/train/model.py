@@ -11,6 +11,7 @@ from torch import nn
 
 from prelora_ray.config import MethodSettings, ModelSettings
 from prelora_ray.data.draws import Draw, generator
+from prelora_ray.method.adapters import lora_layers
 from prelora_ray.method.ranks import check_ranks, match_rank_pattern
 from prelora_ray.method.targets import Target, find_targets
 from prelora_ray.torchvision_ops import make_importable
@@ -76,17 +77,23 @@ def create_model(settings: ModelSettings, num_classes: int, seed: int) -> nn.Mod
     return model
 
 
-def compile_blocks(model: nn.Module) -> None:
+def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
     """Sends every block through torch.compile.
 
     Blocks share their compiled code, so that compiling costs seconds instead of a minute at each start
-    and change of phase. Ranks differ from block to block: as sizes that may vary they need no code of their own.
+    and change of phase. Ranks differ from block to block: as sizes that may vary, two of which may be equal in one block
+    and not in the next, they need no code of their own.
     """
     torch._dynamo.reset()
     torch._dynamo.config.force_parameter_static_shapes = False
     torch._dynamo.config.recompile_limit = 64
+    torch.fx.experimental._config.use_duck_shape = False
+    for layer in lora_layers(model).values():
+        for family in layer.rows:
+            torch._dynamo.maybe_mark_dynamic(layer.lora_A[family], 0)
+            torch._dynamo.maybe_mark_dynamic(layer.lora_B[family], 1)
     for block in model.get_submodule("blocks").children():
-        block.compile()
+        block.compile(backend=backend)
 
 
 def drop_path_modules(model: nn.Module) -> list[KeyedDropPath]:

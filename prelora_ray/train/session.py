@@ -288,13 +288,18 @@ class Session:
 
     def _record_change(self, decision: Decision) -> None:
         phases = self.state.phases
+        trainable, parameters = count_parameters(self.state.model)
+        content: dict[str, Any] = {
+            "trainable_parameters": trainable,
+            "parameters": parameters,
+            "format": self.state.format,
+            "logit_change": self.state.logit_change,
+        }
         if decision.switch is not None:
             self.folder.write_json("ranks.json", decision.switch)
-            trainable, parameters = count_parameters(self.state.model)
-            self._event("switch", switch_epoch=phases.switched_at, trainable_parameters=trainable, parameters=parameters)
+            self._event("switch", switch_epoch=phases.switched_at, **content)
         if decision.freeze:
-            trainable, parameters = count_parameters(self.state.model)
-            self._event("freeze", freeze_epoch=phases.frozen_at, trainable_parameters=trainable, parameters=parameters)
+            self._event("freeze", freeze_epoch=phases.frozen_at, **content)
 
     def _diagnose(self, line: dict[str, Any]) -> None:
         """Records failure signatures, each once."""

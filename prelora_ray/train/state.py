@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from prelora_ray.method.adapters import (
     load_peft_state_dict,
     peft_config,
     peft_state_dict,
+    set_product,
 )
 from prelora_ray.method.convergence import ConvergenceTest
 from prelora_ray.method.phases import Decision, Phase, PhaseSchedule, freeze_parameters
@@ -25,6 +26,7 @@ from prelora_ray.method.targets import find_targets
 from prelora_ray.train.checkpoint import Checkpoint
 from prelora_ray.train.model import compile_blocks, create_model, drop_path_modules
 from prelora_ray.train.optim import OptimizerState, build_optimizer, optimizer_state
+from prelora_ray.train.precision import Format, adapter_product, autocast, keep_residual_in_bf16, phase_format
 from prelora_ray.train.pretrained import load_pretrained
 
 SWITCH_TOLERANCE = 1e-5
@@ -58,6 +60,8 @@ class TrainState:
         """What `load_pretrained` tells."""
         if settings.model.init_from is not None and checkpoint is None:
             self.pretrained_notes = load_pretrained(self.model, settings.model.init_from)
+        if settings.train.residual == "bf16":
+            keep_residual_in_bf16(self.model)
         self.drop_path = drop_path_modules(self.model)
         self.targets = find_targets(self.model, settings.method.targets)
         self.phases = phase_schedule(settings, [target.name for target in self.targets])
@@ -68,6 +72,8 @@ class TrainState:
         self.best_val_top1 = 0.0
         self.fork: Decision | None = None
         """The change of phase that the checkpoint of a trunk has yet to go through, where a fork begins with one."""
+        self.logit_change: float | None = None
+        """Largest change of a logit at the last change of phase: what another number format and other products make of it."""
         self.network: nn.Module = self.model
         if checkpoint is not None:
             self._load(checkpoint)
@@ -89,12 +95,14 @@ class TrainState:
     def dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype
 
+    @property
+    def format(self) -> Format:
+        """Number format of the products in the phase that the run is in."""
+        return phase_format(self.settings.train.precision, self.phases.phase, self.device)
+
     def autocast(self) -> AbstractContextManager[Any]:
-        """bf16 autocast where the settings ask for it; `auto` does on GPUs."""
-        precision = self.settings.train.precision
-        if precision == "bf16" or (precision == "auto" and self.device.type == "cuda"):
-            return torch.autocast(self.device.type, torch.bfloat16)
-        return nullcontext()
+        """What the network is called in."""
+        return autocast(self.format, self.device)
 
     @property
     def uses_cuda_graph(self) -> bool:
@@ -110,15 +118,17 @@ class TrainState:
         if decision.switch is None and not decision.freeze:
             return
         moments = optimizer_state(self.model, self.optimizer)
+        before = self._probe(self._format_built)
         if decision.switch is not None:
-            before = self._probe()
+            exact = self._probe("fp32")
             self._inject(decision.switch)
-            change = (self._probe() - before).abs().max().item()
+            change = (self._probe("fp32") - exact).abs().max().item()
             if not change <= SWITCH_TOLERANCE:
                 raise RuntimeError(f"injecting the adapters changed a logit by {change}, and must not change any")
         if decision.freeze:
             freeze_parameters(self.model, self.settings.method.freeze)
         self._rebuild(moments)
+        self.logit_change = (self._probe(self.format) - before).abs().max().item()
 
     def snapshot(self, sums: list[list[float]], *, holds_base: bool, val_top1: float | None = None) -> Checkpoint:
         """What rank 0 saves: copies on the device, which training does not change any more.
@@ -178,14 +188,18 @@ class TrainState:
         then on. One step with zero weights puts that behind every run, resumed or not, so that both
         sum alike ever after.
         """
+        self.network = self.model
         for parameter in self.model.parameters():
             parameter.grad = None
+        gc.collect()  # an old DDP keeps its hooks on the parameters until it is gone
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._format_built = self.format
+        set_product(self.model, adapter_product(self.format))
         if self._compiles():
             compile_blocks(self.model)
         if self.world_size == 1:
             return
-        self.network = self.model
-        gc.collect()  # an old DDP keeps its hooks on the parameters until it is gone
         self.network = DistributedDataParallel(
             self.model,
             device_ids=[self.device] if self.device.type == "cuda" else None,
@@ -200,13 +214,14 @@ class TrainState:
         self.optimizer.zero_grad()
 
     @torch.no_grad()
-    def _probe(self) -> torch.Tensor:
-        """Logits of two fixed images, outside autocast."""
+    def _probe(self, format_: Format) -> torch.Tensor:
+        """Logits of two fixed images in a number format, computed without compiling anything for them."""
         size = self.settings.model.image_size
         images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
         self.model.eval()
-        logits: torch.Tensor = self.model(images.to(self.device, self.dtype))
-        return logits
+        with torch.compiler.set_stance("force_eager"), autocast(format_, self.device):
+            logits: torch.Tensor = self.model(images.to(self.device, self.dtype))
+        return logits.to(self.dtype)
 
 
 def _copied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from prelora_ray.config import parse_settings
+from prelora_ray.train.precision import PrecisionError, check_precision
 from prelora_ray.train.session import Session, StoppedError
 from prelora_ray.train.step import NonFiniteLossError
 
@@ -17,6 +18,7 @@ def train_worker(config: dict[str, Any]) -> None:
     """
     session = Session(parse_settings(config["settings"]))
     try:
+        check_precision(session.settings.train.precision, session.state.device)
         for epoch in range(session.state.epoch, session.settings.train.epochs):
             session.begin_epoch()
             for batch in session.feed.take("train", epoch):
@@ -27,7 +29,7 @@ def train_worker(config: dict[str, Any]) -> None:
             session.end_epoch(epoch, loss, validation, decision)
     except StoppedError:
         pass
-    except NonFiniteLossError as error:  # the same on every worker and on every retry, so no retry helps
+    except (NonFiniteLossError, PrecisionError) as error:  # the same on every worker and on every retry, so no retry helps
         session.fail(str(error))
     finally:
         session.close()

@@ -1,0 +1,75 @@
+"""Where a benchmark ran: hardware, versions, and the two rates that bound any step."""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any
+
+import torch
+
+_PACKAGES = ("torch", "timm", "peft", "transformers", "ray", "numpy", "pyarrow", "pillow", "simplejpeg")
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Date, processor or GPU, and versions."""
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
+        "cpus": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": {name: version for name in _PACKAGES if (version := _version(name))},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def forget(device: torch.device) -> None:
+    """Gives back the memory of what went before, and counts the peak anew."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def seconds_per_call(call: Callable[[], object], device: torch.device, calls: int, rounds: int = 5) -> float:
+    """Wall-clock seconds of a call, in the median of rounds of `calls`, the device's work included."""
+    took = []
+    for _ in range(rounds):
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        synchronize(device)
+        took.append((time.perf_counter() - start) / calls)
+    return statistics.median(took)
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> float:
+    """Operations a second of a large matrix product of random numbers."""
+    n = 8192 if device.type == "cuda" else 512
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    return 2 * n**3 / seconds_per_call(lambda: a @ b, device, 10)
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes a second of a large copy on the device, those read and those written counted."""
+    size = 2**30 if device.type == "cuda" else 2**24
+    source = torch.empty(size, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    return 2 * size / seconds_per_call(lambda: target.copy_(source), device, 10)

@@ -1,0 +1,70 @@
+"""Which number format a phase computes in, and what that means for the model."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from prelora_ray.kernels.fp8 import fp8_linear
+from prelora_ray.kernels.merged import merged_linear
+from prelora_ray.method.adapters import Product
+from prelora_ray.method.phases import Phase
+
+Format = Literal["fp64", "fp32", "bf16", "fp8"]
+_FP8_CAPABILITY = (8, 9)
+"""The first NVIDIA GPUs with products of e4m3: Ada; Hopper is (9, 0)."""
+
+
+class PrecisionError(ValueError):
+    """The hardware does not have the format that the settings ask for."""
+
+
+def phase_format(precision: Literal["auto"] | Format, phase: Phase, device: torch.device) -> Format:
+    """The format of a phase's products. `fp8` is for a frozen base, so for phase lora; bf16 stands in front of it."""
+    if precision == "auto":
+        return "bf16" if device.type == "cuda" else "fp32"
+    if precision == "fp8" and phase is not Phase.LORA:
+        return "bf16"
+    return precision
+
+
+def check_precision(precision: Literal["auto"] | Format, device: torch.device) -> None:
+    """Raises PrecisionError where the device has not what the setting asks for."""
+    if precision != "fp8":
+        return
+    found = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < _FP8_CAPABILITY:
+        raise PrecisionError(
+            f"train.precision = 'fp8' is not allowed on {found}: it needs an NVIDIA GPU of the Ada or Hopper generation or "
+            "later; use bf16"
+        )
+
+
+def autocast(format_: Format, device: torch.device) -> AbstractContextManager[Any]:
+    """The context that the model is called in."""
+    return torch.autocast(device.type, torch.bfloat16) if format_ in ("bf16", "fp8") else nullcontext()
+
+
+def adapter_product(format_: Format) -> Product | None:
+    """What computes an adapted layer; None, the plain form, in the formats that references are computed in."""
+    products: dict[Format, Product] = {"bf16": partial(merged_linear, dtype=torch.bfloat16), "fp8": fp8_linear}
+    return products.get(format_)
+
+
+def keep_residual_in_bf16(model: nn.Module) -> None:
+    """Has the blocks of a timm Vision Transformer hand their residual stream on in bfloat16, wherever autocast is on.
+
+    Norms still compute in float32. A step reads and writes the stream several times, so half its bytes are time.
+    """
+    blocks = model.get_submodule("blocks")
+    blocks.register_forward_pre_hook(lambda _, inputs: (_narrow(inputs[0]), *inputs[1:]))
+    for block in blocks.children():  # a layer scale, float32, would widen it again
+        block.register_forward_hook(lambda _, __, output: _narrow(output))
+
+
+def _narrow(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.bfloat16) if torch.is_autocast_enabled(x.device.type) else x
