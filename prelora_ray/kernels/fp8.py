@@ -1,39 +1,75 @@
 """The product of a frozen linear layer with adapters in 8-bit floating point (e4m3), scaled by row.
 
-As `merged.py` has it, with x, dy and the matrices rounded to e4m3, each row by a scale of its own; sums are float32, results
-bfloat16. x is kept for the backward in 8 bits. Gradients of A and B are products of bfloat16.
+As `merged.py` has it, with x, dy and the two halves of M rounded to e4m3, each row by a scale of its own; sums are float32,
+results bfloat16. x is kept for the backward in 8 bits. Gradients of A and B are products of bfloat16.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from prelora_ray.kernels.merged import extended_matrix, filled_bias
+from prelora_ray.kernels.merged import frozen_bias
 
 E4M3_MAX = 448.0
 _MULTIPLE = 16
 """What the rows of a product's matrices must be a multiple of."""
 
 
-def fp8_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, scaling: float
-) -> torch.Tensor:
-    """x (..., in) to x (W + s B A)' + bias, (..., out) in bfloat16, for a frozen `weight` and `bias`.
+class Fp8FrozenLinear(nn.Module):
+    """As `merged.FrozenLinear`, in e4m3 and with results in bfloat16. `in` and `out` are multiples of 16."""
 
-    `in` and `out` are multiples of 16.
-    """
-    with torch.autocast(x.device.type, enabled=False):
-        rows = x.reshape(-1, x.shape[-1])
-        with torch.no_grad():
-            matrix = extended_matrix(torch.addmm(weight, b, a, alpha=scaling), a, b)
-            extra = -a.shape[0] % _MULTIPLE
-            forward = quantize(F.pad(matrix[:, : weight.shape[1]], (0, 0, 0, extra)))
-            backward = quantize(F.pad(matrix[: weight.shape[0]].t(), (0, 0, 0, extra)))
-        y: torch.Tensor = _FrozenProduct.apply(rows, a, b, *forward, *backward, filled_bias(bias, weight), scaling)
-        return y.view(*x.shape[:-1], -1)
+    rank_dimensions: ClassVar = {"onward": [0], "onward_scale": [0], "back": [0], "back_scale": [0]}
+    onward: torch.Tensor
+    onward_scale: torch.Tensor
+    back: torch.Tensor
+    back_scale: torch.Tensor
+    bias: torch.Tensor
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, rank: int) -> None:
+        super().__init__()
+        out_features, in_features = weight.shape
+        self.extra = -rank % _MULTIPLE
+        for name, shape in {
+            "onward": (out_features + rank + self.extra, in_features),
+            "back": (in_features + rank + self.extra, out_features),
+        }.items():
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.float8_e4m3fn, device=weight.device), persistent=False)
+            self.register_buffer(f"{name}_scale", torch.ones(shape[0], 1, device=weight.device), persistent=False)
+        self.register_buffer("bias", frozen_bias(weight, bias, rank)[:out_features].bfloat16(), persistent=False)
+
+    @torch.no_grad()
+    def refresh(self, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> None:
+        """Takes over the values of W (out, in), A (rank, in) and B (out, rank)."""
+        with torch.autocast(weight.device.type, enabled=False):
+            merged = torch.addmm(weight, b, a, alpha=scaling)
+        _fill(self.onward, self.onward_scale, F.pad(torch.cat([merged, a]), (0, 0, 0, self.extra)))
+        _fill(self.back, self.back_scale, F.pad(torch.cat([merged, b], dim=1).t(), (0, 0, 0, self.extra)))
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        """As `merged.FrozenLinear.forward`."""
+        with torch.autocast(x.device.type, enabled=False):
+            rows = x.reshape(-1, x.shape[-1])
+            onward, back = (self.onward, self.onward_scale), (self.back, self.back_scale)
+            y: torch.Tensor = _FrozenProduct.apply(rows, a, b, *onward, *back, self.bias, scaling)
+            return y.view(*x.shape[:-1], -1)
+
+
+def _fill(values: torch.Tensor, scale: torch.Tensor, x: torch.Tensor) -> None:
+    rounded, scales = quantize(x)
+    values.copy_(rounded)
+    scale.copy_(scales)
 
 
 def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,18 +78,15 @@ def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (x.float() / scale).to(torch.float8_e4m3fn).contiguous(), scale
 
 
-def scaled_product(
-    x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor, bias: torch.Tensor | None = None
-) -> torch.Tensor:
-    """x w' + bias, (n, m) in bfloat16, of e4m3 x (n, k) and w (m, k) with scales (n, 1) and (m, 1)."""
+def scaled_product(x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor) -> torch.Tensor:
+    """x w', (n, m) in bfloat16, of e4m3 x (n, k) and w (m, k) with scales (n, 1) and (m, 1)."""
     if x.is_cuda:
-        return torch._scaled_mm(x, w.t(), x_scale, w_scale.t(), bias, out_dtype=torch.bfloat16, use_fast_accum=True)
-    product = (x.float() * x_scale) @ (w.float() * w_scale).t()
-    return (product if bias is None else product + bias).bfloat16()
+        return torch._scaled_mm(x, w.t(), x_scale, w_scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True)
+    return ((x.float() * x_scale) @ (w.float() * w_scale).t()).bfloat16()
 
 
 class _FrozenProduct(torch.autograd.Function):
-    """As the one of `merged.py`. `forward_matrix` is (out + rank, in), `backward_matrix` (in + rank, out), filled up to 16."""
+    """As the one of `merged.py`. `onward` is (out + rank, in) and `back` (in + rank, out), filled up to 16."""
 
     @staticmethod
     def forward(
@@ -61,27 +94,27 @@ class _FrozenProduct(torch.autograd.Function):
         x: torch.Tensor,
         a: torch.Tensor,
         b: torch.Tensor,
-        forward_matrix: torch.Tensor,
-        forward_scale: torch.Tensor,
-        backward_matrix: torch.Tensor,
-        backward_scale: torch.Tensor,
+        onward: torch.Tensor,
+        onward_scale: torch.Tensor,
+        back: torch.Tensor,
+        back_scale: torch.Tensor,
         bias: torch.Tensor,
         scaling: float,
     ) -> torch.Tensor:
         out_features, rank = b.shape
         rounded, scale = quantize(x)
-        both = scaled_product(rounded, scale, forward_matrix, forward_scale)
+        both = scaled_product(rounded, scale, onward, onward_scale)
         xa = both[:, out_features : out_features + rank].contiguous()
-        ctx.save_for_backward(rounded, scale, xa, backward_matrix, backward_scale)
+        ctx.save_for_backward(rounded, scale, xa, back, back_scale)
         ctx.scaling, ctx.dtypes = scaling, (x.dtype, a.dtype)
-        return both[:, :out_features] + bias.to(both.dtype)
+        return both[:, :out_features] + bias
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (dy,) = grads
-        x, scale, xa, matrix, matrix_scale = ctx.saved_tensors
+        x, scale, xa, back, back_scale = ctx.saved_tensors
         x_dtype, a_dtype = ctx.dtypes
-        both = scaled_product(*quantize(dy), matrix, matrix_scale)
+        both = scaled_product(*quantize(dy), back, back_scale)
         in_features, rank = x.shape[1], xa.shape[1]
         dyb = both[:, in_features : in_features + rank]
         da = ((dyb * scale).to(both.dtype).t() @ x.to(both.dtype)).to(a_dtype) * ctx.scaling

@@ -1,7 +1,7 @@
 """A linear layer with low-rank adapters as one product.
 
-With W (out, in), A (rank, in) and B (out, rank) the layer applies W + s B A, which is added in float32 or more and
-rounded once to the number format of the product: rounding W first would hide a small s B A.
+With W (out, in), A (rank, in) and B (out, rank) the layer applies W + s B A, which is added in the parameters' own format and
+rounded once to that of the product: rounding W first would hide a small s B A.
 
 Once W is frozen, a step needs x A' and dy B for the adapters' gradients, and both ride along in the two large products, so
 that no activation is read a second time for them:
@@ -15,10 +15,11 @@ that no activation is read a second time for them:
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 
 def merged_linear(
@@ -30,33 +31,62 @@ def merged_linear(
     scaling: float,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """x (..., in) to x (W + s B A)' + bias, (..., out) in `dtype`, the number format of the products.
+    """x (..., in) to x (W + s B A)' + bias, (..., out) in `dtype`, the number format of the product.
 
-    Where `weight` (out, in) trains, its gradient and those of `a` (rank, in) and `b` (out, rank) come from one product over the
-    rows of x. Where it is frozen, so is `bias`.
+    For a `weight` (out, in) that trains: its gradient, taken once over the rows of x, gives those of `a` (rank, in) and `b`
+    (out, rank), which see no row of x.
     """
     with torch.autocast(x.device.type, enabled=False):
-        merged = torch.addmm(weight, b, a, alpha=scaling)
-        x = x.to(dtype)
-        if weight.requires_grad:
-            return F.linear(x, merged.to(dtype), None if bias is None else bias.to(dtype))
-        matrix = extended_matrix(merged, a, b).to(dtype)
-        rows = x.reshape(-1, x.shape[-1])
-        y: torch.Tensor = _FrozenProduct.apply(
-            rows, a, b, matrix, F.pad(filled_bias(bias, weight), (0, a.shape[0])).to(dtype), scaling
-        )
-        return y.view(*x.shape[:-1], -1)
+        merged = torch.addmm(weight, b, a, alpha=scaling).to(dtype)
+        return F.linear(x.to(dtype), merged, None if bias is None else bias.to(dtype))
 
 
-@torch.no_grad()
-def extended_matrix(merged: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """M, (out + rank, in + rank)."""
-    return torch.cat([torch.cat([merged, b], dim=1), F.pad(a, (0, a.shape[0]))])
+class FrozenLinear(nn.Module):
+    """x (..., in) to x (W + s B A)' + bias, (..., out) in `dtype`, for a frozen W and bias.
+
+    Holds M, which `refresh` brings up to date: once after every change of W, A or B, and outside compiled code.
+    """
+
+    rank_dimensions: ClassVar = {"matrix": [0, 1], "bias": [0]}
+    """Dimensions of what it holds that depend on the rank."""
+    matrix: torch.Tensor
+    bias: torch.Tensor
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, rank: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        out_features, in_features = weight.shape
+        self.register_buffer("matrix", weight.new_zeros(out_features + rank, in_features + rank, dtype=dtype), persistent=False)
+        self.register_buffer("bias", frozen_bias(weight, bias, rank).to(dtype), persistent=False)
+
+    @torch.no_grad()
+    def refresh(self, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> None:
+        """Takes over the values of W (out, in), A (rank, in) and B (out, rank)."""
+        out_features, in_features = weight.shape
+        with torch.autocast(weight.device.type, enabled=False):
+            self.matrix[:out_features, :in_features] = torch.addmm(weight, b, a, alpha=scaling)
+        self.matrix[:out_features, in_features:] = b
+        self.matrix[out_features:, :in_features] = a
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        """As `merged_linear`; of all but x the gradients matter alone, as the values are those of the last `refresh`."""
+        with torch.autocast(x.device.type, enabled=False):
+            rows = x.to(self.matrix.dtype).reshape(-1, x.shape[-1])
+            y: torch.Tensor = _FrozenProduct.apply(rows, a, b, self.matrix, self.bias, scaling)
+            return y.view(*x.shape[:-1], -1)
 
 
-def filled_bias(bias: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
-    """The frozen bias of a layer, (out,), zero where it has none."""
-    return weight.new_zeros(weight.shape[0]) if bias is None else bias.detach()
+def frozen_bias(weight: torch.Tensor, bias: torch.Tensor | None, rank: int) -> torch.Tensor:
+    """The bias of [y, x A'], (out + rank): that of the layer, and none."""
+    filled = weight.new_zeros(len(weight)) if bias is None else bias.detach()
+    return F.pad(filled, (0, rank))
 
 
 class _FrozenProduct(torch.autograd.Function):

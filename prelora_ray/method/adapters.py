@@ -71,6 +71,10 @@ class LoraLinear(nn.Module):
         b = [F.pad(self.lora_B[family], (0, 0, start, self.out_features - stop)) for family, (start, stop) in self.rows.items()]
         return torch.cat([self.lora_A[family] for family in self.rows]), torch.cat(b, dim=1)
 
+    def refresh(self) -> None:
+        """Brings a product that holds merged weights up to date with the layer's own."""
+        self.product.refresh(self.weight, *self.fused(), self.scaling)  # type: ignore[union-attr]
+
     def delta(self, family: str) -> torch.Tensor:
         """s B A of one slice, (rows of the slice, in_features)."""
         return self.scaling * (self.lora_B[family] @ self.lora_A[family])
@@ -114,12 +118,6 @@ def _initial_a(seed: int, target: Target, rank: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
     a = torch.empty(rank, target.in_features)
     return nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
-
-
-def set_product(model: nn.Module, product: Product | None) -> None:
-    """Has every adapted layer computed by `product`, or plainly."""
-    for layer in lora_layers(model).values():
-        layer.product = product
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:

@@ -38,7 +38,8 @@ class CudaGraph:
         if self._graph is None:
             self._static = {name: tensor.clone() for name, tensor in inputs.items()}
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, stream=self._stream):
+            # Other threads (metrics, checkpoints) may ask the device for something meanwhile.
+            with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
                 self._function(self._static)
         for name, tensor in inputs.items():
             self._static[name].copy_(tensor, non_blocking=True)

@@ -87,11 +87,14 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
     torch._dynamo.reset()
     torch._dynamo.config.force_parameter_static_shapes = False
     torch._dynamo.config.recompile_limit = 64
-    torch.fx.experimental._config.use_duck_shape = False
-    for layer in lora_layers(model).values():
+    merged = [layer for layer in lora_layers(model).values() if layer.product is not None]
+    torch.fx.experimental._config.use_duck_shape = not merged
+    for layer in merged:
         for family in layer.rows:
             torch._dynamo.maybe_mark_dynamic(layer.lora_A[family], 0)
             torch._dynamo.maybe_mark_dynamic(layer.lora_B[family], 1)
+        for name, dimensions in getattr(layer.product, "rank_dimensions", {}).items():
+            torch._dynamo.maybe_mark_dynamic(getattr(layer.product, name), dimensions)
     for block in model.get_submodule("blocks").children():
         block.compile(backend=backend)
 

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from prelora_ray.kernels.fp8 import fp8_linear
-from prelora_ray.kernels.merged import merged_linear
-from prelora_ray.method.adapters import Product
+from prelora_ray.kernels.fp8 import Fp8FrozenLinear
+from prelora_ray.kernels.merged import FrozenLinear, merged_linear
+from prelora_ray.method.adapters import LoraLinear, Product, lora_layers
 from prelora_ray.method.phases import Phase
 
 Format = Literal["fp64", "fp32", "bf16", "fp8"]
@@ -49,10 +49,26 @@ def autocast(format_: Format, device: torch.device) -> AbstractContextManager[An
     return torch.autocast(device.type, torch.bfloat16) if format_ in ("bf16", "fp8") else nullcontext()
 
 
-def adapter_product(format_: Format) -> Product | None:
-    """What computes an adapted layer; None, the plain form, in the formats that references are computed in."""
-    products: dict[Format, Product] = {"bf16": partial(merged_linear, dtype=torch.bfloat16), "fp8": fp8_linear}
-    return products.get(format_)
+def use_products(model: nn.Module, format_: Format, adapters: Literal["plain", "merged"]) -> list[LoraLinear]:
+    """Has the adapted layers computed as the settings say, and returns those that want a `refresh` before each forward."""
+    holding = []
+    for layer in lora_layers(model).values():
+        layer.product = _product(layer, format_, adapters)
+        if isinstance(layer.product, (FrozenLinear, Fp8FrozenLinear)):
+            holding.append(layer)
+    return holding
+
+
+def _product(layer: LoraLinear, format_: Format, adapters: Literal["plain", "merged"]) -> Product | None:
+    if adapters == "plain" and format_ != "fp8":
+        return None
+    dtype = {"fp64": torch.float64, "fp32": torch.float32}.get(format_, torch.bfloat16)
+    if layer.weight.requires_grad:
+        return partial(merged_linear, dtype=dtype)
+    rank = sum(len(a) for a in layer.lora_A.values())
+    if format_ == "fp8" and layer.in_features % 16 == 0 and layer.out_features % 16 == 0:
+        return Fp8FrozenLinear(layer.weight, layer.bias, rank)
+    return FrozenLinear(layer.weight, layer.bias, rank, dtype)
 
 
 def keep_residual_in_bf16(model: nn.Module) -> None:

@@ -96,8 +96,6 @@ class Session:
         self.stepper.begin_epoch(self._sums_before)
         self._sums_before = (0.0, 0.0)
         self._first_batch = self.state.batch
-        if self.state.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
 
     def step(self, batch: Batch) -> None:
         """Trains on one batch, and then does what all workers have agreed to do.
@@ -338,7 +336,7 @@ def _from_rank_0(content: Any) -> Any:
 
 
 def _peak_memory_bytes(device: torch.device) -> int:
-    """On a GPU the most that was allocated in this epoch; on a CPU the most that the process ever held."""
+    """On a GPU the most that was allocated since the phase was built; on a CPU the most that the process ever held."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -12,12 +12,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from prelora_ray.config import Settings
 from prelora_ray.method.adapters import (
+    LoraLinear,
     base_state_dict,
     inject,
     load_peft_state_dict,
     peft_config,
     peft_state_dict,
-    set_product,
 )
 from prelora_ray.method.convergence import ConvergenceTest
 from prelora_ray.method.phases import Decision, Phase, PhaseSchedule, freeze_parameters
@@ -26,7 +26,7 @@ from prelora_ray.method.targets import find_targets
 from prelora_ray.train.checkpoint import Checkpoint
 from prelora_ray.train.model import compile_blocks, create_model, drop_path_modules
 from prelora_ray.train.optim import OptimizerState, build_optimizer, optimizer_state
-from prelora_ray.train.precision import Format, adapter_product, autocast, keep_residual_in_bf16, phase_format
+from prelora_ray.train.precision import Format, autocast, keep_residual_in_bf16, phase_format, use_products
 from prelora_ray.train.pretrained import load_pretrained
 
 SWITCH_TOLERANCE = 1e-5
@@ -60,6 +60,8 @@ class TrainState:
         """What `load_pretrained` tells."""
         if settings.model.init_from is not None and checkpoint is None:
             self.pretrained_notes = load_pretrained(self.model, settings.model.init_from)
+        self._to_refresh: list[LoraLinear] = []
+        self.model.register_forward_pre_hook(lambda *_: self._refresh())
         if settings.train.residual == "bf16":
             keep_residual_in_bf16(self.model)
         self.drop_path = drop_path_modules(self.model)
@@ -130,6 +132,11 @@ class TrainState:
         self._rebuild(moments)
         self.logit_change = (self._probe(self.format) - before).abs().max().item()
 
+    def _refresh(self) -> None:
+        """Before each forward, and outside compiled code: what products hold of weights that a step changes."""
+        for layer in self._to_refresh:
+            layer.refresh()
+
     def snapshot(self, sums: list[list[float]], *, holds_base: bool, val_top1: float | None = None) -> Checkpoint:
         """What rank 0 saves: copies on the device, which training does not change any more.
 
@@ -194,8 +201,9 @@ class TrainState:
         gc.collect()  # an old DDP keeps its hooks on the parameters until it is gone
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()  # once a phase: the replays of a CUDA graph allocate nothing
         self._format_built = self.format
-        set_product(self.model, adapter_product(self.format))
+        self._to_refresh = use_products(self.model, self.format, self.settings.train.adapters)
         if self._compiles():
             compile_blocks(self.model)
         if self.world_size == 1:

@@ -3,9 +3,11 @@ import random
 
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image
+from sklearn.datasets import load_sample_image
 
-from prelora_ray.data.augment import Augmentation, Augmenter, random_resized_box
+from prelora_ray.data.augment import Augmentation, Augmenter, center_box, random_resized_box, read_crop
 
 NOISE = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
 
@@ -85,3 +87,43 @@ def test_evaluation_is_pillows_resized_centre_crop():
     assert np.array_equal(augmenter(16, crop_ratio=0.875).evaluate(png(NOISE)), np.array(expected))
     square = NOISE[:16, :16]
     assert np.array_equal(augmenter(16).evaluate(png(square)), square)
+
+
+def photograph() -> Image.Image:
+    """One of scikit-learn's two photographs, 640 x 427."""
+    return Image.fromarray(load_sample_image("china.jpg"))
+
+
+def jpeg(image: Image.Image, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=95, **options)
+    return buffer.getvalue()
+
+
+def test_a_jpeg_is_decoded_as_pillow_does():
+    encoded = jpeg(photograph())
+    box = (10, 20, 110, 120)
+    image = read_crop(encoded, 100, lambda *_: box)
+    expected = Image.open(io.BytesIO(encoded)).crop(box)
+    assert np.abs(np.asarray(image).astype(int) - np.asarray(expected)).max() <= 2  # two builds of libjpeg-turbo
+
+
+@pytest.mark.parametrize(("side", "scale"), [(112, 1), (224, 2), (400, 3.5)])
+def test_a_large_jpeg_is_decoded_at_a_smaller_scale(side, scale, monkeypatch):
+    """Close to the crop of the whole image, resized by Pillow, and from no more pixels than that takes."""
+    encoded, sizes = jpeg(photograph()), []
+    decode = simplejpeg.decode_jpeg
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda *a, **k: sizes.append((i := decode(*a, **k)).shape) or i)
+    box = (100, 10, 100 + side, 10 + side)
+    image = np.asarray(read_crop(encoded, 112, lambda *_: box)).astype(float)
+    expected = Image.open(io.BytesIO(encoded)).resize((112, 112), Image.Resampling.BICUBIC, box)
+    assert np.abs(image - np.asarray(expected)).mean() < 4  # a filter of another kind; a shift by a pixel makes 15
+    assert sizes[0][1] / 640 < 1 / scale + 0.126  # libjpeg scales by eighths
+
+
+def test_grey_and_cmyk_jpegs_are_read():
+    for mode in ("L", "CMYK"):
+        image = photograph().convert(mode)
+        read = read_crop(jpeg(image), 64, lambda width, height: center_box(width, height, 1.0))
+        expected = image.convert("RGB").resize((64, 64), Image.Resampling.BICUBIC, (106.5, 0, 533.5, 427))
+        assert np.abs(np.asarray(read).astype(float) - np.asarray(expected)).mean() < 4

@@ -1,21 +1,19 @@
 """The fast products against float64 by hand, and against the plain adapters."""
 
 import copy
-from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
-from prelora_ray.kernels.fp8 import fp8_linear, quantize
-from prelora_ray.kernels.merged import merged_linear
-from prelora_ray.method.adapters import inject, lora_layers, set_product
+from prelora_ray.kernels.fp8 import Fp8FrozenLinear, quantize
+from prelora_ray.kernels.merged import FrozenLinear, merged_linear
+from prelora_ray.method.adapters import inject, lora_layers
 from prelora_ray.method.phases import freeze_parameters
 from prelora_ray.method.targets import find_targets
 from prelora_ray.train.model import compile_blocks
+from prelora_ray.train.precision import use_products
 
-FP32 = partial(merged_linear, dtype=torch.float32)
-BF16 = partial(merged_linear, dtype=torch.bfloat16)
 SCALING = 2.0
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 torch.backends.cuda.matmul.allow_tf32 = False
@@ -42,6 +40,17 @@ def layer(rows: int, in_features: int, out_features: int, rank: int, *, frozen: 
     return tensors
 
 
+def product(t: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """The layer's output: merged where the weight trains, else by the frozen form in `dtype`."""
+    arguments = t["weight"], t["bias"], t["a"], t["b"], SCALING
+    if t["weight"].requires_grad:
+        return merged_linear(t["x"], *arguments, dtype)
+    held = t["weight"], t["bias"], len(t["a"])
+    form = Fp8FrozenLinear(*held) if dtype == torch.float8_e4m3fn else FrozenLinear(*held, dtype)
+    form.refresh(t["weight"], t["a"], t["b"], SCALING)
+    return form(t["x"], *arguments)
+
+
 def by_hand(t: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Output and gradients in float64."""
     x, weight, bias, a, b, dy = (t[name].detach().double() for name in ("x", "weight", "bias", "a", "b", "dy"))
@@ -56,12 +65,12 @@ def by_hand(t: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize(("product", "tolerance"), [(FP32, 1e-5), (BF16, 1e-2)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("frozen", [False, True], ids=["warmup", "lora"])
 @pytest.mark.parametrize(("rows", "rank"), [(64, 8), (37, 3), (1, 24)])
-def test_merged_product_against_float64(product, tolerance, frozen, rows, rank):
+def test_merged_product_against_float64(dtype, tolerance, frozen, rows, rank):
     t = layer(rows, 48, 80, rank, frozen=frozen)
-    y = product(t["x"], t["weight"], t["bias"], t["a"], t["b"], SCALING)
+    y = product(t, dtype)
     y.backward(t["dy"].to(y.dtype))
     expected = by_hand(t)
     assert error(y, expected["y"]) < tolerance
@@ -76,7 +85,7 @@ def test_merged_product_against_float64(product, tolerance, frozen, rows, rank):
 def test_fp8_product_against_float64(rows, rank):
     """e4m3 has three bits behind the point: a value is off by up to 1/16 of itself, and 2 to 3 % on average."""
     t = layer(rows, 48, 80, rank, frozen=True)
-    y = fp8_linear(t["x"], t["weight"], t["bias"], t["a"], t["b"], SCALING)
+    y = product(t, torch.float8_e4m3fn)
     y.backward(t["dy"].to(y.dtype))
     expected = by_hand(t)
     assert error(y, expected["y"]) < 0.05
@@ -98,18 +107,17 @@ def test_a_small_change_of_b_is_seen(share):
     t = layer(512, 256, 256, 16, frozen=True)
     with torch.no_grad():
         t["b"] *= share * t["weight"].norm() / (SCALING * t["b"] @ t["a"]).norm()
-        call = [t[name].detach() for name in ("x", "weight", "bias", "a")]
-        response = BF16(*call, t["b"], SCALING).double() - BF16(*call, 0 * t["b"], SCALING).double()
+        response = product(t, torch.bfloat16).double() - product(t | {"b": 0 * t["b"]}, torch.bfloat16).double()
         exact = t["x"].double() @ (SCALING * t["b"].double() @ t["a"].double()).T
     assert float((response * exact).sum() / exact.square().sum()) == pytest.approx(1, abs=0.05)
 
 
 @pytest.mark.parametrize(
-    ("product", "tolerance", "frozen"),
-    [(FP32, 1e-4, False), (FP32, 1e-4, True), (BF16, 5e-2, False), (BF16, 5e-2, True), (fp8_linear, 0.5, True)],
+    ("format_", "tolerance", "frozen"),
+    [("fp32", 1e-4, False), ("fp32", 1e-4, True), ("bf16", 5e-2, False), ("bf16", 5e-2, True), ("fp8", 0.5, True)],
     ids=["fp32 warmup", "fp32 lora", "bf16 warmup", "bf16 lora", "fp8 lora"],
 )
-def test_a_model_compiles_once_for_blocks_of_different_ranks(vit, images, product, tolerance, frozen):
+def test_a_model_compiles_once_for_blocks_of_different_ranks(vit, images, format_, tolerance, frozen):
     targets = find_targets(vit)
     ranks = [2, 4, 8, 16]
     inject(vit, targets, {target.name: ranks[(i + i // 6) % 4] for i, target in enumerate(targets)})
@@ -119,7 +127,8 @@ def test_a_model_compiles_once_for_blocks_of_different_ranks(vit, images, produc
     if frozen:
         freeze_parameters(vit, "adapted")
     plain = copy.deepcopy(vit).double()
-    set_product(vit, product)
+    for held in use_products(vit, format_, "merged"):
+        held.refresh()
     torch._dynamo.utils.counters.clear()
     compile_blocks(vit, backend="aot_eager")
     vit.train()

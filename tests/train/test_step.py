@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from prelora_ray.config import Settings, parse_settings
 from prelora_ray.data.manifest import Manifest, Shard
 from prelora_ray.data.stream import Batch
+from prelora_ray.method.phases import Decision, Phase
 from prelora_ray.train.feed import stream_plan
 from prelora_ray.train.state import TrainState
 from prelora_ray.train.step import NonFiniteLossError, Stepper
@@ -94,6 +95,30 @@ def test_clipping_against_torch(tmp_path):
     )
     step.train(batch(IDS))
     assert norms == [pytest.approx(0.01, rel=1e-3)]
+
+
+def test_merged_adapters_train_as_the_plain_ones_do(tmp_path):
+    """Through both changes of phase, in float64: what is held of the weights is brought up to date at every step."""
+    trained = []
+    for adapters in ("plain", "merged"):
+        step = stepper(settings(tmp_path, adapters=adapters, learning_rate=0.01))
+        state = step.state
+        ranks = {target.name: 2 << i % 3 for i, target in enumerate(state.targets)}
+        for phase, decision in {
+            Phase.FULL: Decision(),
+            Phase.WARMUP: Decision(switch=ranks),
+            Phase.LORA: Decision(freeze=True),
+        }.items():
+            state.phases.phase, state.phases.switched_at = phase, 0
+            state.apply(decision)
+            for _ in range(3):
+                step.train(batch(IDS))
+        trained.append(dict(state.model.named_parameters()))
+        accuracy = step.evaluate([batch(IDS)])
+        assert accuracy.images == 21
+    for name, plain in trained[0].items():
+        torch.testing.assert_close(trained[1][name], plain, rtol=0, atol=1e-9)
+        assert "lora_" not in name or trained[1][name].abs().max() > 0
 
 
 def test_a_loss_that_is_not_finite_names_its_step_and_phase(tmp_path):
