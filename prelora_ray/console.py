@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from prelora_ray.config import Settings
+from prelora_ray.report.sweep_table import sweep_table as sweep_rows
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.sweep.replay import Replay
 
@@ -169,43 +170,13 @@ def result_table(result: dict[str, Any], epochs: list[dict[str, Any]]) -> Table:
 
 def sweep_table(result: dict[str, Any]) -> Table:
     """A sweep's settings, the best first, each with the run that it stands for; `*` marks the Pareto front."""
-    keys = list(result["settings"][0]["setting"])
+    head, rows = sweep_rows(result)
     table = Table(title=f"sweep {result['path']}", title_justify="left")
-    for column in (
-        *(key.removeprefix("method.") for key in keys),
-        "switch",
-        "trains",
-        "GPU-hours",
-        "top-1",
-        "",
-        "diagnosis",
-        "run",
-    ):
+    for column in head:
         table.add_column(column, justify="left" if column in ("diagnosis", "run") else "right")
-    full = result["full"]
-    table.add_row(*["full"] + [""] * (len(keys) - 1), "-", "100.0%", *_cost_and_top1(full), "", "", "trunk", end_section=True)
-    order = sorted(
-        enumerate(result["settings"]), key=lambda item: (item[1]["ended"] != "finished", -(item[1]["val_top1"] or 0))
-    )
-    for index, entry in order:
-        table.add_row(
-            *(_value(entry["setting"][key]) for key in keys),
-            "never" if entry["switch_epoch"] is None else str(entry["switch_epoch"]),
-            _percent(entry["trainable_fraction"]),
-            *_cost_and_top1(entry),
-            "*" if index in result["pareto"] else "" if entry["ended"] == "finished" else entry["ended"] or "not run",
-            ", ".join(signature.replace("_", " ") for signature in entry["diagnosis"]),
-            escape(entry["trial"] if entry["message"] is None else f"{entry['trial']}: {entry['message']}"),
-        )
+    for index, row in enumerate(rows):
+        table.add_row(*map(escape, row), end_section=index == 0)  # full training stands apart
     return table
-
-
-def _cost_and_top1(entry: dict[str, Any]) -> tuple[str, str]:
-    return _number(entry["gpu_hours"]), _percent(entry["val_top1"])
-
-
-def _value(value: Any) -> str:
-    return _number(value) if isinstance(value, float) else str(value)
 
 
 def classes_table(report: Report) -> Table:

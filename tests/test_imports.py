@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "sweep": {"sweep", "train", "method", "config.py", "run_folder.py", "storage.py", "errors.py"},
     "report": {"report", "config.py", "run_folder.py"},
     "bench": {"bench", "train", "method", "data", "config.py"},
-    "console.py": {"config.py", "run_folder.py", "sweep", "evaluate.py"},
+    "console.py": {"config.py", "run_folder.py", "sweep", "report", "evaluate.py"},
     "cli.py": {
         "console.py",
         "config.py",

@@ -12,6 +12,7 @@ from plotly.offline import get_plotlyjs
 
 from prelora_ray.report import figures
 from prelora_ray.report.records import Line, RunRecords, differing_settings, read_run, read_sweep
+from prelora_ray.report.sweep_table import sweep_table
 
 Section = tuple[str, str, str, go.Figure | None]
 """Name of its picture, title, text in HTML, and its figure."""
@@ -82,27 +83,9 @@ def _sweep_sections(sweep: Line) -> list[Section]:
         f"<p>{sweep['trials']} runs stand for {len(sweep['settings'])} settings. With the trunk they cost "
         f"{sweep['gpu_hours']:.3g} GPU-hours; each setting by itself would have cost {sweep['naive_gpu_hours']:.3g}.</p>"
     )
-    keys = list(sweep["settings"][0]["setting"])
-    names = [key.removeprefix("method.") for key in keys]
-    columns = [*names, "switch", "trains, %", "GPU-hours", "top-1, %", "ended", "diagnosis", "run"]
-    rows = []
-    for entry in sorted(sweep["settings"], key=lambda entry: (entry["ended"] != "finished", -(entry["val_top1"] or 0))):
-        share = entry["trainable_fraction"]
-        rows.append(
-            [
-                *(str(entry["setting"][key]) for key in keys),
-                "never" if entry["switch_epoch"] is None else str(entry["switch_epoch"]),
-                "" if share is None else f"{100 * share:.1f}",
-                f"{entry['gpu_hours']:.3g}" if entry["gpu_hours"] is not None else "",
-                f"{100 * entry['val_top1']:.2f}" if entry["val_top1"] is not None else "",
-                entry["message"] or entry["ended"] or "not run",
-                ", ".join(signature.replace("_", " ") for signature in entry["diagnosis"]),
-                entry["trial"],
-            ]
-        )
     return [
         ("pareto", "Accuracy and cost", cost, figures.pareto(sweep)),
-        ("", "Settings", _table(columns, rows), None),
+        ("", "Settings", _table(*sweep_table(sweep)), None),
     ]
 
 

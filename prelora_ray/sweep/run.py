@@ -26,7 +26,7 @@ from prelora_ray.sweep.fork import fork
 from prelora_ray.sweep.outcome import outcome
 from prelora_ray.sweep.replay import read_record
 from prelora_ray.sweep.result import is_finished, read_notes, summarize_sweep, write_note
-from prelora_ray.sweep.settings import Plan, Range, Setting, SweepSettings
+from prelora_ray.sweep.settings import Plan, Range, Setting, SweepSettings, without_effect
 from prelora_ray.train.lock import HeldRunError
 from prelora_ray.train.ray_private import let_trials_be_stopped, release
 from prelora_ray.train.run import ray_session, train
@@ -46,6 +46,8 @@ def sweep(plan: Plan, watch: Callable[[Settings], AbstractContextManager[None]],
     `watch` shows the trunk's progress for the time of a block. A trial that fails is told and does not
     end the sweep. Raises as `train` does, and WorkError where every trial fails.
     """
+    for sentence in without_effect(plan.sweep):
+        logger.warning("%s", sentence)
     with ray_session(debug=debug):
         trunk = plan.trunk
         with watch(trunk):

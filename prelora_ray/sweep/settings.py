@@ -143,6 +143,19 @@ class SweepSettings(Section):
         return self.space[key] if self.space else [setting[key] for setting in self.settings]
 
 
+def without_effect(sweep: SweepSettings) -> list[str]:
+    """A sentence for each setting of the sweep that was given and has no effect."""
+    given = sweep.model_fields_set
+    why: dict[str, str] = {}
+    if sweep.search == "grid":
+        why |= dict.fromkeys(("num_settings", "seed"), "as a grid draws nothing")
+    if sweep.search != "optuna":
+        why["objectives"] = "as Optuna alone chooses by them"
+    if sweep.trunk_only:
+        why |= dict.fromkeys(("asha", "concurrent", "objectives"), "as trunk_only runs no trial")
+    return [f"{key} has no effect, {reason}" for key, reason in why.items() if key in given]
+
+
 class Plan:
     """A sweep's runs: the trunk, and the run of each setting."""
 

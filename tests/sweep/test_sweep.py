@@ -14,7 +14,7 @@ from prelora_ray.sweep.cost import pareto_front
 from prelora_ray.sweep.outcome import outcome
 from prelora_ray.sweep.replay import Record, read_record
 from prelora_ray.sweep.run import sweep
-from prelora_ray.sweep.settings import Plan, load_sweep
+from prelora_ray.sweep.settings import Plan, SweepSettings, load_sweep, without_effect
 from prelora_ray.train.checkpoint import Checkpoints
 from prelora_ray.train.run import train
 from tests.chaos.site import wait_for
@@ -171,3 +171,17 @@ def test_trials_are_named_by_what_makes_them(load):
     names = [outcome(plan, setting, trunk).trial for setting in plan.settings_to_try()]
     assert names[0] == names[2] != names[1] == names[3]
     assert names[0].startswith("switch-3_warmup_epochs-1_")
+
+
+def test_settings_without_effect_are_told():
+    content = {"name": "s", "recipe": "r.yaml", "space": {"method.tau": [1.0]}}
+    grid = SweepSettings(**content, num_settings=5, objectives=("val_top1",))
+    assert without_effect(grid) == [
+        "num_settings has no effect, as a grid draws nothing",
+        "objectives has no effect, as Optuna alone chooses by them",
+    ]
+    optuna = SweepSettings(**content, search="optuna", num_settings=5, seed=1, objectives=("val_top1", "gpu_hours"))
+    assert without_effect(optuna) == []
+    assert without_effect(SweepSettings(**content, trunk_only=True, concurrent=2)) == [
+        "concurrent has no effect, as trunk_only runs no trial"
+    ]
