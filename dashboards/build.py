@@ -107,6 +107,24 @@ def run() -> dashboard.Dashboard:
                     [(f"max by (phase, kind) (prelora_gpu_memory_bytes{of})", "{{phase}} {{kind}}")],
                     unit="bytes",
                 ),
+                _panel(
+                    "MFU by phase",
+                    "Share of the GPU's peak that the model's own operations make use of; empty on CPUs.",
+                    [(f"avg by (phase) (prelora_mfu_ratio{of})", "{{phase}}")],
+                    unit="percentunit",
+                ),
+                _panel(
+                    "GPU utilization by worker",
+                    "Share of the time in which a kernel ran; empty on CPUs.",
+                    [(f"prelora_gpu_utilization_ratio{of}", "{{worker}}")],
+                    unit="percentunit",
+                ),
+                _panel(
+                    "GPU power by worker",
+                    "Empty on CPUs.",
+                    [(f"prelora_gpu_power_watts{of}", "{{worker}}")],
+                    unit="watt",
+                ),
             ],
             "What happened": [
                 _panel("Workers", "The group's size.", [(f"prelora_world_size{of}", "workers")], unit="short"),
@@ -178,6 +196,76 @@ def fleet() -> dashboard.Dashboard:
     )
 
 
+def pipeline() -> dashboard.Dashboard:
+    """From disk to the training loop: Ray Data's own series, and what the workers wait for."""
+    board = _board("prelora-pipeline", "PreLoRA data pipeline", "Reading, decoding, and whether the workers wait for it.")
+    board = board.with_variable(_variable("run", "label_values(prelora_epoch, run)", multi=True))
+    board = board.with_variable(_variable("dataset", "label_values(ray_data_bytes_outputs_taken, dataset)", multi=True))
+    of, workers = '{dataset=~"$dataset"}', '{run=~"$run"}'
+    by = "sum by (dataset, operator)"
+    return _with_rows(
+        board,
+        {
+            "What the workers see": [
+                _panel(
+                    "Waiting for data by worker",
+                    "Share of the worker's time. Near 0 the pipeline keeps up, whatever the panels below show.",
+                    [(f"sum by (run, worker) (rate(prelora_data_wait_seconds_total{workers}[$__rate_interval]))", _WORKER)],
+                    unit="percentunit",
+                    warn=0.05,
+                ),
+                _panel(
+                    "Images a second by worker",
+                    "What went through the model.",
+                    [(f"sum by (run, worker) (rate(prelora_images_total{workers}[$__rate_interval]))", _WORKER)],
+                    unit="iops",
+                ),
+            ],
+            "Ray Data": [
+                _panel(
+                    "Bytes out of each operator",
+                    "Encoded images out of the reader, pixels out of the decoders.",
+                    [(f"{by} (rate(ray_data_bytes_outputs_taken{of}[$__rate_interval]))", _OPERATOR)],
+                    unit="Bps",
+                ),
+                _panel(
+                    "Blocks that wait behind each operator",
+                    "Empty behind the decoders while workers wait: decoding is too slow, or reading is.",
+                    [(f"{by} (ray_data_num_external_outqueue_blocks{of})", _OPERATOR)],
+                    unit="short",
+                ),
+                _panel(
+                    "Decoders",
+                    "Processes that are up, by operator.",
+                    [(f"{by} (ray_data_num_active_actors{of})", _OPERATOR)],
+                    unit="short",
+                ),
+                _panel(
+                    "Time of a task",
+                    "Of one block, on average since the start.",
+                    [(f"avg by (dataset, operator) (ray_data_average_total_task_completion_time_s{of})", _OPERATOR)],
+                    unit="s",
+                ),
+            ],
+            "Nodes": [
+                _panel("CPU use", "Of all cores.", [("ray_node_cpu_utilization", "{{ip}}")], unit="percent"),
+                _panel(
+                    "Object store",
+                    "By where the objects lie; spilled ones cost disk traffic.",
+                    [("sum by (Location) (ray_object_store_memory)", "{{Location}}")],
+                    unit="bytes",
+                ),
+                _panel("Read from disk", "By node.", [("ray_node_disk_io_read_speed", "{{ip}}")], unit="Bps"),
+                _panel("Received from the network", "By node.", [("ray_node_network_receive_speed", "{{ip}}")], unit="Bps"),
+            ],
+        },
+    )
+
+
+_WORKER = "{{run}} {{worker}}"
+_OPERATOR = "{{operator}}"
+
+
 def _board(uid: str, title: str, description: str) -> dashboard.Dashboard:
     return (
         dashboard.Dashboard(title)
@@ -234,7 +322,7 @@ def _with_rows(board: dashboard.Dashboard, rows: dict[str, list[timeseries.Panel
 
 def built() -> dict[str, str]:
     """Each dashboard's JSON, by its file's name."""
-    boards = {"run.json": run(), "fleet.json": fleet()}
+    boards = {"run.json": run(), "fleet.json": fleet(), "pipeline.json": pipeline()}
     return {name: JSONEncoder(sort_keys=True, indent=2).encode(board.build()) + "\n" for name, board in boards.items()}
 
 

@@ -1,4 +1,4 @@
-"""cluster.yaml is what Ray's launcher takes, and opens nothing to the world."""
+"""cluster.yaml is what Ray's launcher takes, jobs/rayjob.yaml the same for Kubernetes; neither is open to the world."""
 
 from __future__ import annotations
 
@@ -10,10 +10,18 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+ROOT = Path(__file__).parent.parent
+
 
 @pytest.fixture(scope="module")
 def cluster() -> dict[str, Any]:
-    return yaml.safe_load((Path(__file__).parent.parent / "cluster.yaml").read_text())
+    return yaml.safe_load((ROOT / "cluster.yaml").read_text())
+
+
+@pytest.fixture(scope="module")
+def rayjob() -> dict[str, Any]:
+    """The RayJob's cluster."""
+    return yaml.safe_load((ROOT / "jobs" / "rayjob.yaml").read_text())["spec"]["rayClusterSpec"]
 
 
 def test_rays_own_schema_takes_it(cluster):
@@ -42,3 +50,46 @@ def test_nothing_is_open_to_the_world(cluster):
     assert len(starts) == 2
     assert all(command.startswith("RAY_AUTH_MODE=token") for command in starts)
     assert "0.0.0.0" not in " ".join(commands)
+
+
+def test_prometheus_watches_from_the_head(cluster):
+    (start,) = [command for command in cluster["head_start_ray_commands"] if "prometheus" in command]
+    assert "--web.listen-address=127.0.0.1:9090" in start
+    assert (ROOT / "dashboards" / "prometheus" / "prometheus.yml").exists()
+
+
+def test_kubernetes_gets_the_same_nodes(cluster, rayjob):
+    groups = {group["groupName"]: group for group in rayjob["workerGroupSpecs"]}
+    types = {name: node for name, node in cluster["available_node_types"].items() if name != "head"}
+    assert groups.keys() == types.keys()
+    for name, node in types.items():
+        assert (groups[name]["minReplicas"], groups[name]["maxReplicas"]) == (node["min_workers"], node["max_workers"])
+        pod = groups[name]["template"]
+        assert pod["metadata"]["labels"] == node["labels"]
+        limits = pod["spec"]["containers"][0]["resources"]["limits"]
+        assert int(limits["cpu"]) == node["resources"]["CPU"]
+        assert limits.get("nvidia.com/gpu", 0) == node["resources"].get("GPU", 0)
+    head = rayjob["headGroupSpec"]
+    assert head["rayStartParams"]["num-cpus"] == str(cluster["available_node_types"]["head"]["resources"]["CPU"])
+
+
+def test_kubernetes_opens_nothing_to_the_world(rayjob):
+    assert rayjob["authOptions"]["mode"] == "token"
+    head = rayjob["headGroupSpec"]
+    assert head["serviceType"] == "ClusterIP"
+    assert "--web.listen-address=127.0.0.1:9090" in head["template"]["spec"]["containers"][1]["args"]
+
+
+def test_every_mount_of_kubernetes_has_its_volume(rayjob):
+    for group in (rayjob["headGroupSpec"], *rayjob["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        volumes = {volume["name"] for volume in pod["volumes"]}
+        for container in pod["containers"]:
+            assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
+
+
+def test_versions_are_the_installed_ones(rayjob):
+    import ray
+
+    assert rayjob["rayVersion"] == ray.__version__
+    assert f"ray:{ray.__version__}-py311-gpu" in (ROOT / "jobs" / "Dockerfile").read_text()

@@ -16,14 +16,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from prelora_ray.bench.machine import copy_rate, describe, forget, matrix_rate, seconds_per_call
-from prelora_ray.config import Settings, parse_settings
+from prelora_ray.config import ModelSettings, Settings, parse_settings
 from prelora_ray.data.manifest import Manifest, Shard
 from prelora_ray.data.stream import Batch, StreamPlan
 from prelora_ray.method.phases import Decision, Phase, count_parameters
 from prelora_ray.train.feed import stream_plan
+from prelora_ray.train.gpu import forward_flops, training_passes
 from prelora_ray.train.state import TrainState
 from prelora_ray.train.step import Stepper
 
@@ -100,7 +100,8 @@ class _Bench:
         size = options.image_size
         self.images = torch.randn(options.batch, 3, size, size, device=device)
         self.labels = torch.randint(_NUM_CLASSES, (options.batch,), device=device)
-        self.forward_flops = _forward_flops(options)
+        model = ModelSettings(name=options.model, image_size=options.image_size)
+        self.forward_flops = forward_flops(model, _NUM_CLASSES)
 
     def rows(self) -> Iterator[Row]:
         on_gpu = self.device.type == "cuda"
@@ -120,7 +121,7 @@ class _Bench:
                 continue
             forget(self.device)
             step, model = build()
-            yield self._measure(name, step, model, trains_base="full" in name)
+            yield self._measure(name, step, model, phase=Phase.FULL if "full" in name else Phase.LORA)
             del step, model
         fp8, prefix = {"train": {"precision": "fp8"}}, {"method": {"freeze": "prefix"}}
         yield from self._own("bf16", {}, phases=list(Phase))
@@ -132,13 +133,13 @@ class _Bench:
     def _wanted(self, name: str) -> bool:
         return not self.options.rows or any(name.startswith(row) for row in self.options.rows)
 
-    def _measure(self, name: str, step: Step, model: nn.Module, *, trains_base: bool) -> Row:
+    def _measure(self, name: str, step: Step, model: nn.Module, *, phase: Phase) -> Row:
         for _ in range(6):  # compiles, tunes, captures; the peak of memory is theirs, as a graph's replay allocates nothing
             step()
         seconds = seconds_per_call(step, self.device, self.options.steps)
         trainable, parameters = count_parameters(model)
         kernels = _top_kernels(step, self.options.kernels) if self.options.kernels and self.device.type == "cuda" else ()
-        flops = self.forward_flops * self.options.batch * (3 if trains_base else 2)
+        flops = self.forward_flops * self.options.batch * training_passes(phase)
         return Row(
             name,
             self.options.batch / seconds,
@@ -167,18 +168,18 @@ class _Bench:
         state = TrainState(settings, _NUM_CLASSES, 10**6, self.device, world_size=1)
         stepper, batch = Stepper(state, plan), self._batch()
         if wanted[0] is Phase.FULL:
-            yield self._measure(names[Phase.FULL], lambda: stepper.train(batch), state.model, trains_base=True)
+            yield self._measure(names[Phase.FULL], lambda: stepper.train(batch), state.model, phase=Phase.FULL)
         ranks = _ranks([t.name for t in state.targets if t.layer >= first_share * len(state.model.blocks)])  # type: ignore[arg-type]
         state.phases.phase, state.phases.switched_at, state.phases.ranks = Phase.WARMUP, 0, ranks
         state.apply(Decision(switch=ranks))
         forget(self.device)
         if Phase.WARMUP in wanted:
-            yield self._measure(names[Phase.WARMUP], lambda: stepper.train(batch), state.model, trains_base=True)
+            yield self._measure(names[Phase.WARMUP], lambda: stepper.train(batch), state.model, phase=Phase.WARMUP)
         state.phases.phase, state.phases.frozen_at = Phase.LORA, 0
         state.apply(Decision(freeze=True))
         forget(self.device)
         if Phase.LORA in wanted:
-            yield self._measure(names[Phase.LORA], lambda: stepper.train(batch), state.model, trains_base=False)
+            yield self._measure(names[Phase.LORA], lambda: stepper.train(batch), state.model, phase=Phase.LORA)
 
     def _batch(self) -> Batch:
         size = self.options.image_size
@@ -276,14 +277,3 @@ def _ranks(names: list[str]) -> dict[str, int]:
     dealt = [RANKS[i % len(RANKS)] for i in range(len(names))]
     random.Random(0).shuffle(dealt)
     return dict(zip(names, dealt, strict=True))
-
-
-def _forward_flops(options: Options) -> float:
-    """Operations of one image's forward through the model without adapters."""
-    import timm
-
-    with torch.device("meta"):
-        model = timm.create_model(options.model, img_size=options.image_size, num_classes=_NUM_CLASSES)
-        with FlopCounterMode(display=False) as counter:
-            model(torch.empty(1, 3, options.image_size, options.image_size))
-    return float(counter.get_total_flops())

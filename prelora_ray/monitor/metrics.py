@@ -42,6 +42,9 @@ class WorkerMetrics(_Metrics):
             registry=self.registry,
         )
         self.data_wait_seconds = self._counter("data_wait_seconds", "Time spent waiting for the next batch.", labels)
+        self.mfu = self._gauge("mfu_ratio", "Share of the GPU's peak that the model's own operations make use of.", labels)
+        self.gpu_utilization = self._gauge("gpu_utilization_ratio", "Share of the time in which a kernel ran.", ["worker"])
+        self.gpu_power = self._gauge("gpu_power_watts", "Power that the GPU draws.", ["worker"])
         self.gpu_memory_bytes = self._gauge("gpu_memory_bytes", "GPU memory: allocated, reserved, peak.", (*labels, "kind"))
 
 

@@ -71,7 +71,7 @@ class Session:
         self.notices = Notices(self.folder, settings.checkpoint)
         self.records = RunRecords(self.folder, self.attempt) if self.rank == 0 else None
         self.audit = LineWriter(self.folder, f"samples-{self.rank}.jsonl") if settings.audit_samples else None
-        self.telemetry = WorkerTelemetry(settings, self.rank, world_size, device)
+        self.telemetry = WorkerTelemetry(settings, len(manifest.classes), self.rank, world_size, device)
         if self.records:
             trunk_epochs = settings.method.window_epochs if settings.checkpoint.keep_trunk else None
             self.saver = Saver(self.checkpoints, Retention(settings.checkpoint.keep, trunk_epochs))

@@ -13,6 +13,7 @@ from prelora_ray.config import Settings
 from prelora_ray.method.phases import Phase
 from prelora_ray.monitor.client import Client
 from prelora_ray.monitor.metrics import RunMetrics, WorkerMetrics
+from prelora_ray.train.gpu import Sensors, forward_flops, peak_flops, training_passes
 from prelora_ray.train.saver import Saved
 
 _RATE_SECONDS = 5.0
@@ -27,14 +28,18 @@ def run_label(settings: Settings) -> str:
 class WorkerTelemetry:
     """A worker's own measurements. Costs some microseconds a step, and a message a second."""
 
-    def __init__(self, settings: Settings, rank: int, world_size: int, device: torch.device) -> None:
+    def __init__(self, settings: Settings, num_classes: int, rank: int, world_size: int, device: torch.device) -> None:
         self._labels = run_label(settings), str(rank)
         self._world_size = world_size
         self._device = device
+        self._sensors = Sensors(device)
+        peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        self._mfu_per_rate = forward_flops(settings.model, num_classes) / peak if peak else None
+        """MFU for each forward a second."""
         self._metrics = WorkerMetrics()
         self._client = Client(self._labels[0], str(rank), self._metrics, enabled=settings.monitor.enabled)
 
-    def begin_epoch(self, phase: str) -> None:
+    def begin_epoch(self, phase: Phase) -> None:
         self._phase = phase
         self._last = time.monotonic()
         self._waited = 0.0
@@ -56,11 +61,18 @@ class WorkerTelemetry:
         while len(self._recent) > 2 and now - self._recent[1][0] >= _RATE_SECONDS:
             self._recent.popleft()
         (begin, before), (end, after) = self._recent[0], self._recent[-1]
-        self._rate.set((after - before) / (end - begin))
+        rate = (after - before) / (end - begin)
+        self._rate.set(rate)
+        if self._mfu_per_rate is not None:
+            self._metrics.mfu.labels(*self._labels, self._phase).set(rate * self._mfu_per_rate * training_passes(self._phase))
         if self._client.is_due:
             self.send()
 
     def send(self) -> None:
+        if (read := self._sensors.read()) is not None:
+            used, watts = read
+            self._metrics.gpu_utilization.labels(*self._labels).set(used)
+            self._metrics.gpu_power.labels(*self._labels).set(watts)
         if self._device.type == "cuda":
             for kind, value in (
                 ("allocated", torch.cuda.memory_allocated()),

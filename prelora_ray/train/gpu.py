@@ -1,0 +1,70 @@
+"""What a GPU can do, what it does now, and what a model asks of it."""
+
+from __future__ import annotations
+
+import logging
+
+import pynvml
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from prelora_ray.config import ModelSettings
+from prelora_ray.method.phases import Phase
+from prelora_ray.train.model import create_model
+
+logger = logging.getLogger(__name__)
+
+_PEAK_FLOPS = {
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "L40S": 362e12,
+    "A10G": 70e12,
+    "V100": 125e12,
+}
+"""Dense bf16 products (V100: fp16) by the vendor's data sheets, operations a second."""
+
+
+def peak_flops(name: str) -> float | None:
+    """Peak rate of bf16 products of a GPU of this name, as the driver tells it; None where it is not known."""
+    return next((peak for model, peak in _PEAK_FLOPS.items() if model in name), None)
+
+
+def forward_flops(settings: ModelSettings, num_classes: int) -> float:
+    """Operations of one image's forward through the model without adapters."""
+    size = settings.image_size
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        create_model(settings, num_classes, seed=0)(torch.empty(1, 3, size, size))
+    return float(counter.get_total_flops())
+
+
+def training_passes(phase: Phase) -> int:
+    """How many forwards' worth of operations training takes: the backward is two, and one where the base is frozen."""
+    return 2 if phase is Phase.LORA else 3
+
+
+class Sensors:
+    """Utilization and power of a worker's GPU, where NVML is there to ask."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._handle = None
+        if device.type != "cuda":
+            return
+        try:
+            pynvml.nvmlInit()
+            self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        except pynvml.NVMLError as error:
+            logger.info("no utilization and power of the GPU: %s", error)
+
+    def read(self) -> tuple[float, float] | None:
+        """(share of the time in which a kernel ran, watts); None where nobody tells."""
+        if self._handle is None:
+            return None
+        try:
+            used = pynvml.nvmlDeviceGetUtilizationRates(self._handle).gpu / 100
+            return used, pynvml.nvmlDeviceGetPowerUsage(self._handle) / 1e3
+        except pynvml.NVMLError:  # some virtual machines answer one question and not the other
+            self._handle = None
+            return None

@@ -1,0 +1,33 @@
+import pytest
+import torch
+
+from prelora_ray.config import ModelSettings
+from prelora_ray.method.phases import Phase
+from prelora_ray.train.gpu import Sensors, forward_flops, peak_flops, training_passes
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("Quadro P400", None),
+    ],
+)
+def test_peaks_are_the_data_sheets(name, teraflops):
+    assert peak_flops(name) == (None if teraflops is None else teraflops * 1e12)
+
+
+def test_a_vit_base_takes_35_gflops():
+    """17.6 G multiplications and additions (arXiv 2012.12877, table 5), each two operations."""
+    assert forward_flops(ModelSettings(name="vit_base_patch16_224"), 1000) == pytest.approx(2 * 17.6e9, rel=0.01)
+
+
+def test_a_frozen_base_saves_one_product_of_three():
+    assert [training_passes(phase) for phase in Phase] == [3, 3, 2]
+
+
+def test_a_cpu_has_no_sensors():
+    assert Sensors(torch.device("cpu")).read() is None
