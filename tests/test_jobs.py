@@ -1,0 +1,91 @@
+"""`ray job submit` from a clean checkout to a head that asks for a token: submit, follow, stop, submit again, resume."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from prelora_ray.run_folder import RunFolder
+from prelora_ray.storage import Storage
+from prelora_ray.train.checkpoint import Checkpoints
+from tests.chaos.site import wait_for
+
+ROOT = Path(__file__).parent.parent
+RAY = Path(sys.executable).parent / "ray"
+EPOCHS = 30
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
+    """`ray job ...` against a head of this test's own, from a fresh clone."""
+    checkout = tmp_path_factory.mktemp("job") / "checkout"
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(checkout)], check=True)
+    directory = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # a socket's path must be short
+    port = free_port()
+    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    environment.pop("RAY_ADDRESS", None)
+    start = ["start", "--head", "--port=0", f"--dashboard-port={port}", "--num-cpus=4", f"--temp-dir={directory}"]
+    subprocess.run([RAY, *start], check=True, env=environment, capture_output=True)
+
+    def call(verb: str, *arguments: str, token: str | None = None) -> subprocess.CompletedProcess[str]:
+        own = environment if token is None else {**environment, "RAY_AUTH_TOKEN": token}
+        command = [RAY, "job", verb, "--address", f"http://127.0.0.1:{port}", *arguments]
+        return subprocess.run(command, cwd=checkout, env=own, capture_output=True, text=True, check=False)
+
+    yield call
+    for process in psutil.process_iter(["cmdline"]):
+        if any(directory in argument for argument in process.info["cmdline"] or ()):
+            process.kill()
+
+
+def test_submit_follow_stop_and_resume(job: Command, digits: Path, tmp_path: Path):
+    folder = RunFolder(str(tmp_path / "digits"))
+    train = [
+        "--working-dir",
+        ".",
+        "--",
+        sys.executable,
+        "jobs/train.py",
+        "jobs/configs/digits.yaml",
+        "--storage",
+        str(tmp_path),
+    ]
+    for setting in (f"data.path={digits}", f"train.epochs={EPOCHS}", "method.switch_epoch=12", "checkpoint.every_epochs=10"):
+        train += ["--set", setting]
+    refused = job("submit", "--submission-id", "nobody", "--no-wait", *train, token=secrets.token_hex(32))
+    assert refused.returncode != 0
+
+    assert job("submit", "--submission-id", "first", "--no-wait", *train).returncode == 0
+    wait_for(lambda: len(folder.read_lines("epochs.jsonl")) >= 3, 120, "three epochs")
+    assert "epoch" in job("logs", "first").stdout
+    assert job("stop", "first").returncode == 0
+    assert "STOPPED" in job("status", "first").stdout
+    (stop,) = [line for line in folder.read_lines("events.jsonl") if line["event"] == "stop"]
+    newest = Checkpoints(folder).names()[-1]
+    assert newest.startswith(f"{stop['epoch']:05d}"), "the stop committed where it stood"
+
+    second = job("submit", "--submission-id", "second", *train)
+    assert second.returncode == 0, second.stdout[-2000:]
+    restart = next(line for line in folder.read_lines("events.jsonl") if line["event"] == "restart")
+    assert restart["step"] == stop["step"]
+    assert folder.read_json("result.json")["epochs"] == EPOCHS
+    assert sorted({line["epoch"] for line in folder.read_lines("epochs.jsonl")}) == list(range(EPOCHS))
+    assert not Storage(str(tmp_path)).exists("nobody")
