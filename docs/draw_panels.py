@@ -21,6 +21,7 @@ from plotly.subplots import make_subplots
 BOARD = Path(__file__).parents[1] / "dashboards" / "grafana" / "run.json"
 COLUMNS = 3
 POINTS = 400
+UNITS = {"percent": "%", "s": "s", "bytes": "bytes", "iops": "1/s", "percentunit": "0 to 1", "watt": "W"}
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#000000")
 
 
@@ -47,7 +48,7 @@ def main(address: str, run: str, out: str, hours: float = 0.25) -> None:
         if lines:
             drawn.append((panel["title"], panel["fieldConfig"]["defaults"]["unit"], lines))
     rows = -(-len(drawn) // COLUMNS)
-    titles = [title if unit in ("none", "short") else f"{title} [{unit}]" for title, unit, _ in drawn]
+    titles = [f"{title} [{UNITS[unit]}]" if unit in UNITS else title for title, unit, _ in drawn]
     figure = make_subplots(rows, COLUMNS, subplot_titles=titles, vertical_spacing=0.35 / rows, horizontal_spacing=0.06)
     for index, (_, _, lines) in enumerate(drawn):
         for number, (legend, values) in enumerate(lines):
@@ -59,6 +60,8 @@ def main(address: str, run: str, out: str, hours: float = 0.25) -> None:
                     x=times[-1], y=numbers[-1], text=legend, showarrow=False, xanchor="right", yanchor="bottom",
                     font={"size": 10, "color": COLORS[number % len(COLORS)]}, row=index // COLUMNS + 1, col=index % COLUMNS + 1,
                 )  # fmt: skip
+    ends = [datetime.fromtimestamp(t) for _, _, lines in drawn for _, values in lines for t in (values[0][0], values[-1][0])]
+    figure.update_xaxes(range=[min(ends), max(ends)])
     figure.update_layout(template="plotly_white", showlegend=False, width=1400, height=260 * rows, margin={"t": 50})
     figure.write_image(out, scale=1.5)
 

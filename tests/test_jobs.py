@@ -73,7 +73,8 @@ def test_submit_follow_stop_and_resume(job: Command, digits: Path, tmp_path: Pat
     refused = job("submit", "--submission-id", "nobody", "--no-wait", *train, token=secrets.token_hex(32))
     assert refused.returncode != 0
 
-    assert job("submit", "--submission-id", "first", "--no-wait", *train).returncode == 0
+    submit = ("submit", "--submission-id", "first", "--no-wait", *train)
+    wait_for(lambda: job(*submit).returncode == 0, 60, "the head's agent, which takes jobs,")
     wait_for(lambda: len(folder.read_lines("epochs.jsonl")) >= 3, 120, "three epochs")
     assert "epoch" in job("logs", "first").stdout
     assert job("stop", "first").returncode == 0
