@@ -42,8 +42,9 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
     port = free_port()
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     environment.pop("RAY_ADDRESS", None)
-    start = ["start", "--head", "--port=0", f"--dashboard-port={port}", "--num-cpus=4", f"--temp-dir={directory}"]
-    subprocess.run([RAY, *start], check=True, env=environment, capture_output=True)
+    start = ["start", "--head", "--port=0", "--num-cpus=4", f"--temp-dir={directory}"]
+    ports = [f"--dashboard-port={port}", f"--dashboard-agent-listen-port={free_port()}"]  # another Ray may have the usual ones
+    subprocess.run([RAY, *start, *ports], check=True, env=environment, capture_output=True)
 
     def call(verb: str, *arguments: str, token: str | None = None) -> subprocess.CompletedProcess[str]:
         own = environment if token is None else {**environment, "RAY_AUTH_TOKEN": token}

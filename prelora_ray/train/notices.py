@@ -1,10 +1,13 @@
-"""When to save and when to stop: rank 0 watches the clock, the driver's request and Ray's notice of preemption."""
+"""When to save and when to stop: rank 0 watches the clock, the driver, room to grow, and Ray's notice of preemption."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
-from prelora_ray.config import CheckpointSettings
+import ray
+
+from prelora_ray.config import CheckpointSettings, WorkerSettings
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.train.control import Action
 from prelora_ray.train.ray_private import preemption
@@ -15,12 +18,28 @@ _LOOK_SECONDS = {True: 0.2, False: 3.0}
 """Between looks for the driver's request, by whether the run folder is on a disk or in a bucket that has to be asked."""
 
 
+_ROOM_SECONDS = 1.0
+"""Between looks for room to grow: Ray Train, which then starts the group again, looks every 5 s."""
+
+
+def room_to_grow(workers: WorkerSettings, world_size: int, *, uses_gpu: bool) -> bool:
+    """Whether the cluster has room for another worker that the run would take."""
+    if world_size >= workers.max:
+        return False
+    free = ray.available_resources()
+    return free.get("CPU", 0) >= workers.cpus and free.get("GPU", 0) >= int(uses_gpu)
+
+
 class Notices:
     """What rank 0 wishes after each step."""
 
-    def __init__(self, folder: RunFolder, settings: CheckpointSettings) -> None:
+    def __init__(self, folder: RunFolder, settings: CheckpointSettings, has_room: Callable[[], bool] = lambda: False) -> None:
+        """`has_room`: whether the group is about to grow, which costs what was not saved."""
         self._folder = folder
         self._settings = settings
+        self._has_room = has_room
+        self._had_room = True
+        self._room_time = time.monotonic()
         self._look_time = self._save_time = time.monotonic()
         self._save_step: int | None = None
 
@@ -36,9 +55,15 @@ class Notices:
             if self._folder.exists(STOP_FILE):
                 return Action.STOP
         settings = self._settings
+        grows = False
+        if now - self._room_time >= _ROOM_SECONDS and not is_busy:
+            self._room_time = now
+            has_room = self._has_room()
+            grows = has_room and not self._had_room
+            self._had_room = has_room
         due = settings.every_steps is not None and step - self._save_step >= settings.every_steps
         due |= settings.every_seconds is not None and now - self._save_time >= settings.every_seconds
-        return Action.SAVE if due and not is_busy else Action.NONE
+        return Action.SAVE if (due or grows) and not is_busy else Action.NONE
 
     def saved(self, step: int) -> None:
         """A save has begun after `step` steps."""

@@ -24,7 +24,7 @@ from prelora_ray.train.checkpoint import Checkpoints, Retention
 from prelora_ray.train.control import Action, Control
 from prelora_ray.train.evaluation import Evaluation
 from prelora_ray.train.feed import Feed, stream_plan, validates
-from prelora_ray.train.notices import Notices
+from prelora_ray.train.notices import Notices, room_to_grow
 from prelora_ray.train.ray_private import reservation
 from prelora_ray.train.report import report
 from prelora_ray.train.saver import Saver
@@ -68,7 +68,11 @@ class Session:
         self.stepper = Stepper(self.state, self.plan)
         self._sums_before = _own_sums(checkpoint.state["sums"] if checkpoint else [], self.rank, world_size)
         self.control = Control()
-        self.notices = Notices(self.folder, settings.checkpoint)
+        self.notices = Notices(
+            self.folder,
+            settings.checkpoint,
+            lambda: room_to_grow(settings.workers, world_size, uses_gpu=device.type == "cuda"),
+        )
         self.records = RunRecords(self.folder, self.attempt) if self.rank == 0 else None
         self.audit = LineWriter(self.folder, f"samples-{self.rank}.jsonl") if settings.audit_samples else None
         self.telemetry = WorkerTelemetry(settings, len(manifest.classes), self.rank, world_size, device)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import ray
 
-from prelora_ray.config import CheckpointSettings
+from prelora_ray.config import CheckpointSettings, WorkerSettings
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.train import notices
 from prelora_ray.train.control import Action
-from prelora_ray.train.notices import STOP_FILE, Notices
+from prelora_ray.train.notices import STOP_FILE, Notices, room_to_grow
 
 
 class Clock:
@@ -62,3 +63,21 @@ def test_a_notice_of_preemption_is_obeyed_at_once(tmp_path, clock, monkeypatch):
     watch = Notices(RunFolder(tmp_path), CheckpointSettings())
     monkeypatch.setattr(notices, "preemption", object)
     assert watch.wish(1, is_busy=True) is Action.LEAVE
+
+
+def test_saves_once_when_there_comes_room_to_grow(tmp_path, clock):
+    room = [False, False, True, True, False, True]
+    watch = Notices(RunFolder(tmp_path), CheckpointSettings(every_seconds=None), lambda: room.pop(0))
+    wishes = []
+    for step in range(12):
+        clock.now += 0.5
+        wishes.append(watch.wish(step, is_busy=False))
+    assert [step for step, wish in enumerate(wishes) if wish is Action.SAVE] == [5, 11]
+
+
+def test_room_is_that_of_one_more_worker(ray_cluster):
+    free = ray.available_resources()["CPU"]
+    assert room_to_grow(WorkerSettings(max=2, cpus=free), 1, uses_gpu=False)
+    assert not room_to_grow(WorkerSettings(max=2, cpus=free + 1), 1, uses_gpu=False)
+    assert not room_to_grow(WorkerSettings(max=2, cpus=free), 2, uses_gpu=False)
+    assert not room_to_grow(WorkerSettings(max=2, cpus=free), 1, uses_gpu=True)
