@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import sys
 import time
 from dataclasses import asdict
@@ -341,6 +342,22 @@ def bench_phases(
     from prelora_ray.bench.phases import bench_phases as run
 
     _tell_bench(run(Options(model, image_size, batch, residual, steps, kernels, tuple(row or ()))), out, as_json)
+
+
+@bench.command("data")
+def bench_data(
+    images: Annotated[int, typer.Option(help="Images in a pass; three passes are measured.")] = 2000,
+    image_size: Annotated[int, typer.Option(help="Side of the image, in pixels.")] = 224,
+    batch: Annotated[int, typer.Option(help="Images in a batch.")] = 64,
+    cores: Annotated[int | None, typer.Option(help="Decoding processes; default: one a core.")] = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Decoded and augmented images a second and core, of our stream and of torch's DataLoader."""
+    from prelora_ray.bench.data import Options
+    from prelora_ray.bench.data import bench_data as run
+
+    _tell_bench(run(Options(images, image_size, batch, cores or os.cpu_count() or 1)), out, as_json)
 
 
 def _tell_bench(result: dict[str, Any], out: str | None, as_json: bool) -> None:

@@ -79,7 +79,7 @@ def test_submit_follow_stop_and_resume(job: Command, digits: Path, tmp_path: Pat
     wait_for(lambda: len(folder.read_lines("epochs.jsonl")) >= 3, 120, "three epochs")
     assert "epoch" in job("logs", "first").stdout
     assert job("stop", "first").returncode == 0
-    assert "STOPPED" in job("status", "first").stdout
+    assert "was stopped" in job("status", "first").stdout
     (stop,) = [line for line in folder.read_lines("events.jsonl") if line["event"] == "stop"]
     newest = Checkpoints(folder).names()[-1]
     assert newest.startswith(f"{stop['epoch']:05d}"), "the stop committed where it stood"

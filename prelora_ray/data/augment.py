@@ -19,6 +19,8 @@ from prelora_ray.data.draws import Draw, generator
 Pixels = NDArray[np.uint8]
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom, in pixels."""
+_MARGIN = 8
+"""Pixels around a box that its resizing may look at: two of the result's, of which each is less than two of the source's."""
 Crop = Literal["random_resized", "padded", "center"]
 
 
@@ -100,8 +102,8 @@ class Augmenter:
 def read_crop(encoded: bytes, size: int, choose_box: Callable[[int, int], Box]) -> Image.Image:
     """The part of an image inside a box, in RGB, resized to `size` x `size`.
 
-    `choose_box` gets the image's width and height. A JPEG is decoded at the smallest of libjpeg's scales that
-    leaves the box `size` pixels on each side, which costs a fraction of the whole image's decoding.
+    `choose_box` gets the image's width and height. A JPEG is decoded at the smallest scale (1, 1/2, 1/4, 1/8) that leaves the
+    box `size` pixels on each side, which costs a fraction of the whole image's decoding.
     """
     try:
         height, width, *_ = simplejpeg.decode_jpeg_header(encoded)
@@ -109,11 +111,14 @@ def read_crop(encoded: bytes, size: int, choose_box: Callable[[int, int], Box]) 
         image = Image.open(io.BytesIO(encoded)).convert("RGB")
         return _resize(image, size, choose_box(*image.size))
     left, top, right, bottom = choose_box(width, height)
-    shrink = max(1.0, min(right - left, bottom - top) / size)
+    fits = min(right - left, bottom - top) / size
+    shrink = next((shrink for shrink in (8, 4, 2) if shrink <= fits), 1)  # libjpeg is slow at what lies between
     pixels = simplejpeg.decode_jpeg(encoded, "RGB", min_height=math.ceil(height / shrink), min_width=math.ceil(width / shrink))
-    scale = round(8 * pixels.shape[1] / width) / 8  # libjpeg scales by eighths, and rounds sides up
-    right, bottom = min(right * scale, pixels.shape[1]), min(bottom * scale, pixels.shape[0])
-    return _resize(Image.fromarray(pixels), size, (left * scale, top * scale, right, bottom))
+    left, top = left / shrink, top / shrink
+    right, bottom = min(right / shrink, pixels.shape[1]), min(bottom / shrink, pixels.shape[0])
+    x, y = max(0, int(left) - _MARGIN), max(0, int(top) - _MARGIN)
+    part = Image.fromarray(pixels[y : math.ceil(bottom) + _MARGIN, x : math.ceil(right) + _MARGIN])
+    return _resize(part, size, (left - x, top - y, right - x, bottom - y))
 
 
 def _resize(image: Image.Image, size: int, box: Box) -> Image.Image:

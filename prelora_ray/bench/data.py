@@ -1,0 +1,142 @@
+"""Decoded and augmented images a second: our stream, the same decoder in a bare process pool, and torch's DataLoader.
+
+All of them turn the same JPEG files, crops of two photographs at ImageNet's usual sizes, into flipped random resized
+crops, with as many decoding processes as there are cores.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from prelora_ray.bench.machine import describe
+from prelora_ray.config import Settings, parse_settings
+from prelora_ray.data.augment import Augmenter
+from prelora_ray.data.manifest import Manifest, read_manifest
+from prelora_ray.data.prepare import PrepareSettings, prepare
+from prelora_ray.data.stream import Pass, read_encoded, stream_batches
+from prelora_ray.storage import Storage
+from prelora_ray.train.feed import stream_plan
+from prelora_ray.train.run import ray_session
+
+_SIDES = ((500, 375), (375, 500), (500, 333), (500, 500), (400, 300), (333, 500))
+"""Width and height of the images; 500 x 375 is ImageNet's most frequent size."""
+_STORED = 512
+"""Larger than any of them, so that `prepare` leaves their bytes alone."""
+_PASSES = 3
+
+
+@dataclass(frozen=True)
+class Options:
+    images: int = 2000
+    image_size: int = 224
+    batch: int = 64
+    cores: int = os.cpu_count() or 1
+
+
+def bench_data(options: Options) -> dict[str, Any]:
+    """Measures every way over the same files; `rows` and what they ran on, as JSON can hold it."""
+    with tempfile.TemporaryDirectory() as directory:
+        source, small, whole = (str(Path(directory, name)) for name in ("source", "small", "whole"))
+        _write_images(Path(source), options.images)
+        with ray_session():
+            prepare(source, whole, PrepareSettings(size=_STORED))
+            prepare(source, small, PrepareSettings())
+            rates = {
+                "prelora stream": _stream_rate(whole, options),
+                "prelora stream, images prepared at 256": _stream_rate(small, options),
+            }
+        rates["our decoder in a bare process pool"] = _pool_rate(whole, options)
+        rates["torch DataLoader, torchvision on Pillow"] = _loader_rate(source, options)
+    base = rates["torch DataLoader, torchvision on Pillow"]
+    rows = [
+        {"name": name, "images_per_second_and_core": rate / options.cores, "against_the_data_loader": rate / base}
+        for name, rate in rates.items()
+    ]
+    return {"benchmark": "data", **describe(torch.device("cpu")), "options": vars(options), "rows": rows}
+
+
+def _write_images(folder: Path, count: int) -> None:
+    photographs = [Image.fromarray(pixels) for pixels in load_sample_images()["images"]]
+    rng = np.random.default_rng(0)
+    for i in range(count + 16):
+        width, height = _SIDES[i % len(_SIDES)]
+        photograph = photographs[i % 2].resize((960, 641))
+        left, top = int(rng.integers(960 - width + 1)), int(rng.integers(641 - height + 1))
+        path = folder / ("train" if i < count else "val") / "ab"[i % 2] / f"{i:05d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        photograph.crop((left, top, left + width, top + height)).save(path, quality=95)
+
+
+def _settings(path: str, options: Options) -> Settings:
+    data = {"path": path, "batch_size": options.batch, "cell": 4}
+    return parse_settings({"name": "bench", "data": data, "model": {"image_size": options.image_size}})
+
+
+def _rate(batches: Iterator[int], total: int) -> float:
+    """Images a second of an iterator over numbers of images, after the first eighth of them, in which it starts up."""
+    seen, begin, before = 0, 0.0, 0
+    for images in batches:
+        seen += images
+        if not begin and seen >= total / 8:
+            begin, before = time.perf_counter(), seen
+    return (seen - before) / (time.perf_counter() - begin)
+
+
+def _stream_rate(path: str, options: Options) -> float:
+    settings = _settings(path, options)
+    manifest = read_manifest(Storage(path))
+    plan = stream_plan(settings, manifest, rank=0, world_size=1)
+    passes = [Pass("train", epoch) for epoch in range(_PASSES)]
+    batches = stream_batches(plan, passes, options.cores)
+    return _rate((int((batch.labels >= 0).sum()) for batch in batches), options.images * _PASSES)
+
+
+def _pool_rate(path: str, options: Options) -> float:
+    settings, manifest = _settings(path, options), read_manifest(Storage(path))
+    encoded = read_encoded(path, manifest.splits["train"], options.images)
+    tasks = [(i % len(encoded), encoded[i % len(encoded)]) for i in range(options.images * _PASSES)]
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(options.cores, _start_pool, (settings, manifest)) as pool:
+        return _rate(iter(pool.imap_unordered(_augment, tasks, chunksize=16)), len(tasks))
+
+
+_augment_one: Callable[[bytes, int, int], Any]
+
+
+def _start_pool(settings: Settings, manifest: Manifest) -> None:
+    global _augment_one
+    plan = stream_plan(settings, manifest, rank=0, world_size=1)
+    _augment_one = Augmenter(plan.augmentation, plan.seed, plan.crop_ratio).train
+
+
+def _augment(task: tuple[int, bytes]) -> int:
+    sample, encoded = task
+    _augment_one(encoded, 0, sample)
+    return 1
+
+
+def _loader_rate(source: str, options: Options) -> float:
+    """What timm's and torchvision's own training scripts do."""
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import Compose, InterpolationMode, Normalize, RandomHorizontalFlip, RandomResizedCrop, ToTensor
+
+    crop = RandomResizedCrop(options.image_size, interpolation=InterpolationMode.BICUBIC)
+    normalize = Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    dataset = ImageFolder(f"{source}/train", Compose([crop, RandomHorizontalFlip(), ToTensor(), normalize]))
+    loader = torch.utils.data.DataLoader(
+        dataset, options.batch, shuffle=True, num_workers=options.cores, persistent_workers=True, multiprocessing_context="fork"
+    )
+    batches = (len(labels) for _ in range(_PASSES) for _, labels in loader)
+    return _rate(batches, options.images * _PASSES)
