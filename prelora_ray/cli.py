@@ -322,14 +322,17 @@ def report(
 
 bench = typer.Typer(help="Measure speed on this machine, beside what others take for the same work.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+_Model = Annotated[str, typer.Option(help="A Vision Transformer's name in timm.")]
+_Size = Annotated[int, typer.Option(help="Side of the image, in pixels.")]
+_Batch = Annotated[int, typer.Option(help="Images in a batch.")]
 Out = Annotated[str | None, typer.Option(help="Also write the JSON object to this file.")]
 
 
 @bench.command("phases")
 def bench_phases(
-    model: Annotated[str, typer.Option(help="A Vision Transformer's name in timm.")] = "vit_large_patch16_224",
-    image_size: Annotated[int, typer.Option(help="Side of the image, in pixels.")] = 224,
-    batch: Annotated[int, typer.Option(help="Images in a step.")] = 256,
+    model: _Model = "vit_large_patch16_224",
+    image_size: _Size = 224,
+    batch: _Batch = 256,
     residual: Annotated[Literal["fp32", "bf16"], typer.Option(help="Format of our rows' residual stream.")] = "fp32",
     steps: Annotated[int, typer.Option(help="Steps in a round; a figure is the median of five rounds.")] = 10,
     kernels: Annotated[int, typer.Option(help="Name so many kernels of each row, those that take the most time.")] = 0,
@@ -347,8 +350,8 @@ def bench_phases(
 @bench.command("data")
 def bench_data(
     images: Annotated[int, typer.Option(help="Images in a pass; three passes are measured.")] = 2000,
-    image_size: Annotated[int, typer.Option(help="Side of the image, in pixels.")] = 224,
-    batch: Annotated[int, typer.Option(help="Images in a batch.")] = 64,
+    image_size: _Size = 224,
+    batch: _Batch = 64,
     cores: Annotated[int | None, typer.Option(help="Decoding processes; default: one a core.")] = None,
     out: Out = None,
     as_json: Json = False,
@@ -358,6 +361,37 @@ def bench_data(
     from prelora_ray.bench.data import bench_data as run
 
     _tell_bench(run(Options(images, image_size, batch, cores or os.cpu_count() or 1)), out, as_json)
+
+
+@bench.command("loop")
+def bench_loop(
+    model: _Model = "vit_tiny_patch16_224",
+    image_size: _Size = 64,
+    batch: _Batch = 128,
+    epochs: Annotated[int, typer.Option(help="Epochs over the digits.")] = 6,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Images a second of our loop under Ray, against the same steps in a bare loop."""
+    from prelora_ray.bench.run import Options
+    from prelora_ray.bench.run import bench_loop as run
+
+    _tell_bench(run(Options(model, image_size, batch, epochs)), out, as_json)
+
+
+@bench.command("restart")
+def bench_restart(
+    model: _Model = "vit_tiny_patch16_224",
+    image_size: _Size = 64,
+    batch: _Batch = 128,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Seconds from the command to the first step, with an empty compile cache and with a filled one."""
+    from prelora_ray.bench.run import Options
+    from prelora_ray.bench.run import bench_restart as run
+
+    _tell_bench(run(Options(model, image_size, batch)), out, as_json)
 
 
 def _tell_bench(result: dict[str, Any], out: str | None, as_json: bool) -> None:
