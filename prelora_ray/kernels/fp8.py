@@ -10,17 +10,16 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from prelora_ray.kernels.merged import frozen_bias
+from prelora_ray.kernels.merged import FrozenProduct, frozen_bias
 
 E4M3_MAX = 448.0
 _MULTIPLE = 16
 """What the rows of a product's matrices must be a multiple of."""
 
 
-class Fp8FrozenLinear(nn.Module):
-    """As `merged.FrozenLinear`, in e4m3 and with results in bfloat16. `in` and `out` are multiples of 16."""
+class Fp8FrozenLinear(FrozenProduct):
+    """In e4m3, with results in bfloat16. `in` and `out` are multiples of 16."""
 
     rank_dimensions: ClassVar = {"onward": [0], "onward_scale": [0], "back": [0], "back_scale": [0]}
     onward: torch.Tensor
@@ -43,27 +42,15 @@ class Fp8FrozenLinear(nn.Module):
 
     @torch.no_grad()
     def refresh(self, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> None:
-        """Takes over the values of W (out, in), A (rank, in) and B (out, rank)."""
         with torch.autocast(weight.device.type, enabled=False):
             merged = torch.addmm(weight, b, a, alpha=scaling)
         _fill(self.onward, self.onward_scale, F.pad(torch.cat([merged, a]), (0, 0, 0, self.extra)))
         _fill(self.back, self.back_scale, F.pad(torch.cat([merged, b], dim=1).t(), (0, 0, 0, self.extra)))
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        a: torch.Tensor,
-        b: torch.Tensor,
-        scaling: float,
-    ) -> torch.Tensor:
-        """As `merged.FrozenLinear.forward`."""
-        with torch.autocast(x.device.type, enabled=False):
-            rows = x.reshape(-1, x.shape[-1])
-            onward, back = (self.onward, self.onward_scale), (self.back, self.back_scale)
-            y: torch.Tensor = _FrozenProduct.apply(rows, a, b, *onward, *back, self.bias, scaling)
-            return y.view(*x.shape[:-1], -1)
+    def multiply(self, rows: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
+        onward, back = (self.onward, self.onward_scale), (self.back, self.back_scale)
+        y: torch.Tensor = _Product.apply(rows, a, b, *onward, *back, self.bias, scaling)
+        return y
 
 
 def _fill(values: torch.Tensor, scale: torch.Tensor, x: torch.Tensor) -> None:
@@ -85,7 +72,7 @@ def scaled_product(x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, w_sc
     return ((x.float() * x_scale) @ (w.float() * w_scale).t()).bfloat16()
 
 
-class _FrozenProduct(torch.autograd.Function):
+class _Product(torch.autograd.Function):
     """As the one of `merged.py`. `onward` is (out + rank, in) and `back` (in + rank, out), filled up to 16."""
 
     @staticmethod

@@ -41,31 +41,23 @@ def merged_linear(
         return F.linear(x.to(dtype), merged, None if bias is None else bias.to(dtype))
 
 
-class FrozenLinear(nn.Module):
-    """x (..., in) to x (W + s B A)' + bias, (..., out) in `dtype`, for a frozen W and bias.
+class FrozenProduct(nn.Module):
+    """x (..., in) to x (W + s B A)' + bias, (..., out), for a frozen W and bias.
 
-    Holds M, which `refresh` brings up to date: once after every change of W, A or B, and outside compiled code.
+    Holds W + s B A, A and B in the form of its products. `refresh` brings that up to date: once after every change of W, A or
+    B, and outside compiled code.
     """
 
-    rank_dimensions: ClassVar = {"matrix": [0, 1], "bias": [0]}
+    rank_dimensions: ClassVar[dict[str, list[int]]]
     """Dimensions of what it holds that depend on the rank."""
-    matrix: torch.Tensor
-    bias: torch.Tensor
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, rank: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        out_features, in_features = weight.shape
-        self.register_buffer("matrix", weight.new_zeros(out_features + rank, in_features + rank, dtype=dtype), persistent=False)
-        self.register_buffer("bias", frozen_bias(weight, bias, rank).to(dtype), persistent=False)
-
-    @torch.no_grad()
     def refresh(self, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> None:
         """Takes over the values of W (out, in), A (rank, in) and B (out, rank)."""
-        out_features, in_features = weight.shape
-        with torch.autocast(weight.device.type, enabled=False):
-            self.matrix[:out_features, :in_features] = torch.addmm(weight, b, a, alpha=scaling)
-        self.matrix[:out_features, in_features:] = b
-        self.matrix[out_features:, :in_features] = a
+        raise NotImplementedError
+
+    def multiply(self, rows: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
+        """(rows, in) to (rows, out), with gradients for all three."""
+        raise NotImplementedError
 
     def forward(
         self,
@@ -78,9 +70,34 @@ class FrozenLinear(nn.Module):
     ) -> torch.Tensor:
         """As `merged_linear`; of all but x the gradients matter alone, as the values are those of the last `refresh`."""
         with torch.autocast(x.device.type, enabled=False):
-            rows = x.to(self.matrix.dtype).reshape(-1, x.shape[-1])
-            y: torch.Tensor = _FrozenProduct.apply(rows, a, b, self.matrix, self.bias, scaling)
-            return y.view(*x.shape[:-1], -1)
+            return self.multiply(x.reshape(-1, x.shape[-1]), a, b, scaling).view(*x.shape[:-1], -1)
+
+
+class FrozenLinear(FrozenProduct):
+    """In the number format `dtype`: holds M."""
+
+    rank_dimensions: ClassVar = {"matrix": [0, 1], "bias": [0]}
+    matrix: torch.Tensor
+    bias: torch.Tensor
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, rank: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        out_features, in_features = weight.shape
+        matrix = weight.new_zeros(out_features + rank, in_features + rank, dtype=dtype)
+        self.register_buffer("matrix", matrix, persistent=False)
+        self.register_buffer("bias", frozen_bias(weight, bias, rank).to(dtype), persistent=False)
+
+    @torch.no_grad()
+    def refresh(self, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> None:
+        out_features, in_features = weight.shape
+        with torch.autocast(weight.device.type, enabled=False):
+            self.matrix[:out_features, :in_features] = torch.addmm(weight, b, a, alpha=scaling)
+        self.matrix[:out_features, in_features:] = b
+        self.matrix[out_features:, :in_features] = a
+
+    def multiply(self, rows: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
+        y: torch.Tensor = _Product.apply(rows.to(self.matrix.dtype), a, b, self.matrix, self.bias, scaling)
+        return y
 
 
 def frozen_bias(weight: torch.Tensor, bias: torch.Tensor | None, rank: int) -> torch.Tensor:
@@ -89,7 +106,7 @@ def frozen_bias(weight: torch.Tensor, bias: torch.Tensor | None, rank: int) -> t
     return F.pad(filled, (0, rank))
 
 
-class _FrozenProduct(torch.autograd.Function):
+class _Product(torch.autograd.Function):
     """y, with gradients for x, A and B. `a` and `b` stand there for their gradients: their values are in `matrix`."""
 
     @staticmethod

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from prelora_ray.kernels.fp8 import Fp8FrozenLinear
-from prelora_ray.kernels.merged import FrozenLinear, merged_linear
+from prelora_ray.kernels.merged import FrozenLinear, FrozenProduct, merged_linear
 from prelora_ray.method.adapters import LoraLinear, Product, lora_layers
 from prelora_ray.method.phases import Phase
 
@@ -54,7 +54,7 @@ def use_products(model: nn.Module, format_: Format, adapters: Literal["plain", "
     holding = []
     for layer in lora_layers(model).values():
         layer.product = _product(layer, format_, adapters)
-        if isinstance(layer.product, (FrozenLinear, Fp8FrozenLinear)):
+        if isinstance(layer.product, FrozenProduct):
             holding.append(layer)
     return holding
 
