@@ -178,6 +178,7 @@ class Session:
             "peak_memory_bytes": _peak_memory_bytes(self.state.device),
             "trainable_parameters": trainable,
             "parameters": parameters,
+            "gradient_bytes": trainable * self.state.dtype.itemsize if self.state.world_size > 1 else 0,
             "learning_rate": self.stepper.learning_rate,
             "world_size": self.state.world_size,
         }

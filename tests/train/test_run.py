@@ -80,6 +80,9 @@ def test_one_run_through_all_phases(undisturbed):
     epochs = last_attempt(folder.read_lines("epochs.jsonl"), "epoch")
     assert [line["phase"] for line in epochs] == ["full"] * 3 + ["warmup"] * 2 + ["lora"] * 2
     assert all(line["world_size"] == 2 and line["images"] == 1438 for line in epochs)
+    tensors = list(TrainState(run, 10, 1, torch.device("cpu"), 1).model.parameters())
+    assert epochs[0]["gradient_bytes"] == sum(tensor.numel() * 4 for tensor in tensors)
+    assert epochs[-1]["gradient_bytes"] == 4 * epochs[-1]["trainable_parameters"] < epochs[0]["gradient_bytes"]
     ranks = folder.read_json("ranks.json")
     assert len(ranks) == 18
     assert len(set(ranks.values())) > 1
