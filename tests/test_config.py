@@ -36,8 +36,8 @@ def test_the_papers_recipe():
         ({"train": {"epochs": True}}, "train.epochs = True is not allowed: it must be a valid integer"),
         ({"train": {"learning_rate": float("nan")}}, "train.learning_rate = nan is not allowed: it must be a finite number"),
         (
-            {"train": {"precision": "fp8"}},
-            "train.precision = 'fp8' is not allowed: it must be 'auto', 'fp64', 'fp32' or 'bf16'",
+            {"train": {"precision": "fp16"}},
+            "train.precision = 'fp16' is not allowed: it must be 'auto', 'fp64', 'fp32', 'bf16' or 'fp8'",
         ),
         (
             {"data": {"path": "x", "decoders": "many"}},

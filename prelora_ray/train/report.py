@@ -10,19 +10,16 @@ from typing import TYPE_CHECKING, Any
 import ray.train
 
 from prelora_ray.method.phases import Decision
-from prelora_ray.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from prelora_ray.train.session import Session
 
-_ROOM_BYTES = 2**18
-"""More than Ray writes to the run folder at a report."""
-
 
 def report(session: Session, line: dict[str, Any], decision: Decision) -> None:
-    """Reports an epoch (its line of epochs.jsonl), from rank 0 with a tiny checkpoint that points to ours.
+    """Reports an epoch (its line of epochs.jsonl), the last one from rank 0 with a tiny checkpoint that points to ours.
 
-    Where there is no room for ours there is none for Ray's, which would end the attempt: then it gets none.
+    Ray's result has metrics where some report carried a checkpoint. One with each epoch would have Ray write to the run
+    folder each time, and end the attempt where the disk is full.
     """
     phases, method = session.state.phases, session.settings.method
     metrics = {
@@ -38,7 +35,7 @@ def report(session: Session, line: dict[str, Any], decision: Decision) -> None:
         "converged": decision.verdict and decision.verdict.converged,
         "ranks": phases.ranks and _summary(list(phases.ranks.values())),
     }
-    if session.rank != 0 or session.saver.has_failed or not _has_room(session.folder):
+    if session.rank != 0 or session.state.epoch < session.settings.train.epochs:
         ray.train.report(metrics)
         return
     with tempfile.TemporaryDirectory() as directory:
@@ -46,15 +43,6 @@ def report(session: Session, line: dict[str, Any], decision: Decision) -> None:
         pointer = {"run": str(session.folder), "checkpoint": names[-1] if names else None}
         Path(directory, "pointer.json").write_text(json.dumps(pointer))
         ray.train.report(metrics, ray.train.Checkpoint.from_directory(directory))
-
-
-def _has_room(folder: RunFolder) -> bool:
-    try:
-        folder.write_bytes("ray.tmp", bytes(_ROOM_BYTES))
-    except OSError:
-        return False
-    folder.remove_file("ray.tmp")
-    return True
 
 
 def _summary(ranks: list[int]) -> dict[str, Any]:

@@ -146,8 +146,9 @@ def _events(folder: RunFolder, event: str) -> list[dict[str, Any]]:
 def _healed(target: Target, kind: str, before: dict[str, Any]) -> dict[str, Any] | None:
     now = position(target.folder)
     restarted = now["attempt"] > before["attempt"]
-    if restarted or kind in RESTARTING:
+    if kind in RESTARTING:
         return now if restarted else None
+    assert not restarted, f"{kind!r} started the group again"
     failed = [line for line in _events(target.folder, "checkpoint_failed") if line["time"] > before["time"]]
     return now if failed and now["step"] > before["step"] else None
 
