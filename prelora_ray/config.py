@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 
 from prelora_ray.method.convergence import NormStatistic
 from prelora_ray.method.phases import Freeze
-from prelora_ray.method.ranks import Normalize, is_power_of_two, rank_choices
+from prelora_ray.method.ranks import PATTERN_RANKS, Normalize, is_pattern_rank, rank_choices
 from prelora_ray.method.targets import FAMILIES
 
 Count = Annotated[int, Field(ge=1, strict=True)]
@@ -189,10 +189,14 @@ class MethodSettings(Section):
     """Smallest rank, a power of two."""
     r_max: Count = 64
     """Largest rank, a power of two."""
+    rank_floor: Literal[0] | None = None
+    """Rank of modules that hardly change any more: 0 gives them no adapter, and they freeze too; null has no floor."""
+    rank_floor_percent: NotNegative = 0.1
+    """Change over the last step, in percent, below which `rank_floor` applies; the module that changes most keeps its rank."""
     normalize: Normalize = "family"
     """Whether changes are min-max normalised within each family or over all modules."""
-    rank_pattern: dict[str, Count] | None = None
-    """Ranks given by hand instead of by the rule: {regular expression on module names: rank}."""
+    rank_pattern: dict[str, Whole] | None = None
+    """Ranks given by hand instead of by the rule: {regular expression on module names: rank}; rank 0 is no adapter."""
     scaling: Positive = 2.0
     """s in W + s B A, which is lora_alpha / rank."""
     targets: tuple[Literal["query", "key", "value", "proj", "fc1", "fc2"], ...] = FAMILIES  # type: ignore[assignment]
@@ -206,6 +210,11 @@ class MethodSettings(Section):
     adapter_weight_decay: NotNegative = 0.0
     """AdamW's weight decay on A and B."""
 
+    @property
+    def floor_percent(self) -> float:
+        """Change below which a module gets no adapter."""
+        return 0.0 if self.rank_floor is None else self.rank_floor_percent
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         try:
@@ -213,10 +222,8 @@ class MethodSettings(Section):
         except ValueError as error:
             raise ValueError(f"method.{error}") from None
         for key, rank in (self.rank_pattern or {}).items():
-            if not is_power_of_two(rank):
-                raise ValueError(
-                    f"method.rank_pattern.{key} = {rank} is not allowed: a rank is a power of two, such as 8 or 16"
-                )
+            if not is_pattern_rank(rank):
+                raise ValueError(f"method.rank_pattern.{key} = {rank} is not allowed: {PATTERN_RANKS}")
         if not self.targets:
             raise ValueError("method.targets is empty: name at least one of " + ", ".join(FAMILIES))
         if self.switch_epoch is not None and self.rank_pattern is None and self.switch_epoch < 2 * self.window_epochs:
@@ -357,8 +364,10 @@ def without_effect(settings: Settings) -> list[str]:
     elif method.rank_pattern is not None:
         sentences += [
             f"method.{key} has no effect, as method.rank_pattern gives the ranks"
-            for key in sorted(given & {"r_min", "r_max", "normalize"})
+            for key in sorted(given & {"r_min", "r_max", "normalize", "rank_floor", "rank_floor_percent"})
         ]
+    elif method.rank_floor is None and "rank_floor_percent" in given:
+        sentences.append("method.rank_floor_percent has no effect, as method.rank_floor is not 0")
     if 0 < len({"query", "key", "value"} & set(method.targets)) < 3 and method.enabled:
         sentences.append("method.targets has some of query, key and value: phase lora freezes the fused qkv as a whole")
     if {"padding"} & augment.model_fields_set and augment.crop != "padded":

@@ -106,7 +106,7 @@ def _uniform_ranks(ranks: Mapping[str, int] | None, num_choices: int) -> Finding
     """Nearly every module sits at one rank, so the budget is not spent where the change is."""
     if not ranks or num_choices < 2:
         return None
-    values = list(ranks.values())
+    values = [rank for rank in ranks.values() if rank]
     rank = max(set(values), key=values.count)
     share = values.count(rank) / len(values)
     if share < UNIFORM_SHARE:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal
 
 from torch import nn
 
-from prelora_ray.method.adapters import LoraLinear, is_adapter_parameter, lora_layers
+from prelora_ray.method.adapters import is_adapter_parameter, lora_layers
 from prelora_ray.method.convergence import ConvergenceTest, Verdict
+from prelora_ray.method.targets import Target
 
 Freeze = Literal["adapted", "all_but_head", "prefix"]
 
@@ -107,21 +108,21 @@ class PhaseSchedule:
         self.test.load_state_dict(state["test"])
 
 
-def freeze_parameters(model: nn.Module, freeze: Freeze) -> None:
+def freeze_parameters(model: nn.Module, targets: Sequence[Target], freeze: Freeze) -> None:
     """Freezes what phase lora no longer trains.
 
-    ``adapted``: the weights and biases of the adapted linear layers (a fused qkv as a whole).
-    ``all_but_head``: everything but the adapters and the classifier. ``prefix``: as ``adapted``, and
-    everything in front of the first block that has an adapter, so that the backward stops there.
+    ``adapted``: the weights and biases of the target modules' linear layers (a fused qkv as a whole), those
+    included that got no adapter because they hardly changed. ``all_but_head``: everything but the adapters and the
+    classifier. ``prefix``: as ``adapted``, and everything in front of the first block that has an adapter, so that
+    the backward stops there.
     """
     adapted = tuple(lora_layers(model))
     assert adapted, "phase lora begins with adapters in place"
-    for name in adapted:
-        layer = model.get_submodule(name)
-        assert isinstance(layer, LoraLinear)
-        layer.weight.requires_grad_(False)
-        if layer.bias is not None:
-            layer.bias.requires_grad_(False)
+    for name in {target.linear for target in targets}:
+        linear = model.get_submodule(name)
+        for parameter in (linear.weight, linear.bias):
+            if parameter is not None:
+                parameter.requires_grad_(False)
     if freeze == "all_but_head":
         head = {id(parameter) for parameter in model.get_classifier().parameters()}  # type: ignore[operator]
         for name, parameter in model.named_parameters():

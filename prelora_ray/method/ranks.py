@@ -16,6 +16,13 @@ def is_power_of_two(n: int) -> bool:
     return n > 0 and n & (n - 1) == 0
 
 
+PATTERN_RANKS = "a rank is a power of two, such as 8 or 16, or 0 for no adapter"
+
+
+def is_pattern_rank(n: int) -> bool:
+    return n == 0 or is_power_of_two(n)
+
+
 def rank_choices(r_min: int, r_max: int) -> list[int]:
     """R = r_min, 2 r_min, 4 r_min, ..., r_max.
 
@@ -30,13 +37,18 @@ def rank_choices(r_min: int, r_max: int) -> list[int]:
 
 
 def assign_ranks(
-    module_change: dict[str, float], r_min: int = 8, r_max: int = 64, normalize: Normalize = "family"
+    module_change: dict[str, float],
+    r_min: int = 8,
+    r_max: int = 64,
+    normalize: Normalize = "family",
+    floor_percent: float = 0.0,
 ) -> dict[str, int]:
     """Rank by module name: more change, more rank (arXiv 2509.21619, algorithm 2).
 
     `module_change` holds the percent change of every module over the last step between windows.
     Changes are min-max normalised to 0..1 within each family, or over all modules with
-    ``normalize="overall"``; an infinite change counts as 1 and not for minimum and maximum.
+    ``normalize="overall"``; an infinite change counts as 1 and not for minimum and maximum. Modules
+    that changed by less than `floor_percent` get rank 0, no adapter; the one that changed most keeps its own.
     """
     choices = rank_choices(r_min, r_max)
     groups: dict[str, list[str]] = {}
@@ -52,7 +64,8 @@ def assign_ranks(
             if math.isinf(change):
                 normalized = 1.0
             ranks[name] = choices[max(math.ceil(normalized * len(choices)) - 1, 0)]
-    return {name: ranks[name] for name in module_change}
+    most = max(module_change, key=module_change.__getitem__)
+    return {name: ranks[name] if change >= floor_percent or name == most else 0 for name, change in module_change.items()}
 
 
 def match_rank_pattern(pattern: dict[str, int], names: Iterable[str]) -> dict[str, int]:
@@ -73,8 +86,8 @@ def match_rank_pattern(pattern: dict[str, int], names: Iterable[str]) -> dict[st
             raise ValueError(f"rank_pattern key {key!r} is no regular expression: {error}") from None
         if not any(compiled[key].fullmatch(name) for name in names):
             raise ValueError(f"rank_pattern key {key!r} matches no target module; one is named {names[0]!r}")
-        if not is_power_of_two(rank):
-            raise ValueError(f"rank_pattern[{key!r}] = {rank} is not allowed: a rank is a power of two, such as 8 or 16")
+        if not is_pattern_rank(rank):
+            raise ValueError(f"rank_pattern[{key!r}] = {rank} is not allowed: {PATTERN_RANKS}")
     ranks = {}
     for name in names:
         keys = [key for key, expression in compiled.items() if expression.fullmatch(name)]
@@ -82,6 +95,8 @@ def match_rank_pattern(pattern: dict[str, int], names: Iterable[str]) -> dict[st
             found = f"the keys {' and '.join(map(repr, keys))}" if keys else "no key"
             raise ValueError(f"target module {name!r} is matched by {found} of rank_pattern: exactly one must match")
         ranks[name] = pattern[keys[0]]
+    if not any(ranks.values()):
+        raise ValueError("rank_pattern gives every module rank 0: at least one needs an adapter")
     return ranks
 
 

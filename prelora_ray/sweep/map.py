@@ -99,7 +99,7 @@ def _trainable_fraction(settings: Settings, num_classes: int, method: MethodSett
     targets = find_targets(model, method.targets)
     sides = {target.name: target.in_features + target.out_features for target in targets}
     inject(model, targets, dict.fromkeys(sides, 1))
-    freeze_parameters(model, method.freeze)
+    freeze_parameters(model, targets, method.freeze)
     adapters = sum(sides.values())
     trainable, parameters = count_parameters(model)
 

@@ -81,7 +81,7 @@ def ranks_at(method: MethodSettings, norms: dict[str, float], verdict: Verdict |
     if method.rank_pattern is not None:
         return match_rank_pattern(method.rank_pattern, norms)
     assert verdict is not None and verdict.module_change is not None, "settings ask for two windows before a switch"
-    return assign_ranks(verdict.module_change, method.r_min, method.r_max, method.normalize)
+    return assign_ranks(verdict.module_change, method.r_min, method.r_max, method.normalize, method.floor_percent)
 
 
 def _reason(method: MethodSettings, num_epochs: int, verdicts: list[Verdict]) -> str:

@@ -27,7 +27,19 @@ from prelora_ray.config import (
 Setting = dict[str, Any]
 """A value for each key that a sweep searches, such as {"method.tau": 0.5, "method.r_max": 32}."""
 
-OF_THE_TEST = ("tau", "zeta", "windows", "window_epochs", "norm_statistic", "switch_epoch", "r_min", "r_max", "normalize")
+OF_THE_TEST = (
+    "tau",
+    "zeta",
+    "windows",
+    "window_epochs",
+    "norm_statistic",
+    "switch_epoch",
+    "r_min",
+    "r_max",
+    "normalize",
+    "rank_floor",
+    "rank_floor_percent",
+)
 """Keys of the method that decide when a run switches and with which ranks, and nothing after."""
 _AFTER = (
     *("warmup_epochs", "rank_pattern", "scaling", "freeze"),

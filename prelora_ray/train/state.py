@@ -128,7 +128,7 @@ class TrainState:
             if not change <= SWITCH_TOLERANCE:
                 raise RuntimeError(f"injecting the adapters changed a logit by {change}, and must not change any")
         if decision.freeze:
-            freeze_parameters(self.model, self.settings.method.freeze)
+            freeze_parameters(self.model, self.targets, self.settings.method.freeze)
         self._rebuild(moments)
         self.logit_change = (self._probe(self.format) - before).abs().max().item()
 
@@ -179,7 +179,7 @@ class TrainState:
         if self.phases.ranks is not None and not checkpoint.adapter:
             self.fork = Decision(switch=self.phases.ranks, freeze=is_frozen)
         elif is_frozen:
-            freeze_parameters(self.model, self.settings.method.freeze)
+            freeze_parameters(self.model, self.targets, self.settings.method.freeze)
 
     def _inject(self, ranks: dict[str, int]) -> None:
         inject(self.model, self.targets, ranks, self.settings.method.scaling, self.settings.train.seed)
@@ -262,6 +262,6 @@ def phase_schedule(settings: Settings, names: list[str]) -> PhaseSchedule:
     def assign(change: dict[str, float]) -> dict[str, int]:
         if method.rank_pattern is not None:
             return match_rank_pattern(method.rank_pattern, names)
-        return assign_ranks(change, method.r_min, method.r_max, method.normalize)
+        return assign_ranks(change, method.r_min, method.r_max, method.normalize, method.floor_percent)
 
     return PhaseSchedule(test, assign, method.warmup_epochs, method.switch_epoch, method.enabled)

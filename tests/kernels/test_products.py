@@ -125,7 +125,7 @@ def test_a_model_compiles_once_for_blocks_of_different_ranks(vit, images, format
         for b in adapted.lora_B.values():
             nn.init.normal_(b, std=0.1, generator=torch.Generator().manual_seed(1))
     if frozen:
-        freeze_parameters(vit, "adapted")
+        freeze_parameters(vit, targets, "adapted")
     plain = copy.deepcopy(vit).double()
     for held in use_products(vit, format_, "merged"):
         held.refresh()

@@ -61,9 +61,13 @@ def test_state_survives_json_with_an_infinite_change():
 
 
 @pytest.fixture
-def adapted(vit):
+def targets(vit):
+    return find_targets(vit, ("key", "fc1"))
+
+
+@pytest.fixture
+def adapted(vit, targets):
     """Adapters on key of the last two blocks and fc1 of the last."""
-    targets = find_targets(vit)
     inject(vit, targets, {"blocks.1.attn.key": 4, "blocks.2.attn.key": 4, "blocks.2.mlp.fc1": 4})
     return vit
 
@@ -72,21 +76,21 @@ def trainable(model) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def test_freeze_adapted(adapted):
+def test_freeze_adapted(adapted, targets):
     everything = trainable(adapted)
-    freeze_parameters(adapted, "adapted")
-    layers = ("blocks.1.attn.qkv", "blocks.2.attn.qkv", "blocks.2.mlp.fc1")
+    freeze_parameters(adapted, targets, "adapted")
+    layers = [f"blocks.{layer}.{linear}" for layer in range(3) for linear in ("attn.qkv", "mlp.fc1")]  # adapted or not
     assert everything - trainable(adapted) == {f"{layer}.{part}" for layer in layers for part in ("weight", "bias")}
 
 
-def test_freeze_all_but_head(adapted):
+def test_freeze_all_but_head(adapted, targets):
     adapters = {name for name in trainable(adapted) if "lora_" in name}
-    freeze_parameters(adapted, "all_but_head")
+    freeze_parameters(adapted, targets, "all_but_head")
     assert trainable(adapted) == adapters | {"head.weight", "head.bias"}
 
 
-def test_freeze_prefix_stops_the_backward(adapted, images):
-    freeze_parameters(adapted, "prefix")
+def test_freeze_prefix_stops_the_backward(adapted, targets, images):
+    freeze_parameters(adapted, targets, "prefix")
     names = trainable(adapted)
     assert not any(name.startswith(("patch_embed", "pos_embed", "cls_token", "blocks.0.")) for name in names)
     assert {"blocks.1.norm1.weight", "blocks.1.mlp.fc2.weight", "norm.weight", "head.bias"} <= names

@@ -40,6 +40,11 @@ def test_family_against_overall():
     assert list(assign_ranks(changes, 8, 64, "overall").values()) == [8, 8, 64, 64]
 
 
+def test_what_hardly_changes_gets_no_adapter():
+    assert list(assign_ranks(family([0.1, 0.5, 1, 2]), 8, 64, floor_percent=0.5).values()) == [0, 8, 16, 64]
+    assert list(assign_ranks(family([0.1, 0.2]), 8, 64, floor_percent=0.5).values()) == [0, 64]  # one is left
+
+
 def test_order_of_modules_is_kept():
     changes = {"blocks.1.mlp.fc1": 1.0, "blocks.0.attn.query": 2.0, "blocks.0.mlp.fc1": 3.0}
     assert list(assign_ranks(changes)) == list(changes)
