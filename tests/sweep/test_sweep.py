@@ -98,7 +98,7 @@ def test_asha_stops_trials_and_the_rest_find_room(load, stale_address):
     ended = [entry["ended"] for entry in result["settings"]]
     assert set(ended) == {"finished", "stopped"}
     assert len(ended) == 12
-    wait_for(lambda: ray.available_resources()["CPU"] == ray.cluster_resources()["CPU"], 20, "all room is given back")
+    wait_for(lambda: ray.available_resources()["CPU"] == ray.cluster_resources()["CPU"], 60, "all room is given back")
 
 
 @pytest.mark.slow
