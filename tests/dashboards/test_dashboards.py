@@ -82,10 +82,11 @@ def test_promtool_is_content(arguments):
 def test_every_alert_is_tested_and_explained():
     rules = yaml.safe_load((ROOT / "prometheus" / "alerts.yml").read_text())["groups"][0]["rules"]
     tested = (ROOT / "prometheus" / "alerts_test.yml").read_text()
-    page = (ROOT.parent / "docs" / "alerts.md").read_text()
+    index = (ROOT.parent / "docs" / "alerts.md").read_text()
     for rule in rules:
         assert f"alertname: {rule['alert']}" in tested
-        assert f"| {rule['alert']} |" in page
+        assert f"(alerts/{rule['alert']}.md)" in index
+        assert (ROOT.parent / rule["annotations"]["page"]).read_text().startswith(f"# {rule['alert']}\n")
 
 
 Query = Callable[[str], list[dict[str, Any]]]
