@@ -323,8 +323,8 @@ def report(
 bench = typer.Typer(help="Measure speed on this machine, beside what others take for the same work.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 _Model = Annotated[str, typer.Option(help="A Vision Transformer's name in timm.")]
-_Size = Annotated[int, typer.Option(help="Side of the image, in pixels.")]
-_Batch = Annotated[int, typer.Option(help="Images in a batch.")]
+_Size = Annotated[int, typer.Option(min=1, help="Side of the image, in pixels.")]
+_Batch = Annotated[int, typer.Option(min=1, help="Images in a batch.")]
 Out = Annotated[str | None, typer.Option(help="Also write the JSON object to this file.")]
 
 
@@ -334,7 +334,7 @@ def bench_phases(
     image_size: _Size = 224,
     batch: _Batch = 256,
     residual: Annotated[Literal["fp32", "bf16"], typer.Option(help="Format of our rows' residual stream.")] = "fp32",
-    steps: Annotated[int, typer.Option(help="Steps in a round; a figure is the median of five rounds.")] = 10,
+    steps: Annotated[int, typer.Option(min=1, help="Steps in a round; a figure is the median of five rounds.")] = 10,
     kernels: Annotated[int, typer.Option(help="Name so many kernels of each row, those that take the most time.")] = 0,
     row: Annotated[list[str] | None, typer.Option(help="Beginning of the names of rows to measure; repeatable.")] = None,
     out: Out = None,
@@ -349,10 +349,10 @@ def bench_phases(
 
 @bench.command("data")
 def bench_data(
-    images: Annotated[int, typer.Option(help="Images in a pass; three passes are measured.")] = 2000,
+    images: Annotated[int, typer.Option(min=1, help="Images in a pass; three passes are measured.")] = 2000,
     image_size: _Size = 224,
     batch: _Batch = 64,
-    cores: Annotated[int | None, typer.Option(help="Decoding processes; default: one a core.")] = None,
+    cores: Annotated[int | None, typer.Option(min=1, help="Decoding processes; default: one a core.")] = None,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
@@ -368,7 +368,7 @@ def bench_loop(
     model: _Model = "vit_tiny_patch16_224",
     image_size: _Size = 64,
     batch: _Batch = 128,
-    epochs: Annotated[int, typer.Option(help="Epochs over the digits.")] = 6,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs over the digits.")] = 6,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
@@ -408,6 +408,8 @@ def _tell_bench(result: dict[str, Any], out: str | None, as_json: bool) -> None:
                 console.out.print(f"{row['name']}: {milliseconds:8.3f} ms  {kernel[:110]}", markup=False)
     for name, reason in result.get("missing", {}).items():
         print(f"not measured: {name} ({reason})", file=sys.stderr)
+    if result.get("failed") is not None:
+        raise WorkError(f"the benchmark ended before its last row: {result['failed']}")
 
 
 def _print_json(content: dict[str, Any]) -> None:

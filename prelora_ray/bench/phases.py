@@ -72,22 +72,23 @@ class Row:
 
 
 def bench_phases(options: Options) -> dict[str, Any]:
-    """Measures every row in this process, one after the other; `rows` and what they ran on, as JSON can hold it."""
+    """Measures every row in this process, one after the other; `rows` and what they ran on, as JSON can hold it.
+
+    `failed` says what ended it before its last row, or is None.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rates = {"matrix_flops": matrix_rate(device), "copy_bytes_per_second": copy_rate(device)}
     bench = _Bench(options, device, rates["matrix_flops"])
-    rows = []
-    for row in bench.rows():
-        logger.info("%s: %.0f images/s", row.name, row.images_per_second)
-        rows.append(vars(row))
-    return {
-        "benchmark": "phases",
-        **describe(device),
-        **rates,
-        "options": vars(options),
-        "rows": rows,
-        "missing": bench.missing,
-    }
+    rows, failed = [], None
+    try:
+        for row in bench.rows():
+            logger.info("%s: %.0f images/s", row.name, row.images_per_second)
+            rows.append(vars(row))
+    except RuntimeError as error:  # after a fault of the device this process can use it no more; what was measured stands
+        logger.debug("", exc_info=True)
+        failed = str(error).splitlines()[0]
+    content = {"options": vars(options), "rows": rows, "missing": bench.missing, "failed": failed}
+    return {"benchmark": "phases", **describe(device), **rates, **content}
 
 
 class _Bench:

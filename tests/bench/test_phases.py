@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from prelora_ray.bench.phases import RANKS
+from prelora_ray.bench import phases
+from prelora_ray.bench.phases import RANKS, Row
 
 WIDTH, DEPTH, TOKENS, CLASSES = 192, 12, 17, 1000
 
@@ -45,3 +46,26 @@ def test_lora_exchanges_what_trains(result):
     others = DEPTH * 4 * WIDTH + 2 * WIDTH + (768 + 1) * WIDTH + WIDTH + TOKENS * WIDTH + (WIDTH + 1) * CLASSES
     assert lora["gradient_bytes"] == pytest.approx(4 * (mean + others), rel=0.15)  # the deal is not even over the families
     assert lora["gradient_bytes"] < 0.5 * result["rows"][0]["gradient_bytes"]
+
+
+def test_what_was_measured_before_a_fault_stands(monkeypatch):
+    def rows(bench):
+        yield Row("first", 1.0, 1.0, None, 0.1, 1.0, 4)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with ...")
+
+    monkeypatch.setattr(phases._Bench, "rows", rows)
+    result = phases.bench_phases(phases.Options("vit_tiny_patch16_224", 64, 2))
+    assert [row["name"] for row in result["rows"]] == ["first"]
+    assert result["failed"] == "CUDA error: an illegal memory access was encountered"
+
+
+def test_a_wrong_request_gets_one_sentence():
+    for arguments, sentence in (
+        (["--model", "vit_tinny"], "model.name = 'vit_tinny' is not allowed"),
+        (["--batch", "0"], "Invalid value for '--batch'"),
+    ):
+        command = [sys.executable, "-m", "prelora_ray", "bench", "phases", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert sentence in done.stderr
+        assert "Traceback" not in done.stderr
