@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
+from types import FrameType
 from typing import Any
 
 import ray
@@ -54,7 +56,20 @@ class ScalingConfig(ray.train.ScalingConfig):
         needed = {name: amount for name, amount in self._resources_per_worker_not_none.items() if amount}
         staying = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
         room = sum(min(int(node.get(name, 0) // amount) for name, amount in needed.items()) for node in staying)
-        return max(self.min_workers, min(most, room))
+        return max(self.min_workers, min(most, room), _running_workers())
+
+
+def _running_workers() -> int:
+    """Size of the running group that Ray decides on at this moment, 0 where it decides on a new one.
+
+    A notice must not make Ray shrink a running group: the group commits a checkpoint and leaves by itself.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "make_decision_for_running_worker_group":
+            return int(frame.f_locals["worker_group_state"].num_workers)
+        frame = frame.f_back
+    return 0
 
 
 _counted = float("-inf")

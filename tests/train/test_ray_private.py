@@ -1,0 +1,43 @@
+"""How many workers Ray may start while a node is about to go."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import ray
+from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
+
+from prelora_ray.train import ray_private
+from prelora_ray.train.ray_private import ScalingConfig
+
+
+@ray.remote(num_cpus=0)
+class Controller:
+    """Stands where Ray Train's controller does: in an actor, with the cluster's only node under notice."""
+
+    def __init__(self) -> None:
+        ray_private._count_nodes = lambda: None
+        (node,) = ray.nodes()
+        ray._private.state.state.get_draining_nodes = lambda: {node["NodeID"]: 0}
+        self.config = ScalingConfig(num_workers=(1, 3), resources_per_worker={"CPU": 1})
+
+    def new_group(self) -> int:
+        return self.config.max_workers
+
+    def running_group(self, num_workers: int) -> int:
+        return self.make_decision_for_running_worker_group(SimpleNamespace(num_workers=num_workers))
+
+    def make_decision_for_running_worker_group(self, worker_group_state: SimpleNamespace) -> int:
+        return self.config.max_workers
+
+
+def test_a_notice_makes_a_new_group_smaller_and_shrinks_no_running_one(ray_cluster):
+    controller = Controller.remote()
+    assert ray.get(controller.new_group.remote()) == 1
+    assert [ray.get(controller.running_group.remote(size)) for size in (1, 2, 3)] == [1, 2, 3]
+    ray.kill(controller)
+
+
+def test_ray_decides_on_running_groups_where_we_look():
+    code = ElasticScalingPolicy.make_decision_for_running_worker_group.__code__
+    assert "worker_group_state" in code.co_varnames
