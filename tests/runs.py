@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -67,6 +68,17 @@ def wait_inside(folder: RunFolder, epoch: int) -> None:
         time.sleep(0.01)
 
 
+def children(pid: int, title: str) -> list[psutil.Process]:
+    """Processes below process `pid` whose title holds `title`; none where it has ended."""
+    found = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):  # it ended while we looked
+                if title in " ".join(process.cmdline()[:1]):
+                    found.append(process)
+    return found
+
+
 class Killer(threading.Thread):
     """Sends SIGKILL to one worker, in turn, inside each of the given epochs."""
 
@@ -79,12 +91,7 @@ class Killer(threading.Thread):
     def run(self) -> None:
         for n, epoch in enumerate(self._epochs):
             wait_inside(self._folder, epoch)
-            workers = [
-                process
-                for process in psutil.Process().children(recursive=True)
-                if "RayTrainWorker" in " ".join(process.cmdline()[:1])
-            ]
-            workers.sort(key=lambda process: process.pid)
+            workers = sorted(children(os.getpid(), "RayTrainWorker"), key=lambda process: process.pid)
             victim = workers[n % len(workers)]
             os.kill(victim.pid, signal.SIGKILL)
             self.phases.append(Checkpoints(self._folder).newest()[0].state["phases"]["phase"])

@@ -17,6 +17,7 @@ from ray.cluster_utils import Cluster
 
 from prelora_ray.config import parse_settings
 from prelora_ray.run_folder import RunFolder
+from tests.runs import children
 
 ROOT = Path(__file__).parents[2]
 WORKERS = 2
@@ -106,14 +107,8 @@ class Site:
 
 def _children(node: Any, title: str) -> list[psutil.Process]:
     """Processes of a node whose title holds `title`."""
-    found = []
-    try:
-        for process in psutil.Process(node.all_processes["raylet"][0].process.pid).children(recursive=True):
-            if title in " ".join(process.cmdline()[:1]):
-                found.append(process)
-    except (psutil.NoSuchProcess, KeyError):
-        pass  # it ended while we looked
-    return found
+    raylets = node.all_processes.get("raylet")
+    return children(raylets[0].process.pid, title) if raylets else []
 
 
 def write_config(folder: Path, name: str, data: Path, epochs: tuple[int, int, int]) -> Path:
