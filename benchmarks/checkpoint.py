@@ -18,7 +18,7 @@ import time
 
 import torch
 
-from prelora_ray.config import parse_settings
+from prelora_ray.config_file import parse_settings
 from prelora_ray.storage import Storage
 from prelora_ray.train.checkpoint import Checkpoints, Retention
 from prelora_ray.train.saver import Saver

@@ -50,7 +50,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a run through full, warmup and lora, or resume it."""
-    from prelora_ray.config import load_settings
+    from prelora_ray.config_file import load_settings
 
     settings = load_settings(config, overrides or [], name=name, storage=storage)
 
@@ -219,7 +219,7 @@ def replay(
 ) -> None:
     """Tell where other settings of the test would have switched a recorded run. What is not given is the run's own."""
     from prelora_ray import console
-    from prelora_ray.config import parse_method
+    from prelora_ray.config_file import parse_method
     from prelora_ray.sweep.replay import read_record
     from prelora_ray.sweep.replay import replay as run
 

@@ -1,17 +1,12 @@
-"""What a run is: typed settings, read from YAML and checked before anything starts."""
+"""What a run is: typed settings, checked before anything starts. `config_file.py` reads them."""
 
 from __future__ import annotations
 
-import difflib
-import math
 import re
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from prelora_ray.method.convergence import NormStatistic
 from prelora_ray.method.phases import Freeze
@@ -39,7 +34,6 @@ def _check_folder_name(name: str) -> str:
 
 
 FolderName = Annotated[str, AfterValidator(_check_folder_name)]
-SectionT = TypeVar("SectionT", bound=Section)
 
 
 class ModelSettings(Section):
@@ -375,140 +369,3 @@ def without_effect(settings: Settings) -> list[str]:
     if {"min_scale"} & augment.model_fields_set and augment.crop != "random_resized":
         sentences.append(f"augment.min_scale has no effect, as augment.crop is {augment.crop}")
     return sentences
-
-
-def load_settings(
-    path: str | Path, overrides: Iterable[str] = (), *, name: str | None = None, storage: str | None = None
-) -> Settings:
-    """Reads a recipe. `overrides` are `key.path=value`, with values in YAML.
-
-    Raises ValueError with one sentence a mistake, naming the key, the value and what is allowed.
-    """
-    return parse_settings(read_named(path, overrides, name=name, storage=storage))
-
-
-def read_named(
-    path: str | Path, overrides: Iterable[str] = (), *, name: str | None = None, storage: str | None = None
-) -> dict[str, Any]:
-    """What a YAML file holds, with what a command line changes in it; the name is by default the file's own.
-
-    Raises ValueError where it is no such file.
-    """
-    path = Path(path)
-    try:
-        content = yaml.load(path.read_text(), Loader=_UniqueKeyLoader)
-    except FileNotFoundError:
-        raise ValueError(f"{path} is no file: give the path of a recipe, such as jobs/configs/digits.yaml") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no settings: it must be a mapping such as `data: {{path: ...}}`")
-    for override in overrides:
-        _apply(content, override)
-    content.setdefault("name", path.stem)
-    if name is not None:
-        content["name"] = name
-    if storage is not None:
-        content["storage"] = storage
-    return content
-
-
-def parse_settings(content: dict[str, Any]) -> Settings:
-    """Checks settings given as nested dictionaries. Raises ValueError as `load_settings` does."""
-    return parse_section(Settings, content)
-
-
-def parse_method(content: dict[str, Any]) -> MethodSettings:
-    """Checks the settings of the method alone. Raises ValueError as `load_settings` does."""
-    return parse_section(MethodSettings, content, "method.")
-
-
-def parse_section(section: type[SectionT], content: dict[str, Any], prefix: str = "") -> SectionT:
-    """Checks a section whose keys are told with `prefix` in front. Raises ValueError as `load_settings` does."""
-    try:
-        return section.model_validate(content)
-    except ValidationError as error:
-        raise ValueError("\n".join(_sentences(error.errors(), _known_keys(section, prefix), prefix))) from None
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """A key that stands twice is a mistake, of which plain YAML would keep the second silently."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def _apply(content: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise ValueError(f"--set {override!r} is not allowed: write key.path=value, such as train.epochs=20")
-    *parents, last = key.strip().split(".")
-    section = content
-    for parent in parents:
-        if section.get(parent) is None:
-            section[parent] = {}
-        section = section[parent]
-        if not isinstance(section, dict):
-            raise ValueError(f"--set {override!r} is not allowed: {parent} is no section")
-    try:
-        section[last] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise ValueError(f"--set {override!r} is not allowed: the value is not YAML") from None
-
-
-def _sentences(errors: list[ErrorDetails], known: list[str], prefix: str) -> list[str]:
-    """One sentence a key: the errors of a union's members (an integer, or `auto`) are one mistake."""
-    merged: dict[str, ErrorDetails] = {}
-    for details in errors:
-        location = [str(part) for part in details["loc"]]
-        if details["type"] != "extra_forbidden":  # drop what pydantic adds behind the key: the union's member, an index
-            while location and prefix + ".".join(location) not in known:
-                location.pop()
-        key = prefix + ".".join(location)
-        message = _RULE_START.sub("", details["msg"].removeprefix("Value error, "))
-        if key in merged and details["type"] != "extra_forbidden":
-            message = f"{merged[key]['msg']}, or {message}"
-        merged[key] = {**details, "msg": message}
-    return [_sentence(key, details, known) for key, details in merged.items()]
-
-
-_RULE_START = re.compile(r"^(Input should be|must be) ")
-
-
-def _sentence(key: str, details: ErrorDetails, known: list[str]) -> str:
-    value, rule = details["input"], details["msg"]
-    if details["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(key, known, 1)
-        close = close or [other for other in known if other.split(".")[-1] == key.split(".")[-1]]
-        hint = f"did you mean {close[0]}?" if close else f"its section knows {_siblings(key, known)}"
-        return f"{key} = {value!r} is not allowed: there is no such key, {hint}"
-    if details["type"] == "missing" and isinstance(details["loc"][-1], int):
-        return f"{key} = {value!r} is not allowed: it has too few entries"
-    if details["type"] == "missing":
-        return f"{key} is missing: it must be given"
-    if isinstance(value, float) and not math.isfinite(value):
-        rule = "a finite number"
-    if details["type"] == "value_error" and isinstance(value, dict):  # a rule between keys, which names them itself
-        return rule
-    return f"{key} = {value!r} is not allowed: it must be {rule}"
-
-
-def _known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
-    keys = []
-    for name, field in section.model_fields.items():
-        keys.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += _known_keys(field.annotation, f"{prefix}{name}.")
-    return keys
-
-
-def _siblings(key: str, known: list[str]) -> str:
-    prefix = key[: key.rfind(".") + 1]
-    names = [other[len(prefix) :] for other in known if other.startswith(prefix)]
-    return ", ".join(name for name in names if "." not in name)

@@ -21,7 +21,8 @@ from typing import Any
 
 import yaml
 
-from prelora_ray.config import Settings, parse_settings
+from prelora_ray.config import Settings
+from prelora_ray.config_file import parse_settings
 from prelora_ray.storage import Storage
 
 

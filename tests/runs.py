@@ -13,7 +13,8 @@ from typing import Any
 import psutil
 import torch
 
-from prelora_ray.config import Settings, parse_settings
+from prelora_ray.config import Settings
+from prelora_ray.config_file import parse_settings
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.train.checkpoint import Checkpoint, Checkpoints, checkpoint_name
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from prelora_ray.config import load_settings, parse_settings, without_effect
+from prelora_ray.config import without_effect
+from prelora_ray.config_file import load_settings, parse_settings
 from prelora_ray.train.model import check_model
 
 CONFIGS = sorted((Path(__file__).parent.parent / "jobs" / "configs").glob("*.yaml"))

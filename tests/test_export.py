@@ -16,7 +16,7 @@ from peft import PeftModel
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from prelora_ray.config import parse_settings
+from prelora_ray.config_file import parse_settings
 from prelora_ray.data.manifest import read_manifest
 from prelora_ray.evaluate import evaluate
 from prelora_ray.export import ExportError, export

@@ -21,7 +21,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from prelora_ray.bench.machine import describe
-from prelora_ray.config import Settings, parse_settings
+from prelora_ray.config import Settings
+from prelora_ray.config_file import parse_settings
 from prelora_ray.data.augment import Augmenter
 from prelora_ray.data.manifest import Manifest, read_manifest
 from prelora_ray.data.prepare import PrepareSettings, prepare

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from prelora_ray.bench.machine import copy_rate, describe, forget, matrix_rate, seconds_per_call
-from prelora_ray.config import ModelSettings, Settings, parse_settings
+from prelora_ray.config import ModelSettings, Settings
+from prelora_ray.config_file import parse_settings
 from prelora_ray.data.manifest import Manifest, Shard
 from prelora_ray.data.stream import Batch, StreamPlan
 from prelora_ray.method.phases import Decision, Phase, count_parameters

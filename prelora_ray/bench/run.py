@@ -18,7 +18,8 @@ import torch
 import yaml
 
 from prelora_ray.bench.machine import describe, seconds_per_call
-from prelora_ray.config import Settings, parse_settings
+from prelora_ray.config import Settings
+from prelora_ray.config_file import parse_settings
 from prelora_ray.data.manifest import read_manifest
 from prelora_ray.data.prepare import prepare
 from prelora_ray.data.stream import Pass, stream_batches

@@ -11,18 +11,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from prelora_ray.config import (
-    Count,
-    FolderName,
-    Section,
-    Settings,
-    Whole,
-    load_settings,
-    parse_section,
-    parse_settings,
-    read_named,
-    with_absolute_paths,
-)
+from prelora_ray.config import Count, FolderName, Section, Settings, Whole, with_absolute_paths
+from prelora_ray.config_file import load_settings, parse_section, parse_settings, read_named
 
 Setting = dict[str, Any]
 """A value for each key that a sweep searches, such as {"method.tau": 0.5, "method.r_max": 32}."""

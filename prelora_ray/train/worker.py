@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from prelora_ray.config import parse_settings
+from prelora_ray.config_file import parse_settings
 from prelora_ray.train.precision import PrecisionError, check_precision
 from prelora_ray.train.session import Session, StoppedError
 from prelora_ray.train.step import NonFiniteLossError

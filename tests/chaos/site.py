@@ -15,7 +15,7 @@ import psutil
 import yaml
 from ray.cluster_utils import Cluster
 
-from prelora_ray.config import parse_settings
+from prelora_ray.config_file import parse_settings
 from prelora_ray.run_folder import RunFolder
 from tests.runs import children
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prelora_ray.config import Settings, parse_settings
+from prelora_ray.config import Settings
+from prelora_ray.config_file import parse_settings
 from prelora_ray.data.manifest import read_manifest
 from prelora_ray.data.mixing import Mixing, mix, normalize, plan_mixing, soft_targets
 from prelora_ray.data.stream import Batch, Pass, stream_batches

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from prelora_ray.config import parse_settings
+from prelora_ray.config_file import parse_settings
 from prelora_ray.method.phases import Decision
 from prelora_ray.storage import Storage
 from prelora_ray.train.checkpoint import Checkpoint, Checkpoints, DamagedCheckpointError, Retention

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from prelora_ray.config import parse_settings
+from prelora_ray.config_file import parse_settings
 from prelora_ray.method.adapters import inject
 from prelora_ray.method.phases import freeze_parameters
 from prelora_ray.method.targets import find_targets

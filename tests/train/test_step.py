@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from prelora_ray.config import Settings, parse_settings
+from prelora_ray.config import Settings
+from prelora_ray.config_file import parse_settings
 from prelora_ray.data.manifest import Manifest, Shard
 from prelora_ray.data.stream import Batch
 from prelora_ray.method.phases import Decision, Phase
