@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -322,17 +323,17 @@ def report(
 
 bench = typer.Typer(help="Measure speed on this machine, beside what others take for the same work.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
-_Model = Annotated[str, typer.Option(help="A Vision Transformer's name in timm.")]
-_Size = Annotated[int, typer.Option(min=1, help="Side of the image, in pixels.")]
-_Batch = Annotated[int, typer.Option(min=1, help="Images in a batch.")]
+ModelName = Annotated[str, typer.Option(help="A Vision Transformer's name in timm.")]
+ImageSize = Annotated[int, typer.Option(min=1, help="Side of the image, in pixels.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images in a batch.")]
 Out = Annotated[str | None, typer.Option(help="Also write the JSON object to this file.")]
 
 
 @bench.command("phases")
 def bench_phases(
-    model: _Model = "vit_large_patch16_224",
-    image_size: _Size = 224,
-    batch: _Batch = 256,
+    model: Annotated[str | None, typer.Option(help="A ViT's name in timm; default: ViT-L, on a CPU ViT-Ti.")] = None,
+    image_size: Annotated[int | None, typer.Option(min=1, help="Side of the image; default: 224, on a CPU 64.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Images in a step; default: 256, on a CPU 8.")] = None,
     residual: Annotated[Literal["fp32", "bf16"], typer.Option(help="Format of our rows' residual stream.")] = "fp32",
     steps: Annotated[int, typer.Option(min=1, help="Steps in a round; a figure is the median of five rounds.")] = 10,
     kernels: Annotated[int, typer.Option(help="Name so many kernels of each row, those that take the most time.")] = 0,
@@ -341,17 +342,20 @@ def bench_phases(
     as_json: Json = False,
 ) -> None:
     """Images a second in full, warmup and lora, and of timm, PEFT and Hugging Face."""
-    from prelora_ray.bench.phases import Options
+    from prelora_ray.bench.phases import Options, usual_size
     from prelora_ray.bench.phases import bench_phases as run
 
-    _tell_bench(run(Options(model, image_size, batch, residual, steps, kernels, tuple(row or ()))), out, as_json)
+    given = {"model": model, "image_size": image_size, "batch": batch}
+    size = usual_size() | {key: value for key, value in given.items() if value is not None}
+    options = Options(**size, residual=residual, steps=steps, kernels=kernels, rows=tuple(row or ()))
+    _bench(lambda: run(options), out, as_json)
 
 
 @bench.command("data")
 def bench_data(
-    images: Annotated[int, typer.Option(min=1, help="Images in a pass; three passes are measured.")] = 2000,
-    image_size: _Size = 224,
-    batch: _Batch = 64,
+    images: Annotated[int, typer.Option(min=100, help="Images in a pass; three passes are measured.")] = 2000,
+    image_size: ImageSize = 224,
+    batch: BatchSize = 64,
     cores: Annotated[int | None, typer.Option(min=1, help="Decoding processes; default: one a core.")] = None,
     out: Out = None,
     as_json: Json = False,
@@ -360,15 +364,16 @@ def bench_data(
     from prelora_ray.bench.data import Options
     from prelora_ray.bench.data import bench_data as run
 
-    _tell_bench(run(Options(images, image_size, batch, cores or os.cpu_count() or 1)), out, as_json)
+    options = Options(images, image_size, batch, cores or os.cpu_count() or 1)
+    _bench(lambda: run(options), out, as_json)
 
 
 @bench.command("loop")
 def bench_loop(
-    model: _Model = "vit_tiny_patch16_224",
-    image_size: _Size = 64,
-    batch: _Batch = 128,
-    epochs: Annotated[int, typer.Option(min=1, help="Epochs over the digits.")] = 6,
+    model: ModelName = "vit_tiny_patch16_224",
+    image_size: ImageSize = 64,
+    batch: BatchSize = 128,
+    epochs: Annotated[int, typer.Option(min=2, help="Epochs over the digits; the first one is not counted.")] = 6,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
@@ -376,14 +381,14 @@ def bench_loop(
     from prelora_ray.bench.run import Options
     from prelora_ray.bench.run import bench_loop as run
 
-    _tell_bench(run(Options(model, image_size, batch, epochs)), out, as_json)
+    _bench(lambda: run(Options(model, image_size, batch, epochs)), out, as_json)
 
 
 @bench.command("restart")
 def bench_restart(
-    model: _Model = "vit_tiny_patch16_224",
-    image_size: _Size = 64,
-    batch: _Batch = 128,
+    model: ModelName = "vit_tiny_patch16_224",
+    image_size: ImageSize = 64,
+    batch: BatchSize = 128,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
@@ -391,14 +396,15 @@ def bench_restart(
     from prelora_ray.bench.run import Options
     from prelora_ray.bench.run import bench_restart as run
 
-    _tell_bench(run(Options(model, image_size, batch)), out, as_json)
+    _bench(lambda: run(Options(model, image_size, batch)), out, as_json)
 
 
-def _tell_bench(result: dict[str, Any], out: str | None, as_json: bool) -> None:
+def _bench(run: Callable[[], dict[str, Any]], out: str | None, as_json: bool) -> None:
     from prelora_ray import console
 
-    if out is not None:
-        Path(out).write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    if out is not None and not Path(out).absolute().parent.is_dir():
+        raise ValueError(f"--out {out} is not allowed: {Path(out).absolute().parent} is no folder")
+    result = run()
     if as_json:
         _print_json(result)
     else:
@@ -406,6 +412,8 @@ def _tell_bench(result: dict[str, Any], out: str | None, as_json: bool) -> None:
         for row in result["rows"]:
             for kernel, milliseconds in row.get("kernels", ()):
                 console.out.print(f"{row['name']}: {milliseconds:8.3f} ms  {kernel[:110]}", markup=False)
+    if out is not None:
+        Path(out).write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     for name, reason in result.get("missing", {}).items():
         print(f"not measured: {name} ({reason})", file=sys.stderr)
     if result.get("failed") is not None:

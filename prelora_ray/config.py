@@ -349,7 +349,7 @@ def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def without_effect(settings: Settings) -> list[str]:
     """A sentence for each setting that was given and has no effect."""
-    method, augment = settings.method, settings.augment
+    method, augment, train = settings.method, settings.augment, settings.train
     given = method.model_fields_set - {"enabled"}
     sentences = []
     if not method.enabled:
@@ -364,6 +364,10 @@ def without_effect(settings: Settings) -> list[str]:
         sentences.append("method.rank_floor_percent has no effect, as method.rank_floor is not 0")
     if 0 < len({"query", "key", "value"} & set(method.targets)) < 3 and method.enabled:
         sentences.append("method.targets has some of query, key and value: phase lora freezes the fused qkv as a whole")
+    if "residual" in train.model_fields_set and train.precision in ("fp32", "fp64"):
+        sentences.append(f"train.residual has no effect, as train.precision is {train.precision}")
+    if "adapters" in train.model_fields_set and not method.enabled:
+        sentences.append("train.adapters has no effect, as method.enabled is false")
     if {"padding"} & augment.model_fields_set and augment.crop != "padded":
         sentences.append(f"augment.padding has no effect, as augment.crop is {augment.crop}")
     if {"min_scale"} & augment.model_fields_set and augment.crop != "random_resized":

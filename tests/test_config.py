@@ -113,10 +113,15 @@ def test_settings_without_effect_are_told():
             **DATA,
             "method": {"rank_pattern": {".*": 8}, "r_max": 32, "targets": ["query", "fc1"]},
             "augment": {"crop": "center", "padding": 2},
+            "train": {"precision": "fp32", "residual": "bf16"},
         }
     )
-    told = without_effect(settings)
-    assert [sentence.split()[0] for sentence in told] == ["method.r_max", "method.targets", "augment.padding"]
+    told = [sentence.split()[0] for sentence in without_effect(settings)]
+    assert told == ["method.r_max", "method.targets", "train.residual", "augment.padding"]
+    full = parse_settings({"name": "run", **DATA, "method": {"enabled": False}, "train": {"adapters": "merged"}})
+    assert without_effect(full) == ["train.adapters has no effect, as method.enabled is false"]
+    floor = parse_settings({"name": "run", **DATA, "method": {"rank_floor_percent": 0.5}})
+    assert without_effect(floor) == ["method.rank_floor_percent has no effect, as method.rank_floor is not 0"]
 
 
 def test_the_reference_in_the_docs_is_up_to_date():

@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "export.py": {"trained.py", "method", "data", "storage.py", "errors.py", "torchvision_ops.py"},
     "sweep": {"sweep", "train", "method", "config.py", "config_file.py", "run_folder.py", "storage.py", "errors.py"},
     "report": {"report", "config.py", "run_folder.py"},
-    "bench": {"bench", "train", "method", "data", "config.py", "config_file.py", "run_folder.py", "storage.py"},
+    "bench": {"bench", "train", "method", "data", "errors.py", "config.py", "config_file.py", "run_folder.py", "storage.py"},
     "console.py": {"config.py", "run_folder.py", "sweep", "report", "evaluate.py"},
     "cli.py": {
         "console.py",

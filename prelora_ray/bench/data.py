@@ -47,7 +47,12 @@ class Options:
 
 
 def bench_data(options: Options) -> dict[str, Any]:
-    """Measures every way over the same files; `rows` and what they ran on, as JSON can hold it."""
+    """Measures every way over the same files; `rows` and what they ran on, as JSON can hold it.
+
+    Raises ValueError where a pass has fewer than four batches, too few for a rate.
+    """
+    if 4 * options.batch > options.images:
+        raise ValueError(f"--batch {options.batch} is not allowed with --images {options.images}: a pass needs four batches")
     with tempfile.TemporaryDirectory() as directory:
         source, small, whole = (str(Path(directory, name)) for name in ("source", "small", "whole"))
         _write_images(Path(source), options.images)

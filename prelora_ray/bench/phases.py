@@ -41,9 +41,9 @@ _HF_TARGETS = r".*layer.*(query|key|value|dense|o_proj|q_proj|k_proj|v_proj|fc1|
 
 @dataclass(frozen=True)
 class Options:
-    model: str = "vit_large_patch16_224"
-    image_size: int = 224
-    batch: int = 256
+    model: str
+    image_size: int
+    batch: int
     residual: Literal["fp32", "bf16"] = "fp32"
     """Of our own rows."""
     steps: int = 10
@@ -52,6 +52,13 @@ class Options:
     """Kernels to name for each row."""
     rows: tuple[str, ...] = ()
     """Beginnings of the names of rows to measure; all where it is empty."""
+
+
+def usual_size() -> dict[str, Any]:
+    """Model, image size and batch: the paper's on a GPU, and on a CPU what takes a minute."""
+    if torch.cuda.is_available():
+        return {"model": "vit_large_patch16_224", "image_size": 224, "batch": 256}
+    return {"model": "vit_tiny_patch16_224", "image_size": 64, "batch": 8}
 
 
 @dataclass(frozen=True)

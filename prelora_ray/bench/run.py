@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,11 @@ from prelora_ray.config_file import parse_settings
 from prelora_ray.data.manifest import read_manifest
 from prelora_ray.data.prepare import prepare
 from prelora_ray.data.stream import Pass, stream_batches
+from prelora_ray.errors import WorkError
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
 from prelora_ray.train.feed import stream_plan
+from prelora_ray.train.model import check_model
 from prelora_ray.train.run import ray_session, train
 from prelora_ray.train.state import TrainState
 from prelora_ray.train.step import Stepper
@@ -76,11 +77,15 @@ def _bare_rate(settings: Settings, device: torch.device) -> float:
 
 
 def bench_restart(options: Options) -> dict[str, Any]:
-    """Seconds from the command to the first trained step, with an empty compile cache and with a filled one."""
+    """Seconds from the command to the first trained step, with an empty compile cache and with a filled one.
+
+    Raises ValueError for a model that cannot work, WorkError where a run ends without a step.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
     with tempfile.TemporaryDirectory() as directory:
         settings = _settings(directory, options)
+        check_model(settings.model, settings.method)
         with ray_session():
             prepare("digits", settings.data.path)
         for name in ("empty compile cache", "filled compile cache"):
@@ -102,20 +107,15 @@ def _seconds_to_first_step(settings: Settings, cache: str) -> float:
         stderr=subprocess.DEVNULL,
     )
     try:
-        for seconds in _until_first_step(folder, start):
-            if process.poll() is not None and not folder.exists("result.json"):
-                raise RuntimeError(f"the run ended after {seconds:.0f} s without a step")
+        while not folder.exists("progress.json"):
+            if process.poll() is not None:
+                raise WorkError(f"the run ended with status {process.returncode} and without a step")
+            time.sleep(0.2)
     finally:
         process.terminate()
         process.wait()
     first_step: float = folder.read_json("progress.json")["time"]
     return first_step - start
-
-
-def _until_first_step(folder: RunFolder, start: float) -> Iterator[float]:
-    while not folder.exists("progress.json"):
-        yield time.time() - start
-        time.sleep(0.2)
 
 
 def _settings(directory: str, options: Options) -> Settings:

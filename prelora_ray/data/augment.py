@@ -105,15 +105,16 @@ def read_crop(encoded: bytes, size: int, choose_box: Callable[[int, int], Box]) 
     `choose_box` gets the image's width and height. A JPEG is decoded at the smallest scale (1, 1/2, 1/4, 1/8) that leaves the
     box `size` pixels on each side, which costs a fraction of the whole image's decoding.
     """
-    try:
-        height, width, *_ = simplejpeg.decode_jpeg_header(encoded)
-    except ValueError:
-        image = Image.open(io.BytesIO(encoded)).convert("RGB")
-        return _resize(image, size, choose_box(*image.size))
-    left, top, right, bottom = choose_box(width, height)
+    image = Image.open(io.BytesIO(encoded))  # reads its header alone
+    width, height = image.size
+    box = left, top, right, bottom = choose_box(width, height)
     fits = min(right - left, bottom - top) / size
     shrink = next((shrink for shrink in (8, 4, 2) if shrink <= fits), 1)  # libjpeg is slow at what lies between
-    pixels = simplejpeg.decode_jpeg(encoded, "RGB", min_height=math.ceil(height / shrink), min_width=math.ceil(width / shrink))
+    sides = {"min_height": math.ceil(height / shrink), "min_width": math.ceil(width / shrink)}
+    try:
+        pixels = simplejpeg.decode_jpeg(encoded, "RGB", **sides)
+    except ValueError:  # no JPEG, or one with a flaw that Pillow overlooks
+        return _resize(image.convert("RGB"), size, box)
     left, top = left / shrink, top / shrink
     right, bottom = min(right / shrink, pixels.shape[1]), min(bottom / shrink, pixels.shape[0])
     x, y = max(0, int(left) - _MARGIN), max(0, int(top) - _MARGIN)

@@ -38,7 +38,7 @@ class Fp8FrozenLinear(FrozenProduct):
         }.items():
             self.register_buffer(name, torch.zeros(shape, dtype=torch.float8_e4m3fn, device=weight.device), persistent=False)
             self.register_buffer(f"{name}_scale", torch.ones(shape[0], 1, device=weight.device), persistent=False)
-        self.register_buffer("bias", frozen_bias(weight, bias, rank)[:out_features].bfloat16(), persistent=False)
+        self.register_buffer("bias", frozen_bias(weight, bias).bfloat16(), persistent=False)
 
     @torch.no_grad()
     def refresh(self, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> None:

@@ -15,6 +15,7 @@ that no activation is read a second time for them:
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
@@ -41,7 +42,7 @@ def merged_linear(
         return F.linear(x.to(dtype), merged, None if bias is None else bias.to(dtype))
 
 
-class FrozenProduct(nn.Module):
+class FrozenProduct(nn.Module, ABC):
     """x (..., in) to x (W + s B A)' + bias, (..., out), for a frozen W and bias.
 
     Holds W + s B A, A and B in the form of its products. `refresh` brings that up to date: once after every change of W, A or
@@ -51,13 +52,13 @@ class FrozenProduct(nn.Module):
     rank_dimensions: ClassVar[dict[str, list[int]]]
     """Dimensions of what it holds that depend on the rank."""
 
+    @abstractmethod
     def refresh(self, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> None:
         """Takes over the values of W (out, in), A (rank, in) and B (out, rank)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def multiply(self, rows: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
         """(rows, in) to (rows, out), with gradients for all three."""
-        raise NotImplementedError
 
     def forward(
         self,
@@ -85,7 +86,8 @@ class FrozenLinear(FrozenProduct):
         out_features, in_features = weight.shape
         matrix = weight.new_zeros(out_features + rank, in_features + rank, dtype=dtype)
         self.register_buffer("matrix", matrix, persistent=False)
-        self.register_buffer("bias", frozen_bias(weight, bias, rank).to(dtype), persistent=False)
+        longer = F.pad(frozen_bias(weight, bias), (0, rank))  # x A' has none
+        self.register_buffer("bias", longer.to(dtype), persistent=False)
 
     @torch.no_grad()
     def refresh(self, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> None:
@@ -100,10 +102,9 @@ class FrozenLinear(FrozenProduct):
         return y
 
 
-def frozen_bias(weight: torch.Tensor, bias: torch.Tensor | None, rank: int) -> torch.Tensor:
-    """The bias of [y, x A'], (out + rank): that of the layer, and none."""
-    filled = weight.new_zeros(len(weight)) if bias is None else bias.detach()
-    return F.pad(filled, (0, rank))
+def frozen_bias(weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The layer's bias, (out,), zero where it has none."""
+    return weight.new_zeros(len(weight)) if bias is None else bias.detach()
 
 
 class _Product(torch.autograd.Function):

@@ -71,6 +71,7 @@ class LoraLinear(nn.Module):
         b = [F.pad(self.lora_B[family], (0, 0, start, self.out_features - stop)) for family, (start, stop) in self.rows.items()]
         return torch.cat([self.lora_A[family] for family in self.rows]), torch.cat(b, dim=1)
 
+    @torch.no_grad()
     def refresh(self) -> None:
         """Brings a product that holds merged weights up to date with the layer's own."""
         self.product.refresh(self.weight, *self.fused(), self.scaling)  # type: ignore[union-attr]

@@ -46,12 +46,10 @@ def training_passes(phase: Phase) -> int:
 
 
 class Sensors:
-    """Utilization and power of a worker's GPU, where NVML is there to ask."""
+    """Utilization and power of a GPU, where NVML is there to ask."""
 
     def __init__(self, device: torch.device) -> None:
         self._handle = None
-        if device.type != "cuda":
-            return
         try:
             pynvml.nvmlInit()
             self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")

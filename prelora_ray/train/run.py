@@ -16,8 +16,9 @@ from typing import Any
 import ray
 import ray.train
 import ray.train.torch
+import torch
 
-from prelora_ray.config import Settings, flat, with_absolute_paths, without_effect
+from prelora_ray.config import Settings, WorkerSettings, flat, with_absolute_paths, without_effect
 from prelora_ray.data.manifest import Manifest, read_manifest
 from prelora_ray.data.prepare import prepare
 from prelora_ray.errors import InterruptedRunError, WorkError
@@ -28,6 +29,7 @@ from prelora_ray.storage import Storage
 from prelora_ray.train.lock import DriverLock
 from prelora_ray.train.model import check_model, create_model
 from prelora_ray.train.notices import STOP_FILE
+from prelora_ray.train.precision import check_precision
 from prelora_ray.train.pretrained import load_pretrained
 from prelora_ray.train.ray_private import ScalingConfig, TorchConfig, release
 from prelora_ray.train.result import summarize
@@ -78,6 +80,8 @@ def train(settings: Settings, *, debug: bool = False, callbacks: Sequence[ray.tr
         logger.warning("%s", sentence)
     with DriverLock(folder), ray_session(debug=debug) as is_embedded:
         _check_room(settings, is_embedded)
+        if not _uses_gpus(settings.workers):
+            check_precision(settings.train.precision, torch.device("cpu"))
         _prepare_once(settings)
         manifest = read_manifest(Storage(settings.data.path))
         for split in manifest.splits:
@@ -163,6 +167,10 @@ def _check_room(settings: Settings, is_embedded: bool) -> None:
         logger.warning("waiting for room: %s", told)
 
 
+def _uses_gpus(workers: WorkerSettings) -> bool:
+    return ray.cluster_resources().get("GPU", 0) >= workers.min if workers.gpu == "auto" else workers.gpu
+
+
 def _fit(settings: Settings, folder: RunFolder, callbacks: Sequence[ray.train.UserCallback]) -> None:
     workers = settings.workers
     is_elastic = workers.min < workers.max
@@ -171,16 +179,14 @@ def _fit(settings: Settings, folder: RunFolder, callbacks: Sequence[ray.train.Us
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(workers.hang_seconds)
     if is_elastic:  # a group that finds no room is to become smaller; one of fixed size has nothing to do but wait
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "5")
-    use_gpu = workers.gpu
-    if use_gpu == "auto":
-        use_gpu = ray.cluster_resources().get("GPU", 0) >= workers.min
+    use_gpu = _uses_gpus(workers)
     trainer = ray.train.torch.TorchTrainer(
         train_worker,
         train_loop_config={"settings": settings.model_dump(mode="json")},
         scaling_config=ScalingConfig(
             num_workers=(workers.min, workers.max) if is_elastic else workers.max,
             elastic_resize_monitor_interval_s=_RESIZE_LOOK_SECONDS,
-            use_gpu=bool(use_gpu),
+            use_gpu=use_gpu,
             resources_per_worker={"CPU": workers.cpus} | ({"GPU": 1} if use_gpu else {}),
         ),
         torch_config=TorchConfig(timeout_s=int(workers.hang_seconds * PATIENCE)),

@@ -290,6 +290,8 @@ class Session:
             self._record_change(self.state.fork)
 
     def _record_change(self, decision: Decision) -> None:
+        if decision.switch is None and not decision.freeze:
+            return
         phases = self.state.phases
         trainable, parameters = count_parameters(self.state.model)
         content: dict[str, Any] = {

@@ -12,7 +12,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from prelora_ray.config import Settings
 from prelora_ray.method.adapters import (
-    LoraLinear,
     base_state_dict,
     inject,
     load_peft_state_dict,
@@ -60,8 +59,6 @@ class TrainState:
         """What `load_pretrained` tells."""
         if settings.model.init_from is not None and checkpoint is None:
             self.pretrained_notes = load_pretrained(self.model, settings.model.init_from)
-        self._to_refresh: list[LoraLinear] = []
-        self.model.register_forward_pre_hook(lambda *_: self._refresh())
         if settings.train.residual == "bf16":
             keep_residual_in_bf16(self.model)
         self.drop_path = drop_path_modules(self.model)
@@ -132,9 +129,9 @@ class TrainState:
         self._rebuild(moments)
         self.logit_change = (self._probe(self.format) - before).abs().max().item()
 
-    def _refresh(self) -> None:
-        """Before each forward, and outside compiled code: what products hold of weights that a step changes."""
-        for layer in self._to_refresh:
+    def refresh(self) -> None:
+        """Brings up to date what products hold of weights that a step changes: in front of each step and each evaluation."""
+        for layer in self._holding:
             layer.refresh()
 
     def snapshot(self, sums: list[list[float]], *, holds_base: bool, val_top1: float | None = None) -> Checkpoint:
@@ -203,7 +200,7 @@ class TrainState:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()  # once a phase: the replays of a CUDA graph allocate nothing
         self._format_built = self.format
-        self._to_refresh = use_products(self.model, self.format, self.settings.train.adapters)
+        self._holding = use_products(self.model, self.format, self.settings.train.adapters)
         if self._compiles():
             compile_blocks(self.model)
         if self.world_size == 1:
@@ -227,6 +224,7 @@ class TrainState:
         size = self.settings.model.image_size
         images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
         self.model.eval()
+        self.refresh()
         with torch.compiler.set_stance("force_eager"), autocast(format_, self.device):
             logits: torch.Tensor = self.model(images.to(self.device, self.dtype))
         return logits.to(self.dtype)

@@ -79,6 +79,7 @@ class Stepper:
 
     def _step(self, inputs: dict[str, torch.Tensor]) -> None:
         state = self.state
+        state.refresh()
         drop_path = inputs.get("drop_path")
         num_slots = len(inputs["labels"])
         size = state.settings.train.micro_batch or num_slots
@@ -140,6 +141,7 @@ class Stepper:
         """Accuracy and loss over all workers' slices, every image counted once."""
         state = self.state
         state.model.eval()
+        state.refresh()
 
         def predict(images: torch.Tensor) -> torch.Tensor:
             with state.autocast():

@@ -32,8 +32,9 @@ class WorkerTelemetry:
         self._labels = run_label(settings), str(rank)
         self._world_size = world_size
         self._device = device
-        self._sensors = Sensors(device)
-        peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        watches_gpu = settings.monitor.enabled and device.type == "cuda"
+        self._sensors = Sensors(device) if watches_gpu else None
+        peak = peak_flops(torch.cuda.get_device_name(device)) if watches_gpu else None
         self._mfu_per_rate = forward_flops(settings.model, num_classes) / peak if peak else None
         """MFU for each forward a second."""
         self._metrics = WorkerMetrics()
@@ -44,6 +45,7 @@ class WorkerTelemetry:
         self._last = time.monotonic()
         self._waited = 0.0
         self._recent = deque([(self._last, 0)])
+        self._images_per_second = 0.0
         labels = (*self._labels, phase)
         self._images = self._metrics.images.labels(*labels)
         self._rate = self._metrics.images_per_second.labels(*labels)
@@ -61,15 +63,16 @@ class WorkerTelemetry:
         while len(self._recent) > 2 and now - self._recent[1][0] >= _RATE_SECONDS:
             self._recent.popleft()
         (begin, before), (end, after) = self._recent[0], self._recent[-1]
-        rate = (after - before) / (end - begin)
-        self._rate.set(rate)
-        if self._mfu_per_rate is not None:
-            self._metrics.mfu.labels(*self._labels, self._phase).set(rate * self._mfu_per_rate * training_passes(self._phase))
+        self._images_per_second = (after - before) / (end - begin)
         if self._client.is_due:
             self.send()
 
     def send(self) -> None:
-        if (read := self._sensors.read()) is not None:
+        self._rate.set(self._images_per_second)
+        if self._mfu_per_rate is not None:
+            forwards = self._images_per_second * training_passes(self._phase)
+            self._metrics.mfu.labels(*self._labels, self._phase).set(forwards * self._mfu_per_rate)
+        if self._sensors is not None and (read := self._sensors.read()) is not None:
             used, watts = read
             self._metrics.gpu_utilization.labels(*self._labels).set(used)
             self._metrics.gpu_power.labels(*self._labels).set(watts)

@@ -121,6 +121,17 @@ def test_a_large_jpeg_is_decoded_at_a_smaller_scale(side, scale, monkeypatch):
     assert sizes[0][1] == 640 // scale
 
 
+def test_a_jpeg_with_a_flaw_that_pillow_overlooks_is_read():
+    encoded = jpeg(photograph())
+    scan = encoded.index(b"\xff\xda")
+    flawed = encoded[:scan] + b"\x01\x02\x03" + encoded[scan:]
+    with pytest.raises(ValueError, match="extraneous"):
+        simplejpeg.decode_jpeg(flawed)
+    box = (10, 20, 110, 120)
+    expected = Image.open(io.BytesIO(flawed)).crop(box)
+    assert np.array_equal(read_crop(flawed, 100, lambda *_: box), expected.resize((100, 100)))
+
+
 def test_grey_and_cmyk_jpegs_are_read():
     for mode in ("L", "CMYK"):
         image = photograph().convert(mode)

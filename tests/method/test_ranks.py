@@ -59,6 +59,12 @@ def test_refused_ranges(r_min, r_max, key):
 NAMES = ["blocks.0.attn.proj", "blocks.0.mlp.fc1", "blocks.1.attn.proj", "blocks.1.mlp.fc1"]
 
 
+def test_a_rank_of_0_by_hand_is_no_adapter():
+    assert list(match_rank_pattern({"proj": 0, "fc1": 16}, NAMES).values()) == [0, 16, 0, 16]
+    with pytest.raises(ValueError, match="gives every module rank 0: at least one needs an adapter"):
+        match_rank_pattern({".*": 0}, NAMES)
+
+
 def test_pattern_matches_suffixes_as_peft_does():
     ranks = match_rank_pattern({"proj": 8, r"blocks\.0\.mlp\.fc1": 16, r"1\.mlp\.fc1": 32}, NAMES)
     assert list(ranks.values()) == [8, 16, 8, 32]

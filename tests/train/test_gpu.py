@@ -1,9 +1,8 @@
 import pytest
-import torch
 
 from prelora_ray.config import ModelSettings
 from prelora_ray.method.phases import Phase
-from prelora_ray.train.gpu import Sensors, forward_flops, peak_flops, training_passes
+from prelora_ray.train.gpu import forward_flops, peak_flops, training_passes
 
 
 @pytest.mark.parametrize(
@@ -27,7 +26,3 @@ def test_a_vit_base_takes_35_gflops():
 
 def test_a_frozen_base_saves_one_product_of_three():
     assert [training_passes(phase) for phase in Phase] == [3, 3, 2]
-
-
-def test_a_cpu_has_no_sensors():
-    assert Sensors(torch.device("cpu")).read() is None

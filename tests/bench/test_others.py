@@ -1,0 +1,67 @@
+"""`prelora bench data`, `loop` and `restart`, small, as a user calls them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "prelora_ray", "bench", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def measured(*arguments: str) -> dict[str, dict[str, Any]]:
+    """Rows by name."""
+    done = call(*arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    return {row["name"]: row for row in json.loads(done.stdout)["rows"]}
+
+
+@pytest.mark.slow
+def test_data_takes_every_way(tmp_path: Path):
+    out = tmp_path / "data.json"
+    rows = measured("data", "--images", "100", "--batch", "16", "--cores", "1", "--out", str(out))
+    base = rows["torch DataLoader, torchvision on Pillow"]["images_per_second_and_core"]
+    assert len(rows) == 4
+    for row in rows.values():
+        assert row["against_the_data_loader"] == pytest.approx(row["images_per_second_and_core"] / base)
+    assert {row["name"] for row in json.loads(out.read_text())["rows"]} == set(rows)
+
+
+@pytest.mark.slow
+def test_loop_compares_the_same_steps():
+    rows = measured("loop", "--image-size", "32", "--epochs", "3")
+    bare, under_ray = rows.values()
+    assert under_ray["against_the_bare_loop"] == pytest.approx(under_ray["images_per_second"] / bare["images_per_second"])
+    assert 0 <= under_ray["waits_for_data"] < 1
+
+
+@pytest.mark.slow
+def test_restart_tells_both_starts():
+    rows = measured("restart", "--image-size", "32")
+    assert list(rows) == ["empty compile cache", "filled compile cache"]
+    assert all(1 < row["seconds_to_the_first_step"] < 120 for row in rows.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["phases", "--model", "vit_tinny"], "model.name = 'vit_tinny' is not allowed"),
+        (["phases", "--batch", "0"], "Invalid value for '--batch'"),
+        (["phases", "--out", "/nowhere/phases.json"], "--out /nowhere/phases.json is not allowed: /nowhere is no folder"),
+        (["data", "--images", "100"], "--batch 64 is not allowed with --images 100: a pass needs four batches"),
+        (["loop", "--batch", "100"], "data.batch_size = 100 is not allowed: it must be a multiple of data.cell = 8"),
+        (["restart", "--model", "vit_tinny"], "model.name = 'vit_tinny' is not allowed"),
+    ],
+)
+def test_a_wrong_request_gets_one_sentence(arguments: list[str], sentence: str):
+    done = call(*arguments)
+    assert done.returncode == 2
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
