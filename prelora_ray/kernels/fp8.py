@@ -6,7 +6,7 @@ results bfloat16. x is kept for the backward in 8 bits. Gradients of A and B are
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,38 +14,32 @@ import torch.nn.functional as F
 from prelora_ray.kernels.merged import FrozenProduct, frozen_bias
 
 E4M3_MAX = 448.0
-_MULTIPLE = 16
-"""What the rows of a product's matrices must be a multiple of."""
+MULTIPLE = 16
+"""What the sizes of a product's matrices must be a multiple of."""
 
 
 class Fp8FrozenLinear(FrozenProduct):
-    """In e4m3, with results in bfloat16. `in` and `out` are multiples of 16."""
+    """In e4m3, with results in bfloat16. `in`, `out` and the width are multiples of 16."""
 
-    rank_dimensions: ClassVar = {"onward": [0], "onward_scale": [0], "back": [0], "back_scale": [0]}
     onward: torch.Tensor
     onward_scale: torch.Tensor
     back: torch.Tensor
     back_scale: torch.Tensor
     bias: torch.Tensor
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, rank: int) -> None:
-        super().__init__()
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, width: int) -> None:
+        super().__init__(width)
         out_features, in_features = weight.shape
-        self.extra = -rank % _MULTIPLE
-        for name, shape in {
-            "onward": (out_features + rank + self.extra, in_features),
-            "back": (in_features + rank + self.extra, out_features),
-        }.items():
+        shapes = {"onward": (out_features + width, in_features), "back": (in_features + width, out_features)}
+        for name, shape in shapes.items():
             self.register_buffer(name, torch.zeros(shape, dtype=torch.float8_e4m3fn, device=weight.device), persistent=False)
             self.register_buffer(f"{name}_scale", torch.ones(shape[0], 1, device=weight.device), persistent=False)
         self.register_buffer("bias", frozen_bias(weight, bias).bfloat16(), persistent=False)
 
-    @torch.no_grad()
-    def refresh(self, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> None:
-        with torch.autocast(weight.device.type, enabled=False):
-            merged = torch.addmm(weight, b, a, alpha=scaling)
-        _fill(self.onward, self.onward_scale, F.pad(torch.cat([merged, a]), (0, 0, 0, self.extra)))
-        _fill(self.back, self.back_scale, F.pad(torch.cat([merged, b], dim=1).t(), (0, 0, 0, self.extra)))
+    def hold(self, merged: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+        spare = self.width - len(a)
+        _fill(self.onward, self.onward_scale, F.pad(torch.cat([merged, a]), (0, 0, 0, spare)))
+        _fill(self.back, self.back_scale, F.pad(torch.cat([merged, b], dim=1).t(), (0, 0, 0, spare)))
 
     def multiply(self, rows: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
         onward, back = (self.onward, self.onward_scale), (self.back, self.back_scale)
@@ -73,7 +67,7 @@ def scaled_product(x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, w_sc
 
 
 class _Product(torch.autograd.Function):
-    """As the one of `merged.py`. `onward` is (out + rank, in) and `back` (in + rank, out), filled up to 16."""
+    """As the one of `merged.py`, with its two halves of M: `onward` (out + width, in) and `back` (in + width, out)."""
 
     @staticmethod
     def forward(
@@ -88,11 +82,10 @@ class _Product(torch.autograd.Function):
         bias: torch.Tensor,
         scaling: float,
     ) -> torch.Tensor:
-        out_features, rank = b.shape
+        out_features = len(b)
         rounded, scale = quantize(x)
         both = scaled_product(rounded, scale, onward, onward_scale)
-        xa = both[:, out_features : out_features + rank].contiguous()
-        ctx.save_for_backward(rounded, scale, xa, back, back_scale)
+        ctx.save_for_backward(rounded, scale, both[:, out_features:].contiguous(), back, back_scale)
         ctx.scaling, ctx.dtypes = scaling, (x.dtype, a.dtype)
         return both[:, :out_features] + bias
 
@@ -102,8 +95,7 @@ class _Product(torch.autograd.Function):
         x, scale, xa, back, back_scale = ctx.saved_tensors
         x_dtype, a_dtype = ctx.dtypes
         both = scaled_product(*quantize(dy), back, back_scale)
-        in_features, rank = x.shape[1], xa.shape[1]
-        dyb = both[:, in_features : in_features + rank]
-        da = ((dyb * scale).to(both.dtype).t() @ x.to(both.dtype)).to(a_dtype) * ctx.scaling
+        in_features = x.shape[1]
+        da = ((both[:, in_features:] * scale).to(both.dtype).t() @ x.to(both.dtype)).to(a_dtype) * ctx.scaling
         db = (dy.t() @ xa).to(a_dtype) * ctx.scaling
         return both[:, :in_features].to(x_dtype), da, db, *[None] * 6

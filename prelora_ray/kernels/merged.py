@@ -11,12 +11,15 @@ that no activation is read a second time for them:
 
     dA = s (dy B)' x
     dB = s dy' (x A')
+
+M keeps room for `width` rows of A and columns of B, of which those beyond the rank stay zero: layers of one shape and different
+ranks then compute alike, so that one compiled block of fixed sizes serves them all.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,19 +49,26 @@ class FrozenProduct(nn.Module, ABC):
     """x (..., in) to x (W + s B A)' + bias, (..., out), for a frozen W and bias.
 
     Holds W + s B A, A and B in the form of its products. `refresh` brings that up to date: once after every change of W, A or
-    B, and outside compiled code.
+    B.
     """
 
-    rank_dimensions: ClassVar[dict[str, list[int]]]
-    """Dimensions of what it holds that depend on the rank."""
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    @torch.no_grad()
+    def refresh(self, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> None:
+        """Takes over the values of W (out, in), A (rank, in) and B (out, rank), the rank being the width at most."""
+        with torch.autocast(weight.device.type, enabled=False):
+            self.hold(torch.addmm(weight, b, a, alpha=scaling), a, b)
 
     @abstractmethod
-    def refresh(self, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> None:
-        """Takes over the values of W (out, in), A (rank, in) and B (out, rank)."""
+    def hold(self, merged: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+        """Takes over W + s B A (out, in), A and B."""
 
     @abstractmethod
     def multiply(self, rows: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
-        """(rows, in) to (rows, out), with gradients for all three."""
+        """(rows, in) to (rows, out), with gradients for all three, `a` (width, in) and `b` (out, width)."""
 
     def forward(
         self,
@@ -70,6 +80,8 @@ class FrozenProduct(nn.Module, ABC):
         scaling: float,
     ) -> torch.Tensor:
         """As `merged_linear`; of all but x the gradients matter alone, as the values are those of the last `refresh`."""
+        spare = self.width - len(a)
+        a, b = F.pad(a, (0, 0, 0, spare)), F.pad(b, (0, spare))
         with torch.autocast(x.device.type, enabled=False):
             return self.multiply(x.reshape(-1, x.shape[-1]), a, b, scaling).view(*x.shape[:-1], -1)
 
@@ -77,25 +89,22 @@ class FrozenProduct(nn.Module, ABC):
 class FrozenLinear(FrozenProduct):
     """In the number format `dtype`: holds M."""
 
-    rank_dimensions: ClassVar = {"matrix": [0, 1], "bias": [0]}
     matrix: torch.Tensor
     bias: torch.Tensor
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, rank: int, dtype: torch.dtype) -> None:
-        super().__init__()
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, width: int, dtype: torch.dtype) -> None:
+        super().__init__(width)
         out_features, in_features = weight.shape
-        matrix = weight.new_zeros(out_features + rank, in_features + rank, dtype=dtype)
+        matrix = weight.new_zeros(out_features + width, in_features + width, dtype=dtype)
         self.register_buffer("matrix", matrix, persistent=False)
-        longer = F.pad(frozen_bias(weight, bias), (0, rank))  # x A' has none
+        longer = F.pad(frozen_bias(weight, bias), (0, width))  # x A' has none
         self.register_buffer("bias", longer.to(dtype), persistent=False)
 
-    @torch.no_grad()
-    def refresh(self, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> None:
-        out_features, in_features = weight.shape
-        with torch.autocast(weight.device.type, enabled=False):
-            self.matrix[:out_features, :in_features] = torch.addmm(weight, b, a, alpha=scaling)
-        self.matrix[:out_features, in_features:] = b
-        self.matrix[out_features:, :in_features] = a
+    def hold(self, merged: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+        (out_features, in_features), rank = merged.shape, len(a)
+        self.matrix[:out_features, :in_features] = merged
+        self.matrix[:out_features, in_features : in_features + rank] = b
+        self.matrix[out_features : out_features + rank, :in_features] = a
 
     def multiply(self, rows: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
         y: torch.Tensor = _Product.apply(rows.to(self.matrix.dtype), a, b, self.matrix, self.bias, scaling)

@@ -66,6 +66,11 @@ class LoraLinear(nn.Module):
             updates.append(y.new_zeros(*y.shape[:-1], self.out_features - end))
         return y + (updates[0] if len(updates) == 1 else torch.cat(updates, dim=-1))
 
+    @property
+    def rank(self) -> int:
+        """Of all slices' adapters together."""
+        return sum(len(a) for a in self.lora_A.values())
+
     def fused(self) -> tuple[torch.Tensor, torch.Tensor]:
         """All slices' adapters as one: A (rank, in_features), stacked, and B (out_features, rank), block-diagonal."""
         b = [F.pad(self.lora_B[family], (0, 0, start, self.out_features - stop)) for family, (start, stop) in self.rows.items()]
@@ -181,7 +186,7 @@ def peft_config(model: nn.Module) -> dict[str, Any]:
     a regular expression that a suffix of the module's name may match.
     """
     layers = lora_layers(model)
-    ranks = {name: sum(a.shape[0] for a in layer.lora_A.values()) for name, layer in layers.items()}
+    ranks = {name: layer.rank for name, layer in layers.items()}
     scaling = next(iter(layers.values())).scaling
     default = min(ranks.values())
     others = {name: rank for name, rank in ranks.items() if rank != default}

@@ -11,6 +11,7 @@ from torch import nn
 
 from prelora_ray.config import MethodSettings, ModelSettings
 from prelora_ray.data.draws import Draw, generator
+from prelora_ray.kernels.merged import FrozenProduct
 from prelora_ray.method.adapters import lora_layers
 from prelora_ray.method.ranks import check_ranks, match_rank_pattern
 from prelora_ray.method.targets import Target, find_targets
@@ -93,8 +94,8 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
         for family in layer.rows:
             torch._dynamo.maybe_mark_dynamic(layer.lora_A[family], 0)
             torch._dynamo.maybe_mark_dynamic(layer.lora_B[family], 1)
-        for name, dimensions in getattr(layer.product, "rank_dimensions", {}).items():
-            torch._dynamo.maybe_mark_dynamic(getattr(layer.product, name), dimensions)
+        if isinstance(layer.product, FrozenProduct):
+            layer.refresh = torch.compile(layer.refresh, backend=backend)  # type: ignore[method-assign]
     for block in model.get_submodule("blocks").children():
         block.compile(backend=backend)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal
@@ -9,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from prelora_ray.kernels.fp8 import Fp8FrozenLinear
+from prelora_ray.kernels.fp8 import MULTIPLE, Fp8FrozenLinear
 from prelora_ray.kernels.merged import FrozenLinear, FrozenProduct, merged_linear
 from prelora_ray.method.adapters import LoraLinear, Product, lora_layers
 from prelora_ray.method.phases import Phase
@@ -51,24 +52,28 @@ def autocast(format_: Format, device: torch.device) -> AbstractContextManager[An
 
 def use_products(model: nn.Module, format_: Format, adapters: Literal["plain", "merged"]) -> list[LoraLinear]:
     """Has the adapted layers computed as the settings say, and returns those that want a `refresh` before each forward."""
+    layers = lora_layers(model).values()
+    widths: dict[torch.Size, int] = {}
+    for layer in layers:
+        width = math.ceil(layer.rank / MULTIPLE) * MULTIPLE
+        widths[layer.weight.shape] = max(width, widths.get(layer.weight.shape, 0))
     holding = []
-    for layer in lora_layers(model).values():
-        layer.product = _product(layer, format_, adapters)
+    for layer in layers:
+        layer.product = _product(layer, format_, adapters, widths[layer.weight.shape])
         if isinstance(layer.product, FrozenProduct):
             holding.append(layer)
     return holding
 
 
-def _product(layer: LoraLinear, format_: Format, adapters: Literal["plain", "merged"]) -> Product | None:
+def _product(layer: LoraLinear, format_: Format, adapters: Literal["plain", "merged"], width: int) -> Product | None:
     if adapters == "plain" and format_ != "fp8":
         return None
     dtype = {"fp64": torch.float64, "fp32": torch.float32}.get(format_, torch.bfloat16)
     if layer.weight.requires_grad:
         return partial(merged_linear, dtype=dtype)
-    rank = sum(len(a) for a in layer.lora_A.values())
-    if format_ == "fp8" and layer.in_features % 16 == 0 and layer.out_features % 16 == 0:
-        return Fp8FrozenLinear(layer.weight, layer.bias, rank)
-    return FrozenLinear(layer.weight, layer.bias, rank, dtype)
+    if format_ == "fp8" and layer.in_features % MULTIPLE == 0 and layer.out_features % MULTIPLE == 0:
+        return Fp8FrozenLinear(layer.weight, layer.bias, width)
+    return FrozenLinear(layer.weight, layer.bias, width, dtype)
 
 
 def keep_residual_in_bf16(model: nn.Module) -> None:
