@@ -2,9 +2,9 @@
 
     python benchmarks/formats.py TRUNK STORAGE [--formats plain merged fp8] [--seeds 0 1 2] [--set method.tau=0.5 ...]
 
-TRUNK is the folder of a run of full training that kept its checkpoints (`checkpoint.keep_trunk`), STORAGE where the runs go that
-fork from it. Of each seed all formats see the same images: it draws the order of the data and the adapters from the switch on.
-Prints each run as a line of JSON, then mean and spread of each format.
+TRUNK is the folder of a run of full training that kept its checkpoints (`checkpoint.keep_trunk`), STORAGE where the runs go
+that fork from it. Of each seed all formats see the same images: it draws the order of the data and the adapters from the switch
+on. Prints each run as a line of JSON, then mean and spread of each format.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ def main(trunk: Path, storage: Path, formats: list[str], seeds: list[int], overr
                 settings = _begin(trunk, storage, name, seed, overrides)
                 result = train(settings)
                 top1[name].append(result["val_top1"])
-                event = [line for line in RunFolder.of(settings).read_lines("events.jsonl") if line["event"] == "freeze"]
-                print(json.dumps({"format": name, "seed": seed, "logit_change": event[-1].get("logit_change"), **result}), flush=True)
+                freezes = [line for line in RunFolder.of(settings).read_lines("events.jsonl") if line["event"] == "freeze"]
+                told = {"format": name, "seed": seed, "logit_change": freezes[-1]["logit_change"]}
+                print(json.dumps({**told, **result}), flush=True)
     for name, values in top1.items():
         spread = statistics.stdev(values) if len(values) > 1 else None
         print(json.dumps({"format": name, "mean_top1": statistics.mean(values), "standard_deviation": spread}))

@@ -67,7 +67,7 @@ class Storage:
         with self.filesystem.open_input_stream(self.file(name)) as stream:
             return bytes(stream.read())
 
-    def write_bytes(self, name: str, content: bytes | memoryview) -> None:
+    def write_bytes(self, name: str, content: bytes) -> None:
         """Writes a file whole: a reader sees the old one or the new one."""
         path = self.file(name)
         if not self.is_local:

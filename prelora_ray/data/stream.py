@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     import torch  # readers and decoders do without, which saves each of them seconds and memory
 
 _OPEN_FILES = 32
-_PREFETCH_BYTES = 256 * 2**20
+_LEAST_STORE_BYTES = 256 * 2**20
+_RELEASE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,11 @@ def stream_batches(plan: StreamPlan, schedule: Sequence[Pass], decoders: int) ->
     context = quiet_data_context()
     options = context.execution_options
     options.preserve_order = True
-    options.resource_limits = options.resource_limits.copy(object_store_memory=_PREFETCH_BYTES)
+    options.resource_limits = options.resource_limits.copy(object_store_memory=_store_bytes(plan, decoders))
+    context.op_resource_reservation_ratio = 1.0  # half for the reader and half for the decoders: neither takes the other's
+    context.downstream_capacity_backpressure_ratio = None  # it would idle decoders whose blocks are not asked for yet
+    # While the decoders have no room, Ray Data has the reader go on all the same: seldom, or it reads the whole run ahead.
+    context.output_backpressure_guard_release_interval_s = _RELEASE_SECONDS
     context.target_max_block_size = 1  # one yielded row is one block; None would buffer the whole stream
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     dataset = ray.data.read_datasource(
@@ -128,6 +133,16 @@ def stream_batches(plan: StreamPlan, schedule: Sequence[Pass], decoders: int) ->
             ids = block["ids"][i].numpy()
             batch = int(block["first_batch"]) + i
             yield Batch(split, int(block["epoch"]), batch, block["images"][i], block["labels"][i], ids)
+
+
+def _store_bytes(plan: StreamPlan, decoders: int) -> int:
+    """Object store for the encoded and decoded blocks on their way.
+
+    Of the decoders' half, Ray Data keeps one half for running tasks and one for blocks that wait. With twice a block for each
+    decoder in either, no decoder waits for room.
+    """
+    block = plan.batches_per_block * plan.num_slots * plan.augmentation.image_size**2 * 3
+    return max(_LEAST_STORE_BYTES, 8 * decoders * block)
 
 
 def read_encoded(path: str, shards: Sequence[Shard], count: int) -> list[bytes]:

@@ -3,7 +3,7 @@
     checkpoints/<epoch>-<batch>/
       model.safetensors     the timm model's tensors; in phase lora those that are not in base.safetensors
       adapter/              PEFT's adapter_model.safetensors and adapter_config.json, once switched
-      optimizer.pt          AdamW's state by parameter name
+      optimizer.safetensors AdamW's state by parameter name
       state.json            position, phases, the test's windows
       manifest.json         size and SHA-256 of every file above, and of the base that it refers to; phase and top-1
     checkpoints/base.safetensors    what phase lora has frozen, stored once
@@ -14,7 +14,6 @@ The name is the position: epochs done, and batches done in the epoch after.
 from __future__ import annotations
 
 import hashlib
-import io
 import itertools
 import json
 import tempfile
@@ -30,7 +29,7 @@ from prelora_ray.train.optim import OptimizerState
 
 Tensors = dict[str, torch.Tensor]
 BASE = "base.safetensors"
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
 
 
 @dataclass
@@ -99,9 +98,9 @@ class Checkpoints:
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Writes and commits a checkpoint; on return it is whole."""
-        files: dict[str, bytes | memoryview] = {
+        files: dict[str, bytes] = {
             "model.safetensors": _safetensors(checkpoint.model),
-            "optimizer.pt": _pickle_free_save(checkpoint.optimizer),
+            "optimizer.safetensors": _safetensors(_flat(checkpoint.optimizer)),
             "state.json": json.dumps(checkpoint.state, allow_nan=False).encode(),
         }
         if checkpoint.adapter:
@@ -140,10 +139,16 @@ class Checkpoints:
         return [name for name in self.folder.list_folders() if (self.folder / name).exists("manifest.json")]
 
     def load(self, name: str) -> Checkpoint:
-        """Reads a checkpoint. Raises DamagedCheckpointError where a file is missing or is not what its manifest says."""
+        """Reads a checkpoint.
+
+        Raises DamagedCheckpointError where a file is missing or is not what its manifest says, and OtherSchemaError where
+        another version of this program wrote it.
+        """
         folder = self.folder / name
         try:
             manifest = folder.read_json("manifest.json")
+            if (schema := manifest["schema"]) != _SCHEMA_VERSION:
+                raise OtherSchemaError(f"checkpoint {name} has schema {schema}, and this version reads {_SCHEMA_VERSION}")
             files = {file: _verified(folder, file, entry) for file, entry in manifest["files"].items()}
             base = _verified(self.folder, BASE, manifest["base"]) if manifest["base"] else None
             self._base = manifest["base"]
@@ -153,7 +158,7 @@ class Checkpoints:
         return Checkpoint(
             state=json.loads(files["state.json"]),
             model=safetensors.torch.load(files["model.safetensors"]),
-            optimizer=torch.load(io.BytesIO(files["optimizer.pt"]), weights_only=True),
+            optimizer=_by_parameter(safetensors.torch.load(files["optimizer.safetensors"])),
             base=safetensors.torch.load(base) if base else {},
             refers_to_base=base is not None,
             adapter=safetensors.torch.load(adapter) if adapter else {},
@@ -201,12 +206,16 @@ class DamagedCheckpointError(RuntimeError):
     """A checkpoint is not what its manifest says."""
 
 
+class OtherSchemaError(RuntimeError):
+    """A checkpoint is laid out as another version of this program does it."""
+
+
 def _on_cpu(tensors: Tensors) -> Tensors:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def _safetensors(tensors: Tensors) -> bytes:
-    """By way of a file, as `safetensors.torch.save` holds up every thread of the process until it is done."""
+    """By way of a file, as `safetensors.torch.save`, and `torch.save` too, hold up every thread of the process meanwhile."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "tensors")
         try:
@@ -216,14 +225,20 @@ def _safetensors(tensors: Tensors) -> bytes:
         return path.read_bytes()
 
 
-def _pickle_free_save(state: OptimizerState) -> memoryview:
-    """Tensors in dictionaries alone, so that `torch.load(weights_only=True)` reads it."""
-    buffer = io.BytesIO()
-    torch.save({name: _on_cpu(entry) for name, entry in state.items()}, buffer)
-    return buffer.getbuffer()  # a copy would hold up every thread of the process
+def _flat(state: OptimizerState) -> Tensors:
+    """`blocks.0.norm1.weight` and its `exp_avg` as `blocks.0.norm1.weight.exp_avg`."""
+    return {f"{parameter}.{name}": tensor for parameter, entry in state.items() for name, tensor in entry.items()}
 
 
-def _describe(content: bytes | memoryview) -> dict[str, Any]:
+def _by_parameter(tensors: Tensors) -> OptimizerState:
+    state: OptimizerState = {}
+    for key, tensor in tensors.items():
+        parameter, _, name = key.rpartition(".")
+        state.setdefault(parameter, {})[name] = tensor
+    return state
+
+
+def _describe(content: bytes) -> dict[str, Any]:
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 

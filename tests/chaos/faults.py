@@ -94,7 +94,7 @@ def corrupt_checkpoint(target: Target) -> None:
         worker.suspend()
     committed = [name for name in checkpoints.list_folders() if (checkpoints / name).exists("manifest.json")]
     newest = Path(checkpoints.path, committed[-1])
-    path = newest / target.rng.choice(["model.safetensors", "optimizer.pt", "state.json"])
+    path = newest / target.rng.choice(["model.safetensors", "optimizer.safetensors", "state.json"])
     match target.rng.choice(["flip", "cut", "remove"]):
         case "flip":
             content = bytearray(path.read_bytes())

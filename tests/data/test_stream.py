@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -109,3 +113,20 @@ def test_batches_arrive_in_order(settings, ray_cluster):
     batches: list[Batch] = list(stream_batches(plan, PASSES, decoders=2))
     expected = [(split, epoch, batch) for split, epoch, _ in PASSES for batch in range(plan.orders[split].num_batches)]
     assert [(b.split, b.epoch, b.batch) for b in batches] == expected
+
+
+def test_a_reader_does_not_run_ahead_of_a_loop_that_waits(settings, ray_cluster, tmp_path, monkeypatch):
+    """While a step compiles nobody takes batches, and a run's images must not pile up meanwhile."""
+    monkeypatch.setattr("prelora_ray.data.stream._LEAST_STORE_BYTES", 0)
+    path = shutil.copytree(settings.data.path, tmp_path / "digits")
+    plan = replace(stream_plan(settings, read_manifest(Storage(str(path))), 0, 1), path=str(path))
+    passes = [Pass("train", epoch) for epoch in range(200)]
+    batches = stream_batches(plan, passes, decoders=2)
+    next(batches)
+    time.sleep(6)
+    for file in path.glob("*.parquet"):
+        os.truncate(file, 0)
+    read_ahead = []
+    with pytest.raises(Exception, match=r"(?i)parquet"):
+        read_ahead.extend(batch.epoch for batch in batches)
+    assert 4 < max(read_ahead) < 60

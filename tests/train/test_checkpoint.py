@@ -8,7 +8,7 @@ import torch
 from prelora_ray.config_file import parse_settings
 from prelora_ray.method.phases import Decision
 from prelora_ray.storage import Storage
-from prelora_ray.train.checkpoint import Checkpoint, Checkpoints, DamagedCheckpointError, Retention
+from prelora_ray.train.checkpoint import Checkpoint, Checkpoints, DamagedCheckpointError, OtherSchemaError, Retention
 from prelora_ray.train.state import TrainState
 
 
@@ -50,7 +50,9 @@ def test_frozen_base_is_stored_once(saved, tmp_path):
     assert len(list(tmp_path.rglob("base.safetensors"))) == 1
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "state.json", "adapter/adapter_model.safetensors"])
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "optimizer.safetensors", "state.json", "adapter/adapter_model.safetensors"]
+)
 @pytest.mark.parametrize("damage", ["missing", "short", "flipped"])
 def test_damage_is_found_and_the_one_before_is_used(saved, tmp_path, file, damage):
     path = tmp_path / "checkpoints" / "00010-000000" / file
@@ -66,6 +68,13 @@ def test_damage_is_found_and_the_one_before_is_used(saved, tmp_path, file, damag
     assert newest is not None and newest.name == "00002-000000"
     assert list(damaged) == ["00010-000000"]
     assert file in damaged["00010-000000"] or damage == "missing"
+
+
+def test_a_checkpoint_of_another_version_is_not_taken_for_a_damaged_one(saved):
+    folder = saved.folder / "00010-000000"
+    folder.write_json("manifest.json", folder.read_json("manifest.json") | {"schema": 1})
+    with pytest.raises(OtherSchemaError, match=r"checkpoint 00010-000000 has schema 1, and this version reads 2"):
+        saved.newest()
 
 
 def test_a_save_without_its_manifest_is_no_checkpoint(saved, tmp_path):
