@@ -115,7 +115,7 @@ class DataSettings(Section):
     shuffle_row_groups: Count = 16
     """Row groups whose rows are shuffled together."""
     decoders: Count | Literal["auto"] = "auto"
-    """Decoding processes of each worker; auto shares out the node's CPUs."""
+    """Decoding processes of each worker; auto is its share of the node's CPUs, which the GPUs of the node share."""
     mean: Channels = (0.485, 0.456, 0.406)
     """Mean of each channel, in 0..1."""
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)

@@ -79,9 +79,16 @@ def stream_plan(settings: Settings, manifest: Manifest, rank: int, world_size: i
 
 
 def _decoders(settings: Settings, workers_on_node: int) -> int:
-    """Decoders of this worker: its share of the node's CPUs, less one where a GPU wants its worker's own."""
     if settings.data.decoders != "auto":
         return settings.data.decoders
     here = ray.get_runtime_context().get_node_id()
-    cpus = next(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["NodeID"] == here)
-    return max(1, int(cpus // workers_on_node) - int(torch.cuda.is_available()))
+    has = next(node["Resources"] for node in ray.nodes() if node["NodeID"] == here)
+    return share_of_decoders(has.get("CPU", 1), has.get("GPU", 0) if torch.cuda.is_available() else 0, workers_on_node)
+
+
+def share_of_decoders(cpus: float, gpus: float, workers_on_node: int) -> int:
+    """Decoders of one worker on a node: its share of the CPUs, less one that a worker on a GPU needs for itself.
+
+    A worker on a GPU shares with as many as the node has GPUs, as other runs may be on them, such as a sweep's trials.
+    """
+    return max(1, int(cpus // max(workers_on_node, gpus)) - int(gpus > 0))
