@@ -147,11 +147,12 @@ class Checkpoints:
         folder = self.folder / name
         try:
             manifest = folder.read_json("manifest.json")
-            if (schema := manifest["schema"]) != _SCHEMA_VERSION:
-                raise OtherSchemaError(f"checkpoint {name} has schema {schema}, and this version reads {_SCHEMA_VERSION}")
+            _check_schema(name, manifest)
             files = {file: _verified(folder, file, entry) for file, entry in manifest["files"].items()}
             base = _verified(self.folder, BASE, manifest["base"]) if manifest["base"] else None
             self._base = manifest["base"]
+        except OtherSchemaError:
+            raise
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DamagedCheckpointError(f"checkpoint {name} is damaged: {error}") from error
         adapter = files.get("adapter/adapter_model.safetensors")
@@ -176,17 +177,22 @@ class Checkpoints:
                 damaged[name] = str(error)
         return None, damaged
 
+    def check_schema(self) -> None:
+        """Raises OtherSchemaError where another version of this program wrote a checkpoint."""
+        for name, about in self.about().items():
+            _check_schema(name, about)
+
     def remove(self, name: str) -> None:
         self.folder.remove_folder(name)
 
     def about(self) -> dict[str, dict[str, Any]]:
-        """Position, phase and accuracy of every committed checkpoint whose manifest can be read, oldest first."""
+        """Schema, position, phase and accuracy of every committed checkpoint whose manifest can be read, oldest first."""
         found = {}
         for name in self.names():
             if name not in self._about:
                 try:
                     manifest = (self.folder / name).read_json("manifest.json")
-                    self._about[name] = {key: manifest[key] for key in ("epoch", "batch", "phase", "val_top1")}
+                    self._about[name] = {key: manifest[key] for key in ("schema", "epoch", "batch", "phase", "val_top1")}
                 except (OSError, ValueError, KeyError, TypeError):
                     continue
             found[name] = self._about[name]
@@ -206,8 +212,13 @@ class DamagedCheckpointError(RuntimeError):
     """A checkpoint is not what its manifest says."""
 
 
-class OtherSchemaError(RuntimeError):
+class OtherSchemaError(ValueError):
     """A checkpoint is laid out as another version of this program does it."""
+
+
+def _check_schema(name: str, manifest: dict[str, Any]) -> None:
+    if (schema := manifest["schema"]) != _SCHEMA_VERSION:
+        raise OtherSchemaError(f"checkpoint {name} has schema {schema}, and this version reads {_SCHEMA_VERSION}")
 
 
 def _on_cpu(tensors: Tensors) -> Tensors:

@@ -26,6 +26,7 @@ from prelora_ray.monitor.client import finish
 from prelora_ray.monitor.exporter import start_exporter
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
+from prelora_ray.train.checkpoint import Checkpoints
 from prelora_ray.train.lock import DriverLock
 from prelora_ray.train.model import check_model, create_model
 from prelora_ray.train.notices import STOP_FILE
@@ -67,6 +68,7 @@ def train(settings: Settings, *, debug: bool = False, callbacks: Sequence[ray.tr
     folder = RunFolder.of(settings)
     if folder.exists("config.yaml"):
         _check_unchanged(folder.read_settings(), settings, folder)
+        Checkpoints(folder).check_schema()
     check_model(settings.model, settings.method)
     if settings.model.init_from is not None and not folder.exists("config.yaml"):
         load_pretrained(create_model(settings.model, num_classes=1, seed=0), settings.model.init_from)  # raises early

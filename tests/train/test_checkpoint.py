@@ -73,8 +73,9 @@ def test_damage_is_found_and_the_one_before_is_used(saved, tmp_path, file, damag
 def test_a_checkpoint_of_another_version_is_not_taken_for_a_damaged_one(saved):
     folder = saved.folder / "00010-000000"
     folder.write_json("manifest.json", folder.read_json("manifest.json") | {"schema": 1})
-    with pytest.raises(OtherSchemaError, match=r"checkpoint 00010-000000 has schema 1, and this version reads 2"):
-        saved.newest()
+    for look in (saved.newest, saved.check_schema):
+        with pytest.raises(OtherSchemaError, match=r"checkpoint 00010-000000 has schema 1, and this version reads 2"):
+            look()
 
 
 def test_a_save_without_its_manifest_is_no_checkpoint(saved, tmp_path):
