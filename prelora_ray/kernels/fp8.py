@@ -11,9 +11,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from prelora_ray.kernels.gelu import gelu_quantize, gelu_quantize_backward
 from prelora_ray.kernels.merged import FrozenProduct, frozen_bias
+from prelora_ray.kernels.rows import quantize
 
-E4M3_MAX = 448.0
 MULTIPLE = 16
 """What the sizes of a product's matrices must be a multiple of."""
 
@@ -53,17 +54,32 @@ def _fill(values: torch.Tensor, scale: torch.Tensor, x: torch.Tensor) -> None:
     scale.copy_(scales)
 
 
-def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rows, columns) to e4m3 of the same shape and a float32 scale for each row, (rows, 1): x is about values * scale."""
-    scale = x.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-12) / E4M3_MAX
-    return (x.float() / scale).to(torch.float8_e4m3fn).contiguous(), scale
-
-
 def scaled_product(x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor) -> torch.Tensor:
     """x w', (n, m) in bfloat16, of e4m3 x (n, k) and w (m, k) with scales (n, 1) and (m, 1)."""
     if x.is_cuda:
         return torch._scaled_mm(x, w.t(), x_scale, w_scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True)
     return ((x.float() * x_scale) @ (w.float() * w_scale).t()).bfloat16()
+
+
+Adapter = tuple[torch.Tensor, torch.Tensor, float]
+"""A (rank, in), B (out, rank) and s."""
+
+
+def fp8_mlp(
+    x: torch.Tensor, first: Fp8FrozenLinear, first_adapter: Adapter, second: Fp8FrozenLinear, second_adapter: Adapter
+) -> torch.Tensor:
+    """x (..., in) through two layers with GELU in between, (..., out): the hidden activations are kept once, in bfloat16."""
+    with torch.autocast(x.device.type, enabled=False):
+        y: torch.Tensor = _Mlp.apply(
+            x.reshape(-1, x.shape[-1]),
+            *first.widened(*first_adapter[:2]),
+            *second.widened(*second_adapter[:2]),
+            *(first.onward, first.onward_scale, first.back, first.back_scale, first.bias),
+            *(second.onward, second.onward_scale, second.back, second.back_scale, second.bias),
+            first_adapter[2],
+            second_adapter[2],
+        )
+        return y.view(*x.shape[:-1], -1)
 
 
 class _Product(torch.autograd.Function):
@@ -99,3 +115,52 @@ class _Product(torch.autograd.Function):
         da = ((both[:, in_features:] * scale).to(both.dtype).t() @ x.to(both.dtype)).to(a_dtype) * ctx.scaling
         db = (dy.t() @ xa).to(a_dtype) * ctx.scaling
         return both[:, :in_features].to(x_dtype), da, db, *[None] * 6
+
+
+class _Mlp(torch.autograd.Function):
+    """`_Product` twice, with h for the first one's results without its bias: (rows, hidden + width)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        a1: torch.Tensor,
+        b1: torch.Tensor,
+        a2: torch.Tensor,
+        b2: torch.Tensor,
+        onward1: torch.Tensor,
+        onward1_scale: torch.Tensor,
+        back1: torch.Tensor,
+        back1_scale: torch.Tensor,
+        bias1: torch.Tensor,
+        onward2: torch.Tensor,
+        onward2_scale: torch.Tensor,
+        back2: torch.Tensor,
+        back2_scale: torch.Tensor,
+        bias2: torch.Tensor,
+        scaling1: float,
+        scaling2: float,
+    ) -> torch.Tensor:
+        out_features = len(b2)
+        rounded, scale = quantize(x)
+        h = scaled_product(rounded, scale, onward1, onward1_scale)
+        both = scaled_product(*gelu_quantize(h, bias1), onward2, onward2_scale)
+        ga = both[:, out_features:].contiguous()
+        ctx.save_for_backward(rounded, scale, h, ga, back1, back1_scale, bias1, back2, back2_scale)
+        ctx.scalings, ctx.dtypes = (scaling1, scaling2), (x.dtype, a1.dtype)
+        return both[:, :out_features] + bias2
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (dy,) = grads
+        x, scale, h, ga, back1, back1_scale, bias1, back2, back2_scale = ctx.saved_tensors
+        (scaling1, scaling2), (x_dtype, a_dtype) = ctx.scalings, ctx.dtypes
+        in_features, hidden = x.shape[1], len(bias1)
+        both = scaled_product(*quantize(dy), back2, back2_scale)
+        g, dh, dh_rounded, dh_scale = gelu_quantize_backward(both, h, bias1)
+        da2 = (both[:, hidden:].t() @ g).to(a_dtype) * scaling2
+        db2 = (dy.t() @ ga).to(a_dtype) * scaling2
+        both = scaled_product(dh_rounded, dh_scale, back1, back1_scale)
+        da1 = ((both[:, in_features:] * scale).to(both.dtype).t() @ x.to(both.dtype)).to(a_dtype) * scaling1
+        db1 = (dh.t() @ h[:, hidden:]).to(a_dtype) * scaling1
+        return both[:, :in_features].to(x_dtype), da1, db1, da2, db2, *[None] * 12

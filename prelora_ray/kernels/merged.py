@@ -80,10 +80,13 @@ class FrozenProduct(nn.Module, ABC):
         scaling: float,
     ) -> torch.Tensor:
         """As `merged_linear`; of all but x the gradients matter alone, as the values are those of the last `refresh`."""
-        spare = self.width - len(a)
-        a, b = F.pad(a, (0, 0, 0, spare)), F.pad(b, (0, spare))
         with torch.autocast(x.device.type, enabled=False):
-            return self.multiply(x.reshape(-1, x.shape[-1]), a, b, scaling).view(*x.shape[:-1], -1)
+            return self.multiply(x.reshape(-1, x.shape[-1]), *self.widened(a, b), scaling).view(*x.shape[:-1], -1)
+
+    def widened(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A (rank, in) and B (out, rank) with zeros up to the width."""
+        spare = self.width - len(a)
+        return F.pad(a, (0, 0, 0, spare)), F.pad(b, (0, spare))
 
 
 class FrozenLinear(FrozenProduct):
@@ -97,8 +100,7 @@ class FrozenLinear(FrozenProduct):
         out_features, in_features = weight.shape
         matrix = weight.new_zeros(out_features + width, in_features + width, dtype=dtype)
         self.register_buffer("matrix", matrix, persistent=False)
-        longer = F.pad(frozen_bias(weight, bias), (0, width))  # x A' has none
-        self.register_buffer("bias", longer.to(dtype), persistent=False)
+        self.register_buffer("bias", frozen_bias(weight, bias).to(dtype), persistent=False)
 
     def hold(self, merged: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         (out_features, in_features), rank = merged.shape, len(a)
@@ -130,10 +132,10 @@ class _Product(torch.autograd.Function):
         scaling: float,
     ) -> torch.Tensor:
         out_features, in_features = b.shape[0], a.shape[1]
-        both = torch.addmm(bias, x, matrix[:, :in_features].t())
+        both = x @ matrix[:, :in_features].t()
         ctx.save_for_backward(x, both[:, out_features:].contiguous(), matrix)
         ctx.scaling, ctx.dtype = scaling, a.dtype
-        return both[:, :out_features]
+        return both[:, :out_features] + bias  # goes into what follows, where it is compiled; cuBLAS would copy some in front
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

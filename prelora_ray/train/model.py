@@ -11,6 +11,7 @@ from torch import nn
 
 from prelora_ray.config import MethodSettings, ModelSettings
 from prelora_ray.data.draws import Draw, generator
+from prelora_ray.kernels.compiler import keep_whole_rows
 from prelora_ray.kernels.merged import FrozenProduct
 from prelora_ray.method.adapters import lora_layers
 from prelora_ray.method.ranks import check_ranks, match_rank_pattern
@@ -20,7 +21,7 @@ from prelora_ray.torchvision_ops import make_importable
 make_importable()
 
 import timm  # noqa: E402
-from timm.layers import DropPath, PatchDropout  # noqa: E402
+from timm.layers import DropPath, Mlp, PatchDropout  # noqa: E402
 
 
 class KeyedDropPath(nn.Module):
@@ -85,6 +86,7 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
     and change of phase. Ranks differ from block to block: as sizes that may vary, two of which may be equal in one block
     and not in the next, they need no code of their own.
     """
+    keep_whole_rows()
     torch._dynamo.reset()
     torch._dynamo.config.force_parameter_static_shapes = False
     torch._dynamo.config.recompile_limit = 64
@@ -98,6 +100,18 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
             layer.refresh = torch.compile(layer.refresh, backend=backend)  # type: ignore[method-assign]
     for block in model.get_submodule("blocks").children():
         block.compile(backend=backend)
+
+
+def gelu_mlps(model: nn.Module) -> list[Mlp]:
+    """The MLPs that are two layers, `fc1` and `fc2`, with exact GELU and nothing else between them."""
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, Mlp)
+        and isinstance(module.act, nn.GELU)
+        and module.act.approximate == "none"
+        and isinstance(module.norm, nn.Identity)
+    ]
 
 
 def drop_path_modules(model: nn.Module) -> list[KeyedDropPath]:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from types import MethodType
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from prelora_ray.kernels.fp8 import MULTIPLE, Fp8FrozenLinear
+from prelora_ray.kernels.fp8 import MULTIPLE, Adapter, Fp8FrozenLinear, fp8_mlp
 from prelora_ray.kernels.merged import FrozenLinear, FrozenProduct, merged_linear
 from prelora_ray.method.adapters import LoraLinear, Product, lora_layers
 from prelora_ray.method.phases import Phase
+from prelora_ray.train.model import Mlp, gelu_mlps
 
 Format = Literal["fp64", "fp32", "bf16", "fp8"]
 _FP8_CAPABILITY = (8, 9)
@@ -51,7 +53,10 @@ def autocast(format_: Format, device: torch.device) -> AbstractContextManager[An
 
 
 def use_products(model: nn.Module, format_: Format, adapters: Literal["plain", "merged"]) -> list[LoraLinear]:
-    """Has the adapted layers computed as the settings say, and returns those that want a `refresh` before each forward."""
+    """Has the linear layers of the blocks computed as the settings say.
+
+    Returns those that want a `refresh` before each forward.
+    """
     layers = lora_layers(model).values()
     widths: dict[torch.Size, int] = {}
     for layer in layers:
@@ -62,7 +67,40 @@ def use_products(model: nn.Module, format_: Format, adapters: Literal["plain", "
         layer.product = _product(layer, format_, adapters, widths[layer.weight.shape])
         if isinstance(layer.product, FrozenProduct):
             holding.append(layer)
+    for module in model.get_submodule("blocks").modules():
+        vars(module).pop("forward", None)
+    if format_ == "fp8":
+        for module in model.get_submodule("blocks").modules():
+            if type(module) is nn.Linear and _fits_fp8(module):
+                module.product = Fp8FrozenLinear(module.weight, module.bias, width=0)
+                module.product.refresh(module.weight, *_adapter(module))
+                module.forward = MethodType(_linear_forward, module)  # type: ignore[method-assign]
+        for mlp in gelu_mlps(model):
+            if all(isinstance(getattr(layer, "product", None), Fp8FrozenLinear) for layer in (mlp.fc1, mlp.fc2)):
+                mlp.forward = MethodType(_mlp_forward, mlp)
     return holding
+
+
+def _linear_forward(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    a, b, scaling = _adapter(linear)
+    y: torch.Tensor = linear.product(x, linear.weight, linear.bias, a, b, scaling)  # type: ignore[operator]
+    return y
+
+
+def _mlp_forward(mlp: Mlp, x: torch.Tensor) -> torch.Tensor:
+    return fp8_mlp(x, mlp.fc1.product, _adapter(mlp.fc1), mlp.fc2.product, _adapter(mlp.fc2))
+
+
+def _adapter(layer: nn.Linear | LoraLinear) -> Adapter:
+    """A, B and s of a layer, of rank 0 where it has no adapter."""
+    if isinstance(layer, LoraLinear):
+        return *layer.fused(), layer.scaling
+    return layer.weight.new_zeros(0, layer.in_features), layer.weight.new_zeros(layer.out_features, 0), 0.0
+
+
+def _fits_fp8(layer: nn.Linear | LoraLinear) -> bool:
+    is_frozen = not layer.weight.requires_grad
+    return is_frozen and layer.in_features % MULTIPLE == 0 and layer.out_features % MULTIPLE == 0
 
 
 def _product(layer: LoraLinear, format_: Format, adapters: Literal["plain", "merged"], width: int) -> Product | None:
@@ -71,7 +109,7 @@ def _product(layer: LoraLinear, format_: Format, adapters: Literal["plain", "mer
     dtype = {"fp64": torch.float64, "fp32": torch.float32}.get(format_, torch.bfloat16)
     if layer.weight.requires_grad:
         return partial(merged_linear, dtype=dtype)
-    if format_ == "fp8" and layer.in_features % MULTIPLE == 0 and layer.out_features % MULTIPLE == 0:
+    if format_ == "fp8" and _fits_fp8(layer):
         return Fp8FrozenLinear(layer.weight, layer.bias, width)
     return FrozenLinear(layer.weight, layer.bias, width, dtype)
 

@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from prelora_ray.kernels.fp8 import Fp8FrozenLinear, quantize
+from prelora_ray.kernels.fp8 import Fp8FrozenLinear, fp8_mlp
+from prelora_ray.kernels.gelu import gelu_quantize, gelu_quantize_backward
 from prelora_ray.kernels.merged import FrozenLinear, merged_linear
+from prelora_ray.kernels.rows import quantize
 from prelora_ray.method.adapters import inject, lora_layers
 from prelora_ray.method.phases import freeze_parameters
 from prelora_ray.method.targets import find_targets
@@ -102,6 +104,53 @@ def test_fp8_quantizes_each_row_by_its_own_largest_value():
     assert ((values.float() * scale - x).abs() <= x.abs() / 16 + scale * 2**-10).all()
 
 
+@pytest.mark.parametrize(("rows", "rank"), [(64, 8), (37, 3), (1, 24)])
+def test_fp8_mlp_against_float64(rows, rank):
+    first, second = layer(rows, 48, 160, rank, frozen=True), layer(rows, 160, 80, rank + 1, frozen=True)
+    held, adapters = [], []
+    for t in (first, second):
+        for name in ("weight", "b"):
+            t[name].detach().div_(7)  # which leaves the values in between at about 1
+        form = Fp8FrozenLinear(t["weight"], t["bias"], 32)
+        form.refresh(t["weight"], t["a"], t["b"], SCALING)
+        held.append(form)
+        adapters.append((t["a"], t["b"], SCALING))
+    y = fp8_mlp(first["x"], held[0], adapters[0], held[1], adapters[1])
+    y.backward(second["dy"].to(y.dtype))
+    exact = {
+        name: [t[name].detach().double().requires_grad_() for t in (first, second)]
+        for name in ("x", "weight", "bias", "a", "b")
+    }
+    z = exact["x"][0]
+    for i in range(2):
+        merged = exact["weight"][i] + SCALING * exact["b"][i] @ exact["a"][i]
+        z = nn.functional.linear(nn.functional.gelu(z) if i else z, merged, exact["bias"][i])
+    z.backward(second["dy"].double())
+    assert error(y, z.detach()) < 0.08
+    assert error(first["x"].grad, exact["x"][0].grad) < 0.12
+    for i, t in enumerate((first, second)):
+        assert all(error(t[name].grad, exact[name][i].grad) < 0.12 for name in ("a", "b"))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(5, 96), (64, 384), (1, 16)])
+def test_gelu_between_products_against_float64(rows, columns):
+    generator = torch.Generator().manual_seed(rows)
+    h, dg = (torch.randn(rows, columns + 16, generator=generator).to(DEVICE, torch.bfloat16) for _ in range(2))
+    bias = torch.randn(columns, generator=generator).to(DEVICE, torch.bfloat16)
+    x = (h[:, :columns].double() + bias.double()).requires_grad_()
+    gelu = nn.functional.gelu(x)
+    gelu.backward(dg[:, :columns].double())
+    assert x.grad is not None
+    values, scale = gelu_quantize(h, bias)
+    g, dh, dh_values, dh_scale = gelu_quantize_backward(dg, h, bias)
+    rounded = quantize(gelu.detach())
+    assert error(scale, rounded[1].double()) < 1e-6
+    assert (values.float() != rounded[0].float()).double().mean() < 0.01  # a tie may go either way
+    assert error(g, gelu.detach()) < 2**-8
+    assert error(dh, x.grad) < 2**-8
+    assert error(dh_values.double() * dh_scale, x.grad) < 0.04
+
+
 @pytest.mark.parametrize("share", [1e-2, 1e-3])
 def test_a_small_change_of_b_is_seen(share):
     """W alone in bf16 would hide most of an adapter that is a thousandth of it."""
@@ -141,3 +190,28 @@ def test_a_model_compiles_once_for_blocks_of_different_ranks(vit, images, format
         assert (parameter.grad is None) == (reference.grad is None), name
         if parameter.grad is not None:
             assert error(parameter.grad, reference.grad) < tolerance, name
+
+
+def test_fp8_computes_frozen_layers_without_adapters_too(vit, images):
+    targets = find_targets(vit)
+    last = max(target.layer for target in targets)
+    inject(vit, targets, {target.name: 4 for target in targets if target.layer == last and target.family != "fc2"})
+    for adapted in lora_layers(vit).values():
+        for b in adapted.lora_B.values():
+            nn.init.normal_(b, std=0.1, generator=torch.Generator().manual_seed(1))
+    freeze_parameters(vit, targets, "prefix")
+    plain = copy.deepcopy(vit).double()
+    for held in use_products(vit, "fp8", "merged"):
+        held.refresh()
+    forms = [module for module in vit.modules() if isinstance(module, Fp8FrozenLinear)]
+    assert len(forms) == len({target.linear for target in targets})
+    logits, exact = vit(images), plain(images.double())
+    logits.square().sum().backward()
+    exact.square().sum().backward()
+    assert 1e-3 < error(logits, exact.detach()) < 0.2
+    for (name, parameter), (_, reference) in zip(vit.named_parameters(), plain.named_parameters(), strict=True):
+        assert (parameter.grad is None) == (reference.grad is None), name
+        if parameter.grad is not None:
+            assert error(parameter.grad, reference.grad) < 0.5, name
+    use_products(vit, "fp32", "plain")
+    assert error(vit(images), exact.detach()) < 1e-5
