@@ -35,7 +35,8 @@ class Fp8FrozenLinear(FrozenProduct):
         for name, shape in shapes.items():
             self.register_buffer(name, torch.zeros(shape, dtype=torch.float8_e4m3fn, device=weight.device), persistent=False)
             self.register_buffer(f"{name}_scale", torch.ones(shape[0], 1, device=weight.device), persistent=False)
-        self.register_buffer("bias", frozen_bias(weight, bias).bfloat16(), persistent=False)
+        longer = F.pad(frozen_bias(weight, bias), (0, width))  # x A' has none
+        self.register_buffer("bias", longer.bfloat16(), persistent=False)
 
     def hold(self, merged: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         spare = self.width - len(a)
@@ -54,11 +55,14 @@ def _fill(values: torch.Tensor, scale: torch.Tensor, x: torch.Tensor) -> None:
     scale.copy_(scales)
 
 
-def scaled_product(x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor) -> torch.Tensor:
-    """x w', (n, m) in bfloat16, of e4m3 x (n, k) and w (m, k) with scales (n, 1) and (m, 1)."""
+def scaled_product(
+    x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x w' + bias, (n, m) in bfloat16, of e4m3 x (n, k) and w (m, k), their scales (n, 1) and (m, 1), and a bfloat16 bias (m,)."""
     if x.is_cuda:
-        return torch._scaled_mm(x, w.t(), x_scale, w_scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True)
-    return ((x.float() * x_scale) @ (w.float() * w_scale).t()).bfloat16()
+        return torch._scaled_mm(x, w.t(), x_scale, w_scale.t(), bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True)
+    y = (x.float() * x_scale) @ (w.float() * w_scale).t()
+    return (y if bias is None else y + bias).bfloat16()
 
 
 Adapter = tuple[torch.Tensor, torch.Tensor, float]
@@ -100,10 +104,10 @@ class _Product(torch.autograd.Function):
     ) -> torch.Tensor:
         out_features = len(b)
         rounded, scale = quantize(x)
-        both = scaled_product(rounded, scale, onward, onward_scale)
+        both = scaled_product(rounded, scale, onward, onward_scale, bias)
         ctx.save_for_backward(rounded, scale, both[:, out_features:].contiguous(), back, back_scale)
         ctx.scaling, ctx.dtypes = scaling, (x.dtype, a.dtype)
-        return both[:, :out_features] + bias
+        return both[:, :out_features]
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -118,7 +122,7 @@ class _Product(torch.autograd.Function):
 
 
 class _Mlp(torch.autograd.Function):
-    """`_Product` twice, with h for the first one's results without its bias: (rows, hidden + width)."""
+    """`_Product` twice; h is all that the first one gives, (rows, hidden + width), and GELU sees the hidden values."""
 
     @staticmethod
     def forward(
@@ -143,21 +147,21 @@ class _Mlp(torch.autograd.Function):
     ) -> torch.Tensor:
         out_features = len(b2)
         rounded, scale = quantize(x)
-        h = scaled_product(rounded, scale, onward1, onward1_scale)
-        both = scaled_product(*gelu_quantize(h, bias1), onward2, onward2_scale)
+        h = scaled_product(rounded, scale, onward1, onward1_scale, bias1)
+        both = scaled_product(*gelu_quantize(h, len(b1)), onward2, onward2_scale, bias2)
         ga = both[:, out_features:].contiguous()
-        ctx.save_for_backward(rounded, scale, h, ga, back1, back1_scale, bias1, back2, back2_scale)
+        ctx.save_for_backward(rounded, scale, h, ga, back1, back1_scale, back2, back2_scale)
         ctx.scalings, ctx.dtypes = (scaling1, scaling2), (x.dtype, a1.dtype)
-        return both[:, :out_features] + bias2
+        return both[:, :out_features]
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (dy,) = grads
-        x, scale, h, ga, back1, back1_scale, bias1, back2, back2_scale = ctx.saved_tensors
+        x, scale, h, ga, back1, back1_scale, back2, back2_scale = ctx.saved_tensors
         (scaling1, scaling2), (x_dtype, a_dtype) = ctx.scalings, ctx.dtypes
-        in_features, hidden = x.shape[1], len(bias1)
+        in_features, hidden = x.shape[1], back2.shape[0] - ga.shape[1]
         both = scaled_product(*quantize(dy), back2, back2_scale)
-        g, dh, dh_rounded, dh_scale = gelu_quantize_backward(both, h, bias1)
+        g, dh, dh_rounded, dh_scale = gelu_quantize_backward(both, h, hidden)
         da2 = (both[:, hidden:].t() @ g).to(a_dtype) * scaling2
         db2 = (dy.t() @ ga).to(a_dtype) * scaling2
         both = scaled_product(dh_rounded, dh_scale, back1, back1_scale)

@@ -1,4 +1,4 @@
-"""GELU between two products in e4m3: adds the bias in front of it and scales by row behind it, all in one pass over memory.
+"""GELU between two products in e4m3, with the scaling by row behind it, in one pass over memory.
 
 A compiler reads a row twice, once for its largest value, and computes GELU each time. On a GPU these are kernels in Triton that
 keep the row in registers; elsewhere plain torch.
@@ -16,29 +16,29 @@ if torch.cuda.is_available():  # torch's builds for CUDA bring Triton along
     from prelora_ray.kernels import gelu_triton
 
 
-def gelu_quantize(h: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """gelu(h + bias) as `quantize` gives it, of h (rows, columns or more) and bias (columns,); further columns are left out."""
+def gelu_quantize(h: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """gelu(h) as `quantize` gives it, of the first so many columns of h, in bfloat16."""
     if h.is_cuda:
-        values, scale = gelu_triton.gelu_quantize(h, bias)
+        values, scale = gelu_triton.gelu_quantize(h, columns)
         return values, scale
-    x = h[:, : len(bias)].float() + bias.float()
+    x = h[:, :columns].float()
     return quantize(x * _cdf(x))
 
 
 def gelu_quantize_backward(
-    dg: torch.Tensor, h: torch.Tensor, bias: torch.Tensor
+    dg: torch.Tensor, h: torch.Tensor, columns: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The backward of g = gelu(h + bias): g and dh, (rows, columns) in bfloat16, and dh as `quantize` gives it.
+    """The backward of g = gelu(h): g and dh, (rows, columns) in bfloat16, and dh as `quantize` gives it.
 
-    dg and h have these columns or more. g comes from h again, so that nothing wider than h is kept from the forward.
+    Takes the first so many columns of dg and h. g comes from h again, so that nothing wider than h is kept from the forward.
     """
     if h.is_cuda:
-        g, dh, values, scale = gelu_triton.gelu_quantize_backward(dg, h, bias)
+        g, dh, values, scale = gelu_triton.gelu_quantize_backward(dg, h, columns)
         return g, dh, values, scale
-    x = h[:, : len(bias)].float() + bias.float()
+    x = h[:, :columns].float()
     cdf = _cdf(x)
     pdf = torch.exp(-x.square() / 2) / math.sqrt(2 * math.pi)
-    dh = dg[:, : len(bias)].float() * (cdf + x * pdf)
+    dh = dg[:, :columns].float() * (cdf + x * pdf)
     return (x * cdf).bfloat16(), dh.bfloat16(), *quantize(dh)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from prelora_ray.config import MethodSettings, ModelSettings
 from prelora_ray.data.draws import Draw, generator
 from prelora_ray.kernels.compiler import keep_whole_rows
+from prelora_ray.kernels.fp8 import Fp8FrozenLinear
 from prelora_ray.kernels.merged import FrozenProduct
 from prelora_ray.method.adapters import lora_layers
 from prelora_ray.method.ranks import check_ranks, match_rank_pattern
@@ -86,10 +87,11 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
     and change of phase. Ranks differ from block to block: as sizes that may vary, two of which may be equal in one block
     and not in the next, they need no code of their own.
     """
-    keep_whole_rows()
     torch._dynamo.reset()
     torch._dynamo.config.force_parameter_static_shapes = False
     torch._dynamo.config.recompile_limit = 64
+    if any(isinstance(module, Fp8FrozenLinear) for module in model.modules()):
+        keep_whole_rows()
     merged = [layer for layer in lora_layers(model).values() if layer.product is not None]
     torch.fx.experimental._config.use_duck_shape = not merged
     for layer in merged:
