@@ -156,8 +156,9 @@ class TrainSettings(Section):
     """Whether the model's blocks go through torch.compile; auto does on GPUs."""
     cuda_graph: bool = True
     """Whether a single GPU worker replays its step as one CUDA graph, which frees small models from launch costs."""
-    micro_batch: Count | None = None
-    """Most images that a worker takes through the model at once, a multiple of `data.cell`; null takes its whole share."""
+    micro_batch: Count | Literal["auto"] | None = "auto"
+    """Most images that a worker takes through the model at once, a multiple of `data.cell`; null takes its whole share, and so
+    does auto on a CPU. On a GPU auto finds the most that fits, once for each phase, and notes it in the run folder."""
     validate_every: Count = 1
     """Epochs between validations; the last epoch is always validated."""
 
@@ -297,7 +298,7 @@ class Settings(Section):
                 f"workers.max = {workers.max} is not allowed: a batch of {data.batch_size} has {data.num_cells} cells of "
                 f"{data.cell}, and a worker needs at least one"
             )
-        if train.micro_batch is not None and train.micro_batch % data.cell:
+        if isinstance(train.micro_batch, int) and train.micro_batch % data.cell:
             raise ValueError(
                 f"train.micro_batch = {train.micro_batch} is not allowed: it must be a multiple of data.cell = {data.cell}"
             )

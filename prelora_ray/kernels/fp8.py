@@ -58,7 +58,7 @@ def _fill(values: torch.Tensor, scale: torch.Tensor, x: torch.Tensor) -> None:
 def scaled_product(
     x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """x w' + bias, (n, m) in bfloat16, of e4m3 x (n, k) and w (m, k), their scales (n, 1) and (m, 1), and a bfloat16 bias (m,)."""
+    """x w' + bias, (n, m) in bfloat16, of e4m3 x (n, k) and w (m, k), scales (n, 1) and (m, 1), and a bfloat16 bias (m,)."""
     if x.is_cuda:
         return torch._scaled_mm(x, w.t(), x_scale, w_scale.t(), bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True)
     y = (x.float() * x_scale) @ (w.float() * w_scale).t()

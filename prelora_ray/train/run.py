@@ -40,7 +40,10 @@ from prelora_ray.train.worker import train_worker
 
 logger = logging.getLogger(__name__)
 
-_MAY_CHANGE = {"storage", "audit_samples", "workers", "checkpoint", "monitor", "data.path", "data.source", "data.decoders"}
+_MAY_CHANGE = {
+    *("storage", "audit_samples", "workers", "checkpoint", "monitor"),
+    *("data.path", "data.source", "data.decoders", "train.micro_batch"),
+}
 """Keys that may differ when a run is resumed: they do not change what the run computes."""
 
 

@@ -15,7 +15,7 @@ from prelora_ray.config import Settings
 from prelora_ray.data.manifest import read_manifest
 from prelora_ray.data.stream import Batch
 from prelora_ray.method.diagnosis import diagnose
-from prelora_ray.method.phases import Decision, count_parameters
+from prelora_ray.method.phases import Decision, Phase, count_parameters
 from prelora_ray.method.ranks import rank_choices
 from prelora_ray.method.targets import target_norms
 from prelora_ray.run_folder import LineWriter, RunFolder, RunRecords, last_attempt
@@ -39,6 +39,7 @@ _CHECK_STEPS = 50
 """Steps between looks whether the loss is still finite, each of which waits for the device."""
 _LAST_SAVES = 10
 """How often the end of a run tries to save."""
+_MICRO_BATCH_FILE = "micro_batch.json"
 
 
 class StoppedError(Exception):
@@ -66,6 +67,7 @@ class Session:
         batches = self.plan.orders["train"].num_batches
         self.state = TrainState(settings, len(manifest.classes), batches, device, world_size, checkpoint)
         self.stepper = Stepper(self.state, self.plan)
+        self.stepper.found_sizes = self._found_sizes()
         self._sums_before = _own_sums(checkpoint.state["sums"] if checkpoint else [], self.rank, world_size)
         self.control = Control()
         self.notices = Notices(
@@ -109,6 +111,8 @@ class Session:
         if self.audit:
             ids = [int(i) for i in batch.ids if i >= 0]
             self.audit.write(attempt=self.attempt, epoch=batch.epoch, batch=batch.batch, samples=ids)
+        if self.stepper.wants_search:
+            self._find_micro_batch(batch)
         self.stepper.train(batch)
         self.state.batch += 1
         self.telemetry.step(int((batch.labels >= 0).sum()), self.feed.wait_seconds)
@@ -223,6 +227,25 @@ class Session:
 
     def close(self) -> None:
         self.watchdog.end()
+
+    def _find_micro_batch(self, batch: Batch) -> None:
+        self.watchdog.beat(patiently=True)
+        self.stepper.search(batch)
+        if self.records:
+            sizes = {phase.value: size for phase, size in self.stepper.found_sizes.items()}
+            self.folder.write_json(_MICRO_BATCH_FILE, {"device": torch.cuda.get_device_name(self.state.device), **sizes})
+            self._event("micro_batch", micro_batch=self.stepper.micro_batch)
+
+    def _found_sizes(self) -> dict[Phase, int]:
+        """The micro-batches that the run found earlier, on a GPU of the same name."""
+        if self.state.device.type != "cuda":
+            return {}
+        found: dict[str, Any] = {}
+        if self.rank == 0 and self.folder.exists(_MICRO_BATCH_FILE):
+            found = self.folder.read_json(_MICRO_BATCH_FILE)
+            if found.pop("device") != torch.cuda.get_device_name(self.state.device):
+                found = {}
+        return {Phase(phase): size for phase, size in _from_rank_0(found).items()}
 
     def _act(self, action: Action) -> None:
         """What rank 0 asked for, on every worker."""

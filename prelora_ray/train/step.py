@@ -12,8 +12,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from prelora_ray.data.mixing import Mixing, MixPlan, mix, normalize, plan_mixing, soft_targets, to_device
 from prelora_ray.data.stream import Batch, StreamPlan
+from prelora_ray.method.phases import Phase
 from prelora_ray.train.cuda_graph import CudaGraph
 from prelora_ray.train.evaluation import Evaluation, Evaluator, all_reduce
+from prelora_ray.train.micro_batch import find_micro_batch, micro_batch_sizes
 from prelora_ray.train.model import draw_drop_path, set_drop_path
 from prelora_ray.train.optim import set_learning_rate
 from prelora_ray.train.state import TrainState
@@ -34,6 +36,8 @@ class Stepper:
         self.num_classes = len(plan.manifest.classes)
         self._sums = torch.zeros(2, dtype=torch.float64, device=state.device)
         self._bad_step = torch.full((), -1, device=state.device)
+        self.found_sizes: dict[Phase, int] = {}
+        """What `search` found, by phase."""
         self.begin_epoch()
 
     def begin_epoch(self, sums: Sequence[float] = (0, 0)) -> None:
@@ -41,6 +45,32 @@ class Stepper:
         self._sums.copy_(torch.tensor(sums, dtype=self._sums.dtype))
         self._bad_step.fill_(-1)
         self.learning_rate = 0.0
+
+    @property
+    def micro_batch(self) -> int:
+        """Images that this worker takes through the model at once."""
+        size, share = self.state.settings.train.micro_batch, self.plan.num_slots
+        if size == "auto":
+            size = self.found_sizes.get(self.state.phases.phase, share)
+        return share if size is None else min(size, share)
+
+    @property
+    def wants_search(self) -> bool:
+        """Whether the largest micro-batch of this phase is to be found first."""
+        is_auto = self.state.settings.train.micro_batch == "auto" and self.state.device.type == "cuda"
+        return is_auto and self.state.phases.phase not in self.found_sizes
+
+    def search(self, batch: Batch) -> None:
+        """Finds the largest micro-batch of this phase that fits, over a batch of the run; all workers call it together."""
+        state, share = self.state, self.plan.num_slots
+        state.network.train()
+        inputs = {name: to_device(tensor, state.device) for name, tensor in self._inputs(batch).items()}
+
+        def backward(size: int) -> None:
+            self._add_gradients(inputs, range(0, min(2 * size, share), size), exchanges=False)
+
+        sizes = micro_batch_sizes(share, self.plan.orders["train"].cell)
+        self.found_sizes[state.phases.phase] = find_micro_batch(state, sizes, backward)
 
     def train(self, batch: Batch) -> None:
         """One optimizer step. The gradient is the mean over the global batch, whoever serves which part."""
@@ -79,13 +109,23 @@ class Stepper:
 
     def _step(self, inputs: dict[str, torch.Tensor]) -> None:
         state = self.state
+        self._sums += self._add_gradients(inputs, range(0, self.plan.num_slots, self.micro_batch), exchanges=True)
+        norm = self._clip()
+        self._bad_step.copy_(torch.where((self._bad_step < 0) & ~norm.isfinite(), inputs["step"], self._bad_step))
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+
+    def _add_gradients(self, inputs: dict[str, torch.Tensor], starts: range, *, exchanges: bool) -> torch.Tensor:
+        """Takes the micro-batches that begin at `starts` through the model and back; sum of their losses, and their images.
+
+        `exchanges`: whether workers exchange their gradients, after the last of them.
+        """
+        state = self.state
         state.refresh()
+        sums = torch.zeros_like(self._sums)
         drop_path = inputs.get("drop_path")
-        num_slots = len(inputs["labels"])
-        size = state.settings.train.micro_batch or num_slots
-        starts = range(0, num_slots, size)
         for start in starts:
-            micro = slice(start, start + size)
+            micro = slice(start, start + starts.step)
             labels = inputs["labels"][micro]
             images = self._normalize(inputs["images"][micro])
             targets = soft_targets(labels, self.num_classes, self.mixing.label_smoothing, state.dtype)
@@ -93,7 +133,7 @@ class Stepper:
                 plan = MixPlan(inputs["partner"][micro] - start, inputs["weight"][micro], inputs["box"][micro])
                 images, targets = mix(images, targets, plan)
             set_drop_path(state.drop_path, None if drop_path is None else drop_path[:, micro])
-            waits = isinstance(state.network, DistributedDataParallel) and start != starts[-1]
+            waits = isinstance(state.network, DistributedDataParallel) and not (exchanges and start == starts[-1])
             with state.network.no_sync() if waits else nullcontext():  # type: ignore[operator]
                 with state.autocast():
                     logits = state.network(images)
@@ -101,11 +141,8 @@ class Stepper:
                 filled = labels >= 0
                 loss = torch.where(filled, losses, 0).sum()
                 (loss * inputs["scale"]).backward()
-            self._sums += torch.stack([loss.detach(), filled.sum()])
-        norm = self._clip()
-        self._bad_step.copy_(torch.where((self._bad_step < 0) & ~norm.isfinite(), inputs["step"], self._bad_step))
-        state.optimizer.step()
-        state.optimizer.zero_grad()
+            sums += torch.stack([loss.detach(), filled.sum()])
+        return sums
 
     def check_finite(self) -> None:
         """Raises NonFiniteLossError where a step since `begin_epoch` had a gradient that is not finite.
@@ -149,7 +186,7 @@ class Stepper:
             return logits
 
         evaluator = Evaluator(self.num_classes, state.device)
-        for _ in evaluator.run(predict, batches, state.settings.train.micro_batch or self.plan.num_slots):
+        for _ in evaluator.run(predict, batches, self.micro_batch):
             pass
         return evaluator.result()
 

@@ -1,0 +1,62 @@
+"""The largest micro-batch that fits on a GPU, found by trying."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+
+from prelora_ray.train.state import TrainState
+
+_SPARE = 0.04
+"""Share of the GPU's memory that is to stay free: memory comes in pieces, and libraries take some of their own."""
+_PARTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+
+
+def micro_batch_sizes(num_slots: int, cell: int) -> list[int]:
+    """Sizes that split a worker's slots into ever more parts, in whole cells, the largest first and one cell last."""
+    cells = num_slots // cell
+    return sorted({cell * -(-cells // parts) for parts in _PARTS} | {cell}, reverse=True)
+
+
+def find_micro_batch(state: TrainState, sizes: Sequence[int], backward: Callable[[int], None]) -> int:
+    """The largest of the `sizes`, in falling order, with which `backward` fits on the GPU of every worker, or the smallest.
+
+    `backward` takes the first micro-batches of a size through the model and adds up their gradients, without exchanging
+    them. All workers call this together.
+    """
+    size = next((size for size in sizes[:-1] if _fits(state, size, backward)), sizes[-1])
+    smallest = torch.tensor(size, device=state.device)
+    if dist.is_initialized():
+        dist.all_reduce(smallest, dist.ReduceOp.MIN)
+    return int(smallest)
+
+
+def _fits(state: TrainState, size: int, backward: Callable[[int], None]) -> bool:
+    try:
+        _try(state, size, backward)
+        fits = True
+    except torch.OutOfMemoryError:
+        fits = False
+    state.optimizer.zero_grad()
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(state.device)
+    if not fits:
+        torch._dynamo.reset()  # or the next size would be compiled as one of many
+    return fits
+
+
+def _try(state: TrainState, size: int, backward: Callable[[int], None]) -> None:
+    spare = int(_SPARE * torch.cuda.get_device_properties(state.device).total_memory)
+    if not state.optimizer.state:  # the moments come with the first step
+        spare += sum(2 * p.numel() * p.element_size() for p in state.model.parameters() if p.requires_grad)
+    reserved = torch.empty(spare, dtype=torch.uint8, device=state.device)
+    stream = torch.cuda.Stream(state.device)
+    stream.wait_stream(torch.cuda.current_stream(state.device))
+    with torch.cuda.stream(stream):  # autograd remembers the stream, and a CUDA graph must not find the default one
+        backward(size)
+    torch.cuda.synchronize(state.device)
+    del reserved

@@ -1,0 +1,66 @@
+"""Which sizes are tried, and, on a GPU, that a phase takes the largest that fits in what memory it may have."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from prelora_ray.config_file import parse_settings
+from prelora_ray.data.manifest import Manifest, Shard
+from prelora_ray.data.stream import Batch
+from prelora_ray.method.phases import Phase
+from prelora_ray.train.feed import stream_plan
+from prelora_ray.train.micro_batch import micro_batch_sizes
+from prelora_ray.train.state import TrainState
+from prelora_ray.train.step import Stepper
+
+
+@pytest.mark.parametrize(
+    ("num_slots", "cell", "expected"),
+    [(256, 32, [256, 128, 96, 64, 32]), (96, 32, [96, 64, 32]), (8, 8, [8]), (12, 1, [12, 6, 4, 3, 2, 1])],
+)
+def test_sizes_are_whole_cells_that_split_the_share_ever_finer(num_slots, cell, expected):
+    assert micro_batch_sizes(num_slots, cell) == expected
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU takes the whole share: there is nothing to search")
+def test_the_largest_that_fits_is_found_and_changes_no_gradient():
+    def stepper(micro_batch: object) -> Stepper:
+        settings = parse_settings(
+            {
+                "name": "x",
+                "data": {"path": "x", "batch_size": 256, "cell": 8},
+                "model": {"name": "vit_small_patch16_224"},
+                "train": {"micro_batch": micro_batch, "precision": "fp32", "compile": False, "clip_norm": None},
+            }
+        )
+        shard = Shard("x", (256,), 0, "")
+        manifest = Manifest(tuple("0123456789"), {"train": (shard,), "val": (shard,)}, 0, {})
+        state = TrainState(settings, 10, 100, torch.device("cuda"), 1)
+        return Stepper(state, stream_plan(settings, manifest, 0, 1))
+
+    rng = np.random.default_rng(0)
+    images = torch.from_numpy(rng.integers(0, 256, (256, 224, 224, 3), np.uint8))
+    batch = Batch("train", 0, 0, images, torch.from_numpy(rng.integers(0, 10, 256)), np.arange(256))
+    total = torch.cuda.get_device_properties(0).total_memory
+    limit = 10 * 2**30
+    torch.cuda.set_per_process_memory_fraction(limit / total)
+    try:
+        found = stepper("auto")
+        assert found.wants_search
+        found.search(batch)
+        size = found.found_sizes[Phase.FULL]
+        assert size < 256 and size in micro_batch_sizes(256, 8)
+        assert not found.wants_search
+        found.train(batch)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    larger = stepper(min(s for s in micro_batch_sizes(256, 8) if s > size))
+    torch.cuda.reset_peak_memory_stats()
+    larger.train(batch)
+    assert torch.cuda.max_memory_allocated() > limit - 0.05 * total
+    whole = stepper(None)
+    whole.train(batch)
+    for (name, one), (_, other) in zip(found.state.model.named_parameters(), whole.state.model.named_parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5, msg=name)
