@@ -156,7 +156,7 @@ class TrainSettings(Section):
     """Whether the model's blocks go through torch.compile; auto does on GPUs."""
     cuda_graph: bool = True
     """Whether a single GPU worker replays its step as one CUDA graph, which frees small models from launch costs."""
-    micro_batch: Count | Literal["auto"] | None = "auto"
+    micro_batch: Count | Literal["auto"] | None = None
     """Most images that a worker takes through the model at once, a multiple of `data.cell`; null takes its whole share, and so
     does auto on a CPU. On a GPU auto finds the most that fits, once for each phase, and notes it in the run folder."""
     validate_every: Count = 1

@@ -1,1 +1,1 @@
-"""Fast forms of what `method/` says plainly: torch alone, nothing of the project."""
+"""Fast forms of what `method/` says plainly: torch and Triton, nothing of the project."""

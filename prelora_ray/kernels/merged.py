@@ -100,7 +100,8 @@ class FrozenLinear(FrozenProduct):
         out_features, in_features = weight.shape
         matrix = weight.new_zeros(out_features + width, in_features + width, dtype=dtype)
         self.register_buffer("matrix", matrix, persistent=False)
-        self.register_buffer("bias", frozen_bias(weight, bias).to(dtype), persistent=False)
+        longer = F.pad(frozen_bias(weight, bias), (0, width))  # x A' has none
+        self.register_buffer("bias", longer.to(dtype), persistent=False)
 
     def hold(self, merged: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         (out_features, in_features), rank = merged.shape, len(a)
@@ -132,10 +133,10 @@ class _Product(torch.autograd.Function):
         scaling: float,
     ) -> torch.Tensor:
         out_features, in_features = b.shape[0], a.shape[1]
-        both = x @ matrix[:, :in_features].t()
+        both = torch.addmm(bias, x, matrix[:, :in_features].t())
         ctx.save_for_backward(x, both[:, out_features:].contiguous(), matrix)
         ctx.scaling, ctx.dtype = scaling, a.dtype
-        return both[:, :out_features] + bias  # goes into what follows, where it is compiled; cuBLAS would copy some in front
+        return both[:, :out_features]
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -11,8 +11,6 @@ from torch import nn
 
 from prelora_ray.config import MethodSettings, ModelSettings
 from prelora_ray.data.draws import Draw, generator
-from prelora_ray.kernels.compiler import keep_whole_rows
-from prelora_ray.kernels.fp8 import Fp8FrozenLinear
 from prelora_ray.kernels.merged import FrozenProduct
 from prelora_ray.method.adapters import lora_layers
 from prelora_ray.method.ranks import check_ranks, match_rank_pattern
@@ -90,7 +88,9 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
     torch._dynamo.reset()
     torch._dynamo.config.force_parameter_static_shapes = False
     torch._dynamo.config.recompile_limit = 64
-    if any(isinstance(module, Fp8FrozenLinear) for module in model.modules()):
+    if any(isinstance(module, FrozenProduct) for module in model.modules()):
+        from prelora_ray.kernels.compiler import keep_whole_rows  # the compiler takes a second to import
+
         keep_whole_rows()
     merged = [layer for layer in lora_layers(model).values() if layer.product is not None]
     torch.fx.experimental._config.use_duck_shape = not merged

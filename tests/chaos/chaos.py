@@ -107,8 +107,7 @@ def position(folder: RunFolder) -> dict[str, Any]:
 
 
 def disturb(target: Target, faults: list[str], tell: Callable[[str], None]) -> list[Cost]:
-    """Lets the faults happen to a run, each in its turn once the one before is healed, and waits for the run's end."""
-    target.site.start_driver(target.config)
+    """Lets the faults happen to a run that is under way, each once the one before is healed, and waits for the run's end."""
     costs: list[Cost] = []
     healed = 0
     for kind, after_it, due in zip(faults, [*faults[1:], None], steps_for(faults), strict=False):
@@ -238,9 +237,11 @@ def run(directory: Path, data: Path, faults: list[str], rng: random.Random) -> t
         quiet = directory / "quiet"  # outside the file system that fills up
         quiet.mkdir()
         plain = write_config(quiet, "plain", data, epochs)
-        undisturbed = site.start_elsewhere(plain)
         config = write_config(directory, "disturbed", data, epochs)
         folder = run_folder(config)
+        site.start_driver(config)
+        wait_for(functools.partial(_progress, folder, 1), RECOVERY_SECONDS, "the first step")
+        undisturbed = site.start_elsewhere(plain)  # now, so that two clusters do not start at once
         costs = disturb(Target(site, config, folder, rng), faults, functools.partial(print, flush=True))
         finished = last_attempt(folder.read_lines("epochs.jsonl"), "epoch")
         assert [line["epoch"] for line in finished] == list(range(sum(epochs)))
