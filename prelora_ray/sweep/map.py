@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import statistics
 from collections.abc import Callable
@@ -97,14 +98,12 @@ def _trainable_fraction(settings: Settings, num_classes: int, method: MethodSett
     with torch.device("meta"):
         model = create_model(settings.model, num_classes, settings.train.seed)
     targets = find_targets(model, method.targets)
-    sides = {target.name: target.in_features + target.out_features for target in targets}
-    inject(model, targets, dict.fromkeys(sides, 1))
-    freeze_parameters(model, targets, method.freeze)
-    adapters = sum(sides.values())
-    trainable, parameters = count_parameters(model)
 
     def fraction(ranks: dict[str, int]) -> float:
-        own = sum(sides[name] * rank for name, rank in ranks.items())
-        return (trainable - adapters + own) / (parameters - adapters + own)
+        adapted = copy.deepcopy(model)
+        inject(adapted, targets, ranks)
+        freeze_parameters(adapted, targets, method.freeze)
+        trainable, parameters = count_parameters(adapted)
+        return trainable / parameters
 
     return fraction

@@ -47,3 +47,23 @@ def test_what_a_switch_means_is_what_the_run_measured(undisturbed):
     assert meaning is not None and point.hours == pytest.approx(
         sum(meaning.epoch_seconds[phase] * count for phase, count in (("full", 3), ("warmup", 2), ("lora", 2))) / 3600
     )
+
+
+def test_a_frozen_prefix_is_taken_off_what_lora_trains(undisturbed):
+    """By hand: block 0 of the tiny ViT (width 16) is frozen whole, and what stands in front of the blocks."""
+    run = RunFolder.of(undisturbed(1))
+    record = read_record(str(run))
+    adapted = what_it_means(str(run), record.method)
+    prefix = what_it_means(str(run), record.method.model_copy(update={"freeze": "prefix"}))
+    assert adapted and prefix
+    (point,) = switch_map(record, record.method, record.ramp_epochs, [1000], [1000])
+    assert point.ranks
+    ranks = {name: 0 if name.startswith("blocks.0.") else 2 for name in point.ranks}
+    d, hidden, tokens = 16, 64, 16 + 1
+    sides = 2 * (4 * 2 * d + 2 * (d + hidden)) * 2
+    linears = 3 * (3 * d * d + 3 * d + d * d + d + 2 * d * hidden + hidden + d)
+    norms = 3 * 2 * 2 * d + 2 * d
+    front, head = 3 * 2 * 2 * d + d + d + tokens * d, 10 * d + 10
+    parameters = linears + norms + front + head + sides
+    assert adapted.trainable_fraction(ranks) == (norms + front + head + sides) / parameters
+    assert prefix.trainable_fraction(ranks) == (norms - 2 * 2 * d + head + sides) / parameters
