@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import time
 from dataclasses import asdict
@@ -233,7 +234,8 @@ class Session:
         self.stepper.search(batch)
         if self.records:
             sizes = {phase.value: size for phase, size in self.stepper.found_sizes.items()}
-            self.folder.write_json(_MICRO_BATCH_FILE, {"device": torch.cuda.get_device_name(self.state.device), **sizes})
+            with contextlib.suppress(OSError):  # a full disk: the next attempt searches again
+                self.folder.write_json(_MICRO_BATCH_FILE, {"device": torch.cuda.get_device_name(self.state.device), **sizes})
             self._event("micro_batch", micro_batch=self.stepper.micro_batch)
 
     def _found_sizes(self) -> dict[Phase, int]:
