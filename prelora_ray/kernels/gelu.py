@@ -7,12 +7,13 @@ keep the row in registers; elsewhere plain torch.
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 
 import torch
 
 from prelora_ray.kernels.rows import quantize
 
-if torch.cuda.is_available():  # torch's builds for CUDA bring Triton along
+if find_spec("triton"):  # torch's builds for GPUs bring it along
     from prelora_ray.kernels import gelu_triton
 
 

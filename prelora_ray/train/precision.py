@@ -68,7 +68,7 @@ def use_products(model: nn.Module, format_: Format, adapters: Literal["plain", "
         if isinstance(layer.product, FrozenProduct):
             holding.append(layer)
     for module in model.get_submodule("blocks").modules():
-        vars(module).pop("forward", None)
+        vars(module).pop("forward", None)  # as the call before this one may have left it
     if format_ == "fp8":
         for module in model.get_submodule("blocks").modules():
             if type(module) is nn.Linear and _fits_fp8(module):
