@@ -72,7 +72,7 @@ Adapter = tuple[torch.Tensor, torch.Tensor, float]
 def fp8_mlp(
     x: torch.Tensor, first: Fp8FrozenLinear, first_adapter: Adapter, second: Fp8FrozenLinear, second_adapter: Adapter
 ) -> torch.Tensor:
-    """x (..., in) through two layers with GELU in between, (..., out): the hidden activations are kept once, in bfloat16."""
+    """x (..., in) through two layers with GELU in between, (..., out): the hidden values are kept once, in e4m3."""
     with torch.autocast(x.device.type, enabled=False):
         y: torch.Tensor = _Mlp.apply(
             x.reshape(-1, x.shape[-1]),
@@ -122,7 +122,9 @@ class _Product(torch.autograd.Function):
 
 
 class _Mlp(torch.autograd.Function):
-    """`_Product` twice; h is all that the first one gives, (rows, hidden + width), and GELU sees the hidden values."""
+    """`_Product` twice; h is all that the first one gives, (rows, hidden + width), and GELU sees the hidden values.
+
+    Those are kept in front of GELU, in e4m3."""
 
     @staticmethod
     def forward(
@@ -145,26 +147,27 @@ class _Mlp(torch.autograd.Function):
         scaling1: float,
         scaling2: float,
     ) -> torch.Tensor:
-        out_features = len(b2)
+        hidden, out_features = len(b1), len(b2)
         rounded, scale = quantize(x)
         h = scaled_product(rounded, scale, onward1, onward1_scale, bias1)
-        both = scaled_product(*gelu_quantize(h, len(b1)), onward2, onward2_scale, bias2)
-        ga = both[:, out_features:].contiguous()
-        ctx.save_for_backward(rounded, scale, h, ga, back1, back1_scale, back2, back2_scale)
+        g, g_scale, h_rounded, h_scale = gelu_quantize(h, hidden)
+        both = scaled_product(g, g_scale, onward2, onward2_scale, bias2)
+        xa, ga = h[:, hidden:].contiguous(), both[:, out_features:].contiguous()
+        ctx.save_for_backward(rounded, scale, xa, h_rounded, h_scale, ga, back1, back1_scale, back2, back2_scale)
         ctx.scalings, ctx.dtypes = (scaling1, scaling2), (x.dtype, a1.dtype)
         return both[:, :out_features]
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (dy,) = grads
-        x, scale, h, ga, back1, back1_scale, back2, back2_scale = ctx.saved_tensors
+        x, scale, xa, h, h_scale, ga, back1, back1_scale, back2, back2_scale = ctx.saved_tensors
         (scaling1, scaling2), (x_dtype, a_dtype) = ctx.scalings, ctx.dtypes
-        in_features, hidden = x.shape[1], back2.shape[0] - ga.shape[1]
+        in_features, hidden = x.shape[1], h.shape[1]
         both = scaled_product(*quantize(dy), back2, back2_scale)
-        g, dh, dh_rounded, dh_scale = gelu_quantize_backward(both, h, hidden)
+        g, dh, dh_rounded, dh_scale = gelu_quantize_backward(both, h, h_scale)
         da2 = (both[:, hidden:].t() @ g).to(a_dtype) * scaling2
         db2 = (dy.t() @ ga).to(a_dtype) * scaling2
         both = scaled_product(dh_rounded, dh_scale, back1, back1_scale)
         da1 = ((both[:, in_features:] * scale).to(both.dtype).t() @ x.to(both.dtype)).to(a_dtype) * scaling1
-        db1 = (dh.t() @ h[:, hidden:]).to(a_dtype) * scaling1
+        db1 = (dh.t() @ xa).to(a_dtype) * scaling1
         return both[:, :in_features].to(x_dtype), da1, db1, da2, db2, *[None] * 12

@@ -17,29 +17,30 @@ if find_spec("triton"):  # torch's builds for GPUs bring it along
     from prelora_ray.kernels import gelu_triton
 
 
-def gelu_quantize(h: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """gelu(h) as `quantize` gives it, of the first so many columns of h, in bfloat16."""
+def gelu_quantize(h: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """gelu(h) and h, each as `quantize` gives it, of the first so many columns of h, in bfloat16."""
     if h.is_cuda:
-        values, scale = gelu_triton.gelu_quantize(h, columns)
-        return values, scale
+        values, scale, h_values, h_scale = gelu_triton.gelu_quantize(h, columns)
+        return values, scale, h_values, h_scale
     x = h[:, :columns].float()
-    return quantize(x * _cdf(x))
+    return *quantize(x * _cdf(x)), *quantize(x)
 
 
 def gelu_quantize_backward(
-    dg: torch.Tensor, h: torch.Tensor, columns: int
+    dg: torch.Tensor, h_values: torch.Tensor, h_scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The backward of g = gelu(h): g and dh, (rows, columns) in bfloat16, and dh as `quantize` gives it.
+    """The backward of g = gelu(h): g and dh, of h's shape in bfloat16, and dh as `quantize` gives it.
 
-    Takes the first so many columns of dg and h. g comes from h again, so that nothing wider than h is kept from the forward.
+    Takes as many columns of dg as h has. Both come from h as `gelu_quantize` gave it: its slope there changes little within
+    what e4m3 rounds off, and nothing else is kept from the forward.
     """
-    if h.is_cuda:
-        g, dh, values, scale = gelu_triton.gelu_quantize_backward(dg, h, columns)
+    if h_values.is_cuda:
+        g, dh, values, scale = gelu_triton.gelu_quantize_backward(dg, h_values, h_scale)
         return g, dh, values, scale
-    x = h[:, :columns].float()
+    x = h_values.float() * h_scale
     cdf = _cdf(x)
     pdf = torch.exp(-x.square() / 2) / math.sqrt(2 * math.pi)
-    dh = dg[:, :columns].float() * (cdf + x * pdf)
+    dh = dg[:, : x.shape[1]].float() * (cdf + x * pdf)
     return (x * cdf).bfloat16(), dh.bfloat16(), *quantize(dh)
 
 

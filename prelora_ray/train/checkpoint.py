@@ -30,6 +30,7 @@ from prelora_ray.train.optim import OptimizerState
 Tensors = dict[str, torch.Tensor]
 BASE = "base.safetensors"
 _SCHEMA_VERSION = 2
+_STAGING_BYTES = 2**24
 
 
 @dataclass
@@ -222,7 +223,23 @@ def _check_schema(name: str, manifest: dict[str, Any]) -> None:
 
 
 def _on_cpu(tensors: Tensors) -> Tensors:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    """On a GPU by way of pinned memory: a copy into any other keeps the whole device waiting."""
+    if not any(tensor.is_cuda for tensor in tensors.values()):
+        return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    staging = torch.empty(_STAGING_BYTES, dtype=torch.uint8, pin_memory=True)
+    return {name: copy_in_pieces(tensor.detach(), staging) for name, tensor in tensors.items()}
+
+
+def copy_in_pieces(tensor: torch.Tensor, staging: torch.Tensor) -> torch.Tensor:
+    """A copy on the CPU, piece by piece through the bytes of `staging`, in the current stream."""
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype)
+    source, target = (t.reshape(-1).view(torch.uint8) for t in (tensor.contiguous(), copy))
+    for piece, place in zip(source.split(len(staging)), target.split(len(staging)), strict=True):
+        staging[: len(piece)].copy_(piece, non_blocking=True)
+        if tensor.is_cuda:
+            torch.cuda.current_stream(tensor.device).synchronize()
+        place.copy_(staging[: len(piece)])
+    return copy
 
 
 def _safetensors(tensors: Tensors) -> bytes:

@@ -38,9 +38,9 @@ BATCHES = 15
 """Global batches of an epoch."""
 STEPS_BETWEEN = 6
 """Fewest steps from one fault's end to the next fault."""
-STEPS = {"node added": 240, "disk full": 80}
+STEPS = {"node added": 160, "disk full": 60}
 """Steps set aside for a fault during which the run trains on."""
-STEPS_OTHER = 30
+STEPS_OTHER = 20
 RECOVERY_SECONDS = 150.0
 
 
@@ -67,7 +67,7 @@ class Found:
     differ: list[str]
     """Keys of result.json that are not the same."""
     sizes: set[int]
-    """Numbers of workers that the disturbed run had."""
+    """Numbers of workers that the runs had."""
 
 
 def plan(count: int, rng: random.Random) -> list[str]:
@@ -170,7 +170,8 @@ def compare(disturbed: RunFolder, plain: RunFolder) -> Found:
             difference = max(difference, float((tensor - expected[name]).norm() / expected[name].norm().clamp(min=1e-30)))
     results = [folder.read_json("result.json") for folder in (disturbed, plain)]
     differ = [key for key in ("epochs", "switch_epoch", "freeze_epoch", "ranks") if results[0][key] != results[1][key]]
-    sizes = {line["world_size"] for line in disturbed.read_lines("events.jsonl") if "world_size" in line}
+    events = [*disturbed.read_lines("events.jsonl"), *plain.read_lines("events.jsonl")]
+    sizes = {line["world_size"] for line in events if "world_size" in line}
     return Found(len(places), lost, twice, difference, differ, sizes)
 
 
@@ -205,7 +206,7 @@ def page(costs: list[Cost], found: Found, seconds: float) -> str:
 A ViT of 3 blocks on scikit-learn's digits in float64, 1 to {WORKERS} workers on nodes of one CPU each, all on one machine of
 {os.cpu_count()} CPU cores; {versions}. Seconds are from the fault to the next trained step: for a
 drained node from the notice, {DRAIN_SECONDS} s before it goes; for a node that is added, from the start of its processes. On a
-full disk the run trains on. The undisturbed run trains beside it on the same cores, as long as it lasts.
+full disk the run trains on. The undisturbed run, of one worker, trains beside it on the same cores, as long as it lasts.
 
 | fault | in full | in warmup | in lora | median s | most s | steps done again, most |
 | --- | --- | --- | --- | --- | --- | --- |
@@ -236,8 +237,8 @@ def run(directory: Path, data: Path, faults: list[str], rng: random.Random) -> t
     try:
         quiet = directory / "quiet"  # outside the file system that fills up
         quiet.mkdir()
-        plain = write_config(quiet, "plain", data, epochs)
-        config = write_config(directory, "disturbed", data, epochs)
+        plain = write_config(quiet, "plain", data, epochs, workers=1)
+        config = write_config(directory, "disturbed", data, epochs, workers=WORKERS)
         folder = run_folder(config)
         site.start_driver(config)
         wait_for(functools.partial(_progress, folder, 1), RECOVERY_SECONDS, "the first step")

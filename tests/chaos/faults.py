@@ -16,7 +16,7 @@ import psutil
 from prelora_ray.run_folder import RunFolder
 from tests.chaos.site import Site, wait_for
 
-DRAIN_SECONDS = 10
+DRAIN_SECONDS = 6
 FULL_SECONDS = 3
 
 

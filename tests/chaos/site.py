@@ -31,7 +31,9 @@ class Site:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # a socket's path must be short
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        health = {"health_check_period_ms": 1000}  # as in cluster.yaml
+        head = {"num_cpus": 0, "include_dashboard": False, "_system_config": health}
+        self.cluster = Cluster(initialize_head=True, head_node_args=head)
         self.nodes: list[Any] = []
         self.driver: subprocess.Popen[bytes] | None = None
         self._others: list[subprocess.Popen[bytes]] = []
@@ -111,8 +113,8 @@ def _children(node: Any, title: str) -> list[psutil.Process]:
     return children(raylets[0].process.pid, title) if raylets else []
 
 
-def write_config(folder: Path, name: str, data: Path, epochs: tuple[int, int, int]) -> Path:
-    """A recipe in float64 with so many epochs of each phase, 1 to 2 workers, and all that is drawn turned on."""
+def write_config(folder: Path, name: str, data: Path, epochs: tuple[int, int, int], workers: int) -> Path:
+    """A recipe in float64 with so many epochs of each phase and at most so many workers, and all that is drawn turned on."""
     full, warmup, lora = epochs
     content: dict[str, Any] = {
         "name": name,
@@ -136,7 +138,7 @@ def write_config(folder: Path, name: str, data: Path, epochs: tuple[int, int, in
             "r_min": 2,
             "r_max": 8,
         },
-        "workers": {"min": 1, "max": WORKERS, "cpus": 1.0, "max_failures": -1, "hang_seconds": HANG_SECONDS},
+        "workers": {"min": 1, "max": workers, "cpus": 1.0, "max_failures": -1, "hang_seconds": HANG_SECONDS},
         "checkpoint": {"every_steps": 5, "every_seconds": 2.0},
     }
     path = folder / f"{name}.yaml"

@@ -8,7 +8,14 @@ import torch
 from prelora_ray.config_file import parse_settings
 from prelora_ray.method.phases import Decision
 from prelora_ray.storage import Storage
-from prelora_ray.train.checkpoint import Checkpoint, Checkpoints, DamagedCheckpointError, OtherSchemaError, Retention
+from prelora_ray.train.checkpoint import (
+    Checkpoint,
+    Checkpoints,
+    DamagedCheckpointError,
+    OtherSchemaError,
+    Retention,
+    copy_in_pieces,
+)
 from prelora_ray.train.state import TrainState
 
 
@@ -44,6 +51,25 @@ def test_round_trip_keeps_every_bit(saved):
         assert all(torch.equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype for name in ours)
     assert torch.equal(loaded.optimizer["head.weight"]["exp_avg"], expected.optimizer["head.weight"]["exp_avg"])
     assert loaded.optimizer["head.weight"]["step"] == 7
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.randn(7, 5),
+        torch.randn(8, 6, dtype=torch.float64).t(),
+        torch.tensor(7.0),
+        torch.arange(32).bool(),
+        torch.empty(0, 3),
+        torch.randn(33).bfloat16(),
+    ],
+    ids=lambda tensor: f"{tensor.dtype} {tuple(tensor.shape)}",
+)
+def test_a_copy_in_pieces_has_every_bit(tensor):
+    copy = copy_in_pieces(tensor, torch.empty(48, dtype=torch.uint8))
+    assert copy.is_contiguous()
+    assert copy.dtype == tensor.dtype
+    assert torch.equal(copy, tensor)
 
 
 def test_frozen_base_is_stored_once(saved, tmp_path):
