@@ -20,9 +20,7 @@ def gelu_quantize(h: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.Te
     values, h_values = (h.new_empty(len(h), columns, dtype=torch.float8_e4m3fn) for _ in range(2))
     scale, h_scale = (h.new_empty(len(h), 1, dtype=torch.float32) for _ in range(2))
     block = triton.next_power_of_2(columns)
-    wrap_triton(_forward)[(len(h),)](
-        h, values, scale, h_values, h_scale, columns, h.stride(0), block, num_warps=_warps(block)
-    )
+    wrap_triton(_forward)[(len(h),)](h, values, scale, h_values, h_scale, columns, h.stride(0), block, num_warps=_warps(block))
     return values, scale, h_values, h_scale
 
 

@@ -15,6 +15,10 @@ _SPARE = 0.04
 _PARTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 
+class MemoryShortageError(RuntimeError):
+    """Not even the smallest micro-batch fits on the GPU of every worker."""
+
+
 def micro_batch_sizes(num_slots: int, cell: int) -> list[int]:
     """Sizes that split a worker's slots into ever more parts, in whole cells, the largest first and one cell last."""
     cells = num_slots // cell
@@ -22,15 +26,21 @@ def micro_batch_sizes(num_slots: int, cell: int) -> list[int]:
 
 
 def find_micro_batch(state: TrainState, sizes: Sequence[int], backward: Callable[[int], None]) -> int:
-    """The largest of the `sizes`, in falling order, with which `backward` fits on the GPU of every worker, or the smallest.
+    """The largest of the `sizes`, in falling order, with which `backward` fits on the GPU of every worker.
 
     `backward` takes the first micro-batches of a size through the model and adds up their gradients, without exchanging
-    them. All workers call this together.
+    them. All workers call this together. Raises MemoryShortageError, on all of them, where no size fits.
     """
-    size = next((size for size in sizes[:-1] if _fits(state, size, backward)), sizes[-1])
+    size = next((size for size in sizes if _fits(state, size, backward)), 0)
     smallest = torch.tensor(size, device=state.device)
     if dist.is_initialized():
         dist.all_reduce(smallest, dist.ReduceOp.MIN)
+    if not smallest:
+        gib = torch.cuda.get_device_properties(state.device).total_memory / 2**30
+        raise MemoryShortageError(
+            f"data.cell = {sizes[-1]} is not allowed on a GPU of {gib:.0f} GiB: phase {state.phases.phase} needs more memory "
+            "for so many images; take fewer, a smaller model, or a GPU that nothing else uses"
+        )
     return int(smallest)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from prelora_ray.config_file import parse_settings
+from prelora_ray.train.micro_batch import MemoryShortageError
 from prelora_ray.train.precision import PrecisionError, check_precision
 from prelora_ray.train.session import Session, StoppedError
 from prelora_ray.train.step import NonFiniteLossError
@@ -29,7 +30,8 @@ def train_worker(config: dict[str, Any]) -> None:
             session.end_epoch(epoch, loss, validation, decision)
     except StoppedError:
         pass
-    except (NonFiniteLossError, PrecisionError) as error:  # the same on every worker and on every retry, so no retry helps
+    except (NonFiniteLossError, PrecisionError, MemoryShortageError) as error:
+        # The same on every worker and on every retry, so no retry helps.
         session.fail(str(error))
     finally:
         session.close()

@@ -11,7 +11,7 @@ from prelora_ray.data.manifest import Manifest, Shard
 from prelora_ray.data.stream import Batch
 from prelora_ray.method.phases import Phase
 from prelora_ray.train.feed import stream_plan
-from prelora_ray.train.micro_batch import micro_batch_sizes
+from prelora_ray.train.micro_batch import MemoryShortageError, micro_batch_sizes
 from prelora_ray.train.state import TrainState
 from prelora_ray.train.step import Stepper
 
@@ -54,6 +54,10 @@ def test_the_largest_that_fits_is_found_and_changes_no_gradient():
         assert size < 256 and size in micro_batch_sizes(256, 8)
         assert not found.wants_search
         found.train(batch)
+        another = stepper("auto")
+        torch.cuda.set_per_process_memory_fraction(2**31 / total)  # less than what is to stay free
+        with pytest.raises(MemoryShortageError, match=r"data\.cell = 8 is not allowed on a GPU of"):
+            another.search(batch)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     larger = stepper(min(s for s in micro_batch_sizes(256, 8) if s > size))
