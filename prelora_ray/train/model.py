@@ -88,6 +88,7 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
     torch._dynamo.reset()
     torch._dynamo.config.force_parameter_static_shapes = False
     torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.optimize_ddp = False  # it would cut blocks in two; gradients of whole blocks are early enough
     if any(isinstance(module, FrozenProduct) for module in model.modules()):
         from prelora_ray.kernels.compiler import keep_whole_rows  # the compiler takes a second to import
 

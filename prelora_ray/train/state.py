@@ -213,7 +213,7 @@ class TrainState:
         )
         size = self.settings.model.image_size
         self.network.train()
-        with self.autocast():
+        with torch.compiler.set_stance("force_eager"), self.autocast():  # or one image would be compiled by itself
             logits = self.network(torch.zeros(1, 3, size, size, device=self.device, dtype=self.dtype))
         (logits.sum() * 0).backward()
         self.optimizer.zero_grad()

@@ -2,9 +2,18 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from prelora_ray.config import MethodSettings, ModelSettings
-from prelora_ray.train.model import check_model, create_model, draw_drop_path, drop_path_modules, set_drop_path
+from prelora_ray.train.model import (
+    check_model,
+    compile_blocks,
+    create_model,
+    draw_drop_path,
+    drop_path_modules,
+    set_drop_path,
+)
 from tests.runs import TINY_VIT
 
 TINY = ModelSettings(name="vit_tiny_patch16_224", image_size=8, options=TINY_VIT)
@@ -67,3 +76,16 @@ def test_any_timm_vit_is_accepted():
 def test_refused(model, method, message):
     with pytest.raises(ValueError, match=message):
         check_model(ModelSettings(**{**TINY.model_dump(), **model}), MethodSettings(**{**SMALL_RANKS.model_dump(), **method}))
+
+
+def test_blocks_stay_whole_for_several_workers(tmp_path):
+    """torch would cut what it compiles for DDP where gradients fill a mebibyte."""
+    model = create_model(ModelSettings(name="vit_tiny_patch16_224", image_size=32, options={"depth": 2}), 10, 0)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        compile_blocks(model, backend="aot_eager")
+        torch._dynamo.utils.counters.clear()
+        DistributedDataParallel(model)(torch.randn(2, 3, 32, 32)).sum().backward()
+    finally:
+        dist.destroy_process_group()
+    assert torch._dynamo.utils.counters["aot_autograd"]["total"] == 1

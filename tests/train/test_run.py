@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from prelora_ray.config import Settings
 from prelora_ray.data.manifest import read_manifest
 from prelora_ray.data.prepare import prepare
 from prelora_ray.errors import InterruptedRunError
@@ -123,14 +124,30 @@ def test_lora_checkpoint_is_what_it_says(undisturbed):
 
 
 def test_one_worker_equals_three_in_float64(undisturbed):
-    one, three = undisturbed(1, "fp64"), undisturbed(3, "fp64")
-    assert samples(RunFolder.of(one)) == samples(RunFolder.of(three))
-    folders = [RunFolder.of(run) for run in (one, three)]
-    assert folders[0].read_json("ranks.json") == folders[1].read_json("ranks.json")
-    a, b = final(one), final(three)
+    assert_close(undisturbed(1, "fp64"), undisturbed(3, "fp64"))
+
+
+@pytest.mark.slow
+def test_compiled_blocks_with_merged_adapters_train_alike_and_survive_a_kill(digits, storage, undisturbed):
+    """As on GPUs; each phase and each start compiles for some ten seconds."""
+    way = {"precision": "fp64", "compile": True, "adapters": "merged"}
+    run = settings(digits, storage, "compiled", 2, train=way, checkpoint={"every_steps": 4})
+    killer = Killer(run, [INSIDE_EPOCH["lora"]])
+    killer.start()
+    assert train(run)["restarts"] == 1
+    assert killer.phases == ["lora"]
+    assert_close(run, undisturbed(1, "fp64"))
+
+
+def assert_close(one: Settings, other: Settings) -> None:
+    """The same samples, switch and ranks, and weights that agree in float64."""
+    assert samples(RunFolder.of(one)) == samples(RunFolder.of(other))
+    assert RunFolder.of(one).read_json("ranks.json") == RunFolder.of(other).read_json("ranks.json")
+    a, b = final(one), final(other)
     assert a.state["phases"]["switch_epoch"] == b.state["phases"]["switch_epoch"] == SWITCH
     for part in ("model", "base", "adapter"):
         ours, theirs = getattr(a, part), getattr(b, part)
+        assert ours.keys() == theirs.keys()
         for name, tensor in ours.items():
             assert tensor.dtype == torch.float64
             assert (tensor - theirs[name]).norm() <= 1e-5 * tensor.norm(), name
