@@ -31,7 +31,7 @@ class Site:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # a socket's path must be short
-        health = {"health_check_period_ms": 1000}  # as in cluster.yaml
+        health = {"health_check_period_ms": 1000, "health_check_timeout_ms": 3000}  # as in cluster.yaml
         head = {"num_cpus": 0, "include_dashboard": False, "_system_config": health}
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
         self.nodes: list[Any] = []
@@ -113,7 +113,9 @@ def _children(node: Any, title: str) -> list[psutil.Process]:
     return children(raylets[0].process.pid, title) if raylets else []
 
 
-def write_config(folder: Path, name: str, data: Path, epochs: tuple[int, int, int], workers: int) -> Path:
+def write_config(
+    folder: Path, name: str, data: Path, epochs: tuple[int, int, int], workers: int, hang_seconds: float = HANG_SECONDS
+) -> Path:
     """A recipe in float64 with so many epochs of each phase and at most so many workers, and all that is drawn turned on."""
     full, warmup, lora = epochs
     content: dict[str, Any] = {
@@ -138,7 +140,7 @@ def write_config(folder: Path, name: str, data: Path, epochs: tuple[int, int, in
             "r_min": 2,
             "r_max": 8,
         },
-        "workers": {"min": 1, "max": workers, "cpus": 1.0, "max_failures": -1, "hang_seconds": HANG_SECONDS},
+        "workers": {"min": 1, "max": workers, "cpus": 1.0, "max_failures": -1, "hang_seconds": hang_seconds},
         "checkpoint": {"every_steps": 5, "every_seconds": 2.0},
     }
     path = folder / f"{name}.yaml"
