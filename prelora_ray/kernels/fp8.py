@@ -122,9 +122,7 @@ class _Product(torch.autograd.Function):
 
 
 class _Mlp(torch.autograd.Function):
-    """`_Product` twice; h is all that the first one gives, (rows, hidden + width), and GELU sees the hidden values.
-
-    Those are kept in front of GELU, in e4m3."""
+    """`_Product` twice; h is all that the first one gives, (rows, hidden + width); its hidden values are kept for GELU."""
 
     @staticmethod
     def forward(

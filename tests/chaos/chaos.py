@@ -206,7 +206,7 @@ def page(costs: list[Cost], found: Found, seconds: float) -> str:
 A ViT of 3 blocks on scikit-learn's digits in float64, 1 to {WORKERS} workers on nodes of one CPU each, all on one machine of
 {os.cpu_count()} CPU cores; {versions}. Seconds are from the fault to the next trained step: for a
 drained node from the notice, {DRAIN_SECONDS} s before it goes; for a node that is added, from the start of its processes. On a
-full disk the run trains on. The undisturbed run, of one worker, trains beside it on the same cores, as long as it lasts.
+full disk the run trains on. The undisturbed run trains beside it on the same cores, as long as it lasts.
 
 | fault | in full | in warmup | in lora | median s | most s | steps done again, most |
 | --- | --- | --- | --- | --- | --- | --- |
@@ -237,8 +237,8 @@ def run(directory: Path, data: Path, faults: list[str], rng: random.Random) -> t
     try:
         quiet = directory / "quiet"  # outside the file system that fills up
         quiet.mkdir()
-        plain = write_config(quiet, "plain", data, epochs, workers=1)
-        config = write_config(directory, "disturbed", data, epochs, workers=WORKERS)
+        plain = write_config(quiet, "plain", data, epochs)
+        config = write_config(directory, "disturbed", data, epochs)
         folder = run_folder(config)
         site.start_driver(config)
         wait_for(functools.partial(_progress, folder, 1), RECOVERY_SECONDS, "the first step")

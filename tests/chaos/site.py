@@ -113,10 +113,8 @@ def _children(node: Any, title: str) -> list[psutil.Process]:
     return children(raylets[0].process.pid, title) if raylets else []
 
 
-def write_config(
-    folder: Path, name: str, data: Path, epochs: tuple[int, int, int], workers: int, hang_seconds: float = HANG_SECONDS
-) -> Path:
-    """A recipe in float64 with so many epochs of each phase and at most so many workers, and all that is drawn turned on."""
+def write_config(folder: Path, name: str, data: Path, epochs: tuple[int, int, int], hang_seconds: float = HANG_SECONDS) -> Path:
+    """A recipe in float64 with so many epochs of each phase, 1 to 2 workers, and all that is drawn turned on."""
     full, warmup, lora = epochs
     content: dict[str, Any] = {
         "name": name,
@@ -140,7 +138,7 @@ def write_config(
             "r_min": 2,
             "r_max": 8,
         },
-        "workers": {"min": 1, "max": workers, "cpus": 1.0, "max_failures": -1, "hang_seconds": hang_seconds},
+        "workers": {"min": 1, "max": WORKERS, "cpus": 1.0, "max_failures": -1, "hang_seconds": hang_seconds},
         "checkpoint": {"every_steps": 5, "every_seconds": 2.0},
     }
     path = folder / f"{name}.yaml"
