@@ -12,7 +12,7 @@ MAY_IMPORT = {
     "method": {"method"},
     "data/draws.py": set(),
     "data/order.py": {"data/draws.py"},
-    "data": {"data", "storage.py", "errors.py", "torchvision_ops.py"},
+    "data": {"data", "storage.py", "errors.py"},
     "errors.py": set(),
     "storage.py": set(),
     "torchvision_ops.py": set(),

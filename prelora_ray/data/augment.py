@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import Literal
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageEnhance
 
 from prelora_ray.data.draws import Draw, generator
 
@@ -72,7 +75,9 @@ class Augmenter:
         if rng.random() < options.flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self._color:
-            _seed_libraries(rng, uses_torch=options.color_jitter > 0)
+            seed = int(rng.integers(2**32))
+            random.seed(seed)  # the transforms draw from the global generators: set these by the sample's key
+            np.random.seed(seed)
             for transform in self._color:
                 image = transform(image)
         pixels = np.array(image)
@@ -155,33 +160,44 @@ def _padded_crop(image: Image.Image, padding: int, rng: np.random.Generator) -> 
     return image.crop((dx, dy, dx + image.width, dy + image.height))  # Pillow fills what lies outside with black
 
 
-def _seed_libraries(rng: np.random.Generator, uses_torch: bool) -> None:
-    """timm's policies and torchvision's jitter draw from global generators: set these by the sample's key."""
-    seed = int(rng.integers(2**32))
-    random.seed(seed)
-    np.random.seed(seed)
-    if uses_torch:
-        import torch
-
-        # torch.manual_seed would note a stack trace for every device that is not up, which costs more than the image.
-        torch.default_generator.manual_seed(seed)
-
-
 def _color_transforms(augmentation: Augmentation) -> list[Callable[[Image.Image], Image.Image]]:
-    """RandAugment or 3-Augment from timm, colour jitter from torchvision; nothing is imported without need."""
+    """RandAugment or 3-Augment from timm, and colour jitter."""
     transforms: list[Callable[[Image.Image], Image.Image]] = []
-    if augmentation.policy or augmentation.color_jitter:
-        from prelora_ray.torchvision_ops import make_importable
-
-        make_importable()
-    if augmentation.policy:
-        from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
-
-        make = rand_augment_transform if augmentation.policy.startswith("rand") else auto_augment_transform
+    policy = augmentation.policy
+    if policy:
+        timm = _timm_policies()
+        make = timm.rand_augment_transform if policy.startswith("rand") else timm.auto_augment_transform
         mean = tuple(round(255 * channel) for channel in augmentation.mean)
-        transforms.append(make(augmentation.policy, {"img_mean": mean, "translate_const": augmentation.image_size * 0.45}))
+        transforms.append(make(policy, {"img_mean": mean, "translate_const": augmentation.image_size * 0.45}))
     if augmentation.color_jitter:
-        from torchvision.transforms import ColorJitter
-
-        transforms.append(ColorJitter(*[augmentation.color_jitter] * 3))
+        transforms.append(ColorJitter(augmentation.color_jitter))
     return transforms
+
+
+def _timm_policies() -> ModuleType:
+    """timm's `data/auto_augment.py` without timm.
+
+    The file needs Pillow and numpy; the package around it needs torch, which would take each decoder seconds and 400 MB.
+    """
+    package = importlib.util.find_spec("timm")
+    assert package is not None and package.origin is not None
+    spec = importlib.util.spec_from_file_location("_timm_policies", Path(package.origin).parent / "data" / "auto_augment.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class ColorJitter:
+    """torchvision's ColorJitter of brightness, contrast and saturation alike, without torch.
+
+    Each is changed by a factor from 1 - `strength` to 1 + `strength`, in an order that is drawn too.
+    """
+
+    def __init__(self, strength: float) -> None:
+        self.strength = strength
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        for enhance in random.sample((ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color), 3):
+            image = enhance(image).enhance(random.uniform(max(0.0, 1 - self.strength), 1 + self.strength))
+        return image

@@ -1,13 +1,16 @@
 import io
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import simplejpeg
 from PIL import Image
 from sklearn.datasets import load_sample_image
+from torchvision.transforms import functional as torchvision
 
-from prelora_ray.data.augment import Augmentation, Augmenter, center_box, random_resized_box, read_crop
+from prelora_ray.data.augment import Augmentation, Augmenter, ColorJitter, center_box, random_resized_box, read_crop
 
 NOISE = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
 
@@ -79,6 +82,35 @@ def test_erasing_touches_one_rectangle():
         box = changed[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
         assert 0.01 < box.size / 32**2 < 0.4
         assert box.mean() > 0.9  # noise may equal a pixel by chance
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_color_jitter_is_torchvisions(seed):
+    image = Image.fromarray(load_sample_image("flower.jpg")[:64, :64])
+    random.seed(seed)
+    jittered = ColorJitter(0.4)(image)
+
+    random.seed(seed)
+    adjust = {
+        "Brightness": torchvision.adjust_brightness,
+        "Contrast": torchvision.adjust_contrast,
+        "Color": torchvision.adjust_saturation,
+    }
+    for name in random.sample(list(adjust), 3):
+        factor = random.uniform(0.6, 1.4)
+        image = adjust[name](image, factor)
+    assert np.array_equal(np.array(jittered), np.array(image))
+
+
+def test_decoders_do_without_torch():
+    """It would take each of them seconds to start, and 400 MB."""
+    code = """
+import sys
+from prelora_ray.data import stream
+stream.Augmenter(stream.Augmentation(32, (0.5,) * 3, (0.2,) * 3, policy="rand-m9-mstd0.5-inc1", color_jitter=0.3), 0, 1.0)
+print([name for name in ("torch", "torchvision", "timm") if name in sys.modules])
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 def test_evaluation_is_pillows_resized_centre_crop():
