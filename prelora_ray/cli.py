@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import os
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from prelora_ray.bench import commands as bench
 from prelora_ray.errors import InterruptedRunError, WorkError
+from prelora_ray.json_output import Json, print_json
 
 if TYPE_CHECKING:
     from prelora_ray.config import MethodSettings
@@ -29,8 +27,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; repeatable.")]
+app.add_typer(bench.app, name="bench")
 _debug = False
 
 
@@ -64,7 +62,7 @@ def train(
     folder = RunFolder.of(settings)
     result = {**result, "path": str(folder)}
     if as_json:
-        _print_json(result)
+        print_json(result)
         return
     console.out.print(console.result_table(result, last_attempt(folder.read_lines("epochs.jsonl"), "epoch")))
     if result["ranks"]:
@@ -96,7 +94,7 @@ def sweep(
 
     result = run(plan, console.watch, debug=_debug)
     if as_json:
-        _print_json(result)
+        print_json(result)
         return
     console.out.print(console.sweep_table(result))
     console.out.print(
@@ -137,7 +135,7 @@ def prepare(
         "path": out,
     }
     if as_json:
-        _print_json(content)
+        print_json(content)
     else:
         console.out.print(
             f"{content['train']:,} training and {content['val']:,} validation images of {content['classes']} classes in "
@@ -167,7 +165,7 @@ def evaluate(
             content["class_top1"] = dict(zip(report.classes, report.class_top1, strict=True))
         if confusion:
             content["confusion"] = report.confusion.tolist()
-        _print_json(content)
+        print_json(content)
         return
     if classes:
         console.out.print(console.classes_table(report))
@@ -190,7 +188,7 @@ def export(
     exported = run(source, out, data)
     if as_json:
         paths = {form: f"{out.rstrip('/')}/{form}" if form in exported.forms else None for form in ("timm", "adapter", "onnx")}
-        _print_json({**paths, "max_abs_diff": max(exported.max_abs_diff.values()), "images": exported.images})
+        print_json({**paths, "max_abs_diff": max(exported.max_abs_diff.values()), "images": exported.images})
         return
     for form, difference in exported.max_abs_diff.items():
         console.out.print(
@@ -244,7 +242,7 @@ def replay(
         raise ValueError(f"--picture {picture} is not allowed: it takes several values of --tau or --zeta, such as 0.1:10:30")
     result = run(record, method, ramp)
     if as_json:
-        _print_json({key: getattr(result, key) for key in ("switch_window", "switch_epoch", "ranks", "reason")})
+        print_json({key: getattr(result, key) for key in ("switch_window", "switch_epoch", "ranks", "reason")})
         return
     console.out.print(console.replay_table(result))
     if result.ranks is None:
@@ -276,7 +274,7 @@ def _replay_map(
         maps = {title: [[getattr(point, key) for point in row] for row in rows] for key, title in titles.items()}
         write_switch_map(taus, zetas, maps, picture)
     if as_json:
-        _print_json({"settings": [asdict(point) for point in points], "picture": picture})
+        print_json({"settings": [asdict(point) for point in points], "picture": picture})
         return
     console.out.print(console.switch_map_table(points))
     if picture is not None:
@@ -316,112 +314,9 @@ def report(
 
     figures = write_report(paths, out, png)
     if as_json:
-        _print_json({"path": out, "figures": figures, "png": png})
+        print_json({"path": out, "figures": figures, "png": png})
     else:
         console.out.print(f"{out}: {len(figures)} figures" + (f", as pictures in {png}" if png else ""))
-
-
-bench = typer.Typer(help="Measure speed on this machine, beside what others take for the same work.", no_args_is_help=True)
-app.add_typer(bench, name="bench")
-ModelName = Annotated[str, typer.Option(help="A Vision Transformer's name in timm.")]
-ImageSize = Annotated[int, typer.Option(min=1, help="Side of the image, in pixels.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images in a batch.")]
-Out = Annotated[str | None, typer.Option(help="Also write the JSON object to this file.")]
-
-
-@bench.command("phases")
-def bench_phases(
-    model: Annotated[str | None, typer.Option(help="A ViT's name in timm; default: ViT-L, on a CPU ViT-Ti.")] = None,
-    image_size: Annotated[int | None, typer.Option(min=1, help="Side of the image; default: 224, on a CPU 64.")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Images in a step; default: 256, on a CPU 8.")] = None,
-    residual: Annotated[Literal["fp32", "bf16"], typer.Option(help="Format of our rows' residual stream.")] = "fp32",
-    steps: Annotated[int, typer.Option(min=1, help="Steps in a round; a figure is the median of five rounds.")] = 10,
-    kernels: Annotated[int, typer.Option(help="Name so many kernels of each row, those that take the most time.")] = 0,
-    row: Annotated[list[str] | None, typer.Option(help="Beginning of the names of rows to measure; repeatable.")] = None,
-    out: Out = None,
-    as_json: Json = False,
-) -> None:
-    """Images a second in full, warmup and lora, and of timm, PEFT and Hugging Face."""
-    from prelora_ray.bench.phases import Options, usual_size
-    from prelora_ray.bench.phases import bench_phases as run
-
-    given = {"model": model, "image_size": image_size, "batch": batch}
-    size = usual_size() | {key: value for key, value in given.items() if value is not None}
-    options = Options(**size, residual=residual, steps=steps, kernels=kernels, rows=tuple(row or ()))
-    _bench(lambda: run(options), out, as_json)
-
-
-@bench.command("data")
-def bench_data(
-    images: Annotated[int, typer.Option(min=100, help="Images in a pass; three passes are measured.")] = 2000,
-    image_size: ImageSize = 224,
-    batch: BatchSize = 64,
-    cores: Annotated[int | None, typer.Option(min=1, help="Decoding processes; default: one a core.")] = None,
-    out: Out = None,
-    as_json: Json = False,
-) -> None:
-    """Decoded and augmented images a second and core, of our stream and of torch's DataLoader."""
-    from prelora_ray.bench.data import Options
-    from prelora_ray.bench.data import bench_data as run
-
-    options = Options(images, image_size, batch, cores or os.cpu_count() or 1)
-    _bench(lambda: run(options), out, as_json)
-
-
-@bench.command("loop")
-def bench_loop(
-    model: ModelName = "vit_tiny_patch16_224",
-    image_size: ImageSize = 64,
-    batch: BatchSize = 128,
-    epochs: Annotated[int, typer.Option(min=2, help="Epochs over the digits; the first one is not counted.")] = 6,
-    out: Out = None,
-    as_json: Json = False,
-) -> None:
-    """Images a second of our loop under Ray, against the same steps in a bare loop."""
-    from prelora_ray.bench.run import Options
-    from prelora_ray.bench.run import bench_loop as run
-
-    _bench(lambda: run(Options(model, image_size, batch, epochs)), out, as_json)
-
-
-@bench.command("restart")
-def bench_restart(
-    model: ModelName = "vit_tiny_patch16_224",
-    image_size: ImageSize = 64,
-    batch: BatchSize = 128,
-    out: Out = None,
-    as_json: Json = False,
-) -> None:
-    """Seconds from the command to the first step, with an empty compile cache and with a filled one."""
-    from prelora_ray.bench.run import Options
-    from prelora_ray.bench.run import bench_restart as run
-
-    _bench(lambda: run(Options(model, image_size, batch)), out, as_json)
-
-
-def _bench(run: Callable[[], dict[str, Any]], out: str | None, as_json: bool) -> None:
-    from prelora_ray import console
-
-    if out is not None and not Path(out).absolute().parent.is_dir():
-        raise ValueError(f"--out {out} is not allowed: {Path(out).absolute().parent} is no folder")
-    result = run()
-    if as_json:
-        _print_json(result)
-    else:
-        console.out.print(console.bench_table(result))
-        for row in result["rows"]:
-            for kernel, milliseconds in row.get("kernels", ()):
-                console.out.print(f"{row['name']}: {milliseconds:8.3f} ms  {kernel[:110]}", markup=False)
-    if out is not None:
-        Path(out).write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    for name, reason in result.get("missing", {}).items():
-        print(f"not measured: {name} ({reason})", file=sys.stderr)
-    if result.get("failed") is not None:
-        raise WorkError(f"the benchmark ended before its last row: {result['failed']}")
-
-
-def _print_json(content: dict[str, Any]) -> None:
-    print(json.dumps(content, allow_nan=False))
 
 
 def main() -> None:

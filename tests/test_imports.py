@@ -40,6 +40,8 @@ MAY_IMPORT = {
     "sweep": {"sweep", "train", "method", "config.py", "config_file.py", "run_folder.py", "storage.py", "errors.py"},
     "report": {"report", "config.py", "run_folder.py"},
     "bench": {"bench", "train", "method", "data", "errors.py", "config.py", "config_file.py", "run_folder.py", "storage.py"},
+    "bench/commands.py": {"bench", "console.py", "errors.py", "json_output.py"},
+    "json_output.py": set(),
     "console.py": {"config.py", "run_folder.py", "sweep", "report", "evaluate.py"},
     "cli.py": {
         "console.py",
@@ -54,6 +56,7 @@ MAY_IMPORT = {
         "sweep",
         "report",
         "bench",
+        "json_output.py",
     },
     "__main__.py": {"cli.py"},
     "__init__.py": set(),

@@ -1,0 +1,112 @@
+"""`prelora bench`: the options of each benchmark, and how its result is told."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from prelora_ray.errors import WorkError
+from prelora_ray.json_output import Json, print_json
+
+app = typer.Typer(help="Measure speed on this machine, beside what others take for the same work.", no_args_is_help=True)
+ModelName = Annotated[str, typer.Option(help="A Vision Transformer's name in timm.")]
+ImageSize = Annotated[int, typer.Option(min=1, help="Side of the image, in pixels.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images in a batch.")]
+Out = Annotated[str | None, typer.Option(help="Also write the JSON object to this file.")]
+
+
+@app.command("phases")
+def _phases(
+    model: Annotated[str | None, typer.Option(help="A ViT's name in timm; default: ViT-L, on a CPU ViT-Ti.")] = None,
+    image_size: Annotated[int | None, typer.Option(min=1, help="Side of the image; default: 224, on a CPU 64.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Images in a step; default: 256, on a CPU 8.")] = None,
+    residual: Annotated[Literal["fp32", "bf16"], typer.Option(help="Format of our rows' residual stream.")] = "fp32",
+    steps: Annotated[int, typer.Option(min=1, help="Steps in a round; a figure is the median of five rounds.")] = 10,
+    kernels: Annotated[int, typer.Option(help="Name so many kernels of each row, those that take the most time.")] = 0,
+    row: Annotated[list[str] | None, typer.Option(help="Beginning of the names of rows to measure; repeatable.")] = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Images a second in full, warmup and lora, and of timm, PEFT and Hugging Face."""
+    from prelora_ray.bench.phases import Options, usual_size
+    from prelora_ray.bench.phases import bench_phases as run
+
+    given = {"model": model, "image_size": image_size, "batch": batch}
+    size = usual_size() | {key: value for key, value in given.items() if value is not None}
+    options = Options(**size, residual=residual, steps=steps, kernels=kernels, rows=tuple(row or ()))
+    _measure(lambda: run(options), out, as_json)
+
+
+@app.command("data")
+def _data(
+    images: Annotated[int, typer.Option(min=100, help="Images in a pass; three passes are measured.")] = 2000,
+    image_size: ImageSize = 224,
+    batch: BatchSize = 64,
+    cores: Annotated[int | None, typer.Option(min=1, help="Decoding processes; default: one a core.")] = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Decoded and augmented images a second and core, of our stream and of torch's DataLoader."""
+    from prelora_ray.bench.data import Options
+    from prelora_ray.bench.data import bench_data as run
+
+    options = Options(images, image_size, batch, cores or os.cpu_count() or 1)
+    _measure(lambda: run(options), out, as_json)
+
+
+@app.command("loop")
+def _loop(
+    model: ModelName = "vit_tiny_patch16_224",
+    image_size: ImageSize = 64,
+    batch: BatchSize = 128,
+    epochs: Annotated[int, typer.Option(min=2, help="Epochs over the digits; the first one is not counted.")] = 6,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Images a second of our loop under Ray, against the same steps in a bare loop."""
+    from prelora_ray.bench.run import Options
+    from prelora_ray.bench.run import bench_loop as run
+
+    _measure(lambda: run(Options(model, image_size, batch, epochs)), out, as_json)
+
+
+@app.command("restart")
+def _restart(
+    model: ModelName = "vit_tiny_patch16_224",
+    image_size: ImageSize = 64,
+    batch: BatchSize = 128,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Seconds from the command to the first step, with an empty compile cache and with a filled one."""
+    from prelora_ray.bench.run import Options
+    from prelora_ray.bench.run import bench_restart as run
+
+    _measure(lambda: run(Options(model, image_size, batch)), out, as_json)
+
+
+def _measure(run: Callable[[], dict[str, Any]], out: str | None, as_json: bool) -> None:
+    from prelora_ray import console
+
+    if out is not None and not Path(out).absolute().parent.is_dir():
+        raise ValueError(f"--out {out} is not allowed: {Path(out).absolute().parent} is no folder")
+    result = run()
+    if as_json:
+        print_json(result)
+    else:
+        console.out.print(console.bench_table(result))
+        for row in result["rows"]:
+            for kernel, milliseconds in row.get("kernels", ()):
+                console.out.print(f"{row['name']}: {milliseconds:8.3f} ms  {kernel[:110]}", markup=False)
+    if out is not None:
+        Path(out).write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    for name, reason in result.get("missing", {}).items():
+        print(f"not measured: {name} ({reason})", file=sys.stderr)
+    if result.get("failed") is not None:
+        raise WorkError(f"the benchmark ended before its last row: {result['failed']}")
