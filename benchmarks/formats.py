@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ FORMATS: dict[str, dict[str, Any]] = {
 
 def main(trunk: Path, storage: Path, formats: list[str], seeds: list[int], overrides: list[str]) -> None:
     top1: dict[str, list[float]] = {name: [] for name in formats}
+    results = sys.stdout  # a session of Ray turns standard output to where its own messages go
     with ray_session():
         for seed in seeds:
             for name in formats:
@@ -40,8 +42,8 @@ def main(trunk: Path, storage: Path, formats: list[str], seeds: list[int], overr
                 result = train(settings)
                 top1[name].append(result["val_top1"])
                 freezes = [line for line in RunFolder.of(settings).read_lines("events.jsonl") if line["event"] == "freeze"]
-                told = {"format": name, "seed": seed, "logit_change": freezes[-1]["logit_change"]}
-                print(json.dumps({**told, **result}), flush=True)
+                told = {"format": name, "seed": seed, "logit_change": freezes[-1]["logit_change"] if freezes else None}
+                print(json.dumps({**told, **result}), file=results, flush=True)
     for name, values in top1.items():
         spread = statistics.stdev(values) if len(values) > 1 else None
         print(json.dumps({"format": name, "mean_top1": statistics.mean(values), "standard_deviation": spread}))

@@ -148,7 +148,7 @@ class TrainSettings(Section):
     precision: Literal["auto", "fp64", "fp32", "bf16", "fp8"] = "auto"
     """Number format of the products; auto is bf16 on GPUs and fp32 on CPUs. fp8 is bf16 before phase lora and e4m3 in it. What
     trains is float32 (fp64: float64)."""
-    adapters: Literal["plain", "merged"] = "plain"
+    adapters: Literal["plain", "merged"] = "merged"
     """How an adapted layer is computed: base and adapters apart, or as one product of the merged weights, as fp8 always is."""
     residual: Literal["fp32", "bf16"] = "fp32"
     """Number format of the residual stream between the blocks, where the products are bf16 or fp8."""

@@ -28,7 +28,7 @@ from prelora_ray.sweep.replay import read_record
 from prelora_ray.sweep.result import is_finished, read_notes, summarize_sweep, write_note
 from prelora_ray.sweep.settings import Plan, Range, Setting, SweepSettings, without_effect
 from prelora_ray.train.lock import HeldRunError
-from prelora_ray.train.ray_private import let_trials_be_stopped, release
+from prelora_ray.train.ray_private import let_trials_be_stopped, release, release_groups_of_dead_actors
 from prelora_ray.train.run import ray_session, train
 
 logger = logging.getLogger(__name__)
@@ -195,6 +195,18 @@ class _Ends(tune.Callback):
         self._plan = plan
         self._trunk = read_record(str(RunFolder.of(plan.trunk)))
         self._done = 0
+        self._reserved: list[dict[str, str]] = []
+        self._looked = 0.0
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        """A stopped trial's controller outlives it for a moment, in which it may reserve room anew."""
+        if not self._reserved or time.monotonic() - self._looked < _LOOK_SECONDS:
+            return
+        self._looked = time.monotonic()
+        dead = release_groups_of_dead_actors()
+        for names in self._reserved:
+            if names["placement_group"] in dead:
+                release(names)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         is_done, is_pruned = trial.last_result.get("finished"), self._plan.sweep.asha is not None
@@ -210,9 +222,8 @@ class _Ends(tune.Callback):
         if ended == "failed" and note["message"] is None:
             note = write_note(self._plan, setting, message="its process died")
         if ended == "stopped":
-            for line in (RunFolder(self._plan.folder) / name).read_lines("events.jsonl"):
-                if "reservation" in line:
-                    release(line["reservation"])
+            events = (RunFolder(self._plan.folder) / name).read_lines("events.jsonl")
+            self._reserved += [line["reservation"] for line in events if "reservation" in line]
         top1 = trial.last_result.get("val_top1") if trial.last_result else None
         told = note["message"] or ("no top-1 yet" if top1 is None else f"top-1 {top1:.1%}")
         self._done += 1

@@ -16,6 +16,8 @@ from typing import Any
 
 import ray
 import ray.train.torch
+from ray._raylet import ActorID, PlacementGroupID
+from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from ray.train.v2._internal.execution.context import get_train_context
@@ -112,10 +114,36 @@ def reservation() -> dict[str, str]:
 
 def release(names: dict[str, str]) -> None:
     """Gives back what a dead controller has reserved; nothing happens where it is gone already."""
-    from ray._raylet import PlacementGroupID
-
     with contextlib.suppress(Exception):  # what is not given back here ends by itself, later
         ray.get(get_or_create_autoscaling_coordinator().cancel_request.remote(requester_id=names["requester"]), timeout=10)
         if names["placement_group"]:
-            group = PlacementGroup(PlacementGroupID.from_hex(names["placement_group"]))
-            ray.util.remove_placement_group(group)
+            _remove_placement_group(names["placement_group"])
+
+
+def release_groups_of_dead_actors() -> set[str]:
+    """Gives back the placement groups of this job whose actor is dead, and returns their names.
+
+    Ray keeps them to the end of the job. A stopped trial's controller that lives a little longer than its workers may
+    have reserved one that is in no record.
+    """
+    table = [
+        PlacementGroupTableData.FromString(entry)
+        for entry in ray._private.state.state._connect_and_get_accessor().get_placement_group_table()
+    ]
+    job = ray.get_runtime_context().get_job_id()
+    dead = {
+        group.placement_group_id.hex()
+        for group in table
+        if group.creator_actor_dead
+        and group.creator_actor_id != ActorID.nil().binary()  # the driver's own groups, of no actor, count as a dead one's
+        and not group.is_detached
+        and group.creator_job_id.hex() == job
+        and group.state != PlacementGroupTableData.REMOVED
+    }
+    for name in dead:
+        _remove_placement_group(name)
+    return dead
+
+
+def _remove_placement_group(name: str) -> None:
+    ray.util.remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(name)))

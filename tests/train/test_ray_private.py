@@ -1,4 +1,4 @@
-"""How many workers Ray may start while a node is about to go."""
+"""How many workers Ray may start while a node is about to go, and what is left of dead controllers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import ray
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
 
 from prelora_ray.train import ray_private
-from prelora_ray.train.ray_private import ScalingConfig
+from prelora_ray.train.ray_private import ScalingConfig, release_groups_of_dead_actors
+from tests.chaos.site import wait_for
 
 
 @ray.remote(num_cpus=0)
@@ -36,6 +37,44 @@ def test_a_notice_makes_a_new_group_smaller_and_shrinks_no_running_one(ray_clust
     assert ray.get(controller.new_group.remote()) == 1
     assert [ray.get(controller.running_group.remote(size)) for size in (1, 2, 3)] == [1, 2, 3]
     ray.kill(controller)
+
+
+@ray.remote(num_cpus=0)
+class Reserver:
+    """Reserves a CPU, as a controller does for its workers."""
+
+    def __init__(self) -> None:
+        self.group = ray.util.placement_group([{"CPU": 1}])
+        ray.get(self.group.ready())
+
+    def name(self) -> str:
+        return self.group.id.hex()
+
+
+def test_groups_of_dead_actors_are_given_back_and_no_others(ray_cluster):
+    ours = ray.util.placement_group([{"CPU": 1}])
+    living, dying = Reserver.remote(), Reserver.remote()
+    left = ray.get([living.name.remote(), dying.name.remote()])
+    assert release_groups_of_dead_actors().isdisjoint(left)
+    ray.kill(dying)
+    released: set[str] = set()
+
+    def is_released() -> bool:
+        released.update(release_groups_of_dead_actors())
+        return left[1] in released
+
+    wait_for(is_released, 20, "the dead actor's group is given back")
+    assert left[0] not in released
+    assert group_state(left[0]) == "CREATED"
+    wait_for(lambda: group_state(left[1]) == "REMOVED", 20, "the group is gone")
+    ray.kill(living)
+    wait_for(lambda: left[0] in release_groups_of_dead_actors(), 20, "the other one is given back too")
+    assert group_state(ours.id.hex()) == "CREATED"
+    ray.util.remove_placement_group(ours)
+
+
+def group_state(name: str) -> str:
+    return ray.util.placement_group_table()[name]["state"]
 
 
 def test_ray_decides_on_running_groups_where_we_look():
