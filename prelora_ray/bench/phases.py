@@ -95,6 +95,8 @@ def bench_phases(options: Options) -> dict[str, Any]:
     except RuntimeError as error:  # after a fault of the device this process can use it no more; what was measured stands
         logger.debug("", exc_info=True)
         failed = str(error).splitlines()[0]
+    except KeyboardInterrupt:
+        failed = "interrupted"
     content = {"options": vars(options), "rows": rows, "missing": bench.missing, "failed": failed}
     return {"benchmark": "phases", **describe(device), **rates, **content}
 

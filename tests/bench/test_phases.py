@@ -48,12 +48,19 @@ def test_lora_exchanges_what_trains(result):
     assert lora["gradient_bytes"] < 0.5 * result["rows"][0]["gradient_bytes"]
 
 
-def test_what_was_measured_before_a_fault_stands(monkeypatch):
+@pytest.mark.parametrize(
+    ("end", "told"),
+    [
+        (RuntimeError("CUDA error: an illegal memory access\nCompile with ..."), "CUDA error: an illegal memory access"),
+        (KeyboardInterrupt(), "interrupted"),
+    ],
+)
+def test_what_was_measured_before_the_end_stands(monkeypatch, end, told):
     def rows(bench):
         yield Row("first", 1.0, 1.0, None, 0.1, 1.0, 4)
-        raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with ...")
+        raise end
 
     monkeypatch.setattr(phases._Bench, "rows", rows)
     result = phases.bench_phases(phases.Options("vit_tiny_patch16_224", 64, 2))
     assert [row["name"] for row in result["rows"]] == ["first"]
-    assert result["failed"] == "CUDA error: an illegal memory access was encountered"
+    assert result["failed"] == told
