@@ -18,13 +18,15 @@ app = typer.Typer(help="Measure speed on this machine, beside what others take f
 ModelName = Annotated[str, typer.Option(help="A Vision Transformer's name in timm.")]
 ImageSize = Annotated[int, typer.Option(min=1, help="Side of the image, in pixels.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images in a batch.")]
+UsualModel = Annotated[str | None, typer.Option(help="A ViT's name in timm; default: ViT-L, on a CPU ViT-Ti.")]
+UsualImageSize = Annotated[int | None, typer.Option(min=1, help="Side of the image; default: 224, on a CPU 64.")]
 Out = Annotated[str | None, typer.Option(help="Also write the JSON object to this file.")]
 
 
 @app.command("phases")
 def _phases(
-    model: Annotated[str | None, typer.Option(help="A ViT's name in timm; default: ViT-L, on a CPU ViT-Ti.")] = None,
-    image_size: Annotated[int | None, typer.Option(min=1, help="Side of the image; default: 224, on a CPU 64.")] = None,
+    model: UsualModel = None,
+    image_size: UsualImageSize = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Images in a step; default: 256, on a CPU 8.")] = None,
     residual: Annotated[Literal["fp32", "bf16"], typer.Option(help="Format of our rows' residual stream.")] = "fp32",
     steps: Annotated[int, typer.Option(min=1, help="Steps in a round; a figure is the median of five rounds.")] = 10,
@@ -34,11 +36,10 @@ def _phases(
     as_json: Json = False,
 ) -> None:
     """Images a second in full, warmup and lora, and of timm, PEFT and Hugging Face."""
-    from prelora_ray.bench.phases import Options, usual_size
+    from prelora_ray.bench.phases import Options
     from prelora_ray.bench.phases import bench_phases as run
 
-    given = {"model": model, "image_size": image_size, "batch": batch}
-    size = usual_size() | {key: value for key, value in given.items() if value is not None}
+    size = _size(model, image_size, batch, batch_on_cpu=8)
     options = Options(**size, residual=residual, steps=steps, kernels=kernels, rows=tuple(row or ()))
     _measure(lambda: run(options), out, as_json)
 
@@ -62,10 +63,10 @@ def _data(
 
 @app.command("loop")
 def _loop(
-    model: ModelName = "vit_tiny_patch16_224",
-    image_size: ImageSize = 64,
-    batch: BatchSize = 128,
-    epochs: Annotated[int, typer.Option(min=2, help="Epochs over the digits; the first one is not counted.")] = 6,
+    model: UsualModel = None,
+    image_size: UsualImageSize = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Images in a step; default: 256, on a CPU 128.")] = None,
+    epochs: Annotated[int, typer.Option(min=2, help="Epochs of 12 steps; the first one is not counted.")] = 6,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
@@ -73,7 +74,8 @@ def _loop(
     from prelora_ray.bench.run import Options
     from prelora_ray.bench.run import bench_loop as run
 
-    _measure(lambda: run(Options(model, image_size, batch, epochs)), out, as_json)
+    size = _size(model, image_size, batch, batch_on_cpu=128)
+    _measure(lambda: run(Options(**size, epochs=epochs)), out, as_json)
 
 
 @app.command("restart")
@@ -89,6 +91,13 @@ def _restart(
     from prelora_ray.bench.run import bench_restart as run
 
     _measure(lambda: run(Options(model, image_size, batch)), out, as_json)
+
+
+def _size(model: str | None, image_size: int | None, batch: int | None, *, batch_on_cpu: int) -> dict[str, Any]:
+    from prelora_ray.bench.machine import usual_size
+
+    given = {"model": model, "image_size": image_size, "batch": batch}
+    return usual_size(batch_on_cpu) | {key: value for key, value in given.items() if value is not None}
 
 
 def _measure(run: Callable[[], dict[str, Any]], out: str | None, as_json: bool) -> None:

@@ -15,11 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
-from sklearn.datasets import load_sample_images
 
+from prelora_ray.bench.images import write_images
 from prelora_ray.bench.machine import describe
 from prelora_ray.config import Settings
 from prelora_ray.config_file import parse_settings
@@ -31,10 +29,8 @@ from prelora_ray.storage import Storage
 from prelora_ray.train.feed import stream_plan
 from prelora_ray.train.run import ray_session
 
-_SIDES = ((500, 375), (375, 500), (500, 333), (500, 500), (400, 300), (333, 500))
-"""Width and height of the images; 500 x 375 is ImageNet's most frequent size."""
 _STORED = 512
-"""Larger than any of them, so that `prepare` leaves their bytes alone."""
+"""Larger than any of the images, so that `prepare` leaves their bytes alone."""
 _PASSES = 3
 
 
@@ -55,7 +51,7 @@ def bench_data(options: Options) -> dict[str, Any]:
         raise ValueError(f"--batch {options.batch} is not allowed with --images {options.images}: a pass needs four batches")
     with tempfile.TemporaryDirectory() as directory:
         source, small, whole = (str(Path(directory, name)) for name in ("source", "small", "whole"))
-        _write_images(Path(source), options.images)
+        write_images(Path(source), options.images)
         with ray_session():
             prepare(source, whole, PrepareSettings(size=_STORED))
             prepare(source, small, PrepareSettings())
@@ -71,18 +67,6 @@ def bench_data(options: Options) -> dict[str, Any]:
         for name, rate in rates.items()
     ]
     return {"benchmark": "data", **describe(torch.device("cpu")), "options": vars(options), "rows": rows}
-
-
-def _write_images(folder: Path, count: int) -> None:
-    photographs = [Image.fromarray(pixels) for pixels in load_sample_images()["images"]]
-    rng = np.random.default_rng(0)
-    for i in range(count + 16):
-        width, height = _SIDES[i % len(_SIDES)]
-        photograph = photographs[i % 2].resize((960, 641))
-        left, top = int(rng.integers(960 - width + 1)), int(rng.integers(641 - height + 1))
-        path = folder / ("train" if i < count else "val") / "ab"[i % 2] / f"{i:05d}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        photograph.crop((left, top, left + width, top + height)).save(path, quality=95)
 
 
 def _settings(path: str, options: Options) -> Settings:

@@ -34,6 +34,13 @@ def _version(package: str) -> str | None:
         return None
 
 
+def usual_size(batch_on_cpu: int) -> dict[str, Any]:
+    """Model, image size and batch to measure with: the paper's on a GPU, and on a CPU what takes a minute or two."""
+    if torch.cuda.is_available():
+        return {"model": "vit_large_patch16_224", "image_size": 224, "batch": 256}
+    return {"model": "vit_tiny_patch16_224", "image_size": 64, "batch": batch_on_cpu}
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

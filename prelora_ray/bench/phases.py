@@ -54,13 +54,6 @@ class Options:
     """Beginnings of the names of rows to measure; all where it is empty."""
 
 
-def usual_size() -> dict[str, Any]:
-    """Model, image size and batch: the paper's on a GPU, and on a CPU what takes a minute."""
-    if torch.cuda.is_available():
-        return {"model": "vit_large_patch16_224", "image_size": 224, "batch": 256}
-    return {"model": "vit_tiny_patch16_224", "image_size": 64, "batch": 8}
-
-
 @dataclass(frozen=True)
 class Row:
     name: str
