@@ -46,10 +46,11 @@ def _phases(
 
 @app.command("data")
 def _data(
-    images: Annotated[int, typer.Option(min=100, help="Images in a pass; three passes are measured.")] = 2000,
+    images: Annotated[int, typer.Option(min=100, help="Images in a pass.")] = 2000,
     image_size: ImageSize = 224,
     batch: BatchSize = 64,
     cores: Annotated[int | None, typer.Option(min=1, help="Decoding processes; default: one a core.")] = None,
+    passes: Annotated[int, typer.Option(min=2, help="Passes over the images; the first one is not counted.")] = 3,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
@@ -57,7 +58,7 @@ def _data(
     from prelora_ray.bench.data import Options
     from prelora_ray.bench.data import bench_data as run
 
-    options = Options(images, image_size, batch, cores or os.cpu_count() or 1)
+    options = Options(images, image_size, batch, cores or os.cpu_count() or 1, passes)
     _measure(lambda: run(options), out, as_json)
 
 

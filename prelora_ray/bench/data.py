@@ -31,7 +31,6 @@ from prelora_ray.train.run import ray_session
 
 _STORED = 512
 """Larger than any of the images, so that `prepare` leaves their bytes alone."""
-_PASSES = 3
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,8 @@ class Options:
     image_size: int = 224
     batch: int = 64
     cores: int = os.cpu_count() or 1
+    passes: int = 3
+    """Over the images. The first one, in which processes start, is not counted."""
 
 
 def bench_data(options: Options) -> dict[str, Any]:
@@ -74,12 +75,12 @@ def _settings(path: str, options: Options) -> Settings:
     return parse_settings({"name": "bench", "data": data, "model": {"image_size": options.image_size}})
 
 
-def _rate(batches: Iterator[int], total: int) -> float:
-    """Images a second of an iterator over numbers of images, after the first eighth of them, in which it starts up."""
+def _rate(batches: Iterator[int], options: Options) -> float:
+    """Images a second of an iterator over numbers of images, after the first pass."""
     seen, begin, before = 0, 0.0, 0
     for images in batches:
         seen += images
-        if not begin and seen >= total / 8:
+        if not begin and seen >= options.images:
             begin, before = time.perf_counter(), seen
     return (seen - before) / (time.perf_counter() - begin)
 
@@ -88,18 +89,18 @@ def _stream_rate(path: str, options: Options) -> float:
     settings = _settings(path, options)
     manifest = read_manifest(Storage(path))
     plan = stream_plan(settings, manifest, rank=0, world_size=1)
-    passes = [Pass("train", epoch) for epoch in range(_PASSES)]
+    passes = [Pass("train", epoch) for epoch in range(options.passes)]
     batches = stream_batches(plan, passes, options.cores)
-    return _rate((int((batch.labels >= 0).sum()) for batch in batches), options.images * _PASSES)
+    return _rate((int((batch.labels >= 0).sum()) for batch in batches), options)
 
 
 def _pool_rate(path: str, options: Options) -> float:
     settings, manifest = _settings(path, options), read_manifest(Storage(path))
     encoded = read_encoded(path, manifest.splits["train"], options.images)
-    tasks = [(i % len(encoded), encoded[i % len(encoded)]) for i in range(options.images * _PASSES)]
+    tasks = [(i % len(encoded), encoded[i % len(encoded)]) for i in range(options.images * options.passes)]
     context = multiprocessing.get_context("spawn")
     with context.Pool(options.cores, _start_pool, (settings, manifest)) as pool:
-        return _rate(iter(pool.imap_unordered(_augment, tasks, chunksize=16)), len(tasks))
+        return _rate(iter(pool.imap_unordered(_augment, tasks, chunksize=16)), options)
 
 
 _augment_one: Callable[[bytes, int, int], Any]
@@ -128,5 +129,5 @@ def _loader_rate(source: str, options: Options) -> float:
     loader = torch.utils.data.DataLoader(
         dataset, options.batch, shuffle=True, num_workers=options.cores, persistent_workers=True, multiprocessing_context="fork"
     )
-    batches = (len(labels) for _ in range(_PASSES) for _, labels in loader)
-    return _rate(batches, options.images * _PASSES)
+    batches = (len(labels) for _ in range(options.passes) for _, labels in loader)
+    return _rate(batches, options)
