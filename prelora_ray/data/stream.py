@@ -115,7 +115,7 @@ def stream_batches(plan: StreamPlan, schedule: Sequence[Pass], decoders: int) ->
         concurrency=1,
         num_cpus=0,
         memory=1,  # other resources than the decoders', or Ray Data would fuse the two into one process
-        label_selector=here,
+        ray_remote_args={"label_selector": here, "_generator_backpressure_num_objects": 2 * (decoders + 2)},
     )
     dataset = dataset.map_batches(
         cast(Any, _Decode),
