@@ -31,7 +31,12 @@ class WholeRows(InductorChoices):
         return f"prelora-whole-rows-{_WIDEST_ROW}"
 
 
-def keep_whole_rows() -> None:
-    """Has this process compile so."""
+def suit_held_products() -> None:
+    """Has this process compile with whole rows, and without gaps between them.
+
+    A gap that aligns the rows of y and x A', together 3216 wide say, costs more than it brings: a product writes its bias
+    along only where its result has none, and else the bias is written first, row for row, in a pass of its own.
+    """
+    torch._inductor.config.comprehensive_padding = False
     torch._inductor.config.inductor_choices_class = WholeRows  # for threads that have not compiled yet, as those of backwards
     V.set_choices_handler(WholeRows())

@@ -90,20 +90,13 @@ class FrozenProduct(nn.Module, ABC):
 
 
 class FrozenLinear(FrozenProduct):
-    """In the number format `dtype`: holds M.
-
-    With `dense_dx` dx is copied out of the rows that it shares with dy B. A backward of attention that is handed rows with gaps
-    makes that copy itself, in four times the time.
-    """
+    """In the number format `dtype`: holds M."""
 
     matrix: torch.Tensor
     bias: torch.Tensor
 
-    def __init__(
-        self, weight: torch.Tensor, bias: torch.Tensor | None, width: int, dtype: torch.dtype, *, dense_dx: bool = False
-    ) -> None:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, width: int, dtype: torch.dtype) -> None:
         super().__init__(width)
-        self.dense_dx = dense_dx
         out_features, in_features = weight.shape
         matrix = weight.new_zeros(out_features + width, in_features + width, dtype=dtype)
         self.register_buffer("matrix", matrix, persistent=False)
@@ -117,7 +110,7 @@ class FrozenLinear(FrozenProduct):
         self.matrix[out_features : out_features + rank, :in_features] = a
 
     def multiply(self, rows: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
-        y: torch.Tensor = _Product.apply(rows.to(self.matrix.dtype), a, b, self.matrix, self.bias, scaling, self.dense_dx)
+        y: torch.Tensor = _Product.apply(rows.to(self.matrix.dtype), a, b, self.matrix, self.bias, scaling)
         return y
 
 
@@ -138,12 +131,11 @@ class _Product(torch.autograd.Function):
         matrix: torch.Tensor,
         bias: torch.Tensor,
         scaling: float,
-        dense_dx: bool,
     ) -> torch.Tensor:
         out_features, in_features = b.shape[0], a.shape[1]
         both = torch.addmm(bias, x, matrix[:, :in_features].t())
         ctx.save_for_backward(x, both[:, out_features:].contiguous(), matrix)
-        ctx.scaling, ctx.dtype, ctx.dense_dx = scaling, a.dtype, dense_dx
+        ctx.scaling, ctx.dtype = scaling, a.dtype
         return both[:, :out_features]
 
     @staticmethod
@@ -154,5 +146,4 @@ class _Product(torch.autograd.Function):
         in_features = x.shape[1]
         da = (both[:, in_features:].t() @ x).to(ctx.dtype) * ctx.scaling
         db = (dy.t() @ xa).to(ctx.dtype) * ctx.scaling
-        dx = both[:, :in_features]
-        return dx.contiguous() if ctx.dense_dx else dx, da, db, None, None, None, None
+        return both[:, :in_features], da, db, None, None, None

@@ -90,9 +90,9 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.optimize_ddp = False  # it would cut blocks in two; gradients of whole blocks are early enough
     if any(isinstance(module, FrozenProduct) for module in model.modules()):
-        from prelora_ray.kernels.compiler import keep_whole_rows  # the compiler takes a second to import
+        from prelora_ray.kernels.compiler import suit_held_products  # the compiler takes a second to import
 
-        keep_whole_rows()
+        suit_held_products()
     merged = [layer for layer in lora_layers(model).values() if layer.product is not None]
     torch.fx.experimental._config.use_duck_shape = not merged
     for layer in merged:

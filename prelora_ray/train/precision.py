@@ -57,15 +57,14 @@ def use_products(model: nn.Module, format_: Format, adapters: Literal["plain", "
 
     Returns those that want a `refresh` before each forward.
     """
-    layers = lora_layers(model)
+    layers = lora_layers(model).values()
     widths: dict[torch.Size, int] = {}
-    for layer in layers.values():
+    for layer in layers:
         width = math.ceil(layer.rank / MULTIPLE) * MULTIPLE
         widths[layer.weight.shape] = max(width, widths.get(layer.weight.shape, 0))
     holding = []
-    for name, layer in layers.items():
-        follows_attention = name.endswith("attn.proj")
-        layer.product = _product(layer, format_, adapters, widths[layer.weight.shape], dense_dx=follows_attention)
+    for layer in layers:
+        layer.product = _product(layer, format_, adapters, widths[layer.weight.shape])
         if isinstance(layer.product, FrozenProduct):
             holding.append(layer)
     for module in model.get_submodule("blocks").modules():
@@ -104,9 +103,7 @@ def _fits_fp8(layer: nn.Linear | LoraLinear) -> bool:
     return is_frozen and layer.in_features % MULTIPLE == 0 and layer.out_features % MULTIPLE == 0
 
 
-def _product(
-    layer: LoraLinear, format_: Format, adapters: Literal["plain", "merged"], width: int, *, dense_dx: bool
-) -> Product | None:
+def _product(layer: LoraLinear, format_: Format, adapters: Literal["plain", "merged"], width: int) -> Product | None:
     if adapters == "plain" and format_ != "fp8":
         return None
     dtype = {"fp64": torch.float64, "fp32": torch.float32}.get(format_, torch.bfloat16)
@@ -114,7 +111,7 @@ def _product(
         return partial(merged_linear, dtype=dtype)
     if format_ == "fp8" and _fits_fp8(layer):
         return Fp8FrozenLinear(layer.weight, layer.bias, width)
-    return FrozenLinear(layer.weight, layer.bias, width, dtype, dense_dx=dense_dx)
+    return FrozenLinear(layer.weight, layer.bias, width, dtype)
 
 
 def keep_residual_in_bf16(model: nn.Module) -> None:
