@@ -19,16 +19,24 @@ import ray.train.torch
 from ray._raylet import ActorID, PlacementGroupID
 from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
+from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from ray.train.v2._internal.execution.context import get_train_context
 from ray.util.placement_group import PlacementGroup
 
-_SHUTDOWN_SECONDS = 5
+_SHUTDOWN_SECONDS = 2
 _COUNT_SECONDS = 2.0
 
 
+class TorchTrainer(ray.train.torch.TorchTrainer):
+    """Ray Train's, without the actor that shares out datasets, as every worker streams its own part: one process less to start."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, DatasetsCallback)]
+
+
 class TorchConfig(ray.train.torch.TorchConfig):
-    """Ray Train's, whose controller waits 5 s, not 30, for a worker that hangs to leave its process group.
+    """Ray Train's, whose controller waits 2 s, not 30, for a worker that hangs to leave its process group.
 
     Ray reads this limit from the environment of the controller, which does not get the driver's.
     """
@@ -51,14 +59,15 @@ class ScalingConfig(ray.train.ScalingConfig):
         most = super().max_workers
         if self.min_workers == most or not ray.is_initialized() or ray.get_runtime_context().get_actor_id() is None:
             return most  # only the controller, which is an actor, decides on sizes
-        _count_nodes()
+        running = _running_workers()
+        _count_nodes(_COUNT_SECONDS if running else 0.0)
         leaving = ray._private.state.state.get_draining_nodes()
         if not leaving:
             return most
         needed = {name: amount for name, amount in self._resources_per_worker_not_none.items() if amount}
         staying = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
         room = sum(min(int(node.get(name, 0) // amount) for name, amount in needed.items()) for node in staying)
-        return max(self.min_workers, min(most, room), _running_workers())
+        return max(self.min_workers, min(most, room), running)
 
 
 def _running_workers() -> int:
@@ -77,10 +86,10 @@ def _running_workers() -> int:
 _counted = float("-inf")
 
 
-def _count_nodes() -> None:
-    """Has Ray's autoscaling coordinator look at the cluster now, without waiting for it."""
+def _count_nodes(min_seconds: float) -> None:
+    """Has Ray's autoscaling coordinator look at the cluster now, without waiting for it; not sooner than so long after the last."""
     global _counted
-    if time.monotonic() - _counted > _COUNT_SECONDS:
+    if time.monotonic() - _counted >= min_seconds:
         _counted = time.monotonic()
         get_or_create_autoscaling_coordinator().get_reserved_resources.remote("none", recompute=True)
 

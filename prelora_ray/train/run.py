@@ -32,7 +32,7 @@ from prelora_ray.train.model import check_model, create_model
 from prelora_ray.train.notices import STOP_FILE
 from prelora_ray.train.precision import check_precision
 from prelora_ray.train.pretrained import load_pretrained
-from prelora_ray.train.ray_private import ScalingConfig, TorchConfig, release
+from prelora_ray.train.ray_private import ScalingConfig, TorchConfig, TorchTrainer, release
 from prelora_ray.train.result import summarize
 from prelora_ray.train.telemetry import run_label
 from prelora_ray.train.watchdog import PATIENCE
@@ -185,7 +185,7 @@ def _fit(settings: Settings, folder: RunFolder, callbacks: Sequence[ray.train.Us
     if is_elastic:  # a group that finds no room is to become smaller; one of fixed size has nothing to do but wait
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "5")
     use_gpu = _uses_gpus(workers)
-    trainer = ray.train.torch.TorchTrainer(
+    trainer = TorchTrainer(
         train_worker,
         train_loop_config={"settings": settings.model_dump(mode="json")},
         scaling_config=ScalingConfig(
@@ -211,7 +211,7 @@ def _fit(settings: Settings, folder: RunFolder, callbacks: Sequence[ray.train.Us
         raise TrainError(f"training failed after {workers.max_failures} restarts: {_root_cause(error)}") from error
 
 
-def _fit_again_and_again(trainer: ray.train.torch.TorchTrainer, folder: RunFolder, max_failures: int) -> None:
+def _fit_again_and_again(trainer: TorchTrainer, folder: RunFolder, max_failures: int) -> None:
     """Fits; where Ray Train's controller dies or the workers leave nodes that are about to go, goes on with new ones."""
     lost = 0
     while True:

@@ -15,6 +15,7 @@ import psutil
 import yaml
 from ray.cluster_utils import Cluster
 
+from prelora_ray.config import Settings
 from prelora_ray.config_file import parse_settings
 from prelora_ray.run_folder import RunFolder
 from tests.runs import children
@@ -32,11 +33,12 @@ class Site:
         self.folder = folder
         os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # a socket's path must be short
         health = {"health_check_period_ms": 1000, "health_check_timeout_ms": 3000}  # as in cluster.yaml
-        head = {"num_cpus": 0, "include_dashboard": False, "_system_config": health}
+        like_a_larger_node = {"num_workers_soft_limit": 3}  # readers stay for the next attempt, as where there are more CPUs
+        system = health | like_a_larger_node
+        head = {"num_cpus": 0, "include_dashboard": False, "include_log_monitor": False, "_system_config": system}
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
         self.nodes: list[Any] = []
         self.driver: subprocess.Popen[bytes] | None = None
-        self._others: list[subprocess.Popen[bytes]] = []
         self.log = open(folder / "driver.log", "ab")  # noqa: SIM115
         for _ in range(WORKERS):
             self.add_node()
@@ -44,9 +46,6 @@ class Site:
 
     def close(self) -> None:
         self.kill_driver()
-        for other in self._others:
-            other.kill()
-            other.wait()
         self.cluster.shutdown()
         self.log.close()
 
@@ -59,11 +58,11 @@ class Site:
             self.add_node()
 
     def remove_idle(self) -> None:
-        """Removes nodes on which no worker of the run is."""
+        """Takes the nodes away on which no worker of the run is, and which say so to the head."""
         for node in self.nodes[:]:
             if not self._workers_of(node):
                 self.nodes.remove(node)
-                self.cluster.remove_node(node, allow_graceful=False)
+                self.cluster.remove_node(node, allow_graceful=True)
 
     def take_busy(self, rng: random.Random) -> Any:
         """A node on which a worker of the run is; it is no longer counted as one of the site's."""
@@ -72,18 +71,10 @@ class Site:
         return node
 
     def start_driver(self, config: Path) -> None:
-        self.driver = self._train(config, RAY_ADDRESS=self.cluster.address)
-
-    def start_elsewhere(self, config: Path) -> subprocess.Popen[bytes]:
-        """Another run, on a Ray of its own to which nothing happens."""
-        self._others.append(self._train(config, RAY_ADDRESS="local"))
-        return self._others[-1]
-
-    def _train(self, config: Path, **environment: str) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
+        self.driver = subprocess.Popen(
             [sys.executable, "-m", "prelora_ray", "train", str(config)],
             cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "RAY_ADDRESS": self.cluster.address},
             stdout=self.log,
             stderr=self.log,
         )
@@ -113,8 +104,16 @@ def _children(node: Any, title: str) -> list[psutil.Process]:
     return children(raylets[0].process.pid, title) if raylets else []
 
 
-def write_config(folder: Path, name: str, data: Path, epochs: tuple[int, int, int], hang_seconds: float = HANG_SECONDS) -> Path:
-    """A recipe in float64 with so many epochs of each phase, 1 to 2 workers, and all that is drawn turned on."""
+def write_config(
+    folder: Path,
+    name: str,
+    data: Path,
+    epochs: tuple[int, int, int],
+    *,
+    workers: int = WORKERS,
+    hang_seconds: float = HANG_SECONDS,
+) -> Path:
+    """A recipe in float64 with so many epochs of each phase, 1 to `workers` workers, and all that is drawn turned on."""
     full, warmup, lora = epochs
     content: dict[str, Any] = {
         "name": name,
@@ -138,7 +137,7 @@ def write_config(folder: Path, name: str, data: Path, epochs: tuple[int, int, in
             "r_min": 2,
             "r_max": 8,
         },
-        "workers": {"min": 1, "max": WORKERS, "cpus": 1.0, "max_failures": -1, "hang_seconds": hang_seconds},
+        "workers": {"min": 1, "max": workers, "cpus": 1.0, "max_failures": -1, "hang_seconds": hang_seconds},
         "checkpoint": {"every_steps": 5, "every_seconds": 2.0},
     }
     path = folder / f"{name}.yaml"
@@ -146,8 +145,12 @@ def write_config(folder: Path, name: str, data: Path, epochs: tuple[int, int, in
     return path
 
 
+def read_config(config: Path) -> Settings:
+    return parse_settings(yaml.safe_load(config.read_text()))
+
+
 def run_folder(config: Path) -> RunFolder:
-    return RunFolder.of(parse_settings(yaml.safe_load(config.read_text())))
+    return RunFolder.of(read_config(config))
 
 
 def wait_for(condition: Any, seconds: float, what: str) -> Any:

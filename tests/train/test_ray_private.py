@@ -17,7 +17,7 @@ class Controller:
     """Stands where Ray Train's controller does: in an actor, with the cluster's only node under notice."""
 
     def __init__(self) -> None:
-        ray_private._count_nodes = lambda: None
+        ray_private._count_nodes = lambda min_seconds: None
         (node,) = ray.nodes()
         ray._private.state.state.get_draining_nodes = lambda: {node["NodeID"]: 0}
         self.config = ScalingConfig(num_workers=(1, 3), resources_per_worker={"CPU": 1})
