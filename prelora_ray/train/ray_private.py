@@ -48,10 +48,11 @@ class TorchConfig(ray.train.torch.TorchConfig):
 
 
 class ScalingConfig(ray.train.ScalingConfig):
-    """Ray Train's, with no more workers than have room on the nodes that are to stay, and a fresh count of the nodes.
+    """Ray Train's, with no more workers in a new group than have room on the nodes that are to stay.
 
     Ray counts a node that is about to go as room until it is gone, though it starts nothing on it; and
-    it counts nodes every 20 s, in which time it waits for those that are gone.
+    it counts nodes every 20 s, in which time it waits for those that are gone. What it asks of an
+    autoscaler stays as it is.
     """
 
     @property
@@ -59,37 +60,40 @@ class ScalingConfig(ray.train.ScalingConfig):
         most = super().max_workers
         if self.min_workers == most or not ray.is_initialized() or ray.get_runtime_context().get_actor_id() is None:
             return most  # only the controller, which is an actor, decides on sizes
-        running = _running_workers()
-        _count_nodes(_COUNT_SECONDS if running else 0.0)
-        leaving = ray._private.state.state.get_draining_nodes()
-        if not leaving:
+        _count_nodes()
+        running = _group_to_count_for()
+        if running is None:
             return most
+        leaving = ray._private.state.state.get_draining_nodes()
         needed = {name: amount for name, amount in self._resources_per_worker_not_none.items() if amount}
         staying = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
         room = sum(min(int(node.get(name, 0) // amount) for name, amount in needed.items()) for node in staying)
         return max(self.min_workers, min(most, room), running)
 
 
-def _running_workers() -> int:
-    """Size of the running group that Ray decides on at this moment, 0 where it decides on a new one.
+def _group_to_count_for() -> int | None:
+    """Size of the running group, 0 for a new one, for which Ray counts the room at this moment; None where it does not count.
 
     A notice must not make Ray shrink a running group: the group commits a checkpoint and leaves by itself.
     """
+    is_counting = False
     frame: FrameType | None = sys._getframe()
     while frame is not None:
-        if frame.f_code.co_name == "make_decision_for_running_worker_group":
+        name = frame.f_code.co_name
+        is_counting = is_counting or name == "_count_possible_workers"
+        if is_counting and name == "make_decision_for_running_worker_group":
             return int(frame.f_locals["worker_group_state"].num_workers)
         frame = frame.f_back
-    return 0
+    return 0 if is_counting else None
 
 
 _counted = float("-inf")
 
 
-def _count_nodes(min_seconds: float) -> None:
-    """Has Ray's autoscaling coordinator look at the cluster now, without waiting for it; not sooner than so long after the last."""
+def _count_nodes() -> None:
+    """Has Ray's autoscaling coordinator look at the cluster now, without waiting for it."""
     global _counted
-    if time.monotonic() - _counted >= min_seconds:
+    if time.monotonic() - _counted > _COUNT_SECONDS:
         _counted = time.monotonic()
         get_or_create_autoscaling_coordinator().get_reserved_resources.remote("none", recompute=True)
 

@@ -113,11 +113,11 @@ def disturb(target: Target, faults: list[str], tell: Callable[[str], None]) -> l
     costs: list[Cost] = []
     healed = 0
     for kind, after_it, due in zip(faults, [*faults[1:], None], steps_for(faults), strict=False):
+        if kind in TAKES_A_NODE and after_it != "node added":
+            target.site.add_node(wait=True)  # in its place
         step = max(due, healed + STEPS_BETWEEN)
         before = wait_for(functools.partial(_progress, target.folder, step), RECOVERY_SECONDS, f"step {step}, for {kind!r}")
         time.sleep(target.rng.random())
-        if after_it == "node added":
-            target.site.remove_idle()
         start = time.time()
         FAULTS[kind](target)
         now = wait_for(functools.partial(_healed, target, kind, before), RECOVERY_SECONDS, f"recovery from {kind!r}")
@@ -129,8 +129,6 @@ def disturb(target: Target, faults: list[str], tell: Callable[[str], None]) -> l
         healed = now["step"]
         place = f"{kind} at step {before['step']} in {before['phase']}"
         tell(f"{len(costs)}/{len(faults)} {place}: {seconds:.1f} s, {again} steps again, now step {healed}")
-        if after_it != "node added":
-            target.site.add_spare()
     assert target.site.driver
     assert target.site.driver.wait(timeout=RECOVERY_SECONDS + len(faults) * 10) == 0, "the run ends by itself"
     return costs

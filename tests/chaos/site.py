@@ -27,7 +27,7 @@ HANG_SECONDS = 5.0
 
 
 class Site:
-    """A head without room for workers, and nodes with room for one each: as many as the run takes, and a spare."""
+    """A head without room for workers, and nodes with room for one each: as many as the run takes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -42,27 +42,14 @@ class Site:
         self.log = open(folder / "driver.log", "ab")  # noqa: SIM115
         for _ in range(WORKERS):
             self.add_node()
-        self.add_spare()
 
     def close(self) -> None:
         self.kill_driver()
         self.cluster.shutdown()
         self.log.close()
 
-    def add_node(self) -> None:
-        self.nodes.append(self.cluster.add_node(num_cpus=1, wait=False))
-
-    def add_spare(self) -> None:
-        """Makes sure that a node that goes is replaced at once."""
-        while len(self.nodes) <= WORKERS:
-            self.add_node()
-
-    def remove_idle(self) -> None:
-        """Takes the nodes away on which no worker of the run is, and which say so to the head."""
-        for node in self.nodes[:]:
-            if not self._workers_of(node):
-                self.nodes.remove(node)
-                self.cluster.remove_node(node, allow_graceful=True)
+    def add_node(self, *, wait: bool = False) -> None:
+        self.nodes.append(self.cluster.add_node(num_cpus=1, wait=wait))
 
     def take_busy(self, rng: random.Random) -> Any:
         """A node on which a worker of the run is; it is no longer counted as one of the site's."""

@@ -25,7 +25,6 @@ def test_training_goes_on_without_a_node_that_falls_silent(digits: Path, tmp_pat
     try:
         site.start_driver(config)
         wait_for(lambda: position(folder)["step"] > 20, 120, "a step on two workers")
-        site.remove_idle()
         raylet = psutil.Process(site.take_busy(random.Random(0)).all_processes["raylet"][0].process.pid)
         silent = [raylet, *raylet.children(recursive=True)]
         for process in silent:

@@ -14,28 +14,40 @@ from tests.chaos.site import wait_for
 
 @ray.remote(num_cpus=0)
 class Controller:
-    """Stands where Ray Train's controller does: in an actor, with the cluster's only node under notice."""
+    """Stands where Ray Train's controller does: in an actor, and asks for sizes from functions of the same names."""
 
     def __init__(self) -> None:
-        ray_private._count_nodes = lambda min_seconds: None
+        ray_private._count_nodes = lambda: None
+        self.config = ScalingConfig(num_workers=(1, 6), resources_per_worker={"CPU": 1})
+
+    def give_notice(self) -> None:
+        """As if the cluster's only node were about to go."""
         (node,) = ray.nodes()
         ray._private.state.state.get_draining_nodes = lambda: {node["NodeID"]: 0}
-        self.config = ScalingConfig(num_workers=(1, 3), resources_per_worker={"CPU": 1})
+
+    def asked_of_the_autoscaler(self) -> int:
+        return self.config.max_workers
 
     def new_group(self) -> int:
-        return self.config.max_workers
+        return self._count_possible_workers()
 
     def running_group(self, num_workers: int) -> int:
         return self.make_decision_for_running_worker_group(SimpleNamespace(num_workers=num_workers))
 
     def make_decision_for_running_worker_group(self, worker_group_state: SimpleNamespace) -> int:
+        return self._count_possible_workers()
+
+    def _count_possible_workers(self) -> int:
         return self.config.max_workers
 
 
-def test_a_notice_makes_a_new_group_smaller_and_shrinks_no_running_one(ray_cluster):
+def test_a_new_group_has_room_for_each_worker_and_a_notice_shrinks_no_running_one(ray_cluster):
     controller = Controller.remote()
+    assert ray.get(controller.new_group.remote()) == 4  # the cluster's CPUs
+    ray.get(controller.give_notice.remote())
     assert ray.get(controller.new_group.remote()) == 1
     assert [ray.get(controller.running_group.remote(size)) for size in (1, 2, 3)] == [1, 2, 3]
+    assert ray.get(controller.asked_of_the_autoscaler.remote()) == 6
     ray.kill(controller)
 
 
@@ -77,6 +89,9 @@ def group_state(name: str) -> str:
     return ray.util.placement_group_table()[name]["state"]
 
 
-def test_ray_decides_on_running_groups_where_we_look():
-    code = ElasticScalingPolicy.make_decision_for_running_worker_group.__code__
-    assert "worker_group_state" in code.co_varnames
+def test_ray_decides_on_sizes_where_we_look():
+    decide = ElasticScalingPolicy.make_decision_for_running_worker_group.__code__
+    assert "worker_group_state" in decide.co_varnames
+    assert "_count_possible_workers" in decide.co_names
+    assert "max_workers" in ElasticScalingPolicy._count_possible_workers.__code__.co_names
+    assert "max_workers" in ElasticScalingPolicy._get_num_workers_for_resource_request.__code__.co_names
