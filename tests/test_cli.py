@@ -1,4 +1,4 @@
-"""The command as a person runs it, in a process of its own."""
+"""The command as a person runs it."""
 
 from __future__ import annotations
 
@@ -7,21 +7,14 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from prelora_ray.method.convergence import percent_change
+from tests.command import COMMAND, ROOT, prelora, prelora_here
 from tests.runs import TINY_VIT
-
-ROOT = Path(__file__).parent.parent
-
-
-def prelora(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "prelora_ray", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT)
 
 
 @pytest.fixture
@@ -42,7 +35,7 @@ def record(tmp_path: Path) -> Path:
 def test_replay_of_a_record_as_json(record):
     # With windows of one epoch, step s changes the norms by 8 / 2^(s-1) and twice that percent: 12 / 2^(s-1) in the mean.
     # tau 1 and k = 3 want 12 / 2^(s-1) < 1 at t - 1 and t: s = 5 (0.75) is the first, so t = 6, after 7 epochs.
-    result = prelora(
+    result = prelora_here(
         "replay", str(record), "--tau", "1", "--zeta", "5", "--windows", "3", "--window-epochs", "1", "--r-min", "4",
         "--r-max", "16", "--json",
     )  # fmt: skip
@@ -56,17 +49,17 @@ def test_replay_of_a_record_as_json(record):
 
 @pytest.mark.parametrize("text", ["0.5,-1", "0.5,nan", "0:1:5", "2:1:5", "many"])
 def test_thresholds_that_are_none_are_told(record, text):
-    result = prelora("replay", str(record), "--tau", text)
+    result = prelora_here("replay", str(record), "--tau", text)
     assert result.returncode == 2
     assert f"--tau {text} is not allowed: give a number of 0 or more" in result.stderr
 
 
 def test_replay_reads_phase_full_only_and_says_why_there_is_no_switch(record):
-    result = prelora("replay", str(record), "--tau", "0.01", "--window-epochs", "1", "--json")
+    result = prelora_here("replay", str(record), "--tau", "0.01", "--window-epochs", "1", "--json")
     content = json.loads(result.stdout)
     assert (content["switch_window"], content["switch_epoch"], content["ranks"]) == (None, None, None)
     assert "10 epochs of phase full" in content["reason"]
-    table = prelora("replay", str(record), "--tau", "1", "--zeta", "5", "--window-epochs", "1")
+    table = prelora_here("replay", str(record), "--tau", "1", "--zeta", "5", "--window-epochs", "1")
     assert "switch after epoch 7 (window 6)" in table.stdout
 
 
@@ -78,18 +71,24 @@ def test_replay_reads_phase_full_only_and_says_why_there_is_no_switch(record):
         (["train", "jobs/configs/cifar10.yaml", "--set", "data.path=/nowhere"], "/nowhere is no prepared folder"),
         (["train", "jobs/configs/digits.yaml", "--set", "method.r_max=128"], "method.r_max = 128 is not allowed: the model's"),
         (["train", "jobs/configs/digits.yaml", "--set", "model.name=vit_tinny"], "model.name = 'vit_tinny' is not allowed"),
-        (["train", "jobs/configs/digits.yaml", "--name", "big", "--set", "workers.cpus=500"], "2 workers of 500 CPU need 1000"),
         (["replay", "/nowhere"], "'/nowhere' is no record"),
         (["replay", "README.md"], "'README.md' is no record"),
         (["prepare", "/nowhere", "/tmp/out", "--val-fraction", "2"], "--val-fraction 2.0 is not allowed"),
     ],
 )
 def test_a_wrong_request_gets_one_sentence_and_status_2(arguments, message):
-    result = prelora(*arguments)
+    result = prelora_here(*arguments)
     assert result.returncode == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert result.stdout == ""
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_no_room_for_the_workers_is_told_once_ray_has_started():
+    result = prelora("train", "jobs/configs/digits.yaml", "--name", "big", "--set", "workers.cpus=500")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "2 workers of 500 CPU need 1000" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
 
 
@@ -118,7 +117,7 @@ def tiny_run(tmp_path: Path) -> list[str]:
 
 def interrupt(tmp_path: Path, signum: int) -> tuple[int, str, str]:
     """Sends a signal to the driver once two epochs are done; returns exit status, standard output and error."""
-    command = [sys.executable, "-m", "prelora_ray", *tiny_run(tmp_path)]
+    command = [*COMMAND, *tiny_run(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     epochs = tmp_path / "run" / "epochs.jsonl"
     while not (epochs.exists() and len(epochs.read_text().splitlines()) >= 2):

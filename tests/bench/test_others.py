@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-
-def call(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "prelora_ray", "bench", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+from tests.command import prelora, prelora_here
 
 
 def measured(*arguments: str) -> dict[str, dict[str, Any]]:
     """Rows by name."""
-    done = call(*arguments, "--json")
+    done = prelora("bench", *arguments, "--json")
     assert done.returncode == 0, done.stderr
     return {row["name"]: row for row in json.loads(done.stdout)["rows"]}
 
@@ -61,7 +56,7 @@ def test_restart_tells_both_starts():
     ],
 )
 def test_a_wrong_request_gets_one_sentence(arguments: list[str], sentence: str):
-    done = call(*arguments)
+    done = prelora_here("bench", *arguments)
     assert done.returncode == 2
     assert sentence in done.stderr
     assert "Traceback" not in done.stderr

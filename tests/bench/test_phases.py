@@ -1,22 +1,21 @@
 """`prelora bench phases` on a CPU: what its figures stand for, against counts by hand."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
 from prelora_ray.bench import phases
 from prelora_ray.bench.phases import RANKS, Row
+from tests.command import prelora
 
 WIDTH, DEPTH, TOKENS, CLASSES = 192, 12, 17, 1000
 
 
 @pytest.fixture(scope="module")
 def result() -> dict:
-    command = [sys.executable, "-m", "prelora_ray", "bench", "phases", "--model", "vit_tiny_patch16_224", "--image-size", "64"]
-    command += ["--batch", "4", "--steps", "1", "--row", "timm", "--row", "prelora bf16 lora", "--json"]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    size = ("--model", "vit_tiny_patch16_224", "--image-size", "64", "--batch", "4", "--steps", "1")
+    done = prelora("bench", "phases", *size, "--row", "timm", "--row", "prelora bf16 lora", "--json")
+    assert done.returncode == 0, done.stderr
     assert "not measured: timm compiled full (needs a GPU)" in done.stderr
     return json.loads(done.stdout)
 
