@@ -47,15 +47,16 @@ class Options:
 def bench_loop(options: Options) -> dict[str, Any]:
     """Our worker loop under Ray Train, over JPEG files that Ray Data decodes, against the same steps over batches in memory."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with tempfile.TemporaryDirectory() as directory, ray_session():
+    with tempfile.TemporaryDirectory() as directory:
         settings = _settings(directory, options)
-        write_images(Path(directory, "images"), _LOOP_BATCHES * options.batch)
-        prepare(f"{directory}/images", settings.data.path)
-        train(settings)
-        epochs = RunFolder.of(settings).read_lines("epochs.jsonl")[1:]  # the first one compiles
-        under_ray = statistics.median(line["images_per_second"] for line in epochs)
-        waits = statistics.median(line["data_wait_seconds"] / line["train_seconds"] for line in epochs)
-        bare = _bare_rate(settings, device)
+        with ray_session():
+            write_images(Path(directory, "images"), _LOOP_BATCHES * options.batch)
+            prepare(f"{directory}/images", settings.data.path)
+            train(settings)
+            epochs = RunFolder.of(settings).read_lines("epochs.jsonl")[1:]  # the first one compiles
+            under_ray = statistics.median(line["images_per_second"] for line in epochs)
+            waits = statistics.median(line["data_wait_seconds"] / line["train_seconds"] for line in epochs)
+            bare = _bare_rate(settings, device)
     rows = [
         {"name": "bare loop", "images_per_second": bare, "against_the_bare_loop": 1.0, "waits_for_data": 0.0},
         {

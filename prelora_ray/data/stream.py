@@ -107,6 +107,8 @@ def stream_batches(plan: StreamPlan, schedule: Sequence[Pass], decoders: int) ->
     context.downstream_capacity_backpressure_ratio = None  # it would idle decoders whose blocks are not asked for yet
     # While the decoders have no room, Ray Data has the reader go on all the same: seldom, or it reads the whole run ahead.
     context.output_backpressure_guard_release_interval_s = _RELEASE_SECONDS
+    # Ray Data fetches from the reader a few times a second: two blocks each time, its default, keep no more decoders busy.
+    context._max_num_blocks_in_streaming_gen_buffer = decoders + 2
     context.target_max_block_size = 1  # one yielded row is one block; None would buffer the whole stream
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     dataset = ray.data.read_datasource(
@@ -115,7 +117,7 @@ def stream_batches(plan: StreamPlan, schedule: Sequence[Pass], decoders: int) ->
         concurrency=1,
         num_cpus=0,
         memory=1,  # other resources than the decoders', or Ray Data would fuse the two into one process
-        ray_remote_args={"label_selector": here, "_generator_backpressure_num_objects": 2 * (decoders + 2)},
+        label_selector=here,
     )
     dataset = dataset.map_batches(
         cast(Any, _Decode),

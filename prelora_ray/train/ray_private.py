@@ -29,7 +29,7 @@ _COUNT_SECONDS = 2.0
 
 
 class TorchTrainer(ray.train.torch.TorchTrainer):
-    """Ray Train's, without the actor that shares out datasets, as every worker streams its own part: one process less to start."""
+    """Ray Train's, without the actor that shares out datasets: every worker streams its own part, and a start is sooner."""
 
     def _create_default_callbacks(self) -> list[Any]:
         return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, DatasetsCallback)]

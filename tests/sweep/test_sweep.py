@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from pathlib import Path
 
 import pytest
@@ -75,9 +76,12 @@ def test_settings_that_agree_are_one_run_with_the_bits_of_a_straight_one(load, d
     assert (Path(trial.path) / "epochs.jsonl").read_bytes() == before
 
 
-def test_a_trial_that_fails_is_told_and_leaves_the_others_alone(load, tmp_path):
-    space = {"method.tau": [1000], "method.adapter_learning_rate_scale": [1e30, 1.0], "method.adapter_ramp_steps": [0]}
-    result = run(load(name="failing", space=space))
+def test_a_trial_that_fails_is_told_and_leaves_the_others_alone(load, tmp_path, trunk):
+    space = {"method.tau": [1000], "method.adapter_learning_rate_scale": [1e30, 1.0]}
+    plan = load(name="failing", space=space, overrides={"method.windows": 2})
+    shutil.copytree(trunk.path, RunFolder.of(plan.trunk).path)  # the trunk of another test serves: it is the same run
+    RunFolder.of(plan.trunk).write_settings(plan.trunk)
+    result = run(plan)
     failed, finished = result["settings"]
     assert (failed["ended"], finished["ended"]) == ("failed", "finished")
     assert "the loss is not finite" in failed["message"]
