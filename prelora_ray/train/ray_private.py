@@ -2,7 +2,7 @@
 
 A run reserves room: an elastic one with Ray's autoscaling coordinator, every one by a placement group. Where its controller or
 driver dies, the first stays for 180 s and the second until Ray's dashboard tells that the controller is dead, which an embedded
-Ray has not; the same run, started again, would wait for its own ghost.
+Ray has not; the same run, started again, would wait for its own ghost. Nor does Ray clear away an actor that died unborn.
 """
 
 from __future__ import annotations
@@ -26,6 +26,14 @@ from ray.util.placement_group import PlacementGroup
 
 _SHUTDOWN_SECONDS = 2
 _COUNT_SECONDS = 2.0
+_UNBORN_SECONDS = 1.0
+"""A living process has a registered actor created within milliseconds."""
+_DATA_ACTORS = {
+    "ActorLocationTracker": "ActorLocationTracker",
+    "AutoscalingCoordinator": "AutoscalingCoordinator",
+    "datasets_stats_actor": "_dataset_stats_actor",
+}
+"""Names of Ray Data's shared actors, with their namespaces."""
 
 
 class TorchTrainer(ray.train.torch.TorchTrainer):
@@ -156,6 +164,26 @@ def release_groups_of_dead_actors() -> set[str]:
     for name in dead:
         _remove_placement_group(name)
     return dead
+
+
+def remove_unborn_actors() -> None:
+    """Removes those of Ray Data's shared actors that were registered by a process that died before it had them created.
+
+    A worker that is killed a moment after the node of such an actor went may leave one: all that stream
+    find it by its name, and wait for it forever.
+    """
+    unborn = _registered_only()
+    if unborn:
+        time.sleep(_UNBORN_SECONDS)
+    for name, _ in unborn & _registered_only():
+        with contextlib.suppress(ValueError):  # it is gone
+            ray.kill(ray.get_actor(name, _DATA_ACTORS[name]))
+
+
+def _registered_only() -> set[tuple[str, str]]:
+    """Names and ids."""
+    actors = ray._private.state.actors(actor_state_name="DEPENDENCIES_UNREADY")
+    return {(actor["Name"], actor_id) for actor_id, actor in actors.items() if actor["Name"] in _DATA_ACTORS}
 
 
 def _remove_placement_group(name: str) -> None:

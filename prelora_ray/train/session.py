@@ -26,7 +26,7 @@ from prelora_ray.train.control import Action, Control
 from prelora_ray.train.evaluation import Evaluation
 from prelora_ray.train.feed import Feed, stream_plan, validates
 from prelora_ray.train.notices import Notices, room_to_grow
-from prelora_ray.train.ray_private import reservation
+from prelora_ray.train.ray_private import remove_unborn_actors, reservation
 from prelora_ray.train.report import report
 from prelora_ray.train.saver import Saver
 from prelora_ray.train.start import Start, find_start
@@ -57,6 +57,8 @@ class Session:
         self.rank, world_size = context.get_world_rank(), context.get_world_size()
         self.folder = RunFolder.of(settings)
         self.checkpoints = Checkpoints(self.folder)
+        if self.rank == 0:
+            remove_unborn_actors()  # before any worker streams
         start, checkpoint = find_start(self.folder, self.checkpoints) if self.rank == 0 else (None, None)
         start = cast(Start, _from_rank_0(start))
         if self.rank != 0 and start.checkpoint is not None:

@@ -17,7 +17,6 @@ import platform
 import random
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,11 +28,12 @@ from typing import Any
 import ray
 import torch
 
+from prelora_ray.data.prepare import prepare
 from prelora_ray.run_folder import RunFolder, last_attempt
 from prelora_ray.train.checkpoint import Checkpoints
 from prelora_ray.train.run import train
 from tests.chaos.faults import DRAIN_SECONDS, FAULTS, RESTARTING, TAKES_A_NODE, Target
-from tests.chaos.site import ROOT, WORKERS, Site, read_config, run_folder, wait_for, write_config
+from tests.chaos.site import WORKERS, Site, read_config, run_folder, wait_for, write_config
 from tests.conftest import samples
 
 BATCHES = 15
@@ -207,7 +207,7 @@ def page(costs: list[Cost], found: Found, seconds: float) -> str:
 A ViT of 3 blocks on scikit-learn's digits in float64, 1 to {WORKERS} workers on nodes of one CPU each, all on one machine of
 {os.cpu_count()} CPU cores; {versions}. Seconds are from the fault to the next trained step: for a
 drained node from the notice, {DRAIN_SECONDS} s before it goes; for a node that is added, from the start of its processes. On a
-full disk the run trains on. The undisturbed run trains beside it on the same cores, as long as it lasts.
+full disk the run trains on. The undisturbed run, of one worker, trains beside it on the same cores, as long as it lasts.
 
 | fault | in full | in warmup | in lora | median s | most s | steps done again, most |
 | --- | --- | --- | --- | --- | --- | --- |
@@ -238,7 +238,7 @@ def run(directory: Path, data: Path, faults: list[str], rng: random.Random) -> t
     quiet.mkdir()
     plain = read_config(write_config(quiet, "plain", data, epochs, workers=1))
     others = ThreadPoolExecutor()
-    undisturbed = others.submit(train, plain)  # on a Ray of its own: this process's
+    undisturbed = others.submit(train, plain)  # on another Ray: this process's
     site = Site(directory)
     try:
         config = write_config(directory, "disturbed", data, epochs)
@@ -271,8 +271,8 @@ def main() -> None:
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="chaos") as name:
         directory = Path(name)
-        command = [sys.executable, "-m", "prelora_ray", "prepare", "digits", str(directory / "digits")]
-        subprocess.run(command, check=True, cwd=ROOT)
+        ray.init("local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        prepare("digits", str(directory / "digits"))
         costs, found = run(directory, directory / "digits", plan(options.faults, rng), rng)
     text = page(costs, found, time.monotonic() - start)
     print(text)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -18,9 +17,9 @@ from ray.cluster_utils import Cluster
 from prelora_ray.config import Settings
 from prelora_ray.config_file import parse_settings
 from prelora_ray.run_folder import RunFolder
+from tests.command import COMMAND, ROOT
 from tests.runs import children
 
-ROOT = Path(__file__).parents[2]
 WORKERS = 2
 """The most that the run takes."""
 HANG_SECONDS = 5.0
@@ -59,7 +58,7 @@ class Site:
 
     def start_driver(self, config: Path) -> None:
         self.driver = subprocess.Popen(
-            [sys.executable, "-m", "prelora_ray", "train", str(config)],
+            [*COMMAND, "train", str(config)],
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1", "RAY_ADDRESS": self.cluster.address},
             stdout=self.log,

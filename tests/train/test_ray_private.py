@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 
 import ray
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
+from ray.data._internal.execution.node_trackers import get_or_create_actor_location_tracker
+from ray.data._internal.stats import STATS_ACTOR_NAME, STATS_ACTOR_NAMESPACE
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
 
 from prelora_ray.train import ray_private
-from prelora_ray.train.ray_private import ScalingConfig, release_groups_of_dead_actors
+from prelora_ray.train.ray_private import _DATA_ACTORS, ScalingConfig, release_groups_of_dead_actors, remove_unborn_actors
 from tests.chaos.site import wait_for
 
 
@@ -87,6 +91,49 @@ def test_groups_of_dead_actors_are_given_back_and_no_others(ray_cluster):
 
 def group_state(name: str) -> str:
     return ray.util.placement_group_table()[name]["state"]
+
+
+@ray.remote(num_cpus=0)
+def never() -> None:
+    time.sleep(3600)
+
+
+@ray.remote(num_cpus=0)
+class Unborn:
+    """Takes a name and waits for what never comes."""
+
+    def __init__(self, _: None) -> None:
+        pass
+
+
+def test_an_actor_of_ray_data_that_died_unborn_is_replaced(ray_cluster):
+    name = {"name": "ActorLocationTracker", "namespace": "ActorLocationTracker"}
+    ray.kill(get_or_create_actor_location_tracker())
+    wait_for(lambda: not exists(**name), 20, "the name is free")
+    waited_for = never.remote()
+    unborn = Unborn.options(lifetime="detached", **name).remote(waited_for)
+    assert ray.get_actor(**name) == unborn
+    remove_unborn_actors()
+    wait_for(lambda: not exists(**name), 20, "the name is free")
+    assert ray.get(get_or_create_actor_location_tracker().get_actor_locations.remote(["a"]), timeout=30) == {"a": None}
+    ray.cancel(waited_for, force=True)
+
+
+def test_living_actors_of_ray_data_are_left_alone(ray_cluster):
+    tracker = get_or_create_actor_location_tracker()
+    ray.get(tracker.update_actor_location.remote("a", "here"))
+    remove_unborn_actors()
+    assert ray.get(tracker.get_actor_locations.remote(["a"])) == {"a": "here"}
+
+
+def exists(name: str, namespace: str) -> bool:
+    return {"name": name, "namespace": namespace} in ray.util.list_named_actors(all_namespaces=True)
+
+
+def test_ray_names_its_actors_as_we_do():
+    assert _DATA_ACTORS[STATS_ACTOR_NAME] == STATS_ACTOR_NAMESPACE
+    for create in (get_or_create_actor_location_tracker, get_or_create_autoscaling_coordinator):
+        assert set(_DATA_ACTORS) & set(create.__code__.co_consts)
 
 
 def test_ray_decides_on_sizes_where_we_look():
