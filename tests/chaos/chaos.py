@@ -207,7 +207,7 @@ def page(costs: list[Cost], found: Found, seconds: float) -> str:
 A ViT of 3 blocks on scikit-learn's digits in float64, 1 to {WORKERS} workers on nodes of one CPU each, all on one machine of
 {os.cpu_count()} CPU cores; {versions}. Seconds are from the fault to the next trained step: for a
 drained node from the notice, {DRAIN_SECONDS} s before it goes; for a node that is added, from the start of its processes. On a
-full disk the run trains on. The undisturbed run, of one worker, trains beside it on the same cores, as long as it lasts.
+full disk the run trains on. The undisturbed run trains beside it on the same cores, as long as it lasts.
 
 | fault | in full | in warmup | in lora | median s | most s | steps done again, most |
 | --- | --- | --- | --- | --- | --- | --- |
@@ -236,9 +236,11 @@ def run(directory: Path, data: Path, faults: list[str], rng: random.Random) -> t
     epochs = epochs_for(faults)
     quiet = directory / "quiet"  # outside the file system that fills up
     quiet.mkdir()
-    plain = read_config(write_config(quiet, "plain", data, epochs, workers=1))
-    others = ThreadPoolExecutor()
-    undisturbed = others.submit(train, plain)  # on another Ray: this process's
+    # One worker is the least work; where no fault changes the other's number, as many, so that every bit must agree.
+    workers = WORKERS if TAKES_A_NODE.isdisjoint(faults) else 1
+    plain = read_config(write_config(quiet, "plain", data, epochs, workers=workers))
+    beside = ThreadPoolExecutor()
+    undisturbed = beside.submit(train, plain)  # on another Ray: this process's
     site = Site(directory)
     try:
         config = write_config(directory, "disturbed", data, epochs)
@@ -247,7 +249,7 @@ def run(directory: Path, data: Path, faults: list[str], rng: random.Random) -> t
         costs = disturb(Target(site, config, folder, rng), faults, functools.partial(print, flush=True))
         finished = last_attempt(folder.read_lines("epochs.jsonl"), "epoch")
         assert [line["epoch"] for line in finished] == list(range(sum(epochs)))
-        undisturbed.result()
+        undisturbed.result(timeout=RECOVERY_SECONDS)
         found = compare(folder, RunFolder.of(plain))
         check(found, costs, folder)
         return costs, found
@@ -256,7 +258,7 @@ def run(directory: Path, data: Path, faults: list[str], rng: random.Random) -> t
         raise
     finally:
         site.close()
-        others.shutdown(wait=False)
+        beside.shutdown(wait=False)
         if is_mounted:
             subprocess.run(["umount", "-l", str(runs)], check=False)
 
