@@ -107,13 +107,20 @@ def sweep(
 
 @app.command()
 def prepare(
-    source: Annotated[str, typer.Argument(help="`digits`, or a folder of images, tars, Parquet or IDX files.")],
+    source: Annotated[
+        str, typer.Argument(help="`digits`; a folder of images, tars, Parquet or IDX files; or one tar, Parquet file or table.")
+    ],
     out: Annotated[str, typer.Argument(help="Folder that the prepared images go into.")],
     val_fraction: Annotated[float, typer.Option(help="Share of each class held out where the source has no val.")] = 0.2,
     size: Annotated[int, typer.Option(help="Longest shorter side of a stored image, in pixels.")] = 256,
     max_bad: Annotated[float, typer.Option(help="Largest share of unreadable images before the job fails.")] = 0.001,
+    max_overlap: Annotated[float, typer.Option(help="Largest share of val that is in train too before the job fails.")] = 0.01,
     seed: Annotated[int, typer.Option(help="Seed of the held-out choice and the rows' order.")] = 0,
     quality: Annotated[int, typer.Option(help="JPEG quality of images that are encoded anew.")] = 92,
+    train_split: Annotated[str | None, typer.Option(help="Pattern of the files or folders that train.")] = None,
+    val_split: Annotated[str | None, typer.Option(help="Pattern of the files or folders that validate.")] = None,
+    image_column: Annotated[str | None, typer.Option(help="Column of images, in a Parquet file or a table.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="Column of labels.")] = None,
     as_json: Json = False,
 ) -> None:
     """Turn images into the Parquet files that training streams."""
@@ -122,7 +129,18 @@ def prepare(
     from prelora_ray.data.prepare import prepare as run
     from prelora_ray.train.run import ray_session
 
-    settings = PrepareSettings(val_fraction=val_fraction, size=size, max_bad=max_bad, seed=seed, quality=quality)
+    settings = PrepareSettings(
+        val_fraction=val_fraction,
+        size=size,
+        max_bad=max_bad,
+        max_overlap=max_overlap,
+        seed=seed,
+        quality=quality,
+        train_split=train_split,
+        val_split=val_split,
+        image_column=image_column,
+        label_column=label_column,
+    )
     start = time.monotonic()
     with ray_session(debug=_debug), console.progress("images") as show:
         manifest = run(source, out, settings, show)
@@ -135,12 +153,14 @@ def prepare(
         "path": out,
     }
     if as_json:
-        print_json(content)
-    else:
-        console.out.print(
-            f"{content['train']:,} training and {content['val']:,} validation images of {content['classes']} classes in "
-            f"{out}, {manifest.bad} skipped, {content['seconds']:.1f} s"
-        )
+        print_json({**content, "counts": manifest.counts and asdict(manifest.counts)})
+        return
+    for line in console.prepared(manifest):
+        console.out.print(line)
+    console.out.print(
+        f"{content['train']:,} training and {content['val']:,} validation images of {content['classes']} classes in {out}, "
+        f"{content['seconds']:.1f} s"
+    )
 
 
 @app.command()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -19,6 +21,7 @@ from prelora_ray.run_folder import RunFolder
 from prelora_ray.sweep.replay import Replay
 
 if TYPE_CHECKING:
+    from prelora_ray.data.manifest import Manifest
     from prelora_ray.evaluate import Report
     from prelora_ray.sweep.map import Point
 
@@ -26,6 +29,7 @@ out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty()
 """Standard output: results. A log or a pipe has no width of its own."""
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 """Standard error: everything else."""
+_LISTED_CLASSES = 20
 
 
 @contextmanager
@@ -145,6 +149,26 @@ class _Watcher(threading.Thread):
             f"  window {window}: norms change by up to {_number(change)} % ({family}; tau {method.tau:g}), "
             f"the loss by {_number(line['loss_change'])} % (zeta {method.zeta:g}): {verdict}"
         )
+
+
+def prepared(manifest: Manifest) -> Iterator[str | Table]:
+    """What became of a source: how it was read, what was stored of each class, and what was left out."""
+    counts = manifest.counts
+    if counts is None:
+        return
+    yield from counts.notes
+    stored = counts.classes
+    if len(manifest.classes) <= _LISTED_CLASSES:
+        table = Table("class", "train", "val")
+        for name, *numbers in zip(manifest.classes, stored["train"], stored["val"], strict=True):
+            table.add_row(name, *(f"{number:,}" for number in numbers))
+        yield table
+    else:
+        ranges = (f"{min(numbers):,} to {max(numbers):,} {split} images" for split, numbers in stored.items())
+        yield f"a class has {' and '.join(ranges)}; the fewest: {manifest.classes[int(np.argmin(stored['train']))]}"
+    yield f"seen {counts.seen:,}, stored {sum(map(sum, stored.values())):,}, skipped {sum(s.count for s in counts.skipped):,}"
+    for reason, skipped in itertools.groupby(counts.skipped, lambda entry: entry.reason):
+        yield f"  {reason}: " + ", ".join(f"{entry.count:,} {entry.ending or 'without an ending'}" for entry in skipped)
 
 
 def result_table(result: dict[str, Any], epochs: list[dict[str, Any]]) -> Table:

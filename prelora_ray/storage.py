@@ -48,6 +48,11 @@ class Storage:
     def exists(self, name: str) -> bool:
         return bool(self.filesystem.get_file_info(self.file(name)).type != pyarrow.fs.FileType.NotFound)
 
+    def num_bytes(self, name: str) -> int | None:
+        """Size of a file; None where there is none."""
+        info = self.filesystem.get_file_info(self.file(name))
+        return info.size if info.type == pyarrow.fs.FileType.File else None
+
     def list_files(self) -> dict[str, int]:
         """Sizes in bytes of the files directly in the folder, by name; empty where there is no folder."""
         selector = pyarrow.fs.FileSelector(self.path, allow_not_found=True)
@@ -64,6 +69,8 @@ class Storage:
         return sorted(info.base_name for info in infos if info.type == pyarrow.fs.FileType.Directory)
 
     def read_bytes(self, name: str) -> bytes:
+        if self.is_local:  # where a name may be bytes that are no UTF-8
+            return Path(self.file(name)).read_bytes()
         with self.filesystem.open_input_stream(self.file(name)) as stream:
             return bytes(stream.read())
 

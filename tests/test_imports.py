@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "bench": {"bench", "train", "method", "data", "errors.py", "config.py", "config_file.py", "run_folder.py", "storage.py"},
     "bench/commands.py": {"bench", "console.py", "errors.py", "json_output.py"},
     "json_output.py": set(),
-    "console.py": {"config.py", "run_folder.py", "sweep", "report", "evaluate.py"},
+    "console.py": {"config.py", "data", "run_folder.py", "sweep", "report", "evaluate.py"},
     "cli.py": {
         "console.py",
         "config.py",

@@ -3,6 +3,8 @@
     OUT/manifest.json
     OUT/train-00000.parquet ...   columns: image (encoded bytes), label (int64), source (where it came from)
     OUT/val-00000.parquet ...
+    OUT/parts/train-00000.json ...   what each Parquet file was made from, for a job that goes on
+    OUT/bad.json                     unreadable images, where there are any
 
 A folder without a manifest is unfinished, and nothing trains on it.
 """
@@ -16,7 +18,9 @@ from typing import Any, Literal
 
 from prelora_ray.storage import Storage
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+_READABLE = (1, 2)
+"""1 has no counts."""
 Split = Literal["train", "val"]
 
 
@@ -32,6 +36,31 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class Skipped:
+    """What is in the source and not among the stored images."""
+
+    reason: str
+    ending: str
+    """Of the file's name, in small letters; empty where it has none."""
+    count: int
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What became of a source. `seen` is the sum of all that was stored and skipped."""
+
+    seen: int
+    """Files, members or rows of the source."""
+    classes: dict[Split, tuple[int, ...]]
+    """Stored images of each class."""
+    skipped: tuple[Skipped, ...]
+    in_both: int
+    """Validation images that are among the training images too, by their bytes."""
+    notes: tuple[str, ...]
+    """What a user must be told of how the source was read."""
+
+
+@dataclass(frozen=True)
 class Manifest:
     classes: tuple[str, ...]
     """Class names; a label is an index into them."""
@@ -40,6 +69,8 @@ class Manifest:
     """Source images that were skipped."""
     settings: dict[str, Any]
     """What the folder was prepared with."""
+    counts: Counts | None = None
+    """None in a folder of an older version."""
 
     def row_groups(self, split: Split) -> tuple[int, ...]:
         """Rows of each row group of a split, in file order."""
@@ -59,6 +90,15 @@ def write_manifest(folder: Storage, manifest: Manifest) -> None:
     folder.write_json("manifest.json", {"schema": SCHEMA_VERSION, **asdict(manifest)})
 
 
+def is_prepared(folder: Storage) -> bool:
+    """Whether a folder is what `prepare` writes."""
+    try:
+        content = folder.read_json("manifest.json")
+        return isinstance(content, dict) and {"schema", "splits", "classes"} <= content.keys()
+    except (OSError, ValueError):
+        return False
+
+
 def read_manifest(folder: Storage) -> Manifest:
     """Reads the manifest and compares the shards' sizes with it.
 
@@ -71,8 +111,8 @@ def read_manifest(folder: Storage) -> Manifest:
         schema = content.pop("schema")
     except (ValueError, KeyError, AttributeError):
         raise ValueError(f"{folder}/manifest.json is damaged: prepare the folder again") from None
-    if schema != SCHEMA_VERSION:
-        raise ValueError(f"{folder} has schema version {schema}, this version reads {SCHEMA_VERSION}: prepare it again")
+    if schema not in _READABLE:
+        raise ValueError(f"{folder} has schema version {schema}, this version reads up to {SCHEMA_VERSION}: prepare it again")
     splits = {
         split: tuple(Shard(**{**shard, "row_groups": tuple(shard["row_groups"])}) for shard in shards)
         for split, shards in content["splits"].items()
@@ -82,4 +122,17 @@ def read_manifest(folder: Storage) -> Manifest:
         if sizes.get(shard.file) != shard.num_bytes:
             found = f"{sizes[shard.file]} bytes" if shard.file in sizes else "missing"
             raise ValueError(f"{folder}/{shard.file} is {found}, its manifest says {shard.num_bytes} bytes: prepare it again")
-    return Manifest(**{**content, "classes": tuple(content["classes"]), "splits": splits})
+    counts = content.pop("counts", None)
+    return Manifest(
+        **{**content, "classes": tuple(content["classes"]), "splits": splits}, counts=counts and _read_counts(counts)
+    )
+
+
+def _read_counts(content: dict[str, Any]) -> Counts:
+    return Counts(
+        content["seen"],
+        {split: tuple(numbers) for split, numbers in content["classes"].items()},
+        tuple(Skipped(**entry) for entry in content["skipped"]),
+        content["in_both"],
+        tuple(content["notes"]),
+    )

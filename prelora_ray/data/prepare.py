@@ -1,9 +1,9 @@
 """Source images to prepared Parquet, as a Ray Data job over all CPUs.
 
-The rows of each split are put into a seeded shuffle, so that class-sorted sources do not make
-class-sorted row groups, and cut into shards. Each shard is one task and one file, written whole, which
-carries the fingerprint of what it was made from; so a killed job started again keeps the shards that
-stand, and the same source and settings give the same bytes. The manifest comes last.
+The rows of each split are put into a seeded shuffle, so that class-sorted sources do not make class-sorted row groups, and
+cut into shards. Each shard is one task and one file, written whole, with a note of what it was made from beside it; so a
+job that was killed keeps the shards that stand, one whose source has changed makes anew those that it has to, and the same
+images and settings give the same bytes. The manifest comes last.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,18 +21,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import ray.data
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from prelora_ray.data.draws import Draw, generator
-from prelora_ray.data.manifest import SCHEMA_VERSION, Manifest, Shard, Split, write_manifest
-from prelora_ray.data.sources import Item, Source, open_source
+from prelora_ray.data.encode import BadImageError, encode, is_other_file
+from prelora_ray.data.manifest import SCHEMA_VERSION, Counts, Manifest, Shard, Skipped, Split, write_manifest
+from prelora_ray.data.sources import Columns, Item, Reader, Source, Splits, open_source
+from prelora_ray.data.sources.source import ending
 from prelora_ray.data.stream import quiet_data_context
 from prelora_ray.errors import WorkError
 from prelora_ray.storage import Storage
 
-_METADATA = b"prelora"
-_LOSSLESS_SIDE = 64
 _SHARDS_PER_BUFFER = 8
+_DIGEST_BYTES = 8
+_EXAMPLES = 3
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,20 @@ class PrepareSettings:
     """Longest that the shorter side of a stored image may be, in pixels; larger images are reduced."""
     max_bad: float = 0.001
     """Largest share of unreadable images before the job fails."""
+    max_overlap: float = 0.01
+    """Largest share of validation images that are among the training images too, before the job fails."""
     seed: int = 0
     """Seed of the held-out choice and of the rows' order."""
     quality: int = 92
     """JPEG quality of images that are encoded anew; images with a side of up to 64 pixels become PNG, which is lossless."""
+    train_split: str | None = None
+    """Pattern of the files or folders that train, where their names have no word such as `train`."""
+    val_split: str | None = None
+    """Pattern of the files or folders that validate, where their names have no word such as `val` or `test`."""
+    image_column: str | None = None
+    """Column of a table or Parquet file that holds images or their files; None takes a usual name, such as `image`."""
+    label_column: str | None = None
+    """Column that holds labels; None takes a usual name, such as `label`."""
     max_pixels: int = 100_000_000
     """Most pixels of a source image; a larger one is taken for a decompression bomb and counts as unreadable."""
     shard_rows: int = 2048
@@ -57,8 +68,10 @@ class PrepareSettings:
     def __post_init__(self) -> None:
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"--val-fraction {self.val_fraction} is not allowed: it must lie between 0 and 1")
-        if not 0 <= self.max_bad <= 1:
-            raise ValueError(f"--max-bad {self.max_bad} is not allowed: it must lie in 0 to 1")
+        for name in ("max_bad", "max_overlap"):
+            if not 0 <= getattr(self, name) <= 1:
+                option = f"--{name.replace('_', '-')} {getattr(self, name)}"
+                raise ValueError(f"{option} is not allowed: it must lie in 0 to 1")
         if self.size < 1:
             raise ValueError(f"--size {self.size} is not allowed: it is a number of pixels, at least 1")
         if not 1 <= self.quality <= 100:
@@ -81,33 +94,25 @@ def prepare(
 
     `on_progress` is called with the images done and their total.
 
-    Raises ValueError for a source that is none, PrepareError where more than ``settings.max_bad``
-    of the images cannot be read.
+    Raises ValueError for a source that is none; PrepareError where more than ``settings.max_bad`` of the images cannot be
+    read, more than ``settings.max_overlap`` of the validation images are among the training images too, or a class is left
+    without a training image.
     """
     settings = settings or PrepareSettings()
-    opened = open_source(source)
-    splits = _split(opened, settings)
     folder = Storage(out)
+    if source != "digits" and Storage(source).path == folder.path:
+        raise ValueError(f"{out!r} is the source itself: give another folder for the prepared images")
+    splits = Splits(settings.train_split, settings.val_split)
+    opened = open_source(source, splits, Columns(settings.image_column, settings.label_column), folder.path)
+    tasks = plan(opened, folder.uri, settings)
     folder.make()
-    tasks: list[_ShardTask] = []
-    for split, items in splits.items():
-        for i in range(0, len(items), settings.shard_rows):
-            name = f"{split}-{i // settings.shard_rows:05d}.parquet"
-            tasks.append(_ShardTask(opened, split, out, name, tuple(items[i : i + settings.shard_rows]), settings))
-    done, total = 0, sum(map(len, splits.values()))
-    sizes = {task.file: len(task.items) for task in tasks}
-    written: dict[str, _Written] = {}
-    quiet_data_context()
-    references = [ray.put(task) for task in tasks]  # by reference, as the tasks list every image of the source
-    shards = ray.data.range(len(tasks), override_num_blocks=len(tasks))
-    for row in shards.map(lambda row: {"written": ray.get(references[row["id"]]).run()}).iter_rows():
-        result: _Written = row["written"]
-        written[result.shard.file] = result
-        done += sizes[result.shard.file]
-        on_progress(done, total)
-    bad = [entry for task in tasks for entry in written[task.file].bad]
+    folder.remove_file("manifest.json")  # shards may change from here on
+    written = _run(tasks, on_progress)
+    bad = [(task.items[i].name, reason) for task, made in zip(tasks, written, strict=True) for i, reason in made.bad]
+    folder.remove_file("bad.json")
     if bad:
         folder.write_json("bad.json", [{"image": name, "reason": reason} for name, reason in bad])
+    total = sum(len(task.items) for task in tasks)
     if len(bad) > settings.max_bad * total:
         raise PrepareError(
             f"{len(bad)} of {total} images in {source!r} cannot be read, more than --max-bad {settings.max_bad} allows; "
@@ -115,12 +120,47 @@ def prepare(
         )
     manifest = Manifest(
         classes=opened.classes,
-        splits={split: tuple(written[t.file].shard for t in tasks if t.split == split) for split in splits},
+        splits={
+            split: tuple(made.shard for task, made in zip(tasks, written, strict=True) if task.split == split)
+            for split in dict.fromkeys(task.split for task in tasks)
+        },
         bad=len(bad),
         settings={"source": source, **asdict(settings)},
+        counts=_count(source, opened, tasks, written, settings),
     )
+    _remove_stale(folder, {task.file for task in tasks})
     write_manifest(folder, manifest)
     return manifest
+
+
+def plan(source: Source, out: str, settings: PrepareSettings) -> list[ShardTask]:
+    """The tasks that prepare a source, one a shard. Each carries its own images' places, and of the source only its reader.
+
+    Raises ValueError where no images are left to train on or to validate with.
+    """
+    tasks = []
+    for split, items in _split(source, settings).items():
+        for i in range(0, len(items), settings.shard_rows):
+            name = f"{split}-{i // settings.shard_rows:05d}.parquet"
+            tasks.append(ShardTask(source.reader, split, out, name, tuple(items[i : i + settings.shard_rows]), settings))
+    return tasks
+
+
+def _run(tasks: list[ShardTask], on_progress: Callable[[int, int], None]) -> list[_Written]:
+    """Runs all tasks on Ray's CPUs; what each has written, in their order."""
+    quiet_data_context()
+    references = [ray.put(task) for task in tasks]
+    sizes = [len(task.items) for task in tasks]
+    written: dict[int, _Written] = {}
+    done = 0
+    shards = ray.data.range(len(tasks), override_num_blocks=len(tasks))
+    run: Callable[[dict[str, Any]], dict[str, Any]]
+    run = lambda row: {"id": row["id"], "written": ray.get(references[row["id"]]).run()}  # noqa: E731
+    for row in shards.map(run).iter_rows():
+        written[row["id"]] = row["written"]
+        done += sizes[row["id"]]
+        on_progress(done, sum(sizes))
+    return [written[i] for i in range(len(tasks))]
 
 
 def _split(source: Source, settings: PrepareSettings) -> dict[Split, list[Item]]:
@@ -161,22 +201,94 @@ def _shuffle(items: list[Item], rng: np.random.Generator, settings: PrepareSetti
     return shuffled
 
 
+def _count(source: str, opened: Source, tasks: list[ShardTask], written: list[_Written], settings: PrepareSettings) -> Counts:
+    """What became of every image. Raises PrepareError where a class or the validation is not what it should be."""
+    stored: dict[Split, list[int]] = {split: [0] * len(opened.classes) for split in ("train", "val")}
+    skipped = Counter(opened.skipped)
+    for task, made in zip(tasks, written, strict=True):
+        left_out = {i: "unreadable" for i, _ in made.bad} | dict.fromkeys(made.other, "no image")
+        for i, item in enumerate(task.items):
+            if i in left_out:
+                skipped[left_out[i], ending(item.name)] += 1
+            else:
+                stored[task.split][item.label] += 1
+    for name, count in zip(opened.classes, stored["train"], strict=True):
+        if not count:
+            raise PrepareError(f"{source!r} has no training image of class {name!r} that can be read")
+    counts = Counts(
+        seen=sum(map(sum, stored.values())) + sum(skipped.values()),
+        classes={split: tuple(numbers) for split, numbers in stored.items()},
+        skipped=tuple(Skipped(reason, ending, count) for (reason, ending), count in sorted(skipped.items())),
+        in_both=0,
+        notes=(f"read as {opened.kind}", *opened.notes),
+    )
+    return _with_overlap(counts, source, tasks, written, settings)
+
+
+def _with_overlap(
+    counts: Counts, source: str, tasks: list[ShardTask], written: list[_Written], settings: PrepareSettings
+) -> Counts:
+    """The counts with the validation images that are among the training images too, byte for byte."""
+    digests, names = {}, {}
+    for split in ("train", "val"):
+        of_split = [(task, made) for task, made in zip(tasks, written, strict=True) if task.split == split]
+        digests[split] = np.concatenate([np.frombuffer(made.digests, f">u{_DIGEST_BYTES}") for _, made in of_split])
+        names[split] = [(task, i) for task, made in of_split for i in made.stored(len(task.items))]
+    both = np.flatnonzero(np.isin(digests["val"], digests["train"]))
+    if not len(both):
+        return counts
+    examples = []
+    for val in both[:_EXAMPLES]:
+        train = int(np.flatnonzero(digests["train"] == digests["val"][val])[0])
+        pair = [task.items[i].name for task, i in (names["val"][val], names["train"][train])]
+        examples.append(f"{pair[0]!r} is {pair[1]!r}")
+    told = (
+        f"{len(both)} of {len(digests['val'])} validation images are among the training images too: {', '.join(examples)}"
+        f"{', ...' if len(both) > _EXAMPLES else ''}"
+    )
+    if len(both) > settings.max_overlap * len(digests["val"]):
+        raise PrepareError(f"{source!r}: {told}; --max-overlap {settings.max_overlap} allows fewer")
+    return Counts(counts.seen, counts.classes, counts.skipped, len(both), (*counts.notes, told))
+
+
+def _remove_stale(folder: Storage, shards: set[str]) -> None:
+    """Removes what an earlier job with other settings has left."""
+    for name in folder.list_files():
+        if name.endswith(".parquet") and name not in shards:
+            folder.remove_file(name)
+            (folder / _PARTS).remove_file(_part(name))
+
+
+_PARTS = "parts"
+
+
+def _part(shard: str) -> str:
+    return shard.removesuffix(".parquet") + ".json"
+
+
 @dataclass(frozen=True)
 class _Written:
-    shard: Shard
-    bad: tuple[tuple[str, str], ...]
-    """Name and reason of every image that was skipped."""
+    """What a task has made of its items."""
 
-    @property
-    def images(self) -> int:
-        return sum(self.shard.row_groups)
+    shard: Shard
+    bad: tuple[tuple[int, str], ...]
+    """Index and reason of every image that cannot be read."""
+    other: tuple[int, ...]
+    """Indices of files that are no images."""
+    digests: bytes
+    """Of every stored image's bytes in the source."""
+
+    def stored(self, num_items: int) -> list[int]:
+        """Indices of the items in the shard, in its order."""
+        left_out = {i for i, _ in self.bad} | set(self.other)
+        return [i for i in range(num_items) if i not in left_out]
 
 
 @dataclass(frozen=True)
-class _ShardTask:
+class ShardTask:
     """All that one task needs to write one shard."""
 
-    source: Source
+    reader: Reader
     split: Split
     out: str
     file: str
@@ -184,114 +296,58 @@ class _ShardTask:
     settings: PrepareSettings
 
     def run(self) -> _Written:
+        """Writes the shard, unless it is there and made from the same."""
         folder = Storage(self.out)
         fingerprint = self._fingerprint()
-        if folder.exists(self.file):
-            content = folder.read_bytes(self.file)
-            written = _describe(self.file, content, fingerprint)
-            if written is not None:
-                return written
-        rows, bad = [], []
-        for item in self.items:
+        if (there := _read_part(folder, self.file, fingerprint)) is not None:
+            return there
+        rows, bad, other, digests = [], [], [], []
+        for i, item in enumerate(self.items):
             try:
-                content = self.source.read(item)
-                if _is_other_file(item.name, content):
+                content = self.reader.read(item)
+                if is_other_file(item.name, content):
+                    other.append(i)
                     continue
                 encoded = encode(content, self.settings.size, self.settings.quality, self.settings.max_pixels)
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                bad.append((item.name, str(error) or type(error).__name__))
+            except (BadImageError, OSError, ValueError, pa.ArrowException) as error:
+                bad.append((i, " ".join(str(error).split()) or type(error).__name__))
                 continue
+            digests.append(hashlib.blake2b(content, digest_size=_DIGEST_BYTES).digest())
             rows.append((encoded, item.label, item.name))
-        content = self._parquet(rows, {"fingerprint": fingerprint, "bad": bad})
+        content, groups = self._parquet(rows)
         folder.write_bytes(self.file, content)
-        written = _describe(self.file, content, fingerprint)
-        assert written is not None, "a shard that was just written describes itself"
+        shard = Shard(self.file, groups, len(content), hashlib.sha256(content).hexdigest())
+        written = _Written(shard, tuple(bad), tuple(other), b"".join(digests))
+        part = {"fingerprint": fingerprint, **asdict(written), "digests": written.digests.hex()}
+        (folder / _PARTS).write_json(_part(self.file), part)
         return written
 
-    def _parquet(self, rows: list[tuple[bytes, int, str]], metadata: dict[str, Any]) -> bytes:
+    def _parquet(self, rows: list[tuple[bytes, int, str]]) -> tuple[bytes, tuple[int, ...]]:
+        """The file's bytes, and the rows of each row group."""
         images, labels, names = zip(*rows, strict=True) if rows else ((), (), ())
-        schema = pa.schema(
-            [("image", pa.binary()), ("label", pa.int64()), ("source", pa.string())],
-            metadata={_METADATA: json.dumps(metadata)},
-        )
+        schema = pa.schema([("image", pa.binary()), ("label", pa.int64()), ("source", pa.string())])
         table = pa.table([list(images), list(labels), list(names)], schema=schema)
         mean_bytes = max(1, sum(map(len, images)) // max(1, len(images)))
-        rows_per_group = int(np.clip(self.settings.row_group_bytes // mean_bytes, 16, 512))
+        size = int(np.clip(self.settings.row_group_bytes // mean_bytes, 16, 512))
         sink = io.BytesIO()
         # Encoded images do not compress further, and a plain page is read without a copy.
-        pq.write_table(table, sink, row_group_size=rows_per_group, compression="none", use_dictionary=False)
-        return sink.getvalue()
+        pq.write_table(table, sink, row_group_size=size, compression="none", use_dictionary=False)
+        return sink.getvalue(), tuple(min(size, len(rows) - i) for i in range(0, len(rows), size))
 
     def _fingerprint(self) -> str:
-        """Changes with anything that changes the shard's bytes."""
-        content = [SCHEMA_VERSION, repr(self.source.classes), repr(self.items), repr(asdict(self.settings))]
-        root = getattr(self.source, "root", "")
-        return hashlib.sha256(json.dumps([root, *content]).encode()).hexdigest()
+        """Changes with anything that the shard is made from."""
+        content = [SCHEMA_VERSION, repr(self.reader), repr(self.items), repr(asdict(self.settings))]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _describe(file: str, content: bytes, fingerprint: str) -> _Written | None:
-    """What a shard's bytes hold; None where they are no whole shard of this fingerprint."""
+def _read_part(folder: Storage, file: str, fingerprint: str) -> _Written | None:
+    """What a task of this fingerprint has written; None where its shard is not there, or not whole."""
     try:
-        footer = pq.ParquetFile(io.BytesIO(content))
-        metadata = json.loads((footer.schema_arrow.metadata or {})[_METADATA])
-    except (pa.ArrowInvalid, KeyError):
+        content = (folder / _PARTS).read_json(_part(file))
+        shard = Shard(**{**content["shard"], "row_groups": tuple(content["shard"]["row_groups"])})
+        bad = tuple((int(i), str(reason)) for i, reason in content["bad"])
+        written = _Written(shard, bad, tuple(content["other"]), bytes.fromhex(content["digests"]))
+        is_same = content["fingerprint"] == fingerprint
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    if metadata["fingerprint"] != fingerprint:
-        return None
-    groups = tuple(footer.metadata.row_group(i).num_rows for i in range(footer.num_row_groups))
-    shard = Shard(file, groups, len(content), hashlib.sha256(content).hexdigest())
-    return _Written(shard, tuple((name, reason) for name, reason in metadata["bad"]))
-
-
-def _is_other_file(name: str, content: bytes) -> bool:
-    """Whether a file among the images is none and does not claim to be one: a text, a thumbnail database."""
-    try:
-        Image.open(io.BytesIO(content)).close()
-    except UnidentifiedImageError:
-        ending = os.path.splitext(name)[1].lower()
-        return bool(ending) and ending not in Image.registered_extensions()
-    except Exception:  # an image, if a broken one: the caller will find out
-        return False
-    return False
-
-
-def encode(content: bytes, size: int, quality: int, max_pixels: int) -> bytes:
-    """An upright image in RGB with a shorter side of at most `size`, as PNG up to 64 pixels, else as JPEG.
-
-    An RGB or grey JPEG or PNG that is so already is left untouched. Raises an error of Pillow's where
-    the bytes are no whole image, ValueError where it has more than `max_pixels`.
-    """
-    if not content:
-        raise ValueError("the file is empty")
-    image: Image.Image = Image.open(io.BytesIO(content))
-    if image.width * image.height > max_pixels:
-        raise ValueError(f"it has {image.width} x {image.height} pixels, more than {max_pixels:,}")
-    image.load()
-    upright = image.getexif().get(_ORIENTATION, 1) == 1
-    small = min(image.size) <= size
-    if image.format in ("JPEG", "PNG") and image.mode in ("RGB", "L") and upright and small:
-        return content
-    image = ImageOps.exif_transpose(_eight_bits(image)).convert("RGB")
-    if min(image.size) > size:
-        scale = size / min(image.size)
-        image = image.resize(
-            (round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC, reducing_gap=3.0
-        )
-    buffer = io.BytesIO()
-    if min(image.size) <= _LOSSLESS_SIDE:
-        image.save(buffer, "PNG")
-    else:
-        image.save(buffer, "JPEG", quality=quality)
-    return buffer.getvalue()
-
-
-_ORIENTATION = 0x0112
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """A 16-bit grey image by its upper bytes, where Pillow's conversion would clip all but the darkest to white."""
-    if not image.mode.startswith("I"):
-        return image
-    grey = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    grey.info = image.info
-    return grey
+    return written if is_same and folder.num_bytes(file) == shard.num_bytes else None

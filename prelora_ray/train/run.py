@@ -243,7 +243,9 @@ def _prepare_once(settings: Settings) -> None:
     data = settings.data
     if data.source is not None and not Storage(data.path).exists("manifest.json"):
         logger.info("preparing %s into %s", data.source, data.path)
-        prepare(data.source, data.path)
+        counts = prepare(data.source, data.path).counts
+        for note in counts.notes if counts else ():
+            logger.info("%s", note)
 
 
 def _check_unchanged(before: Settings, now: Settings, folder: RunFolder) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from prelora_ray.data.encode import BadImageError, encode
 from prelora_ray.data.manifest import read_manifest
-from prelora_ray.data.prepare import PrepareError, PrepareSettings, encode, prepare
+from prelora_ray.data.prepare import PrepareError, PrepareSettings, prepare
 from prelora_ray.storage import Storage
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -25,6 +27,12 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 def rows(folder: Path, split: str) -> list[dict]:
     manifest = read_manifest(Storage(folder))
     return [row for shard in manifest.splits[split] for row in pq.read_table(folder / shard.file).to_pylist()]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The bytes of all files below a prepared folder."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".tmp"]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def save(path: Path, value: int, size: tuple[int, int] = (12, 10), kind: str = "PNG") -> None:
@@ -68,7 +76,7 @@ def test_one_tree(tree: Path, tmp_path: Path):
 def test_train_and_val_trees(tmp_path: Path):
     for split, n in (("train", 8), ("val", 4)):
         for i in range(n):
-            save(tmp_path / "tree" / split / "ab"[i % 2] / f"{i}.png", i)
+            save(tmp_path / "tree" / split / "ab"[i % 2] / f"{i}.png", i + 100 * (split == "val"))
     manifest = prepare(str(tmp_path / "tree"), str(tmp_path / "out"))
     assert (manifest.num_images("train"), manifest.num_images("val")) == (8, 4)
     assert {row["source"] for row in rows(tmp_path / "out", "val")} == {f"val/{'ab'[i % 2]}/{i}.png" for i in range(4)}
@@ -79,7 +87,7 @@ def test_same_bytes_again_and_done_shards_are_kept(tree: Path, tmp_path: Path):
     one, two = tmp_path / "one", tmp_path / "two"
     prepare(str(tree), str(one), settings)
     # A job that was killed: one shard whole, one cut off, one missing, no manifest.
-    two.mkdir()
+    shutil.copytree(one / "parts", two / "parts")
     names = sorted(path.name for path in one.glob("*.parquet"))
     (two / names[0]).write_bytes((one / names[0]).read_bytes())
     (two / names[1]).write_bytes((one / names[1]).read_bytes()[:-20])
@@ -87,7 +95,7 @@ def test_same_bytes_again_and_done_shards_are_kept(tree: Path, tmp_path: Path):
         read_manifest(Storage(two))
     kept = (two / names[0]).stat().st_ino
     prepare(str(tree), str(two), settings)
-    assert {p.name: p.read_bytes() for p in one.iterdir()} == {p.name: p.read_bytes() for p in two.iterdir()}
+    assert contents(one) == contents(two)
     assert (two / names[0]).stat().st_ino == kept
     # Other settings make other shards.
     prepare(str(tree), str(two), PrepareSettings(shard_rows=7, seed=1))
@@ -122,21 +130,107 @@ def test_damaged_folders_are_refused(tree: Path, tmp_path: Path, damage: str):
     elif damage == "manifest":
         manifest.write_text(manifest.read_text()[:-9])
     else:
-        manifest.write_text(manifest.read_text().replace('"schema": 1', '"schema": 99'))
+        manifest.write_text(manifest.read_text().replace('"schema": 2', '"schema": 99'))
     with pytest.raises(ValueError, match=r"missing|bytes|damaged|schema version 99") as error:
         read_manifest(Storage(out))
     assert str(out) in str(error.value)
 
 
 def test_refused_requests(tree: Path, tmp_path: Path):
-    with pytest.raises(ValueError, match="is no source: give `digits`, or a folder"):
+    with pytest.raises(ValueError, match="is no source: give `digits`, a folder of images"):
         prepare(str(tmp_path / "nowhere"), str(tmp_path / "out"))
     with pytest.raises(ValueError, match=r"--val-fraction 0\.01 leaves no images to validate with"):
         prepare(str(tree), str(tmp_path / "out"), PrepareSettings(val_fraction=0.01))
-    for key, value in (("val_fraction", 1.0), ("size", 0), ("quality", 101), ("max_bad", 2), ("seed", -1)):
+    for key, value in (("val_fraction", 1.0), ("size", 0), ("quality", 101), ("max_bad", 2), ("max_overlap", -1), ("seed", -1)):
         with pytest.raises(ValueError, match=f"--{key.replace('_', '-')} .* is not allowed"):
             PrepareSettings(**{key: value})
     assert not (tmp_path / "out").exists()
+
+
+def test_counts_add_up_and_are_kept(tree: Path, tmp_path: Path):
+    (tree / "ape" / "cut.jpg").write_bytes(b"no image")
+    (tree / "ape" / "raw.dng").write_bytes(b"no image that Pillow knows")
+    (tree / "Zebra" / "notes.txt").write_text("no image, and does not say so")
+    (tree / "Zebra" / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    manifest = prepare(str(tree), str(tmp_path / "out"), PrepareSettings(max_bad=0.1))
+    counts = read_manifest(Storage(tmp_path / "out")).counts
+    assert counts == manifest.counts
+    assert counts.classes == {"train": (8, 8, 8), "val": (2, 2, 2)}
+    assert {(skip.reason, skip.ending): skip.count for skip in counts.skipped} == {
+        ("in no class folder", ".txt"): 1,
+        ("no image", ".txt"): 1,
+        ("unreadable", ".jpg"): 2,
+        ("unreadable", ".dng"): 1,
+    }
+    assert counts.seen == 35 == 30 + sum(skip.count for skip in counts.skipped)
+    assert manifest.bad == 3
+    assert counts.notes == ("read as image folders",)
+
+
+def test_a_class_without_a_readable_image_is_refused(tree: Path, tmp_path: Path):
+    for name in ("1.heic", "2.heic"):
+        save(tree / "eel" / name, 0)
+        (tree / "eel" / name).write_bytes(b"no image")
+    with pytest.raises(PrepareError, match="no training image of class 'eel' that can be read"):
+        prepare(str(tree), str(tmp_path / "out"), PrepareSettings(max_bad=0.5))
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_images_in_both_splits_are_told_and_refused(tmp_path: Path):
+    for split, first in (("train", 0), ("val", 18)):
+        for i in range(first, first + 20):
+            save(tmp_path / "tree" / split / "ab"[i % 2] / f"{split} {i}.png", i)
+    with pytest.raises(PrepareError, match=r"2 of 20 validation images .* 'val/a/val 18.png' is 'train/a/train 18.png'"):
+        prepare(str(tmp_path / "tree"), str(tmp_path / "out"))
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    manifest = prepare(str(tmp_path / "tree"), str(tmp_path / "out"), PrepareSettings(max_overlap=0.1))
+    assert manifest.counts.in_both == 2
+    assert "2 of 20 validation images are among the training images too" in manifest.counts.notes[-1]
+
+
+def test_a_mended_image_is_taken_up(tree: Path, tmp_path: Path):
+    whole, out = (tree / "ape" / "cut.png"), tmp_path / "out"
+    whole.write_bytes(b"\x89PNG cut off")
+    settings = PrepareSettings(shard_rows=7, max_bad=0.1)
+    prepare(str(tree), str(out), settings)
+    assert (out / "bad.json").exists()
+    before = contents(out)
+    save(whole, 77)
+    manifest = prepare(str(tree), str(out), settings)
+    assert (manifest.bad, manifest.counts.seen) == (0, 32)
+    assert not (out / "bad.json").exists()
+    stored = {row["source"]: row["image"] for split in ("train", "val") for row in rows(out, split)}
+    assert stored["ape/cut.png"] == whole.read_bytes()
+    changed = [name for name, content in contents(out).items() if name.endswith("parquet") and before[name] != content]
+    assert len(changed) == 1  # the others were kept
+
+
+def test_bad_images_do_not_change_the_bytes(tree: Path, tmp_path: Path):
+    (tree / "ape" / "text.jpg").write_bytes(b"no image")
+    for name in ("one", "two"):
+        prepare(str(tree), str(tmp_path / name), PrepareSettings(max_bad=0.1))
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_what_it_has_written_is_no_source(tree: Path, tmp_path: Path):
+    """Into a folder inside the source, twice, and once more beside the first."""
+    for out in (tree / "out", tree / "out", tree / "other"):
+        manifest = prepare(str(tree), str(out))
+        assert manifest.classes == ("Zebra", "ape", "ünï cödé")
+        assert manifest.counts.seen == 31
+    with pytest.raises(ValueError, match="is the source itself"):
+        prepare(str(tree), str(tree))
+    again = prepare(str(tree / "out"), str(tmp_path / "again"), PrepareSettings(size=5))
+    assert (again.classes, again.num_images("train")) == (("Zebra", "ape", "ünï cödé"), 24)
+
+
+def test_shards_of_other_settings_do_not_stay(tree: Path, tmp_path: Path):
+    prepare(str(tree), str(tmp_path / "out"), PrepareSettings(shard_rows=4))
+    prepare(str(tree), str(tmp_path / "out"))
+    assert set(contents(tmp_path / "out")) == {
+        *("manifest.json", "train-00000.parquet", "val-00000.parquet"),
+        *("parts/train-00000.json", "parts/val-00000.json"),
+    }
 
 
 def encoded(image: Image.Image, kind: str, **options) -> bytes:
@@ -158,7 +252,7 @@ def test_encode():
     exif[0x0112] = 6  # to be turned a quarter clockwise
     turned = read(encode(encoded(noise, "PNG", exif=exif), 64, 90, 10**6))
     assert np.array_equal(np.array(turned), np.rot90(np.array(noise), -1))
-    with pytest.raises(OSError, match="truncated"):
+    with pytest.raises(BadImageError, match="truncated"):
         encode(jpeg[: len(jpeg) // 2], 64, 90, 10**6)
 
 
@@ -196,5 +290,4 @@ def test_killed_at_random_moments_ten_times_it_gives_the_same_bytes(tmp_path: Pa
                 read_manifest(Storage(two))
     subprocess.run([*command, str(two)], check=True)
     assert len(set(found) - {0}) > 0, "no kill came in the middle of the work"
-    whole = {path.name: path.read_bytes() for path in two.iterdir() if not path.name.endswith(".tmp")}
-    assert whole == {path.name: path.read_bytes() for path in one.iterdir()}
+    assert contents(two) == contents(one)

@@ -6,8 +6,10 @@ import csv
 import gzip
 import io
 import json
+import os
 import tarfile
-from collections.abc import Callable
+import unicodedata
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from prelora_ray.data.encode import encode
 from prelora_ray.data.manifest import read_manifest
-from prelora_ray.data.prepare import PrepareError, PrepareSettings, encode, prepare
-from prelora_ray.data.sources import open_source
+from prelora_ray.data.prepare import PrepareError, PrepareSettings, prepare
+from prelora_ray.data.sources import Columns, Splits, open_source
 from prelora_ray.storage import Storage
 
 
@@ -41,7 +44,7 @@ def tar(files: dict[str, bytes]) -> bytes:
 def contents(root: Path) -> dict[str, list[tuple[bytes, str]]]:
     """Bytes and class name of every image, by split."""
     source = open_source(str(root))
-    return {split: [(source.read(i), source.classes[i.label]) for i in items] for split, items in source.items.items()}
+    return {split: [(source.reader.read(i), source.classes[i.label]) for i in items] for split, items in source.items.items()}
 
 
 WNIDS = ["n01440764", "n01443537", "n02129165"]
@@ -155,7 +158,9 @@ def test_hugging_face_parquet(tmp_path, column, plain, val):
         table = table.replace_schema_metadata({"huggingface": json.dumps(features)})
         pq.write_table(table, tmp_path / file, row_group_size=3)
         expected[split] += [(image, ("cat", "dog")[label]) for image, label in zip(images, labels, strict=True)]
-    assert open_source(str(tmp_path)).classes == ("cat", "dog", "eel")
+    source = open_source(str(tmp_path))
+    assert source.classes == ("cat", "dog")  # no image shows an eel
+    assert source.notes == ("1 of 3 named classes have no training images and are left out: eel",)
     assert contents(tmp_path) == expected
 
 
@@ -188,20 +193,31 @@ def write_parquet(root: Path, **columns: list) -> None:
     pq.write_table(pa.table(columns), root / "train.parquet")
 
 
+def write_folders(root: Path, *folders: str) -> None:
+    for i, folder in enumerate(folders):
+        (root / folder).mkdir(parents=True)
+        (root / folder / "1.png").write_bytes(png(i))
+
+
 def cut(path: Path, bytes_left: int) -> None:
     path.write_bytes(path.read_bytes()[:bytes_left])
 
 
-def write_idx(root: Path, images: int = 2, labels: int = 2) -> None:
+def write_idx(root: Path, images: int = 2, labels: Sequence[int] = (0, 0)) -> None:
+    root.mkdir(exist_ok=True)
     (root / "train-images-idx3-ubyte").write_bytes(idx(np.zeros((images, 4, 4), np.uint8)))
-    (root / "train-labels-idx1-ubyte").write_bytes(idx(np.zeros(labels, np.uint8)))
+    (root / "train-labels-idx1-ubyte").write_bytes(idx(np.array(labels, np.uint8)))
 
 
 BROKEN: list[tuple[str, Callable[[Path], object], str]] = [
     ("empty", lambda p: None, "has no class folders"),
     ("one class", lambda p: [(p / "a").mkdir(), (p / "a" / "1.png").write_bytes(png(1))], "has one class alone, 'a'"),
-    ("no images", lambda p: [(p / "a").mkdir(), (p / "b").mkdir()], "has no files in the class folders"),
-    ("val class", lambda p: [(p / d).mkdir(parents=True) for d in ("train/a", "val/b")], "class 'b' in val but not in train"),
+    ("no images", lambda p: [(p / "a").mkdir(), (p / "b").mkdir()], "has no class folders"),
+    (
+        "val class",
+        lambda p: write_folders(p, "train/a", "train/b", "val/c"),
+        "has 'val/c/1.png' of class 'c' in val, and no such class",
+    ),
     ("no train", write_val_tar, "has neither ILSVRC2012_img_train.tar nor a folder train"),
     ("no labels", lambda p: [write_train_tar(p), write_val_tar(p)], "has no labels of the validation images"),
     ("no tar", lambda p: (p / "ILSVRC2012_img_train.tar").write_bytes(b"x" * 2000), "is no whole tar"),
@@ -222,14 +238,31 @@ BROKEN: list[tuple[str, Callable[[Path], object], str]] = [
         "is not a table of ImageId",
     ),
     ("cut idx", lambda p: [write_idx(p), cut(p / "train-images-idx3-ubyte", 40)], "is no whole IDX file of 3 dimensions"),
-    ("idx pair", lambda p: write_idx(p, labels=3), "has 2 images and 3 labels"),
+    ("idx pair", lambda p: write_idx(p, labels=[0, 1, 2]), "has 2 images and 3 labels"),
     ("idx alone", lambda p: [write_idx(p), (p / "train-labels-idx1-ubyte").unlink()], "no files train-labels-idx1-ubyte"),
     ("cut parquet", lambda p: [write_parquet(p, image=[b"x"], label=[0]), cut(p / "train.parquet", 99)], "no whole Parquet"),
-    ("columns", lambda p: write_parquet(p, pixels=[b"x"], label=[0]), "it needs `image` or `img`, and `label`"),
-    ("null label", lambda p: write_parquet(p, image=[b"x", b"y"], label=[0, None]), "a label that is no whole number"),
+    (
+        "columns",
+        lambda p: write_parquet(p, pixels=[b"x"], label=[0]),
+        "it needs one such as `image` or `img`; name another with --image-column",
+    ),
+    (
+        "null label",
+        lambda p: write_parquet(p, image=[b"x", b"y"], label=[0, None]),
+        "has the label None: a label is a whole number, a name or a truth value",
+    ),
     ("negative", lambda p: write_parquet(p, image=[b"x"], label=[-1]), "has label -1: labels are whole numbers from 0 on"),
     ("no cls", lambda p: (p / "a.tar").write_bytes(tar({"1.jpg": png(1)})), "has no label (.cls or .json) for the sample '1'"),
-    ("odd cls", lambda p: (p / "a.tar").write_bytes(tar({"1.jpg": png(1), "1.cls": b"cat"})), "no whole number as a label"),
+    (
+        "odd json",
+        lambda p: (p / "a.tar").write_bytes(tar({"1.jpg": png(1), "1.json": b"{"})),
+        "no label that can be read in '1.json'",
+    ),
+    (
+        "list label",
+        lambda p: (p / "a.tar").write_bytes(tar({"1.jpg": png(1), "1.json": b'{"label": [1]}'})),
+        "has [1] in '1.json'",
+    ),
     ("twice", lambda p: (p / "a.tar").write_bytes(tar({"1.jpg": b"", "1.png": b""})), "has two images of the sample '1'"),
     (
         "cut shard",
@@ -302,7 +335,7 @@ def test_a_tree_of_ugly_images(tmp_path, ray_cluster):
         (tree / "a" / name).write_bytes(content)
     (tree / "a" / "bomb.png").write_bytes(saved(Image.new("1", (3000, 3000)), "PNG"))
     (tree / "b" / "Thumbs.db").write_bytes(b"no image, and does not say so")
-    settings = PrepareSettings(max_bad=0.2, max_pixels=10**6)
+    settings = PrepareSettings(max_bad=0.2, max_overlap=1, max_pixels=10**6)
     manifest = prepare(str(tree), str(tmp_path / "out"), settings)
     assert manifest.num_images("train") + manifest.num_images("val") == 2 * len(UGLY)
     assert manifest.bad == 5
@@ -313,3 +346,240 @@ def test_a_tree_of_ugly_images(tmp_path, ray_cluster):
     assert read_manifest(Storage(tmp_path / "out")).classes == ("a", "b")
     with pytest.raises(PrepareError, match="5 of 34 images"):
         prepare(str(tree), str(tmp_path / "out2"), PrepareSettings(max_pixels=10**6))
+
+
+def listed(root: Path, **options: object) -> tuple[tuple[str, ...], dict[str, int], dict[tuple[str, str], int]]:
+    """Classes, number of images by split, and what is left out."""
+    source = open_source(str(root), **options)
+    return source.classes, {split: len(items) for split, items in source.items.items()}, dict(source.skipped)
+
+
+def numbered(*folders: str, suffix: str = "png") -> dict[str, bytes]:
+    """Two images in each folder, all of them different."""
+    return {f"{folder}/{i}.{suffix}": png(2 * n + i) for n, folder in enumerate(folders) for i in range(2)}
+
+
+def write(root: Path, files: dict[str, bytes]) -> None:
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+
+
+TREES: dict[str, tuple[list[str], tuple[str, ...], dict[str, int], dict[tuple[str, str], int]]] = {
+    "train valid test": (
+        ["train/a", "train/b", "valid/a", "valid/b", "test/a", "test/b"],
+        ("a", "b"),
+        {"train": 4, "val": 4},
+        {("of split test, as there is val", ".png"): 4},
+    ),
+    "test validates": (["Train/a", "Train/b", "TEST/a"], ("a", "b"), {"train": 4, "val": 2}, {}),
+    "a folder of no split": (
+        ["train/a", "train/b", "dev/b", "extra/c"],
+        ("a", "b"),
+        {"train": 4, "val": 2},
+        {("in no split", ".png"): 2},
+    ),
+    "delimited words": (["my-train.2017/a", "my-train.2017/b", "my-val.2017/b"], ("a", "b"), {"train": 4, "val": 2}, {}),
+    "below one folder": (["set/v1/train/a", "set/v1/train/b", "set/v1/val/a"], ("a", "b"), {"train": 4, "val": 2}, {}),
+    "railway trains": (["train", "bus", "car"], ("bus", "car", "train"), {"train": 6}, {}),
+    "no train": (["a", "b", "val/a"], ("a", "b"), {"train": 4, "val": 2}, {}),
+}
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_splits_of_image_folders(tmp_path, tree):
+    folders, *expected = TREES[tree]
+    write(tmp_path, numbered(*folders))
+    assert list(listed(tmp_path)) == expected
+
+
+def test_folders_without_images_are_no_classes(tmp_path):
+    write(tmp_path, numbered("a", "b") | {"notes/readme.txt": b"x", "annotations/a/1.xml": b"x", "Thumbs.db": b"x"})
+    (tmp_path / "empty").mkdir()
+    assert listed(tmp_path)[0] == ("a", "b")
+    assert sum(listed(tmp_path)[2].values()) == 3
+
+
+def test_splits_of_shards(tmp_path):
+    sample = lambda n: {f"{n}.png": png(n), f"{n}.cls": b"%d" % (n % 2)}  # noqa: E731
+    for shard, n in {"imagenet1k-train-0000.tar": 0, "imagenet1k-validation-00.tar": 2, "Extra.tar": 4}.items():
+        (tmp_path / shard).write_bytes(tar(sample(n) | sample(n + 1)))
+    assert contents(tmp_path) == {"train": [(png(0), "0"), (png(1), "1")], "val": [(png(2), "0"), (png(3), "1")]}
+    assert listed(tmp_path)[2] == {("in no split", ".png"): 2}
+    chosen = open_source(str(tmp_path), Splits(train="Extra.tar", val="*train*"))
+    assert [item.name for item in chosen.items["train"]] == ["Extra.tar/4.png", "Extra.tar/5.png"]
+    assert chosen.items["val"][0].name == "imagenet1k-train-0000.tar/0.png"
+
+
+@pytest.mark.parametrize(
+    ("val", "expected"),
+    [
+        ("default/partial-validation/0000.parquet", {"train": 2, "val": 2}),
+        ("default/eval/0000.parquet", {"train": 2, "val": 2}),
+        ("default/more/0000.parquet", {"train": 2}),
+    ],
+)
+def test_splits_of_parquet(tmp_path, val, expected):
+    for name, first in (("default/partial-train/0000.parquet", 0), (val, 2)):
+        (tmp_path / name).parent.mkdir(parents=True)
+        pq.write_table(pa.table({"image": [png(first), png(first + 1)], "label": [0, 1]}), tmp_path / name)
+    assert listed(tmp_path)[1] == expected
+    assert sum(listed(tmp_path)[2].values()) == 4 - sum(expected.values())
+
+
+def test_samples_whose_keys_have_dots(tmp_path):
+    keys = [f"a{i}" for i in range(3)] + [f"22.05_{i}" for i in range(3)] + ["v1.0/b.c"]
+    members = {
+        f"{key}.{end}": png(i) if end == "jpg" else b"%d" % (i % 2) for i, key in enumerate(keys) for end in ("jpg", "cls")
+    }
+    (tmp_path / "0.tar").write_bytes(tar(members))
+    assert contents(tmp_path) == {"train": [(png(i), str(i % 2)) for i in range(7)]}
+
+
+def test_samples_of_several_files(tmp_path):
+    members = {
+        **{"1.left.jpg": png(1), "1.cls": b"0"},
+        **{"2.jpg": png(2), "2.mask.png": png(9), "2.json": b'{"caption": "x"}', "2.cls": b"1"},
+        **{"3.jpg": png(3), "3.json": b'{"label": 0}', "3.txt": b"a caption"},
+        **{"4.cls": b"1"},
+    }
+    (tmp_path / "0.tgz").write_bytes(gzip.compress(tar(members)))
+    assert contents(tmp_path) == {"train": [(png(1), "0"), (png(2), "1"), (png(3), "0")]}
+    reasons = {reason for reason, _ in listed(tmp_path)[2]}
+    assert reasons == {"a further image of its sample", "neither image nor label", "a label without an image"}
+
+
+def test_names_of_numbered_classes(tmp_path):
+    (tmp_path / "classnames.txt").write_text("cat\ndog\n")
+    (tmp_path / "0.tar").write_bytes(tar({"1.jpg": png(1), "1.cls": b"1", "2.jpg": png(2), "2.cls": b"0"}))
+    assert contents(tmp_path) == {"train": [(png(1), "dog"), (png(2), "cat")]}
+    write_idx(tmp_path / "idx", labels=[0, 1])
+    (tmp_path / "idx" / "classnames.txt").write_text("cat\ndog")
+    assert listed(tmp_path / "idx")[0] == ("cat", "dog")
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        ([48586, 5_000_000], ("48586", "5000000")),
+        ([2**33, 7], ("7", "8589934592")),
+        ([True, False], ("False", "True")),
+        (["dog", "cat"], ("cat", "dog")),
+        ([0, 1], ("0", "1")),
+    ],
+)
+def test_labels_are_the_classes_that_occur(tmp_path, labels, classes):
+    write_parquet(tmp_path, image=[png(0), png(1)], label=labels)
+    source = open_source(str(tmp_path))
+    assert source.classes == classes
+    assert [source.classes[item.label] for item in source.items["train"]] == [str(label) for label in labels]
+    assert bool(source.notes) == (labels in ([48586, 5_000_000], [2**33, 7]))
+
+
+def test_columns_by_their_usual_names_and_by_choice(tmp_path):
+    write_parquet(tmp_path, img=[png(0), png(1)], fine_label=[3, 4], coarse=[1, 0], other=[b"x", b"y"])
+    assert listed(tmp_path)[0] == ("3", "4")
+    assert contents(tmp_path)["train"] == [(png(0), "3"), (png(1), "4")]
+    chosen = open_source(str(tmp_path), columns=Columns("other", "coarse"))
+    assert [(chosen.reader.read(i), chosen.classes[i.label]) for i in chosen.items["train"]] == [(b"x", "1"), (b"y", "0")]
+    with pytest.raises(ValueError, match="it needs `none`; name another with --label-column"):
+        open_source(str(tmp_path), columns=Columns(label="none"))
+
+
+def test_rows_that_name_files(tmp_path):
+    write(tmp_path, {"pictures/a.png": png(1), "b.png": png(2)})
+    write_parquet(tmp_path, image=["pictures/a.png", "b.png", "gone.png", "../x.png", None], label=[0, 1, 0, 1, 0])
+    source = open_source(str(tmp_path))
+    a, b, *rest = source.items["train"]
+    assert (source.reader.read(a), source.reader.read(b)) == (png(1), png(2))
+    for item, reason in zip(rest, ("names no file", "leads out of the source", "holds no bytes"), strict=True):
+        with pytest.raises(ValueError, match=reason):
+            source.reader.read(item)
+
+
+def test_names_that_are_bytes_and_names_of_two_forms(tmp_path):
+    for split, form in (("train", "NFC"), ("val", "NFD")):
+        write(tmp_path, numbered(f"{split}/{unicodedata.normalize(form, 'é')}", f"{split}/b"))
+    latin = os.path.join(os.fsencode(tmp_path), b"train", b"b", b"\xe9t\xe9.png")
+    with open(latin, "wb") as file:
+        file.write(png(99))
+    source = open_source(str(tmp_path))
+    assert source.classes == ("b", "é")
+    assert {split: len(items) for split, items in source.items.items()} == {"train": 5, "val": 4}
+    (item,) = [item for item in source.items["train"] if "\\xe9" in item.name]
+    assert item.name == "train/b/\\xe9t\\xe9.png"
+    assert source.reader.read(item) == png(99)
+
+
+def test_leftovers_in_an_image_folder_change_nothing(tmp_path):
+    write(tmp_path, numbered("a", "b") | {"images.tar": b"zz", "metadata.parquet": b"zz", ".git/x.png": png(1)})
+    assert listed(tmp_path) == (
+        ("a", "b"),
+        {"train": 4},
+        {("in no class folder", ".tar"): 1, ("in no class folder", ".parquet"): 1},
+    )
+
+
+def test_links(tmp_path):
+    write(tmp_path, numbered("a", "there/b"))
+    (tmp_path / "b").symlink_to(tmp_path / "there" / "b")
+    (tmp_path / "a" / "back").symlink_to(tmp_path)
+    (tmp_path / "a" / "gone.png").symlink_to(tmp_path / "nowhere")
+    source = open_source(str(tmp_path))
+    (gone,) = [item for item in source.items["train"] if item.name == "a/gone.png"]
+    with pytest.raises(ValueError, match="a link that leads nowhere"):
+        source.reader.read(gone)
+    assert {item.name for item in source.items["train"]} >= {"a/0.png", "b/0.png", "there/b/0.png"}
+
+
+def write_kaggle(root: Path) -> None:
+    base = root / "ILSVRC" / "Data" / "CLS-LOC"
+    write(
+        base / "train", {f"{wnid}/{wnid}_{i}.JPEG": image for wnid, images in TRAIN.items() for i, image in enumerate(images)}
+    )
+    write(base / "val", {name: image for name, (image, _) in VAL.items()})
+    write(base / "test", {"ILSVRC2012_test_00000001.JPEG": png(200)})
+    write(root / "ILSVRC" / "Annotations", {"train/n01440764/1.xml": b"x"})
+
+
+def test_kaggles_tree(tmp_path):
+    write_kaggle(tmp_path)
+    write_solution(tmp_path)
+    found = contents(tmp_path)
+    assert sorted(found["train"]) == sorted((image, wnid) for wnid, images in TRAIN.items() for image in images)
+    assert sorted(found["val"]) == sorted(VAL.values())
+    assert sum(listed(tmp_path)[2].values()) == 2  # an image to be tested on, an annotation
+    with pytest.raises(ValueError, match="has images without labels in val"):
+        open_source(str(tmp_path / "ILSVRC" / "Data" / "CLS-LOC"))
+
+
+def test_tiny_imagenet(tmp_path):
+    write(tmp_path, numbered("train/n01/images", "train/n02/images", "val/images", "test/images", suffix="JPEG"))
+    write(tmp_path, {"val/val_annotations.txt": b"0.JPEG\tn02\t0\t0\t9\t9\n1.JPEG\tn01\t0\t0\t9\t9\n", "wnids.txt": b"n01\n"})
+    assert contents(tmp_path) == {
+        "train": [(png(0), "n01"), (png(1), "n01"), (png(2), "n02"), (png(3), "n02")],
+        "val": [(png(4), "n02"), (png(5), "n01")],
+    }
+
+
+@pytest.mark.parametrize(
+    "table", ["id,breed\n0,pug\n1,boxer\n", "file_name,split,label\ntrain/0.png,x,pug\n./train/1.png,y,boxer\n"]
+)
+def test_a_table_of_labels(tmp_path, table):
+    write(tmp_path, numbered("train", "test") | {"labels.csv": table.encode()})
+    if "/" not in table:
+        (tmp_path / "test" / "0.png").rename(tmp_path / "test" / "8.png")
+        (tmp_path / "test" / "1.png").rename(tmp_path / "test" / "9.png")
+    for source in (tmp_path, tmp_path / "labels.csv"):
+        assert contents(source) == {"train": [(png(0), "pug"), (png(1), "boxer")]}
+    assert listed(tmp_path)[2] == {("in no table", ".png"): 2}
+
+
+def test_a_tar_of_class_folders(tmp_path):
+    files = numbered("imagenette2/train/a", "imagenette2/train/b", "imagenette2/val/a")
+    (tmp_path / "imagenette2.tgz").write_bytes(gzip.compress(tar(files)))
+    for source in (tmp_path, tmp_path / "imagenette2.tgz"):
+        assert contents(source) == {
+            "train": [(png(0), "a"), (png(1), "a"), (png(2), "b"), (png(3), "b")],
+            "val": [(png(4), "a"), (png(5), "a")],
+        }

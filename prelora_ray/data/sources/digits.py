@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import functools
 import io
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
-from prelora_ray.data.manifest import Split
-from prelora_ray.data.sources.source import Item
+from prelora_ray.data.sources.source import Found, Item, Source
+
+
+def open_digits() -> Source:
+    """1,797 images of 8 x 8 pixels."""
+    found = Found("scikit-learn's digits", "digits")
+    for i, label in enumerate(_digits()[1]):
+        found.add(None, f"{i:04d}", int(label), (i,))
+    return found.source(DigitsReader())
 
 
 @dataclass(frozen=True)
-class Digits:
-    """1,797 images of 8 x 8 pixels."""
-
-    classes: tuple[str, ...] = tuple("0123456789")
-    items: dict[Split, list[Item]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.items["train"] = [Item(f"{i:04d}", int(label)) for i, label in enumerate(_digits()[1])]
-
+class DigitsReader:
     def read(self, item: Item) -> bytes:
         buffer = io.BytesIO()
-        Image.fromarray(_digits()[0][int(item.name)]).save(buffer, "PNG")
+        Image.fromarray(_digits()[0][int(item.at[0])]).save(buffer, "PNG")
         return buffer.getvalue()
 
 

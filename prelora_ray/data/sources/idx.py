@@ -5,58 +5,75 @@ from __future__ import annotations
 import functools
 import gzip
 import io
+import posixpath
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
-from prelora_ray.data.manifest import Split
-from prelora_ray.data.sources.source import Item, numbered_classes
+from prelora_ray.data.sources.class_names import class_names
+from prelora_ray.data.sources.files import File
+from prelora_ray.data.sources.source import Found, Item, Source
+from prelora_ray.data.sources.splits import SourceSplit
 from prelora_ray.storage import Storage
 
-_PREFIX: dict[Split, str] = {"train": "train", "val": "t10k"}
+_PREFIX: dict[SourceSplit, str] = {"train": "train", "test": "t10k"}
+
+
+def has_idx(files: list[File]) -> bool:
+    return any(file.path.startswith("train-images") and "idx3" in file.path for file in files)
+
+
+def open_idx(root: str, files: list[File]) -> Source:
+    """`train-images-idx3-ubyte`, `train-labels-idx1-ubyte`, and the same of `t10k`, which validates.
+
+    Numbers are named by `classnames.txt` in the folder, a line a class. Raises ValueError where a file is missing, damaged,
+    or does not fit its pair.
+    """
+    found = Found("IDX files", root)
+    taken = set()
+    for split, prefix in _PREFIX.items():
+        if split == "test" and not any(file.path.startswith(prefix) for file in files):
+            continue
+        of_images, of_labels = _one(root, files, f"{prefix}-images", 3), _one(root, files, f"{prefix}-labels", 1)
+        images, labels = (_array(root, file.path, ndim, file.stamp) for file, ndim in ((of_images, 3), (of_labels, 1)))
+        if len(images) != len(labels):
+            raise ValueError(f"{root!r} has {len(images)} images and {len(labels)} labels of {prefix}")
+        for i, label in enumerate(labels):
+            found.add(split, f"{prefix}/{i}", int(label), (of_images.path, i), stamp=of_images.stamp)
+        taken |= {of_images.path, of_labels.path}
+    for file in files:
+        if file.path not in taken:
+            found.skip("no IDX file of these sets", file.path)
+    return found.source(IdxReader(root), class_names(Storage(root)))
 
 
 @dataclass(frozen=True)
-class Idx:
-    """A folder with `train-images-idx3-ubyte`, `train-labels-idx1-ubyte`, and the same of `t10k`, which validates."""
-
+class IdxReader:
     root: str
-    classes: tuple[str, ...]
-    items: dict[Split, list[Item]]
-
-    @classmethod
-    def fits(cls, folder: Storage) -> bool:
-        return any(name.startswith("train-images") and "idx3" in name for name in folder.list_files())
-
-    @classmethod
-    def open(cls, root: str) -> Idx:
-        """Raises ValueError where a file is missing, damaged, or does not fit its pair."""
-        items: dict[Split, list[Item]] = {}
-        for split, prefix in _PREFIX.items():
-            if split == "val" and not any(name.startswith(prefix) for name in Storage(root).list_files()):
-                continue
-            images, labels = _array(root, f"{prefix}-images", 3), _array(root, f"{prefix}-labels", 1)
-            if len(images) != len(labels):
-                raise ValueError(f"{root!r} has {len(images)} images and {len(labels)} labels of {prefix}")
-            items[split] = [Item(f"{prefix}/{i}", int(label), (prefix, i)) for i, label in enumerate(labels)]
-        return cls(root, numbered_classes((item.label for found in items.values() for item in found), root), items)
 
     def read(self, item: Item) -> bytes:
-        prefix, i = item.at
+        file, i = item.at
         buffer = io.BytesIO()
-        Image.fromarray(_array(self.root, f"{prefix}-images", 3)[int(i)]).save(buffer, "PNG")
+        Image.fromarray(_array(self.root, str(file), 3, item.stamp)[int(i)]).save(buffer, "PNG")
         return buffer.getvalue()
 
 
+def _one(root: str, files: list[File], prefix: str, ndim: int) -> File:
+    """The one file whose name begins with `prefix`."""
+    fitting = [file for file in files if posixpath.basename(file.path).startswith(prefix) and f"idx{ndim}" in file.path]
+    if len(fitting) != 1:
+        raise ValueError(
+            f"{root!r} has {len(fitting) or 'no'} files {prefix}-idx{ndim}-ubyte: there must be one, gzipped or not"
+        )
+    return fitting[0]
+
+
 @functools.lru_cache(maxsize=4)
-def _array(root: str, prefix: str, ndim: int) -> np.ndarray:
-    """The uint8 array in the one file whose name begins with `prefix`."""
+def _array(root: str, name: str, ndim: int, stamp: str) -> np.ndarray:
+    """The uint8 array of a file; one with another `stamp` is another file."""
     folder = Storage(root)
-    names = [name for name in folder.list_files() if name.startswith(prefix) and f"idx{ndim}" in name]
-    if len(names) != 1:
-        raise ValueError(f"{root!r} has {len(names) or 'no'} files {prefix}-idx{ndim}-ubyte: there must be one, gzipped or not")
-    content = folder.read_bytes(names[0])
+    content = folder.read_bytes(name)
     try:
         if content[:2] == b"\x1f\x8b":
             content = gzip.decompress(content)
@@ -65,4 +82,4 @@ def _array(root: str, prefix: str, ndim: int) -> np.ndarray:
             raise ValueError("wrong magic number")
         return np.frombuffer(content, np.uint8, offset=4 * len(header)).reshape(tuple(header[1:]))
     except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{folder}/{names[0]} is no whole IDX file of {ndim} dimensions: {error}") from None
+        raise ValueError(f"{folder}/{name} is no whole IDX file of {ndim} dimensions: {error}") from None

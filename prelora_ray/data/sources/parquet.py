@@ -4,102 +4,112 @@ from __future__ import annotations
 
 import functools
 import json
+import posixpath
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prelora_ray.data.manifest import Split
-from prelora_ray.data.sources.source import Item, files_below, numbered_classes
+from prelora_ray.data.sources.class_names import class_names
+from prelora_ray.data.sources.files import File
+from prelora_ray.data.sources.source import Found, Item, Label, Source
+from prelora_ray.data.sources.splits import Splits
+from prelora_ray.data.sources.table import Columns
 from prelora_ray.storage import Storage
+
+ENDING = ".parquet"
+
+
+def open_parquet(root: str, files: list[File], splits: Splits, columns: Columns) -> Source:
+    """Files with a column of images (a struct of `bytes` and `path`, bytes, or paths) and a column of labels.
+
+    Labels are numbers, names or truth values; numbers are named by the files' own metadata, or by `classnames.txt` in the
+    folder, a line a class. Raises ValueError where a file is damaged or lacks a column.
+    """
+    found = Found("Parquet files", root)
+    names: list[str] | None = None
+    block = 0
+    for file in files:
+        if not file.path.lower().endswith(ENDING):
+            found.skip("no Parquet file", file.path)
+            continue
+        split = splits.of(file.path)
+        parquet = _open(root, file.path, file.stamp)
+        image, label = columns.choose(parquet.schema_arrow.names, f"{root}/{file.path}")
+        _check_images(parquet.schema_arrow.field(image), f"{root}/{file.path}")
+        names = names or _class_names(parquet.schema_arrow, label)
+        for group in range(parquet.num_row_groups):
+            for row, value in enumerate(parquet.read_row_group(group, columns=[label])[label].to_pylist()):
+                at = (file.path, group, row, image)
+                found.add(split, f"{file.path}/{group}/{row}", _checked(value, f"{root}/{file.path}"), at, block, file.stamp)
+            block += 1
+    return found.source(ParquetReader(root), names or class_names(Storage(root)))
 
 
 @dataclass(frozen=True)
-class HuggingFaceParquet:
-    """Files with a column `image` or `img` (a struct of `bytes` and `path`, or plain bytes) and a column `label`.
-
-    The files of a split begin with its name (`train-00000-of-00005.parquet`), or lie in a folder of that name; `val`,
-    `validation` and, where there is neither, `test` validate. Class names come from the files' own metadata, or are
-    numbers.
-    """
-
+class ParquetReader:
     root: str
-    classes: tuple[str, ...]
-    items: dict[Split, list[Item]]
-
-    @classmethod
-    def fits(cls, folder: Storage) -> bool:
-        return any(name.endswith(".parquet") for name in files_below(folder))
-
-    @classmethod
-    def open(cls, root: str) -> HuggingFaceParquet:
-        """Lists rows and labels. Raises ValueError where a file is damaged or lacks a column."""
-        folder = Storage(root)
-        files = [name for name in files_below(folder) if name.endswith(".parquet")]
-        splits = {split: [name for name in files if any(p.startswith(split) for p in name.split("/"))] for split in _SPLITS}
-        val = splits["val"] or splits["test"]
-        train = splits["train"] or [name for name in files if name not in splits["val"] + splits["test"]]
-        if not train:
-            raise ValueError(f"{root!r} has no Parquet files to train on")
-        items: dict[Split, list[Item]] = {}
-        block = 0
-        names: tuple[str, ...] | None = None
-        chosen: list[tuple[Split, str]] = [("train", name) for name in train] + [("val", name) for name in val]
-        for split, file in chosen:
-            parquet = _open(root, file)
-            names = names or _class_names(parquet.schema_arrow)
-            for group in range(parquet.num_row_groups):
-                labels = parquet.read_row_group(group, columns=["label"])["label"].to_pylist()
-                if not all(isinstance(label, int) for label in labels):
-                    raise ValueError(f"{folder}/{file} has a label that is no whole number")
-                items.setdefault(split, []).extend(
-                    Item(f"{file}/{group}/{row}", label, (file, group, row), block) for row, label in enumerate(labels)
-                )
-                block += 1
-        numbers = numbered_classes((item.label for found in items.values() for item in found), root)
-        if names and len(numbers) > len(names):
-            raise ValueError(f"{root!r} has label {len(numbers) - 1}, and its metadata names {len(names)} classes")
-        return cls(root, names or numbers, items)
 
     def read(self, item: Item) -> bytes:
-        file, group, row = item.at
-        content = _images(self.root, str(file), int(group))[int(row)].as_py()
+        file, group, row, column = item.at
+        content: Any = _images(self.root, str(file), int(group), str(column), item.stamp)[int(row)].as_py()
+        path = None
         if isinstance(content, dict):
-            content = content["bytes"]
+            content, path = content.get("bytes"), content.get("path")
+        if isinstance(content, str):
+            content, path = None, content
+        if content is None and path:
+            return self._read_path(posixpath.dirname(str(file)), path)
         if content is None:
             raise ValueError("the row holds no bytes")
         return bytes(content)
 
+    def _read_path(self, directory: str, path: str) -> bytes:
+        """A file that a row names, relative to the Parquet file or to the source."""
+        for name in (posixpath.normpath(posixpath.join(directory, path)), posixpath.normpath(path)):
+            if posixpath.isabs(name) or name.startswith(".."):
+                raise ValueError(f"the row's path {path!r} leads out of the source")
+            if Storage(self.root).exists(name):
+                return Storage(self.root).read_bytes(name)
+        raise ValueError(f"the row's path {path!r} names no file of the source")
 
-_SPLITS = ("train", "val", "test")
+
+def _checked(label: Any, where: str) -> Label:
+    if not isinstance(label, (int, str)):
+        raise ValueError(f"{where} has the label {label!r}: a label is a whole number, a name or a truth value")
+    return label
+
+
+def _check_images(column: pa.Field, where: str) -> None:
+    kind = column.type
+    is_struct = pa.types.is_struct(kind) and bool({field.name for field in kind} & {"bytes", "path"})
+    if not is_struct and kind not in (pa.binary(), pa.large_binary(), pa.string(), pa.large_string()):
+        raise ValueError(
+            f"{where} holds {kind} in `{column.name}`: an image is bytes, a path, or a struct of `bytes` and `path`; name "
+            "another column with --image-column"
+        )
 
 
 @functools.lru_cache(maxsize=16)
-def _open(root: str, file: str) -> pq.ParquetFile:
-    """Raises ValueError where the file is damaged or is not in the layout."""
+def _open(root: str, file: str, stamp: str) -> pq.ParquetFile:
+    """Raises ValueError where the file is damaged. One with another `stamp` is another file."""
     folder = Storage(root)
     try:
-        parquet = pq.ParquetFile(folder.filesystem.open_input_file(folder.file(file)))
+        return pq.ParquetFile(folder.filesystem.open_input_file(folder.file(file)))
     except pa.ArrowInvalid as error:
         raise ValueError(f"{folder}/{file} is no whole Parquet file: {error}") from None
-    columns = set(parquet.schema_arrow.names)
-    if "label" not in columns or not columns & {"image", "img"}:
-        raise ValueError(f"{folder}/{file} has the columns {sorted(columns)}: it needs `image` or `img`, and `label`")
-    return parquet
 
 
 @functools.lru_cache(maxsize=64)
-def _images(root: str, file: str, group: int) -> pa.ChunkedArray:
-    parquet = _open(root, file)
-    column = "image" if "image" in parquet.schema_arrow.names else "img"
-    return parquet.read_row_group(group, columns=[column])[column]
+def _images(root: str, file: str, group: int, column: str, stamp: str) -> pa.ChunkedArray:
+    return _open(root, file, stamp).read_row_group(group, columns=[column])[column]
 
 
-def _class_names(schema: pa.Schema) -> tuple[str, ...] | None:
+def _class_names(schema: pa.Schema, label: str) -> list[str] | None:
     """Names of the labels in the metadata that the `datasets` library writes."""
     try:
         info: dict[str, Any] = json.loads((schema.metadata or {})[b"huggingface"])
-        return tuple(info["info"]["features"]["label"]["names"])
+        return list(info["info"]["features"][label]["names"])
     except (KeyError, TypeError, ValueError):
         return None

@@ -1,71 +1,178 @@
-"""What every source of images is to `prepare`."""
+"""What every source of images is to `prepare`, and how it comes about from what lies there."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import posixpath
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
-import pyarrow.fs
-
 from prelora_ray.data.manifest import Split
-from prelora_ray.storage import Storage
+from prelora_ray.data.sources.files import printable
+from prelora_ray.data.sources.splits import SourceSplit
+
+Label = int | str | bool
+"""A label as a source has it: a number, or a class's name."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Item:
     """One image of a source."""
 
     name: str
     """What a person calls it: a path relative to the source, a member of a tar, a row."""
     label: int
+    """Index of its class."""
     at: tuple[str | int, ...] = ()
-    """Where the source finds it, where the name does not say."""
+    """Where the reader finds it."""
     block: int | None = None
     """Number of the unit that is read at once (a Parquet row group); None where any image is as cheap to read as any other."""
+    stamp: str = ""
+    """Changes with the file that holds it."""
 
 
-class Source(Protocol):
-    """Lists its images without reading them, and reads one when asked, in whatever process it is."""
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Class names; a label is an index into them."""
-
-    @property
-    def items(self) -> dict[Split, list[Item]]:
-        """With no "val", a share of "train" is held out."""
+class Reader(Protocol):
+    """Reads images, in whatever process it is. Every task carries one, so it holds no list of them."""
 
     def read(self, item: Item) -> bytes:
-        """The image, encoded."""
+        """The image, encoded. Raises OSError or ValueError where it cannot be read."""
 
 
-def is_folder(folder: Storage) -> bool:
-    return bool(folder.filesystem.get_file_info(folder.path).type == pyarrow.fs.FileType.Directory)
+@dataclass(frozen=True)
+class Source:
+    """What lies in a source: every image that `prepare` is to read, and what it leaves out."""
+
+    kind: str
+    """How it was read, for a person: `image folders`, `WebDataset`."""
+    reader: Reader
+    classes: tuple[str, ...]
+    """Class names; a label is an index into them. Each has a training image."""
+    items: dict[Split, list[Item]]
+    """With no "val", a share of "train" is held out."""
+    skipped: Counter[tuple[str, str]]
+    """Files, members or rows that are not read, by (reason, ending)."""
+    notes: tuple[str, ...]
+    """Sentences that a user must be told."""
 
 
-def files_below(folder: Storage, root: str = "") -> list[str]:
-    """Paths relative to `folder` of all files below its sub-folder `root`, sorted; hidden files are passed over."""
-    selector = pyarrow.fs.FileSelector((folder / root).path if root else folder.path, recursive=True)
-    names = []
-    for info in folder.filesystem.get_file_info(selector):
-        name = info.path[len(folder.path) :].lstrip("/")
-        inside = name[len(root) :].lstrip("/").split("/")
-        if info.type == pyarrow.fs.FileType.File and not any(part.startswith(".") for part in inside):
-            names.append(name)
-    return sorted(names)
+@dataclass
+class Found:
+    """What a source comes across while it lists itself."""
+
+    kind: str
+    root: str
+    skipped: Counter[tuple[str, str]] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+    _images: dict[SourceSplit | None, list[_Image]] = field(default_factory=dict)
+
+    def add(
+        self,
+        split: SourceSplit | None,
+        name: str,
+        label: Label,
+        at: tuple[str | int, ...] = (),
+        block: int | None = None,
+        stamp: str = "",
+    ) -> None:
+        """An image; None is no split."""
+        self._images.setdefault(split, []).append((name, label, at, block, stamp))
+
+    def has_images_of(self, *splits: SourceSplit | None) -> bool:
+        return any(split in self._images for split in splits)
+
+    def skip(self, reason: str, name: str) -> None:
+        """Something that is left out."""
+        self.skipped[reason, ending(name)] += 1
+
+    def source(self, reader: Reader, names: Sequence[str] | None = None) -> Source:
+        """What was found, with labels as indices into the classes that occur.
+
+        `names` are those of labels that are numbers. Raises ValueError where there is nothing to train on, or nothing
+        to tell apart.
+        """
+        chosen = self._splits()
+        classes, index = self._classes(chosen, names)
+        items = {
+            split: [Item(name, index[_key(label)], at, block, stamp) for name, label, at, block, stamp in images]
+            for split, images in chosen.items()
+        }
+        return Source(self.kind, reader, classes, items, self.skipped, tuple(self.notes))
+
+    def _splits(self) -> dict[Split, list[_Image]]:
+        """The images of each split. Those of no split train where no name says `train`."""
+        images = dict(self._images)
+        loose = images.pop(None, [])
+        train = images.get("train") or loose
+        if not train:
+            only = f", only to {' and '.join(sorted(map(str, images)))}" if images else ""
+            raise ValueError(f"{self.root!r} has no images to train on{only}")
+        if loose and train is not loose:
+            self._leave_out(loose, "in no split")
+        if loose and train is loose and images:
+            self.notes.append("the files whose names are of no split are taken for training")
+        val = images.get("val") or images.get("test") or []
+        if images.get("val") and images.get("test"):
+            self._leave_out(images["test"], "of split test, as there is val")
+        return {"train": train, "val": val} if val else {"train": train}
+
+    def _leave_out(self, images: list[_Image], reason: str) -> None:
+        for name, *_ in images:
+            self.skip(reason, name)
+
+    def _classes(
+        self, chosen: dict[Split, list[_Image]], names: Sequence[str] | None
+    ) -> tuple[tuple[str, ...], dict[Label, int]]:
+        """Class names, and the index of each label: classes are those of the training images, sorted."""
+        label_of: dict[Split, dict[Label, Label]] = {
+            split: {_key(label): label for _, label, *_ in images} for split, images in chosen.items()
+        }
+        found = label_of["train"]
+        kinds = {type(label) for labels in label_of.values() for label in labels.values()}
+        if len(kinds) > 1:
+            raise ValueError(f"{self.root!r} has labels of several kinds: {', '.join(sorted(k.__name__ for k in kinds))}")
+        is_number = kinds == {int}
+        if is_number and min(map(int, found)) < 0:
+            raise ValueError(f"{self.root!r} has label {min(map(int, found))}: labels are whole numbers from 0 on")
+        if is_number and names is not None and max(map(int, found)) >= len(names):
+            raise ValueError(f"{self.root!r} has label {max(map(int, found))}, and names {len(names)} classes")
+        for name, label, *_ in chosen.get("val", ()):
+            if _key(label) not in found:
+                told = names[int(label)] if is_number and names is not None and 0 <= int(label) < len(names) else label
+                raise ValueError(f"{self.root!r} has {printable(name)!r} of class {told!r} in val, and no such class in train")
+        if len(found) < 2:
+            alone = next(iter(found.values()))
+            alone = names[int(alone)] if is_number and names is not None else alone
+            raise ValueError(f"{self.root!r} has one class alone, {alone!r}: there is nothing to tell apart")
+        order = sorted(found)
+        self._note_gaps(order, is_number, names)
+        named = [names[int(label)] if is_number and names is not None else printable(str(label)) for label in order]
+        return tuple(named), {label: i for i, label in enumerate(order)}
+
+    def _note_gaps(self, order: list[Label], is_number: bool, names: Sequence[str] | None) -> None:
+        """Tells of numbers without images, as labels are then others than the source's."""
+        if not is_number or int(order[-1]) == len(order) - 1 == len(names or order) - 1:
+            return
+        if names is not None:
+            missing = [name for i, name in enumerate(names) if i not in set(map(int, order))]
+            which = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+            self.notes.append(f"{len(missing)} of {len(names)} named classes have no training images and are left out: {which}")
+        else:
+            self.notes.append(
+                f"{len(order)} labels occur between {order[0]} and {order[-1]}: they become 0 to {len(order) - 1}, and keep "
+                "their numbers as class names"
+            )
 
 
-def visible_folders(folder: Storage) -> list[str]:
-    return [name for name in folder.list_folders() if not name.startswith(".")]
+_Image = tuple[str, Label, tuple[str | int, ...], int | None, str]
 
 
-def numbered_classes(labels: Iterable[int], source: str) -> tuple[str, ...]:
-    """Classes of a source that knows numbers alone: "0" to the largest label.
+def _key(label: Label) -> Label:
+    """What two labels of one class share: names may be composed (NFC) in one file system and decomposed in another."""
+    return unicodedata.normalize("NFC", label) if isinstance(label, str) else label
 
-    Raises ValueError for a label under 0.
-    """
-    found = set(labels)
-    if found and min(found) < 0:
-        raise ValueError(f"{source!r} has label {min(found)}: labels are whole numbers from 0 on")
-    return tuple(str(label) for label in range(max(found, default=-1) + 1))
+
+def ending(name: str) -> str:
+    """The ending of a file's name, in small letters: `.jpg`; empty where there is none."""
+    return posixpath.splitext(printable(name))[1].lower()

@@ -1,0 +1,16 @@
+"""Names of classes that a source knows by number."""
+
+from __future__ import annotations
+
+from prelora_ray.data.manifest import is_prepared
+from prelora_ray.storage import Storage
+
+_FILES = ("classnames.txt", "classes.txt")
+
+
+def class_names(folder: Storage) -> list[str] | None:
+    """Names in the labels' order: a line each of `classnames.txt`, or those of a prepared folder; None where there are none."""
+    for name in _FILES:
+        if folder.exists(name):
+            return folder.read_bytes(name).decode().splitlines()
+    return list(folder.read_json("manifest.json")["classes"]) if is_prepared(folder) else None

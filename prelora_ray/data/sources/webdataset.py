@@ -1,0 +1,107 @@
+"""WebDataset: tar shards, each sample a group of members with one key."""
+
+from __future__ import annotations
+
+import json
+import posixpath
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from prelora_ray.data.encode import IMAGE_ENDINGS
+from prelora_ray.data.sources.class_names import class_names
+from prelora_ray.data.sources.files import File
+from prelora_ray.data.sources.folder import FileReader, add_file, has_class_folders, open_folders
+from prelora_ray.data.sources.source import Found, Label, Source
+from prelora_ray.data.sources.splits import Splits
+from prelora_ray.data.sources.table import Columns
+from prelora_ray.data.sources.tars import members_of_all, read_member, tar_files
+from prelora_ray.storage import Storage
+
+_LABELS = (".cls", ".json")
+
+
+def open_tars(root: str, beside: list[File], splits: Splits, columns: Columns) -> Source:
+    """Shards of samples: an image, and its label in `.cls` or `.json`. Tars without labels are read as image folders.
+
+    A key is a member's name up to its last dot, where a label has the same key; else up to its first one, as in
+    `0001.left.jpg` and `0001.cls`. The label in a `.json` is its `label` or `cls`, a number or a name; numbers are named
+    by `classnames.txt` in the folder, a line a class. `beside`: the tars, and what lies beside them.
+
+    Raises ValueError where shards are damaged or a label is none.
+    """
+    folder = Storage(root)
+    tars = tar_files(beside)
+    files = list(members_of_all(folder, tars))
+    others = [file for file in beside if file not in tars]
+    if not any(file.path.lower().endswith(_LABELS) for file in files) and has_class_folders(files, splits):
+        return open_folders(root, files + others, splits, columns)
+    found = Found("WebDataset", root)
+    for file in others:
+        found.skip("no tar", file.path)
+    samples: dict[tuple[str, str], _Sample] = {}
+    for file in files:
+        if file.path.lower().endswith(_LABELS):
+            samples.setdefault((str(file.at[0]), posixpath.splitext(file.path)[0]), _Sample()).labels.append(file)
+    for file in files:
+        shard = str(file.at[0])
+        ending = posixpath.splitext(file.path)[1].lower()
+        if ending in IMAGE_ENDINGS:
+            key = next((key for key in _keys(file.path) if (shard, key) in samples), posixpath.splitext(file.path)[0])
+            samples.setdefault((shard, key), _Sample()).images.append(file)
+        elif ending not in _LABELS:
+            found.skip("neither image nor label", file.path)
+    for (shard, key), sample in samples.items():
+        _add(found, folder, shard, key, sample, splits)
+    return found.source(FileReader(root), class_names(folder))
+
+
+@dataclass
+class _Sample:
+    images: list[File] = field(default_factory=list)
+    labels: list[File] = field(default_factory=list)
+
+
+def _keys(path: str) -> Iterable[str]:
+    """What may be the key of a member, the longest first."""
+    directory, name = posixpath.split(path)
+    parts = name.split(".")
+    return [posixpath.join(directory, ".".join(parts[:end])) for end in range(len(parts) - 1, 0, -1)]
+
+
+def _add(found: Found, folder: Storage, shard: str, key: str, sample: _Sample, splits: Splits) -> None:
+    if not sample.images:
+        for file in sample.labels:
+            found.skip("a label without an image", file.path)
+        return
+    named = [file for file in sample.images if posixpath.splitext(file.path)[0] == key] or sample.images
+    if len(named) > 1:
+        raise ValueError(f"{folder}/{shard} has two images of the sample {key!r}")
+    for file in sample.images:
+        if file is not named[0]:
+            found.skip("a further image of its sample", file.path)
+    label = _label(folder, sample.labels)
+    if label is None:
+        raise ValueError(f"{folder}/{shard} has no label (.cls or .json) for the sample {key!r}")
+    add_file(found, splits.of(shard), named[0], label)
+
+
+def _label(folder: Storage, files: list[File]) -> Label | None:
+    """The label of a sample; None where its files hold none."""
+    for file in sorted(files, key=lambda file: _LABELS.index(posixpath.splitext(file.path)[1].lower())):
+        tar, offset, size = file.at
+        content = read_member(folder.uri, str(tar), int(offset), int(size), file.stamp)
+        try:
+            text = content.decode().strip()
+            if file.path.lower().endswith(".json"):
+                described = json.loads(text)
+                label = described["label"] if "label" in described else described["cls"]
+            else:
+                label = int(text) if text.lstrip("-").isdecimal() else text
+        except KeyError:
+            continue
+        except (ValueError, TypeError):
+            raise ValueError(f"{folder}/{tar} has no label that can be read in {file.path!r}") from None
+        if not isinstance(label, (int, str)) or label == "":
+            raise ValueError(f"{folder}/{tar} has {label!r} in {file.path!r}: a label is a whole number or a class's name")
+        return label
+    return None
