@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import statistics
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -18,7 +19,15 @@ Whole = Annotated[int, Field(ge=0, strict=True)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Channels = tuple[Share, Share, Share]
+
+
+def _for_each_channel(values: tuple[float, ...]) -> tuple[float, ...]:
+    if len(values) not in (1, 3):
+        raise ValueError("must be one value for all channels, such as [0.5], or three for red, green and blue")
+    return values * 3 if len(values) == 1 else values
+
+
+ForEachChannel = AfterValidator(_for_each_channel)
 
 
 class Section(BaseModel):
@@ -44,7 +53,7 @@ class ModelSettings(Section):
     drop_path: Share = 0.0
     """Stochastic depth: the last block's probability of leaving out a residual branch; earlier blocks have less."""
     options: dict[str, Any] = {}
-    """Further arguments of `timm.create_model`, such as `patch_size`, `embed_dim` or `depth`."""
+    """Further arguments of `timm.create_model`, such as `patch_size` or `depth`; `in_chans: 1` takes images as grey values."""
     init_from: str | None = None
     """A timm checkpoint that the run starts from, a file or an address in a bucket; null draws the weights."""
     allow_download: bool = False
@@ -59,7 +68,20 @@ class ModelSettings(Section):
         for key, instead in _RESERVED_OPTIONS.items():
             if key in self.options:
                 raise ValueError(f"model.options.{key} is not allowed: {instead}")
+        if type(self.channels) is not int or self.channels not in (1, 3):
+            raise ValueError(f"model.options.in_chans = {self.channels!r} is not allowed: it must be 3, or 1 for grey images")
         return self
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images that the model takes: 3, or 1, which is their grey value."""
+        channels: int = self.options.get("in_chans", 3)
+        return channels
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of an image that the model takes."""
+        return self.channels, self.image_size, self.image_size
 
 
 _RESERVED_OPTIONS = {
@@ -116,10 +138,10 @@ class DataSettings(Section):
     """Row groups whose rows are shuffled together."""
     decoders: Count | Literal["auto"] = "auto"
     """Decoding processes of each worker; auto is its share of the node's CPUs, which the GPUs of the node share."""
-    mean: Channels = (0.485, 0.456, 0.406)
-    """Mean of each channel, in 0..1."""
-    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
-    """Standard deviation of each channel."""
+    mean: Annotated[tuple[Share, ...], ForEachChannel] = (0.485, 0.456, 0.406)
+    """Mean of each channel, in 0..1; one value, such as [0.5], stands for all three. With in_chans 1 their average counts."""
+    std: Annotated[tuple[Positive, ...], ForEachChannel] = (0.229, 0.224, 0.225)
+    """Standard deviation of each channel; one value stands for all three. With in_chans 1 their average counts."""
     crop_ratio: Annotated[float, Field(gt=0, le=1)] = 0.875
     """Share of the shorter side in evaluation's centre crop."""
 
@@ -283,6 +305,14 @@ class Settings(Section):
     workers: WorkerSettings = WorkerSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     monitor: MonitorSettings = MonitorSettings()
+
+    @property
+    def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of each channel that the model takes; of grey, the averages over red, green and blue."""
+        mean, std = self.data.mean, self.data.std
+        if self.model.channels == 1:
+            return (statistics.mean(mean),), (statistics.mean(std),)
+        return mean, std
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -87,7 +87,7 @@ def export(source: str, out: str, data: str | None = None) -> Exported:
 
 
 def _real_images(run: RunModel, path: str) -> torch.Tensor:
-    """The first validation images, normalised, (n, 3, size, size)."""
+    """The first validation images, normalised, (n, channels, size, size)."""
     prepared = run.preprocessing
     augmentation = Augmentation(prepared.image_size, prepared.mean, prepared.std)
     augmenter = Augmenter(augmentation, seed=0, crop_ratio=prepared.crop_ratio)
@@ -112,7 +112,7 @@ def _write_timm(run: RunModel, path: Path, tensors: dict[str, torch.Tensor]) -> 
         model_config={"label_names": list(run.classes), "pretrained_cfg": {"tag": settings.name}},  # not timm's own weights
         safe_serialization=True,
         data_config={
-            "input_size": (3, prepared.image_size, prepared.image_size),
+            "input_size": settings.model.input_shape,
             "mean": prepared.mean,
             "std": prepared.std,
             "crop_pct": prepared.crop_ratio,
@@ -164,10 +164,12 @@ The adapters and the base that they go on:
     from peft import PeftModel
     model = PeftModel.from_pretrained(timm.create_model("local-dir:adapter/base", pretrained=True), "adapter")
 """
+    channels, size, _ = settings.model.input_shape
+    kind = "RGB" if channels == 3 else "grey values (Pillow's mode `L`)"
     return f"""# {settings.name}
 
 {settings.model.name} for {len(run.classes)} classes, trained by prelora_ray; checkpoint {run.checkpoint} of its run. Images are
-RGB of {prepared.image_size} x {prepared.image_size} pixels in 0..1, normalised with mean {prepared.mean} and standard
+{kind} of {size} x {size} pixels in 0..1, normalised with mean {prepared.mean} and standard
 deviation {prepared.std}; evaluation keeps the centre {prepared.crop_ratio:g} of the shorter side, with bicubic
 interpolation. The classes are `label_names` in `timm/config.json`.
 
@@ -176,11 +178,11 @@ The merged model:
     import timm
     model = timm.create_model("local-dir:timm", pretrained=True)
     model = timm.create_model(
-        {settings.model.name!r}, num_classes={len(run.classes)}, img_size={prepared.image_size}{options},
+        {settings.model.name!r}, num_classes={len(run.classes)}, img_size={size}{options},
         checkpoint_path="timm/model.safetensors",
     )
 {adapter if (root / "adapter").exists() else ""}
-ONNX, with images (n, 3, {prepared.image_size}, {prepared.image_size}) as `pixels`:
+ONNX, with images (n, {channels}, {size}, {size}) as `pixels`:
 
     import onnxruntime
     (logits,) = onnxruntime.InferenceSession("onnx/model.onnx").run(["logits"], {{"pixels": images}})

@@ -30,8 +30,9 @@ class Preprocessing:
     """What becomes of an image before the model takes it."""
 
     image_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    """Of each channel that the model takes: three, or one, which is the grey value."""
+    std: tuple[float, ...]
     crop_ratio: float
     """Share of the shorter side in the centre crop."""
 
@@ -39,7 +40,7 @@ class Preprocessing:
 @dataclass(frozen=True)
 class TrainedModel:
     module: nn.Module
-    """Normalised float32 images (n, 3, image_size, image_size) to logits (n, classes), in evaluation mode."""
+    """Normalised float32 images (n, channels, image_size, image_size) to logits (n, classes), in evaluation mode."""
     classes: tuple[str, ...]
     preprocessing: Preprocessing
     data: str | None
@@ -102,7 +103,7 @@ def load_run_model(source: str) -> RunModel:
 def _run_model(settings: Settings, classes: tuple[str, ...], checkpoint: Checkpoint) -> RunModel:
     data = settings.data
     model = restore_model(settings, len(classes), checkpoint).float().eval()
-    preprocessing = Preprocessing(settings.model.image_size, data.mean, data.std, data.crop_ratio)
+    preprocessing = Preprocessing(settings.model.image_size, *settings.normalization, data.crop_ratio)
     return RunModel(model, classes, preprocessing, data.path, settings, checkpoint.name)
 
 

@@ -44,7 +44,11 @@ def test_the_papers_recipe():
             {"data": {"path": "x", "decoders": "many"}},
             "data.decoders = 'many' is not allowed: it must be a valid integer, or 'auto'",
         ),
-        ({"data": {"path": "x", "mean": [0.5]}}, "data.mean = [0.5] is not allowed: it has too few entries"),
+        (
+            {"data": {"path": "x", "mean": [0.5, 0.4]}},
+            "data.mean = [0.5, 0.4] is not allowed: it must be one value for all channels, such as [0.5], or three",
+        ),
+        ({"data": {"path": "x", "std": [0]}}, "data.std = 0 is not allowed: it must be greater than 0"),
         ({"data": {}}, "data.path is missing: it must be given"),
         ({"data": None}, "data = None is not allowed: it must be a valid dictionary or instance of DataSettings"),
         ({"method": {"r_min": 16, "r_max": 8}}, "method.r_min = 16 is not allowed: it must not exceed r_max = 8"),
@@ -66,6 +70,11 @@ def test_the_papers_recipe():
         ({"train": {"micro_batch": 20}}, "train.micro_batch = 20 is not allowed: it must be a multiple of data.cell = 16"),
         ({"model": {"name": "hf-hub:timm/vit"}}, "model.name = 'hf-hub:timm/vit' fetches from elsewhere"),
         ({"model": {"options": {"img_size": 32}}}, "model.options.img_size is not allowed: set model.image_size"),
+        (
+            {"model": {"options": {"in_chans": 2}}},
+            "model.options.in_chans = 2 is not allowed: it must be 3, or 1 for grey images",
+        ),
+        ({"model": {"options": {"in_chans": True}}}, "model.options.in_chans = True is not allowed: it must be 3, or 1"),
         ({"augment": {"policy": "rand-m9;x"}}, "augment.policy = 'rand-m9;x' is not allowed: it must be `3a` or a RandAugment"),
         ({"name": "../up"}, "name = '../up' is not allowed: it must be 1 to 128 letters"),
     ],
@@ -104,6 +113,20 @@ def test_overrides(tmp_path):
     assert settings.train.epochs == 20
     assert settings.method.targets == ("fc1", "fc2")
     assert (settings.name, settings.workers.max) == ("other", 2)
+
+
+@pytest.mark.parametrize(
+    ("channels", "given", "taken"),
+    [
+        (3, [0.25, 0.375, 0.875], (0.25, 0.375, 0.875)),
+        (3, [0.1307], (0.1307, 0.1307, 0.1307)),
+        (1, [0.1307], (0.1307,)),
+        (1, [0.25, 0.375, 0.875], (0.5,)),
+    ],
+)
+def test_mean_and_deviation_of_the_channels_that_the_model_takes(channels, given, taken):
+    data, model = {"path": "x", "mean": given, "std": given}, {"options": {"in_chans": channels}}
+    assert parse_settings({"name": "run", "data": data, "model": model}).normalization == (taken, taken)
 
 
 def test_settings_without_effect_are_told():

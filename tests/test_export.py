@@ -24,21 +24,24 @@ from prelora_ray.method.phases import Decision
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
 from prelora_ray.train.checkpoint import Checkpoints
+from prelora_ray.train.run import train
 from prelora_ray.train.state import TrainState
 from prelora_ray.trained import load_run_model
-from tests.runs import TINY_VIT
+from tests.runs import EPOCHS, FREEZE, SWITCH, TINY_VIT, settings
 
-PHASES = ("full", "warmup", "lora")
+CHANNELS = {"full": 3, "warmup": 1, "lora": 3}
+"""Of the images that the run of each phase takes; 1 is their grey value."""
 
 
 def make_run(folder: Path, digits: Path, phase: str) -> Path:
     """A run that stands in `phase`, with adapters that do something."""
+    options = {**TINY_VIT, "in_chans": CHANNELS[phase]}
     settings = parse_settings(
         {
             "name": phase,
             "storage": str(folder),
-            "data": {"path": str(digits), "batch_size": 96, "cell": 12, "mean": [0.3] * 3, "std": [0.4] * 3, "crop_ratio": 1},
-            "model": {"name": "vit_tiny_patch16_224", "image_size": 8, "options": TINY_VIT},
+            "data": {"path": str(digits), "batch_size": 96, "cell": 12, "mean": [0.3], "std": [0.4], "crop_ratio": 1},
+            "model": {"name": "vit_tiny_patch16_224", "image_size": 8, "options": options},
             "method": {"r_min": 2, "r_max": 8},
         }
     )
@@ -69,7 +72,7 @@ def make_run(folder: Path, digits: Path, phase: str) -> Path:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, digits) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("runs")
-    return {phase: make_run(folder, digits, phase) for phase in PHASES}
+    return {phase: make_run(folder, digits, phase) for phase in CHANNELS}
 
 
 @pytest.fixture(scope="module")
@@ -77,24 +80,23 @@ def exports(runs, tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("exports")
     for phase, run in runs.items():
         export(str(run), str(folder / phase))
-    return {phase: folder / phase for phase in PHASES}
+    return {phase: folder / phase for phase in CHANNELS}
 
 
 @pytest.fixture(scope="module")
 def validation(digits) -> tuple[torch.Tensor, torch.Tensor]:
-    """All validation images, normalised, and their labels, from scikit-learn's own arrays."""
+    """All validation images as normalised grey values, and their labels, from scikit-learn's own arrays."""
     shards = read_manifest(Storage(str(digits))).splits["val"]
     rows = [int(row["source"]) for shard in shards for row in pq.read_table(digits / shard.file).to_pylist()]
     content = load_digits()
     pixels = torch.from_numpy((content.images[rows] * 255 / 16).round()).float()
-    images = ((pixels / 255 - 0.3) / 0.4)[:, None].expand(-1, 3, 8, 8).contiguous()
-    return images, torch.from_numpy(content.target[rows])
+    return ((pixels / 255 - 0.3) / 0.4)[:, None], torch.from_numpy(content.target[rows])
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("phase", CHANNELS)
 @torch.no_grad()
 def test_timm_peft_and_onnxruntime_compute_what_the_run_does(runs, exports, validation, phase):
-    images, _ = validation
+    images = validation[0].repeat(1, CHANNELS[phase], 1, 1)
     expected = load_run_model(str(runs[phase])).module(images)
     out = exports[phase]
     forms = {
@@ -104,7 +106,7 @@ def test_timm_peft_and_onnxruntime_compute_what_the_run_does(runs, exports, vali
             num_classes=10,
             img_size=8,
             checkpoint_path=str(out / "timm/model.safetensors"),
-            **TINY_VIT,
+            **{**TINY_VIT, "in_chans": CHANNELS[phase]},
         ).eval()(images),
         "onnx": torch.from_numpy(
             onnxruntime.InferenceSession(str(out / "onnx/model.onnx")).run(["logits"], {"pixels": images.numpy()})[0]
@@ -120,26 +122,39 @@ def test_timm_peft_and_onnxruntime_compute_what_the_run_does(runs, exports, vali
         assert (logits - expected).abs().max() <= 1e-4, form
 
 
-def test_the_configuration_is_that_of_the_run(exports):
-    config = json.loads((exports["lora"] / "timm/config.json").read_text())
+@pytest.mark.parametrize("phase", ["warmup", "lora"])
+def test_the_configuration_is_that_of_the_run(exports, phase):
+    config, channels = json.loads((exports[phase] / "timm/config.json").read_text()), CHANNELS[phase]
     assert config["label_names"] == [str(digit) for digit in range(10)]
-    assert config["pretrained_cfg"]["mean"] == [0.3] * 3
+    assert config["pretrained_cfg"]["mean"] == [0.3] * channels
+    assert config["pretrained_cfg"]["input_size"] == [channels, 8, 8]
+    assert f"images (n, {channels}, 8, 8) as `pixels`" in (exports[phase] / "README.md").read_text()
     transform = timm.data.create_transform(
-        **timm.data.resolve_data_config({}, model=timm.create_model(f"local-dir:{exports['lora']}/timm", pretrained=False))
+        **timm.data.resolve_data_config({}, model=timm.create_model(f"local-dir:{exports[phase]}/timm", pretrained=False))
     )
-    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
-    expected = (torch.from_numpy(pixels).permute(2, 0, 1) / 255 - 0.3) / 0.4
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, channels), np.uint8).squeeze()
+    expected = (torch.from_numpy(pixels).view(8, 8, channels).permute(2, 0, 1) / 255 - 0.3) / 0.4
     torch.testing.assert_close(transform(Image.fromarray(pixels)), expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("form", ["run", "checkpoint", "export", "timm", "adapter", "onnx"])
-def test_evaluation_against_scikit_learns_own_arrays(runs, exports, digits, validation, form):
+@pytest.mark.parametrize(
+    ("phase", "form"),
+    [
+        ("lora", "run"),
+        ("lora", "timm"),
+        ("lora", "adapter"),
+        ("lora", "onnx"),
+        ("warmup", "checkpoint"),
+        ("warmup", "export"),
+    ],
+)
+def test_evaluation_against_scikit_learns_own_arrays(runs, exports, digits, validation, phase, form):
     images, labels = validation
-    out = exports["lora"]
-    source = {"run": runs["lora"], "checkpoint": runs["lora"] / "checkpoints/00003-000000", "export": out}.get(form, out / form)
+    run, out = runs[phase], exports[phase]
+    source = {"run": run, "checkpoint": run / "checkpoints/00003-000000", "export": out}.get(form, out / form)
     report = evaluate(str(source), None if form in ("run", "checkpoint") else str(digits))
     with torch.no_grad():
-        logits = load_run_model(str(runs["lora"])).module(images)
+        logits = load_run_model(str(run)).module(images.repeat(1, CHANNELS[phase], 1, 1))
     best = logits.argsort(1, descending=True)
     assert report.evaluation.images == len(labels)
     assert report.evaluation.top1 == pytest.approx((best[:, 0] == labels).double().mean().item())
@@ -187,3 +202,14 @@ def test_other_classes_are_refused(runs, digits, tmp_path):
     (other / "manifest.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"class 4 is 'four' in .* was trained with '4'"):
         evaluate(str(runs["lora"]), str(other))
+
+
+@pytest.mark.slow
+def test_a_run_on_grey_values_by_two_workers(digits, tmp_path):
+    run = settings(digits, tmp_path, "grey", 2, model={"options": {**TINY_VIT, "in_chans": 1}}, data={"mean": [0.3]})
+    result = train(run)
+    assert (result["switch_epoch"], result["freeze_epoch"], result["epochs"]) == (SWITCH, FREEZE, EPOCHS)
+    done = export(str(tmp_path / "grey"), str(tmp_path / "out"))
+    assert done.forms == ("adapter", "onnx", "timm")
+    for source in (tmp_path / "grey", tmp_path / "out"):
+        assert evaluate(str(source), str(digits)).evaluation.top1 == pytest.approx(result["val_top1"])

@@ -33,9 +33,9 @@ class Augmentation:
 
     image_size: int
     """Side of the square image that the model takes, in pixels."""
-    mean: tuple[float, float, float]
-    """Mean of the normalised channels, in 0..1: the middle of the noise that erasing fills in."""
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    """Mean of the channels, in 0..1: the middle of the noise that erasing fills in."""
+    std: tuple[float, ...]
     crop: Crop = "random_resized"
     min_scale: float = 0.08
     """Smallest share of the image's area in a random resized crop."""

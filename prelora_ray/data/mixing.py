@@ -83,9 +83,20 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 def normalize(
     images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """uint8 (n, height, width, 3) to normalised `dtype` (n, 3, height, width)."""
+    """uint8 (n, height, width, 3) to normalised `dtype` (n, channels, height, width), one channel for each value of `mean`.
+
+    One channel is the grey value.
+    """
+    if len(mean) == 1:
+        images = _grey(images)
     shift, scale = _shift_and_scale(mean, std, dtype, images.device)
     return ((images.to(dtype) - shift) * scale).permute(0, 3, 1, 2).contiguous()
+
+
+def _grey(images: torch.Tensor) -> torch.Tensor:
+    """uint8 (..., 3) to the luma of ITU-R 601, int32 (..., 1) in 0..255: to the bit what Pillow's mode `L` is."""
+    red, green, blue = images.int().split(1, dim=-1)
+    return (19595 * red + 38470 * green + 7471 * blue + 2**15) >> 16  # 0.299, 0.587 and 0.114 of 2**16, rounded
 
 
 @lru_cache
@@ -103,7 +114,7 @@ def soft_targets(labels: torch.Tensor, num_classes: int, label_smoothing: float,
 
 
 def mix(images: torch.Tensor, targets: torch.Tensor, plan: MixPlan) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mixes normalised images (n, 3, height, width) and soft targets (n, num_classes), all on one device."""
+    """Mixes normalised images (n, channels, height, width) and soft targets (n, num_classes), all on one device."""
     device, dtype = images.device, images.dtype
     weight, box = plan.weight.to(dtype), plan.box
     y = torch.arange(images.shape[2], device=device)

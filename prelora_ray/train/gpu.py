@@ -34,9 +34,8 @@ def peak_flops(name: str) -> float | None:
 
 def forward_flops(settings: ModelSettings, num_classes: int) -> float:
     """Operations of one image's forward through the model without adapters."""
-    size = settings.image_size
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        create_model(settings, num_classes, seed=0)(torch.empty(1, 3, size, size))
+        create_model(settings, num_classes, seed=0)(torch.empty(1, *settings.input_shape))
     return float(counter.get_total_flops())
 
 

@@ -152,10 +152,10 @@ def check_model(settings: ModelSettings, method: MethodSettings) -> list[Target]
     for name in {target.linear for target in targets}:
         model.get_submodule(name).register_forward_hook(lambda *_, name=name: called.add(name))
     try:
-        model(torch.empty(2, 3, settings.image_size, settings.image_size, device="meta"))
+        model(torch.empty(2, *settings.input_shape, device="meta"))
     except Exception as error:
         raise ValueError(
-            f"model.name = {settings.name!r} does not take RGB images of {settings.image_size} px: {error}"
+            f"model.name = {settings.name!r} does not take images of shape {settings.input_shape}: {error}"
         ) from error
     for target in targets:
         if target.linear not in called:

@@ -14,29 +14,33 @@ from prelora_ray.torchvision_ops import make_importable
 
 make_importable()
 
-from timm.models import load_state_dict  # noqa: E402
+from timm.models import adapt_input_conv, load_state_dict  # noqa: E402
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn  # noqa: E402
 
 
 def load_pretrained(model: nn.Module, path: str) -> list[str]:
     """Loads a timm checkpoint (``.safetensors``, or torch's own format) into `model`, in place.
 
-    Position embeddings and patches of another size are resampled, as timm does. A head of another size
-    stays as it was drawn. Returns a sentence for each thing that is not simply loaded: a head that
-    was replaced, missing tensors, unexpected ones.
+    Position embeddings and patches of another size are resampled, as timm does, and patches of RGB become
+    those of grey, or the other way round. A head of another size stays as it was drawn. Returns a sentence
+    for each thing that is not simply loaded: other channels, a head that was replaced, missing tensors,
+    unexpected ones.
 
     Raises ValueError where there is no such file, it is no checkpoint, none of its tensors fits, or one
     other than the head's has another shape.
     """
     tensors = _read(path)
     own = model.state_dict()
-    head = f"{getattr(model, 'pretrained_cfg', {}).get('classifier', 'head')}."
+    cfg = getattr(model, "pretrained_cfg", {})
+    head = f"{cfg.get('classifier', 'head')}."
     if isinstance(model, VisionTransformer):
         try:
             tensors = checkpoint_filter_fn(tensors, model)
         except (RuntimeError, ValueError, KeyError, AssertionError) as error:
             raise ValueError(f"model.init_from = {path!r} does not fit the model: {' '.join(str(error).split())}") from error
     told = []
+    if sentence := _adapt_channels(tensors, own, f"{cfg.get('first_conv')}.weight"):
+        told.append(sentence)
     other_shape = [name for name in tensors if name in own and tensors[name].shape != own[name].shape]
     if replaced := [name for name in other_shape if name.startswith(head)]:
         classes = tuple(len(of[replaced[0]]) for of in (tensors, own))
@@ -60,6 +64,21 @@ def load_pretrained(model: nn.Module, path: str) -> list[str]:
         if names
     ]
     return [f"{path}: {sentence}" for sentence in told]
+
+
+def _adapt_channels(tensors: dict[str, torch.Tensor], own: dict[str, torch.Tensor], name: str) -> str | None:
+    """Makes the weights `name` (width, channels, height, width of a patch) those of RGB or of grey, as the model's own are.
+
+    A grey image, normalised alike, then means the same to both. Returns a sentence where they were not so before.
+    """
+    if name not in tensors or name not in own or tensors[name].ndim != 4:
+        return None
+    theirs, ours = tensors[name].shape[1], own[name].shape[1]
+    if {theirs, ours} != {1, 3}:
+        return None
+    tensors[name] = adapt_input_conv(ours, tensors[name], base_chans=theirs)
+    how = "summed" if ours == 1 else "spread"
+    return f"its images have {theirs} channels and this run's {ours}: {name} is {how} over red, green and blue"
 
 
 def _read(path: str) -> dict[str, torch.Tensor]:

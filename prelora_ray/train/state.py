@@ -211,18 +211,17 @@ class TrainState:
             broadcast_buffers=False,
             gradient_as_bucket_view=True,
         )
-        size = self.settings.model.image_size
+        image = torch.zeros(1, *self.settings.model.input_shape, device=self.device, dtype=self.dtype)
         self.network.train()
         with torch.compiler.set_stance("force_eager"), self.autocast():  # or one image would be compiled by itself
-            logits = self.network(torch.zeros(1, 3, size, size, device=self.device, dtype=self.dtype))
+            logits = self.network(image)
         (logits.sum() * 0).backward()
         self.optimizer.zero_grad()
 
     @torch.no_grad()
     def _probe(self, format_: Format) -> torch.Tensor:
         """Logits of two fixed images in a number format, computed without compiling anything for them."""
-        size = self.settings.model.image_size
-        images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+        images = torch.randn(2, *self.settings.model.input_shape, generator=torch.Generator().manual_seed(0))
         self.model.eval()
         self.refresh()
         with torch.compiler.set_stance("force_eager"), autocast(format_, self.device):

@@ -191,8 +191,7 @@ class Stepper:
         return evaluator.result()
 
     def _normalize(self, images: torch.Tensor) -> torch.Tensor:
-        data = self.state.settings.data
-        return normalize(images, data.mean, data.std, self.state.dtype)
+        return normalize(images, *self.state.settings.normalization, self.state.dtype)
 
     def _clip(self) -> torch.Tensor:
         """Clips the gradient and returns the norm that it had."""

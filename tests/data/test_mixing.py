@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from prelora_ray.data.mixing import Mixing, MixPlan, mix, normalize, plan_mixing, soft_targets
 
@@ -75,3 +76,11 @@ def test_normalize_against_float64():
     mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
     expected = (images.double() / 255 - torch.tensor(mean).double()) / torch.tensor(std).double()
     torch.testing.assert_close(normalize(images, mean, std).double(), expected.permute(0, 3, 1, 2), rtol=1e-6, atol=1e-6)
+
+
+def test_one_value_of_the_mean_makes_it_grey_as_pillow_does():
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 90, 90, 3), np.uint8))
+    grey = torch.from_numpy(np.stack([Image.fromarray(image.numpy()).convert("L") for image in images]))
+    assert torch.equal(normalize(images, (0.0,), (1 / 255,)).round(), grey[:, None].float())
+    expected = (grey[:, None].double() / 255 - 0.3) / 0.4
+    torch.testing.assert_close(normalize(images, (0.3,), (0.4,), torch.float64), expected, rtol=1e-12, atol=1e-12)

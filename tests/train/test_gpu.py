@@ -24,5 +24,12 @@ def test_a_vit_base_takes_35_gflops():
     assert forward_flops(ModelSettings(name="vit_base_patch16_224"), 1000) == pytest.approx(2 * 17.6e9, rel=0.01)
 
 
+def test_grey_images_save_two_thirds_of_the_patch_embedding():
+    rgb, grey = (
+        forward_flops(ModelSettings(name="vit_base_patch16_224", options={"in_chans": channels}), 1000) for channels in (3, 1)
+    )
+    assert rgb - grey == 2 * 14**2 * 768 * 16**2 * 2
+
+
 def test_a_frozen_base_saves_one_product_of_three():
     assert [training_passes(phase) for phase in Phase] == [3, 3, 2]

@@ -57,7 +57,8 @@ def test_drop_path_masks_belong_to_cells():
 
 def test_any_timm_vit_is_accepted():
     for name in ("vit_base_patch16_224", "deit3_small_patch16_224", "vit_so400m_patch14_siglip_224", "vit_base_patch14_dinov2"):
-        assert len(check_model(ModelSettings(name=name), MethodSettings())) % 6 == 0
+        for channels in (3, 1):
+            assert len(check_model(ModelSettings(name=name, options={"in_chans": channels}), MethodSettings())) % 6 == 0
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,22 @@ def test_position_embeddings_of_another_size_are_resampled_as_timm_does(model, t
     assert torch.equal(model.pos_embed, expected.pos_embed)
 
 
+@pytest.mark.parametrize(("theirs", "ours", "how"), [(3, 1, "summed"), (1, 3, "spread")])
+def test_patches_of_rgb_become_those_of_grey_and_back(tmp_path, theirs, ours, how):
+    """A grey image means the same to both; timm's own loading agrees."""
+    other = timm_model(in_chans=theirs)
+    data_config = {"input_size": (theirs, 8, 8)}
+    timm.models.save_for_hf(other, str(tmp_path), safe_serialization=True, data_config=data_config)
+    options = {**TINY_VIT, "in_chans": ours}
+    model = create_model(SETTINGS.model_copy(update={"options": options}), num_classes=10, seed=0).eval()
+    (told,) = load_pretrained(model, str(tmp_path / "model.safetensors"))
+    assert f"its images have {theirs} channels and this run's {ours}: patch_embed.proj.weight is {how}" in told
+    grey = torch.randn(4, 1, 8, 8)
+    torch.testing.assert_close(model(grey.expand(-1, ours, 8, 8)), other(grey.expand(-1, theirs, 8, 8)))
+    timms = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, in_chans=ours)
+    assert torch.equal(model.patch_embed.proj.weight, timms.patch_embed.proj.weight)
+
+
 def test_missing_and_unexpected_tensors_are_told(model, tmp_path):
     tensors = dict(timm_model().state_dict())
     del tensors["blocks.1.norm1.weight"]
@@ -79,6 +95,7 @@ def test_missing_and_unexpected_tensors_are_told(model, tmp_path):
         (b"not a checkpoint", "cannot be read as a timm checkpoint"),
         ({"a": 1}, "holds other things than tensors"),
         ({"a": torch.zeros(2)}, "none of its 1 tensors is known"),
+        ({"patch_embed.proj.weight": torch.zeros(16, 4, 2, 2)}, r"is \(16, 4, 2, 2\) there and \(16, 3, 2, 2\) here"),
         ({"blocks.0.mlp.fc1.bias": torch.zeros(5)}, r"blocks.0.mlp.fc1.bias is \(5,\) there and \(64,\) here"),
     ],
 )

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from prelora_ray.config import Settings
 from prelora_ray.config_file import parse_settings
@@ -27,12 +28,12 @@ MANIFEST = Manifest(
 )
 
 
-def settings(tmp_path: Path, **train) -> Settings:
+def settings(tmp_path: Path, channels: int = 3, **train) -> Settings:
     return parse_settings(
         {
             "name": "step",
             "data": {"path": str(tmp_path), "batch_size": 24, "cell": 4},
-            "model": {"name": "vit_tiny_patch16_224", "image_size": 8, "options": TINY_VIT},
+            "model": {"name": "vit_tiny_patch16_224", "image_size": 8, "options": {**TINY_VIT, "in_chans": channels}},
             "train": {"precision": "fp64", "epochs": 20, "ramp_epochs": 0, "clip_norm": None, **train},
         }
     )
@@ -53,10 +54,10 @@ def batch(ids: np.ndarray) -> Batch:
 IDS = np.array([*range(11), -1, *range(11, 14), -1, *range(14, 17), -1, *range(17, 21)])  # 21 of 24 slots
 
 
-@pytest.mark.parametrize("micro_batch", [None, 4, 8, 16])
-def test_gradient_is_the_mean_over_the_global_batch(tmp_path, micro_batch):
-    step = stepper(settings(tmp_path, micro_batch=micro_batch))
-    reference = stepper(settings(tmp_path)).state.model
+@pytest.mark.parametrize(("micro_batch", "channels"), [(None, 3), (4, 3), (8, 3), (16, 3), (8, 1)])
+def test_gradient_is_the_mean_over_the_global_batch(tmp_path, micro_batch, channels):
+    step = stepper(settings(tmp_path, channels, micro_batch=micro_batch))
+    reference = stepper(settings(tmp_path, channels)).state.model
     content = batch(IDS)
     gradients = {}
     step.state.optimizer.register_step_pre_hook(
@@ -67,6 +68,9 @@ def test_gradient_is_the_mean_over_the_global_batch(tmp_path, micro_batch):
     mean = torch.tensor((0.485, 0.456, 0.406), dtype=torch.float64)
     std = torch.tensor((0.229, 0.224, 0.225), dtype=torch.float64)
     pixels = ((content.images[filled].double() / 255 - mean) / std).permute(0, 3, 1, 2)
+    if channels == 1:
+        grey = np.stack([Image.fromarray(image.numpy()).convert("L") for image in content.images[filled]])
+        pixels = (torch.from_numpy(grey)[:, None].double() / 255 - mean.mean()) / std.mean()
     loss = F.cross_entropy(reference(pixels), content.labels[filled])
     loss.backward()
     for name, parameter in reference.named_parameters():
