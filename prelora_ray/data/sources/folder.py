@@ -33,6 +33,46 @@ class FileReader:
         return read_member(self.root, str(file), int(offset), int(size), item.stamp)
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Which folders of a tree are splits and which are classes, by where its images lie."""
+
+    base: str
+    """The folder that holds all others; "" is the root."""
+    splits: dict[str, SourceSplit | None]
+    """The split of each folder in `base`; empty where these are the folders of classes."""
+    classes: frozenset[str]
+    """Paths of class folders that hold images."""
+
+    @classmethod
+    def of(cls, files: list[File], splits: Splits) -> Layout:
+        folders = {posixpath.dirname(file.path) for file in files if is_image_name(file.path)}
+        base = _common_folder(folders, splits)
+        of_split = _split_folders([_below(folder, base) for folder in folders if folder != base], splits)
+        layout = cls(base, of_split, frozenset())
+        classes = frozenset(found for folder in folders if (found := layout.class_folder(folder)) is not None)
+        return cls(base, of_split, classes)
+
+    def top(self, folder: str) -> str | None:
+        """The folder in `base` that a folder is or lies in."""
+        is_below = folder.startswith(f"{self.base}/") if self.base else folder
+        return _below(folder, self.base).split("/")[0] if is_below else None
+
+    def class_folder(self, folder: str) -> str | None:
+        """The class folder that a folder is or lies in."""
+        top = self.top(folder)
+        if top is None:
+            return None
+        parts = _below(folder, self.base).split("/")
+        depth = 2 if self.splits.get(top) is not None else 1
+        return _join(self.base, "/".join(parts[:depth])) if len(parts) >= depth else None
+
+
+def has_class_folders(files: list[File], splits: Splits) -> bool:
+    """Whether images lie in the folders of two classes or more."""
+    return len({posixpath.basename(folder) for folder in Layout.of(files, splits).classes}) > 1
+
+
 def open_folders(root: str, files: list[File], splits: Splits, columns: Columns) -> Source:
     """One folder a class, or split folders with these. Classes are sorted by name, as torchvision's ImageFolder does.
 
@@ -40,48 +80,38 @@ def open_folders(root: str, files: list[File], splits: Splits, columns: Columns)
     its files' labels in it. Raises ValueError where the files are no such tree.
     """
     found = Found("image folders", root)
-    base = _common_folder(files, splits)
-    of_split = _split_folders(files, base, splits)
-    tables = {top: _table_in(root, files, _join(base, top), columns) for top, split in of_split.items() if split}
-    with_images = {_class_folder(file, base, of_split) for file in files if is_image_name(file.path)}
+    layout = Layout.of(files, splits)
+    tables = {top: _table_in(root, files, layout, top, columns) for top, split in layout.splits.items() if split is not None}
     left_out: Counter[str] = Counter()
     for file in files:
-        top = _below(file, base).split("/")[0] if _is_below(file, base) else None
-        table = tables.get(top) if top is not None else None
-        if table is not None:
-            label: Label | None = table.get(file.path)
-            reason = "not in the table of its folder"
+        folder = posixpath.dirname(file.path)
+        top = layout.top(folder) or ""
+        label: Label | None = None
+        if table := tables.get(top):
+            label, reason = table.get(file.path), "not in the table of its folder"
+        elif (class_folder := layout.class_folder(folder)) is None:
+            reason = "in no class folder"
+        elif class_folder not in layout.classes:
+            reason = "in a folder without images"
         else:
-            folder = _class_folder(file, base, of_split)
-            is_class = folder is not None and folder in with_images
-            label = posixpath.basename(folder) if folder is not None and is_class else None
-            reason = "in no class folder" if folder is None else "in a folder without images"
-        split = of_split.get(top) if top is not None else None
+            label = posixpath.basename(class_folder)
         if label is None:
             found.skip(reason, file.path)
-        else:
-            if split is None and any(of_split.values()):
-                left_out[str(top)] += 1
-            add_file(found, split, file, label)
+            continue
+        split = layout.splits.get(top)
+        left_out[top] += split is None
+        add_file(found, split, file, label)
     if not found.has_images_of("train", None):
         raise ValueError(f"{root!r} has no class folders: put the images of each class into a folder of its name")
-    for top, split in of_split.items():
+    for top, split in layout.splits.items():
         if split == "val" and not found.has_images_of("val"):
             raise ValueError(
                 f"{root!r} has images without labels in {top}: sort them into class folders, or add a table of file and label"
             )
-    if left_out and "train" in of_split.values():
-        names = ", ".join(f"{printable(name)} ({count:,} files)" for name, count in left_out.most_common(5))
+    if "train" in layout.splits.values() and None in layout.splits.values():
+        names = ", ".join(f"{printable(name)} ({count:,} files)" for name, count in left_out.most_common(5) if count)
         found.notes.append(f"folders of no split are left out: {names}")
     return found.source(FileReader(root))
-
-
-def has_class_folders(files: list[File], splits: Splits) -> bool:
-    """Whether images lie in the folders of two classes or more."""
-    base = _common_folder(files, splits)
-    of_split = _split_folders(files, base, splits)
-    images = [file for file in files if is_image_name(file.path)]
-    return len({posixpath.basename(folder) for file in images if (folder := _class_folder(file, base, of_split))}) > 1
 
 
 def open_table(root: str, files: list[File], tables: list[str], splits: Splits, columns: Columns) -> Source:
@@ -119,48 +149,39 @@ def table_files(files: Iterable[File]) -> list[str]:
     return [file.path for file in files if file.path.lower().endswith(ENDINGS)]
 
 
-def _common_folder(files: list[File], splits: Splits) -> str:
-    """The deepest folder that holds all images, down to the folders of splits and of classes."""
-    folders = [posixpath.dirname(file.path) for file in files if is_image_name(file.path)]
-    base: list[str] = []
-    for level in zip(*(folder.split("/") for folder in folders), strict=False):
-        deeper = any("/" in folder[len("/".join([*base, level[0]])) :] for folder in folders)
-        if len(set(level)) > 1 or not deeper or splits.of(level[0]) is not None or not level[0]:
+def _common_folder(folders: set[str], splits: Splits) -> str:
+    """The deepest folder that all images lie below, down to the folders of splits and of classes."""
+    base = ""
+    while len(tops := {_below(folder, base).split("/")[0] for folder in folders}) == 1:
+        (top,) = tops
+        inner = _join(base, top)
+        if splits.of(top) is not None or not all(folder.startswith(f"{inner}/") for folder in folders):
             break
-        base.append(level[0])
-    return "/".join(base)
+        base = inner
+    return base
 
 
-def _split_folders(files: list[File], base: str, splits: Splits) -> dict[str, SourceSplit | None]:
-    """The split of each folder in `base`; empty where these are the folders of classes.
+def _split_folders(folders: list[str], splits: Splits) -> dict[str, SourceSplit | None]:
+    """The split of each top folder, of folders with images by their paths; empty where these are the folders of classes.
 
     A folder whose name says so is a split's if folders lie in it; or if all folders here are splits'. So a class of railway
     trains in a folder `train` stays one.
     """
-    images = [_below(file, base).split("/") for file in files if _is_below(file, base) and is_image_name(file.path)]
-    tops = {parts[0]: splits.of(parts[0]) for parts in images if len(parts) > 1}
-    deep = {parts[0] for parts in images if len(parts) > 2}
-    if tops and (all(tops.values()) or any(tops[top] is not None for top in deep)):
+    tops = {folder.split("/")[0]: splits.of(folder.split("/")[0]) for folder in folders}
+    deep = {folder.split("/")[0] for folder in folders if "/" in folder}
+    if all(tops.values()) or any(tops[top] is not None for top in deep):
         return tops
     return {}
 
 
-def _class_folder(file: File, base: str, of_split: dict[str, SourceSplit | None]) -> str | None:
-    """Path of the class folder that a file lies in."""
-    if not _is_below(file, base):
-        return None
-    parts = _below(file, base).split("/")
-    depth = 2 if of_split.get(parts[0]) is not None else 1
-    return _join(base, "/".join(parts[:depth])) if len(parts) > depth else None
-
-
-def _table_in(root: str, files: list[File], folder: str, columns: Columns) -> dict[str, Label] | None:
+def _table_in(root: str, files: list[File], layout: Layout, top: str, columns: Columns) -> dict[str, Label] | None:
     """{path: label} by a table in a split's folder without class folders, as tiny-imagenet has it; None where there is none."""
-    inside = [file for file in files if file.path.startswith(folder + "/")]
-    if len({posixpath.dirname(file.path) for file in inside if is_image_name(file.path)}) > 1:
-        return None  # class folders
-    here = [file for file in inside if posixpath.dirname(file.path) == folder and not file.at]
-    tables = [file.path for file in here if file.path.lower().endswith((*ENDINGS, "annotations.txt"))]
+    folder = _join(layout.base, top)
+    if sum(name.startswith(f"{folder}/") for name in layout.classes) > 1:
+        return None
+    inside = [file for file in files if file.path.startswith(f"{folder}/") and not file.at]
+    here = [file.path for file in inside if posixpath.dirname(file.path) == folder]
+    tables = [name for name in here if name.lower().endswith((*ENDINGS, "annotations.txt"))]
     if len(tables) != 1:
         return None
     images = [file for file in inside if is_image_name(file.path)]
@@ -170,12 +191,9 @@ def _table_in(root: str, files: list[File], folder: str, columns: Columns) -> di
     return labels
 
 
-def _is_below(file: File, base: str) -> bool:
-    return not base or file.path.startswith(base + "/")
-
-
-def _below(file: File, base: str) -> str:
-    return file.path[len(base) :].lstrip("/")
+def _below(folder: str, base: str) -> str:
+    """A folder's path from `base` on, in which it lies or which it is."""
+    return folder[len(base) + 1 :] if base else folder
 
 
 def _join(base: str, name: str) -> str:

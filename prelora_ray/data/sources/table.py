@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import posixpath
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from prelora_ray.data.sources.files import File
@@ -27,15 +27,17 @@ class Columns:
     def choose(self, names: Iterable[str], where: str) -> tuple[str, str]:
         """The column of images and that of labels. Raises ValueError where there is none, naming the file `where`."""
         there = list(names)
-        chosen = []
-        for what, given, usual in (("image", self.image, IMAGE_COLUMNS), ("label", self.label, LABEL_COLUMNS)):
-            wanted = (given,) if given is not None else usual
-            column = next((name for name in wanted if name in there), None)
-            if column is None:
-                usually = f"`{wanted[0]}`" if given is not None else f"one such as `{wanted[0]}` or `{wanted[1]}`"
-                raise ValueError(f"{where} has the columns {there}: it needs {usually}; name another with --{what}-column")
-            chosen.append(column)
-        return chosen[0], chosen[1]
+        return _choose("image", self.image, IMAGE_COLUMNS, there, where), _choose(
+            "label", self.label, LABEL_COLUMNS, there, where
+        )
+
+
+def _choose(what: str, given: str | None, usual: Sequence[str], there: Sequence[str], where: str) -> str:
+    for name in usual if given is None else (given,):
+        if name in there:
+            return name
+    needed = f"`{given}`" if given is not None else f"one such as `{usual[0]}` or `{usual[1]}`"
+    raise ValueError(f"{where} has the columns {there}: it needs {needed}; name another with --{what}-column")
 
 
 def read_table(folder: Storage, file: str, columns: Columns) -> dict[str, Label]:
