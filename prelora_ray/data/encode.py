@@ -1,4 +1,4 @@
-"""One source image to the bytes that are stored: upright, in RGB, reduced. A file that is no whole image is told why."""
+"""One source image to the bytes that are stored: upright, in RGB, reduced. Of a file that is no whole image it is said why."""
 
 from __future__ import annotations
 
@@ -13,26 +13,28 @@ from contextlib import contextmanager
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
+from PIL.TiffTags import TAGS_V2_GROUPS
 
-FORMATS = (
+FORMATS: tuple[str, ...] = (
     *("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "JPEG2000"),
-    *("PPM", "DIB", "ICO", "QOI", "DDS", "PCX", "SGI", "TGA"),
+    *("PPM", "DIB", "QOI", "DDS", "PCX", "SGI", "TGA"),
 )
 """Pillow's names of the formats that are read, of which "JPEG" includes a camera's MPO; HEIF comes with pillow-heif.
 
-None of them runs another program, as EPS does. TGA comes last: it has no mark of its own.
+None of them runs another program, as EPS does, and none is decoded by opening it, before its size is known, as ICO is.
+TGA comes last: it has no mark of its own.
 """
 
-IMAGE_ENDINGS = frozenset(
-    (
-        ".apng .avif .avifs .blp .bmp .bw .cur .dcx .dds .dib .emf .eps .fit .fits .flc .fli .ftc .ftu .gbr .gif .icb .icns .ico "
-        ".iim .im .j2c .j2k .jfi .jfif .jif .jp2 .jpc .jpe .jpeg .jpf .jpg .jpx .mpo .msp .palm .pbm .pcd .pcx .pfm .pgm .png .pnm "
-        ".ppm .ps .psd .pxr .qoi .ras .rgb .rgba .sgi .tga .tif .tiff .vda .vst .webp .wmf .xbm .xpm "
-        # What Pillow does not know, a camera's raw files last.
-        ".bpg .dcm .exr .flif .hdr .heic .heics .heif .heifs .hif .jls .jxl .jxr .psb .svg .svgz .wdp .xcf "
-        ".3fr .arw .cr2 .cr3 .crw .dcr .dng .erf .iiq .kdc .mef .mos .mrw .nef .nrw .orf .pef .raf .raw .rw2 .rwl .sr2 .srf .srw .x3f"
-    ).split()
-)
+_ENDINGS = """
+apng avif avifs blp bmp bw cur dcx dds dib emf eps fit fits flc fli ftc ftu gbr gif icb icns ico iim im j2c j2k jfif
+jp2 jpc jpe jpeg jpf jpg jpx mpo msp palm pbm pcd pcx pfm pgm png pnm ppm ps psd pxr qoi ras rgb rgba sgi tga tif tiff
+vda vst webp wmf xbm xpm
+bpg dcm exr flif hdr heic heics heif heifs hif jfi jif jls jxl jxr psb svg svgz wdp xcf
+3fr arw cr2 cr3 crw dcr dng erf iiq kdc mef mos mrw nef nrw orf pef raf raw rw2 rwl sr2 srf srw x3f
+"""
+"""Pillow's own, further ones, and those of cameras' raw files."""
+IMAGE_ENDINGS = frozenset(f".{ending}" for ending in _ENDINGS.split())
 """Endings by which a file claims to be an image, whether or not its format can be read."""
 
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
@@ -68,7 +70,8 @@ def encode(content: bytes, size: int, quality: int, max_pixels: int) -> bytes:
         raise BadImageError("the file is empty")
     try:
         with _pillow_kept_quiet():
-            image = _load(content, max_pixels)
+            image, content = _open(content)
+            _load(image, max_pixels)
             turn = _turn(image)
             if turn is None and min(image.size) <= size and _is_stored_untouched(image, content):
                 return content
@@ -91,11 +94,9 @@ def is_other_file(name: str, content: bytes) -> bool:
         return False
     try:
         with _pillow_kept_quiet():
-            _open(content).close()
-    except UnidentifiedImageError:
-        return True
-    except Exception:  # an image, if a broken one
-        return False
+            _open(content)
+    except Exception as error:  # any other error is one of an image, if a broken one
+        return isinstance(error, UnidentifiedImageError)
     return False
 
 
@@ -105,15 +106,29 @@ def _pillow_kept_quiet() -> Iterator[None]:
     limit = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         Image.MAX_IMAGE_PIXELS = limit
 
 
-def _open(content: bytes) -> Image.Image:
-    """The image with its header read. Raises UnidentifiedImageError where it is none of a known format."""
+def _open(content: bytes) -> tuple[Image.Image, bytes]:
+    """An image with its header read, and its bytes: those of a JPEG without the metadata, if Pillow fails over that.
+
+    Raises UnidentifiedImageError where it is none of a known format.
+    """
+    try:
+        return _identify(content), content
+    except Exception:
+        if not content.startswith(b"\xff\xd8\xff"):
+            raise
+    plain, exif = _plain_jpeg(content)
+    image = _identify(plain)
+    image.info["exif"] = exif
+    return image, plain
+
+
+def _identify(content: bytes) -> Image.Image:
     formats = FORMATS
     is_heif = content[4:8] == b"ftyp" and content[8:12] in _HEIF_BRANDS
     if is_heif and _registers_heif():
@@ -137,29 +152,30 @@ def _registers_heif() -> bool:
     return True
 
 
-def _load(content: bytes, max_pixels: int) -> Image.Image:
-    """The whole image, decoded after its size was looked at."""
-    image = _open(content)
+def _load(image: Image.Image, max_pixels: int) -> None:
+    """Decodes an image, if its header does not forbid it."""
     width, height = image.size
     if width * height > max_pixels:
         raise BadImageError(f"it has {width} x {height} pixels, more than {max_pixels:,}")
-    if min(width, height) < 1:
-        raise BadImageError(f"it has {width} x {height} pixels")
-    if _tiff_tag(image, _NEW_SUBFILE_TYPE, 0) & 1:
-        raise BadImageError("it holds a preview of an image that cannot be read, as a camera's raw file does")
-    Image.MAX_IMAGE_PIXELS = max_pixels  # for an image inside the image, as in an ICO
-    warnings.simplefilter("error", Image.DecompressionBombWarning)
-    try:
-        image.load()
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise BadImageError(f"an image inside it has more than {max_pixels:,} pixels") from None
-    return image
+    if isinstance(image, TiffImageFile):
+        if _number(image, _NEW_SUBFILE_TYPE, 0) & 1:
+            raise BadImageError("it holds a preview of an image that cannot be read, as a camera's raw file does")
+        _drop_metadata(image)
+    image.load()
+
+
+def _drop_metadata(image: TiffImageFile) -> None:
+    """Takes away what loading a TIFF reads besides the image, and fails over where it is of an odd type."""
+    if not isinstance(image.info.get("xmp"), bytes):
+        image.info.pop("xmp", None)
+    for folder in TAGS_V2_GROUPS:
+        image.getexif().pop(folder, None)
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
     """What brings a loaded image upright: nothing where its EXIF cannot be read."""
     try:
-        return _TURNS.get(image.getexif().get(_ORIENTATION))
+        return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # the image itself is whole
         return None
 
@@ -171,25 +187,40 @@ def _is_stored_untouched(image: Image.Image, content: bytes) -> bool:
     return image.format == "PNG" or (image.format == "JPEG" and _jpeg_process(content) in (0xC0, 0xC1, 0xC2))
 
 
-def _jpeg_process(content: bytes) -> int | None:
-    """The marker that names a JPEG's coding: 0xC0 baseline, 0xC1 extended, 0xC2 progressive, 0xC3 lossless, further rare ones."""
-    at = 2
-    while at + 4 <= len(content) and content[at] == 0xFF:
-        marker = content[at + 1]
-        if marker == 0xFF:  # a byte to fill up
-            at += 1
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # these hold tables
-            return marker
+def _jpeg_process(jpeg: bytes) -> int | None:
+    """The marker that says how a JPEG is coded: 0xC0 baseline, 0xC1 extended, 0xC2 progressive, 0xC3 lossless."""
+    tables = (0xC4, 0xC8, 0xCC)
+    return next((marker for marker, _, _ in _segments(jpeg) if 0xC0 <= marker <= 0xCF and marker not in tables), None)
+
+
+def _plain_jpeg(jpeg: bytes) -> tuple[bytes, bytes]:
+    """A JPEG without its metadata, and its EXIF. What says how its colours are coded (JFIF, Adobe) stays."""
+    plain, exif, at = jpeg[:2], b"", 2
+    for marker, start, end in _segments(jpeg):
+        if marker in range(0xE1, 0xEE):
+            if jpeg.startswith(b"Exif\0\0", start + 4):
+                exif = jpeg[start + 4 : end]
         else:
-            at += 2 + int.from_bytes(content[at + 2 : at + 4], "big")
-    return None
+            plain += jpeg[start:end]
+        at = end
+    return plain + jpeg[at:], exif
+
+
+def _segments(jpeg: bytes) -> Iterator[tuple[int, int, int]]:
+    """Marker, start and end of each segment in front of a JPEG's pixels."""
+    at = 2
+    while at + 4 <= len(jpeg) and jpeg[at] == 0xFF and jpeg[at + 1] != 0xDA:
+        if jpeg[at + 1] == 0xFF:  # a byte to fill up
+            at += 1
+            continue
+        end = at + 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+        yield jpeg[at + 1], at, end
+        at = end
 
 
 def _stored(image: Image.Image, turn: Image.Transpose | None, size: int, quality: int) -> bytes:
     """A loaded image upright, in RGB, reduced and encoded anew."""
-    image = _eight_bits(image)
-    image.info = {}  # a transparent colour or a profile is not stored, and an odd one fails the conversion
-    image = image.convert("RGB")
+    image = _eight_bits(image).convert("RGB")
     if turn is not None:
         image = image.transpose(turn)
     if min(image.size) > size:
@@ -197,6 +228,7 @@ def _stored(image: Image.Image, turn: Image.Transpose | None, size: int, quality
         image = image.resize(
             (round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC, reducing_gap=3.0
         )
+    image.info = {}  # nothing but pixels is stored: to a LAB image the conversion adds a profile with the time of day
     buffer = io.BytesIO()
     if min(image.size) <= _LOSSLESS_SIDE or max(image.size) > _JPEG_SIDE:
         image.save(buffer, "PNG")
@@ -210,12 +242,15 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if image.mode[0] not in "IF":
         return image
     values = np.asarray(image)
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
-        bits = _tiff_tag(image, _BITS_PER_SAMPLE, 16)
+    tiff = image if isinstance(image, TiffImageFile) else None
+    if image.mode.startswith("I;16"):
+        bits = _number(tiff, _BITS_PER_SAMPLE, 16) if tiff else 16  # 12 of them are not scaled to 16
         grey = (values >> (bits - 8)).astype(np.uint8)
+    elif image.mode == "I" and image.format == "PPM":
+        grey = (values >> 8).astype(np.uint8)
     else:
         grey = _grey_by_values(values)
-    if _tiff_tag(image, _PHOTOMETRIC, 1) == 0:  # white is zero, which Pillow heeds up to 8 bits
+    if tiff and _number(tiff, _PHOTOMETRIC, 1) == 0:  # white is zero, which Pillow heeds up to 8 bits
         grey = 255 - grey
     return Image.fromarray(grey)
 
@@ -235,19 +270,20 @@ def _grey_by_values(values: NDArray[np.int32] | NDArray[np.float32]) -> NDArray[
     raise BadImageError(f"its values lie in {low:g} to {high:g} and fill none of the ranges 0 to 1, 0 to 255 and 0 to 65,535")
 
 
-def _tiff_tag(image: Image.Image, tag: int, default: int) -> int:
-    """A number that a TIFF's first page states; `default` where it does not, or where the image is no TIFF."""
-    value = getattr(image, "tag_v2", {}).get(tag, default)
-    first = value[0] if isinstance(value, tuple) and value else value
-    return first if isinstance(first, int) else default
+def _number(image: TiffImageFile, tag: int, default: int) -> int:
+    """A number that a TIFF states of its first page; `default` where it does not."""
+    value: object = image.tag_v2.get(tag)
+    if isinstance(value, tuple) and value:  # of each band
+        value = value[0]
+    return value if isinstance(value, int) else default
 
 
 def _reason(error: Exception) -> str:
     """What an error of a decoder says of the file: one line, and no address of this process's memory."""
     if isinstance(error, UnidentifiedImageError):
-        return "it is no image of a known format, or its header is broken"
+        return "it is no image of a kind that can be read"
     text = re.sub(r" at 0x[0-9a-fA-F]+", "", next(iter(str(error).splitlines()), ""))
     text = "".join(letter if letter.isprintable() else "?" for letter in text)
-    if not text or not isinstance(error, OSError | ValueError | SyntaxError):
+    if not text or not isinstance(error, OSError | SyntaxError):
         text = f"{type(error).__name__}: {text}".removesuffix(": ")
     return text[:200]

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
@@ -16,7 +15,6 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from prelora_ray.data.encode import BadImageError, encode
 from prelora_ray.data.manifest import read_manifest
 from prelora_ray.data.prepare import PrepareError, PrepareSettings, prepare
 from prelora_ray.storage import Storage
@@ -231,29 +229,6 @@ def test_shards_of_other_settings_do_not_stay(tree: Path, tmp_path: Path):
         *("manifest.json", "train-00000.parquet", "val-00000.parquet"),
         *("parts/train-00000.json", "parts/val-00000.json"),
     }
-
-
-def encoded(image: Image.Image, kind: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def test_encode():
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 80, 3), np.uint8))
-    read = lambda content: Image.open(io.BytesIO(content))  # noqa: E731
-    jpeg = encoded(noise, "JPEG")
-    assert encode(jpeg, 64, 90, 10**6) == jpeg
-    reduced = read(encode(jpeg, 25, 90, 10**6))
-    assert (reduced.size, reduced.format, reduced.mode) == ((40, 25), "PNG", "RGB")
-    alpha = encode(encoded(noise.convert("RGBA"), "PNG"), 64, 90, 10**6)
-    assert np.array_equal(np.array(read(alpha)), np.array(noise))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned a quarter clockwise
-    turned = read(encode(encoded(noise, "PNG", exif=exif), 64, 90, 10**6))
-    assert np.array_equal(np.array(turned), np.rot90(np.array(noise), -1))
-    with pytest.raises(BadImageError, match="truncated"):
-        encode(jpeg[: len(jpeg) // 2], 64, 90, 10**6)
 
 
 PREPARE = """

@@ -18,11 +18,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from prelora_ray.data.encode import encode
 from prelora_ray.data.manifest import read_manifest
 from prelora_ray.data.prepare import PrepareError, PrepareSettings, prepare
 from prelora_ray.data.sources import Columns, Splits, open_source
 from prelora_ray.storage import Storage
+from tests.data.test_encode import UGLY, saved
 
 
 def png(value: int, size: tuple[int, int] = (6, 5)) -> bytes:
@@ -281,49 +281,6 @@ def test_a_broken_source_ends_in_one_sentence(tmp_path, make, sentence):
     assert "\n" not in str(error.value)
 
 
-def saved(image: Image.Image, kind: str, **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-NOISE = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
-RGB = Image.fromarray(NOISE)
-SIXTEEN = np.random.default_rng(1).integers(0, 65536, (20, 30)).astype(np.uint16)
-TURNED = Image.Exif()
-TURNED[0x0112] = 8
-
-UGLY: dict[str, tuple[bytes, Image.Image]] = {
-    "grey": (saved(RGB.convert("L"), "PNG"), RGB.convert("L").convert("RGB")),
-    "grey alpha": (saved(RGB.convert("LA"), "PNG"), RGB.convert("L").convert("RGB")),
-    "alpha": (saved(RGB.convert("RGBA"), "PNG"), RGB),
-    "palette": (saved(RGB.convert("P"), "PNG"), RGB.convert("P").convert("RGB")),
-    "gif": (saved(RGB.convert("P"), "GIF"), RGB.convert("P").convert("RGB")),
-    "1 bit": (saved(RGB.convert("1"), "PNG"), RGB.convert("1").convert("RGB")),
-    "16 bit": (saved(Image.fromarray(SIXTEEN), "PNG"), Image.fromarray((SIXTEEN >> 8).astype(np.uint8)).convert("RGB")),
-    "16 bit tiff": (saved(Image.fromarray(SIXTEEN), "TIFF"), Image.fromarray((SIXTEEN >> 8).astype(np.uint8)).convert("RGB")),
-    "bmp": (saved(RGB, "BMP"), RGB),
-    "webp": (saved(RGB, "WEBP", lossless=True), RGB),
-    "turned": (saved(RGB, "PNG", exif=TURNED), RGB.transpose(Image.Transpose.ROTATE_90)),
-}
-UGLY |= {
-    name: (content, Image.open(io.BytesIO(content)).convert("RGB"))
-    for name, content in {
-        "cmyk": saved(RGB.convert("CMYK"), "JPEG"),
-        "progressive": saved(RGB, "JPEG", progressive=True),
-        "grey jpeg": saved(RGB.convert("L"), "JPEG"),
-    }.items()
-}
-
-
-@pytest.mark.parametrize("kind", UGLY)
-def test_ugly_images_come_out_as_pillow_converts_them(kind):
-    content, expected = UGLY[kind]
-    stored = Image.open(io.BytesIO(encode(content, 64, 90, 10**6)))
-    assert stored.mode in ("RGB", "L")
-    assert np.array_equal(np.array(stored.convert("RGB")), np.array(expected))
-
-
 def test_a_tree_of_ugly_images(tmp_path, ray_cluster):
     tree = tmp_path / "tree"
     for name in ("a", "b"):
@@ -344,7 +301,7 @@ def test_a_tree_of_ugly_images(tmp_path, ray_cluster):
     assert listed["a/empty.png"] == "the file is empty"
     assert "3000 x 3000 pixels" in listed["a/bomb.png"]
     assert read_manifest(Storage(tmp_path / "out")).classes == ("a", "b")
-    with pytest.raises(PrepareError, match="5 of 34 images"):
+    with pytest.raises(PrepareError, match=f"5 of {2 * len(UGLY) + 6} images"):
         prepare(str(tree), str(tmp_path / "out2"), PrepareSettings(max_pixels=10**6))
 
 
