@@ -2,8 +2,9 @@
 
     python benchmarks/rehearsal.py [--sizes imagenet-1k imagenet-21k] [--parts step epoch_end before_epoch plan]
 
-Seconds and bytes of one worker, on one core, with the batch and cells of `jobs/configs/imagenet_vit_large.yaml`. No image is
-read or decoded: a row group that is asked for comes empty. A part is a function from a plan to what it measured.
+Seconds of processor time and bytes, of one of 8 workers, with the batch and cells of `jobs/configs/imagenet_vit_large.yaml`. No
+image is read or decoded: a row group that is asked for comes empty. A part is a function from a number of images to what it
+measured.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from prelora_ray.bench.machine import describe, seconds_per_call
+from prelora_ray.bench.machine import describe
 from prelora_ray.config_file import parse_settings
 from prelora_ray.data import stream
 from prelora_ray.data.manifest import Manifest, Shard
@@ -27,11 +29,10 @@ from prelora_ray.train.feed import stream_plan
 
 SIZES = {"imagenet-1k": 1_281_167, "imagenet-21k": 14_197_122}
 """Training images."""
-CPU = torch.device("cpu")
 
 
 def made_up_plan(images: int, rank: int = 0, world_size: int = 8) -> StreamPlan:
-    """What a worker streams of so many images, prepared as `prelora prepare` does: 2048 in a file, about 1 MiB in a row group."""
+    """What a worker streams of so many images, prepared as by default: 2048 in a file, about 1 MiB in a row group."""
     splits = {"train": _shards("train", images), "val": _shards("val", 50_000)}
     manifest = Manifest(tuple(f"class {i}" for i in range(1000)), splits, 0, {})
     settings = parse_settings({"name": "rehearsal", "data": {"path": "nowhere", "batch_size": 4096, "cell": 16}})
@@ -55,39 +56,38 @@ class NoImages(stream._RowReader):
         return pa.array([b""] * rows, pa.large_binary()), pa.array([0] * rows, pa.int64())
 
 
-def step(plan: StreamPlan) -> dict[str, Any]:
+def seconds(call: Callable[[], object]) -> float:
+    """Processor time of a call, which does not depend on what else the machine does."""
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+def step(images: int) -> dict[str, Any]:
     """What the loop's thread asks of the order at each step."""
-    order = plan.orders["train"]
-    return {"seconds": seconds_per_call(lambda: order.batch_size(7), CPU, calls=1)}
+    order = made_up_plan(images).orders["train"]
+    return {"seconds": statistics.median(seconds(lambda: order.batch_size(7)) for _ in range(5))}
 
 
-def epoch_end(plan: StreamPlan) -> dict[str, Any]:
-    """Counting the images of an epoch, while the GPUs wait."""
-    order = plan.orders["train"]
-    start = time.perf_counter()
-    images = order.rows_from(0)
-    seconds = time.perf_counter() - start
-    assert images == order.num_rows
-    return {"seconds": seconds}
+def epoch_end(images: int) -> dict[str, Any]:
+    """Counting the images of an epoch, while GPUs wait."""
+    order = made_up_plan(images).orders["train"]
+    return {"seconds": seconds(lambda: order.rows_from(0))}
 
 
-def before_epoch(plan: StreamPlan) -> dict[str, Any]:
+def before_epoch(images: int) -> dict[str, Any]:
     """The reader's way to its first block, and through the whole epoch."""
-    start = time.perf_counter()
-    blocks = stream._read(plan, [Pass("train", 0)])
-    next(blocks)
-    first = time.perf_counter()
-    for _ in blocks:
-        pass
-    return {"seconds_to_first_block": first - start, "seconds_for_the_epoch": time.perf_counter() - start}
+    blocks = stream._read(made_up_plan(images), [Pass("train", 0)])
+    first = seconds(lambda: next(blocks))
+    return {"seconds_to_the_first_block": first, "seconds_for_the_epoch": first + seconds(lambda: list(blocks))}
 
 
-def plan(plan: StreamPlan) -> dict[str, Any]:
+def plan(images: int) -> dict[str, Any]:
     """What travels to the reader and to every decoder."""
-    return {"bytes": len(pickle.dumps(plan))}
+    return {"bytes": len(pickle.dumps(made_up_plan(images)))}
 
 
-PARTS: dict[str, Callable[[StreamPlan], dict[str, Any]]] = {
+PARTS: dict[str, Callable[[int], dict[str, Any]]] = {
     "step": step,
     "epoch_end": epoch_end,
     "before_epoch": before_epoch,
@@ -97,11 +97,8 @@ PARTS: dict[str, Callable[[StreamPlan], dict[str, Any]]] = {
 
 def main(sizes: list[str], parts: list[str]) -> None:
     stream._RowReader = NoImages  # type: ignore[misc]
-    rows = []
-    for size in sizes:
-        measured = {name: PARTS[name](made_up_plan(SIZES[size])) for name in parts}
-        rows.append({"name": size, **measured})
-    print(json.dumps({"benchmark": "rehearsal", **describe(CPU), "rows": rows}, indent=1))
+    rows = [{"name": size, **{part: PARTS[part](SIZES[size]) for part in parts}} for size in sizes]
+    print(json.dumps({"benchmark": "rehearsal", **describe(torch.device("cpu")), "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":
