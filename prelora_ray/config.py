@@ -259,7 +259,8 @@ class WorkerSettings(Section):
     cpus: Positive = 1.0
     """CPUs that each worker asks Ray for."""
     gpu: bool | Literal["auto"] = "auto"
-    """Whether each worker takes a GPU; auto does where the cluster has enough of them."""
+    """Whether each worker takes a GPU; auto does where the cluster has enough of them as the run begins, and a resumed run
+    keeps to that."""
     max_failures: Annotated[int, Field(ge=-1, strict=True)] = 10
     """Failures of workers that a run survives, preemptions not counted; -1 is any number."""
     hang_seconds: Positive = 120.0

@@ -21,6 +21,11 @@ def test_every_recipe_is_sound(path: Path):
     assert without_effect(settings) == []
 
 
+@pytest.mark.parametrize("path", [path for path in CONFIGS if path.stem.startswith("imagenet")], ids=lambda path: path.stem)
+def test_recipes_for_clusters_whose_gpus_come_when_asked_for_ask_for_them(path: Path):
+    assert load_settings(path).workers.gpu is True
+
+
 def test_the_papers_recipe():
     settings = load_settings(next(path for path in CONFIGS if path.stem == "imagenet_vit_large"))
     assert (settings.train.epochs, settings.data.batch_size, settings.workers.max) == (300, 4096, 64)

@@ -82,7 +82,7 @@ class Manifest:
     @property
     def fingerprint(self) -> str:
         """Changes with any image, label or row group."""
-        content = [self.classes, {split: [asdict(shard) for shard in shards] for split, shards in self.splits.items()}]
+        content = [self.classes, {split: [vars(shard) for shard in shards] for split, shards in self.splits.items()}]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

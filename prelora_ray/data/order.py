@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,7 +56,7 @@ class Order:
         if min(self.num_cells, self.cell, self.buffer, *self.row_groups) < 1:
             raise ValueError("cells, samples in a cell, row groups in a buffer and rows in a row group are at least 1")
 
-    @property
+    @cached_property
     def num_rows(self) -> int:
         return sum(self.row_groups)
 
@@ -85,10 +86,15 @@ class Order:
         last = (cell + 1) * self.num_rows // self.num_cells
         return min(first + batch * self.cell, last), min(first + (batch + 1) * self.cell, last)
 
+    def rows_from(self, batch: int) -> int:
+        """Samples in global batch `batch` and in those that follow it in an epoch, over all workers."""
+        rows, longer = divmod(self.num_rows, self.num_cells)  # so many streams have a row more than the others
+        taken = batch * self.cell
+        return (self.num_cells - longer) * max(rows - taken, 0) + longer * max(rows + 1 - taken, 0)
+
     def batch_size(self, batch: int) -> int:
         """Samples in global batch `batch`, over all workers."""
-        spans = (self.cell_span(batch, cell) for cell in range(self.num_cells))
-        return sum(stop - start for start, stop in spans)
+        return self.rows_from(batch) - self.rows_from(batch + 1)
 
     def slots(self, order: Ids, batch: int, cells: Sequence[int], num_slots: int) -> Ids:
         """Sample ids of a worker's slice of one batch, (num_slots,), -1 where a slot is empty.

@@ -151,7 +151,7 @@ def read_encoded(path: str, shards: Sequence[Shard], count: int) -> list[bytes]:
     """The first `count` encoded images of a split, without Ray."""
     reader = _RowReader(path, tuple(shards))
     ids = np.arange(min(count, sum(sum(shard.row_groups) for shard in shards)))
-    reader.expect([ids])
+    reader.expect(ids)
     return cast("list[bytes]", reader.take(ids)[0].to_pylist())
 
 
@@ -183,22 +183,20 @@ class _Slices(ray.data.Datasource):
 def _read(plan: StreamPlan, schedule: Sequence[Pass]) -> Iterator[pa.Table]:
     readers = {split: _RowReader(plan.path, plan.manifest.splits[split]) for split in plan.orders}
     for split, epoch, first_batch in schedule:
-        order = plan.orders[split]
+        order, reader = plan.orders[split], readers[split]
         ids_of_epoch = order.epoch(epoch)
-        slices = [
-            order.slots(ids_of_epoch, batch, plan.cells, plan.num_slots) for batch in range(first_batch, order.num_batches)
-        ]
-        reader = readers[split]
-        if slices:
-            reader.expect(slices)
-        for i in range(0, len(slices), plan.batches_per_block):
-            slots = np.stack(slices[i : i + plan.batches_per_block])
+        starts = [order.cell_span(first_batch, cell)[0] for cell in plan.cells]
+        ends = [order.cell_span(order.num_batches, cell)[1] for cell in plan.cells]
+        reader.expect(np.concatenate([ids_of_epoch[start:end] for start, end in zip(starts, ends, strict=True)]))
+        for first in range(first_batch, order.num_batches, plan.batches_per_block):
+            batches = range(first, min(first + plan.batches_per_block, order.num_batches))
+            slots = np.stack([order.slots(ids_of_epoch, batch, plan.cells, plan.num_slots) for batch in batches])
             images, labels = reader.take(slots[slots >= 0])
             yield pa.table(
                 {
                     "is_train": [split == "train"],
                     "epoch": [epoch],
-                    "first_batch": [first_batch + i],
+                    "first_batch": [first],
                     "slots": pa.array([slots.ravel()], pa.list_(pa.int64())),
                     "labels": pa.array([labels], pa.list_(pa.int64())),
                     "images": pa.LargeListArray.from_arrays([0, len(images)], images),
@@ -250,10 +248,9 @@ class _RowReader:
         self._open: dict[int, tuple[pa.Array, pa.Array]] = {}
         self._left = np.zeros(len(self._groups), np.int64)
 
-    def expect(self, slices: list[Ids]) -> None:
-        """Announces all ids that `take` will be asked for until the next call."""
-        ids = np.concatenate(slices)
-        self._left = np.bincount(self._group(ids[ids >= 0]), minlength=len(self._groups))
+    def expect(self, ids: Ids) -> None:
+        """Announces all ids, in any order, that `take` will be asked for until the next call."""
+        self._left = np.bincount(self._group(ids), minlength=len(self._groups))
         self._open = {}
 
     def take(self, ids: Ids) -> tuple[pa.Array, pa.Array]:

@@ -18,7 +18,7 @@ import ray.train
 import ray.train.torch
 import torch
 
-from prelora_ray.config import Settings, WorkerSettings, flat, with_absolute_paths, without_effect
+from prelora_ray.config import Settings, flat, with_absolute_paths, without_effect
 from prelora_ray.data.manifest import Manifest, read_manifest
 from prelora_ray.data.prepare import prepare
 from prelora_ray.errors import InterruptedRunError, WorkError
@@ -69,11 +69,12 @@ def train(settings: Settings, *, debug: bool = False, callbacks: Sequence[ray.tr
     """
     settings = with_absolute_paths(settings)
     folder = RunFolder.of(settings)
-    if folder.exists("config.yaml"):
-        _check_unchanged(folder.read_settings(), settings, folder)
+    before = folder.read_settings() if folder.exists("config.yaml") else None
+    if before is not None:
+        _check_unchanged(before, settings, folder)
         Checkpoints(folder).check_schema()
     check_model(settings.model, settings.method)
-    if settings.model.init_from is not None and not folder.exists("config.yaml"):
+    if settings.model.init_from is not None and before is None:
         load_pretrained(create_model(settings.model, num_classes=1, seed=0), settings.model.init_from)  # raises early
     if not Storage(settings.data.path).exists("manifest.json") and settings.data.source is None:
         read_manifest(Storage(settings.data.path))  # raises, and says how to prepare it
@@ -84,8 +85,9 @@ def train(settings: Settings, *, debug: bool = False, callbacks: Sequence[ray.tr
     for sentence in without_effect(settings):
         logger.warning("%s", sentence)
     with DriverLock(folder), ray_session(debug=debug) as is_embedded:
+        settings = _settle_gpu(settings, before, ray.cluster_resources().get("GPU", 0))
         _check_room(settings, is_embedded)
-        if not _uses_gpus(settings.workers):
+        if not settings.workers.gpu:
             check_precision(settings.train.precision, torch.device("cpu"))
         _prepare_once(settings)
         manifest = read_manifest(Storage(settings.data.path))
@@ -159,6 +161,21 @@ def ray_session(*, debug: bool = False) -> Iterator[bool]:
         ray.shutdown()
 
 
+def _settle_gpu(settings: Settings, before: Settings | None, gpus: float) -> Settings:
+    """The settings with what `workers.gpu: auto` comes to: what the run has, or at its begin whether Ray has enough GPUs."""
+    workers = settings.workers
+    if workers.gpu != "auto":
+        return settings
+    if before is not None and before.workers.gpu != "auto":
+        gpu, why = before.workers.gpu, "as the run has had it so far"
+    else:
+        gpu = gpus >= workers.min
+        why = f"as Ray has {gpus:g} GPUs and workers.min is {workers.min}"
+        why += "" if gpu else "; for GPUs that come once they are asked for, set it to true"
+    logger.info("workers.gpu: auto is %s, %s", str(gpu).lower(), why)
+    return settings.model_copy(update={"workers": workers.model_copy(update={"gpu": gpu})})
+
+
 def _check_room(settings: Settings, is_embedded: bool) -> None:
     """Ray Train waits for room without a word; so say it, and refuse where none can ever come."""
     workers, has = settings.workers, ray.cluster_resources()
@@ -168,12 +185,9 @@ def _check_room(settings: Settings, is_embedded: bool) -> None:
             continue
         told = f"{workers.min} workers of {each:g} {resource} need {needed:g}, and Ray has {there:g}"
         if is_embedded:
-            raise ValueError(f"workers.min = {workers.min} is not allowed on this machine: {told}")
+            instead = "; workers.gpu: false trains on CPUs" if resource == "GPU" else ""
+            raise ValueError(f"workers.min = {workers.min} is not allowed on this machine: {told}{instead}")
         logger.warning("waiting for room: %s", told)
-
-
-def _uses_gpus(workers: WorkerSettings) -> bool:
-    return ray.cluster_resources().get("GPU", 0) >= workers.min if workers.gpu == "auto" else workers.gpu
 
 
 def _fit(settings: Settings, folder: RunFolder, callbacks: Sequence[ray.train.UserCallback]) -> None:
@@ -184,7 +198,7 @@ def _fit(settings: Settings, folder: RunFolder, callbacks: Sequence[ray.train.Us
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(workers.hang_seconds)
     if is_elastic:  # a group that finds no room is to become smaller; one of fixed size has nothing to do but wait
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "5")
-    use_gpu = _uses_gpus(workers)
+    use_gpu = workers.gpu is True
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"settings": settings.model_dump(mode="json")},

@@ -135,9 +135,8 @@ class Session:
         """Mean training loss over the epoch's images, of all workers."""
         self.stepper.check_finite()
         loss, self._images = self.stepper.epoch_sums()
+        self._images_here = self.plan.orders["train"].rows_from(self._first_batch)
         self._train_seconds = time.monotonic() - self._epoch_time
-        batches = range(self._first_batch, self.state.batches)
-        self._images_here = sum(self.plan.orders["train"].batch_size(batch) for batch in batches)
         self._wait_seconds = self.feed.wait_seconds
         return loss / self._images
 

@@ -1,5 +1,7 @@
 """Every sample once, none dropped, for any sizes, cells, worker counts and start positions."""
 
+import hashlib
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -34,8 +36,10 @@ def test_every_sample_once_an_epoch(order, epoch):
     batches = [batch_of(order, ids, batch, 1) for batch in range(order.num_batches)]
     seen = np.concatenate(batches)
     assert sorted(seen[seen >= 0]) == list(range(order.num_rows))
-    assert [int((batch >= 0).sum()) for batch in batches] == [order.batch_size(batch) for batch in range(order.num_batches)]
-    assert order.batch_size(order.num_batches) == 0
+    sizes = [int((batch >= 0).sum()) for batch in batches]
+    assert [order.batch_size(batch) for batch in range(order.num_batches)] == sizes
+    assert [order.rows_from(batch) for batch in range(order.num_batches)] == [sum(sizes[i:]) for i in range(len(sizes))]
+    assert order.batch_size(order.num_batches) == order.rows_from(order.num_batches) == 0
 
 
 @given(orders, st.integers(0, 1000), st.data())
@@ -69,6 +73,30 @@ def test_order_follows_from_seed_and_epoch_alone():
     assert np.array_equal(make(1).epoch(5), make(1).epoch(5))
     assert not np.array_equal(make(1).epoch(5), make(1).epoch(6))
     assert not np.array_equal(make(1).epoch(5), make(2).epoch(5))
+
+
+@pytest.mark.parametrize(
+    ("order", "epoch", "world_size", "digest"),
+    [
+        (Order((4, 3), 2, 2, None), 0, 1, "d5703fa7be8070ad"),
+        (Order((7,) * 20, 4, 3, 1, 2), 5, 3, "6968c02b5d636c1b"),
+        (Order(tuple(range(1, 60)), 24, 9, 0), 0, 5, "6ab397afa5fef970"),
+        (Order(tuple(1 + i * i % 37 for i in range(300)), 16, 16, 2**40, 8), 299, 7, "567ea03913100fbb"),
+        (Order((*(31,) * 1000, 2), 256, 16, 0), 1, 64, "c268769e07c3ea22"),
+        (Order((1,) * 3, 24, 9, 3, 5), 2, 8, "4e2e2b0b74630133"),
+    ],
+)
+def test_the_order_of_a_run_that_was_begun_stays_what_it_was(order, epoch, world_size, digest):
+    """Bit for bit: a run that resumes goes on in the order that it was begun with."""
+    ids = order.epoch(epoch)
+    content = hashlib.sha256(ids.astype("<i8").tobytes())
+    for batch in range(order.num_batches):
+        for rank in range(world_size):
+            cells = worker_cells(rank, world_size, order.num_cells)
+            slots = order.slots(ids, batch, cells, max_worker_cells(world_size, order.num_cells) * order.cell)
+            content.update(slots.astype("<i8").tobytes())
+        content.update(order.batch_size(batch).to_bytes(8, "little"))
+    assert content.hexdigest()[:16] == digest
 
 
 def test_by_hand_without_a_seed():

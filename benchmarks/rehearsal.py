@@ -1,0 +1,109 @@
+"""What the size of a data set costs beside its images: a rehearsal with a manifest that is made up.
+
+    python benchmarks/rehearsal.py [--sizes imagenet-1k imagenet-21k] [--parts step epoch_end before_epoch plan]
+
+Seconds of processor time and bytes, of one of 8 workers, with the batch and cells of `jobs/configs/imagenet_vit_large.yaml`. No
+image is read or decoded: a row group that is asked for comes empty. A part is a function from a number of images to what it
+measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from prelora_ray.bench.machine import describe
+from prelora_ray.config_file import parse_settings
+from prelora_ray.data import stream
+from prelora_ray.data.manifest import Manifest, Shard
+from prelora_ray.data.stream import Pass, StreamPlan
+from prelora_ray.train.feed import stream_plan
+
+SIZES = {"imagenet-1k": 1_281_167, "imagenet-21k": 14_197_122}
+"""Training images."""
+
+
+def made_up_plan(images: int, rank: int = 0, world_size: int = 8) -> StreamPlan:
+    """What a worker streams of so many images, prepared as by default: 2048 in a file, about 1 MiB in a row group."""
+    splits = {"train": _shards("train", images), "val": _shards("val", 50_000)}
+    manifest = Manifest(tuple(f"class {i}" for i in range(1000)), splits, 0, {})
+    settings = parse_settings({"name": "rehearsal", "data": {"path": "nowhere", "batch_size": 4096, "cell": 16}})
+    return stream_plan(settings, manifest, rank, world_size)
+
+
+def _shards(split: str, images: int, rows: int = 2048, group: int = 31) -> tuple[Shard, ...]:
+    shards = []
+    for first in range(0, images, rows):
+        here = min(rows, images - first)
+        groups = (group,) * (here // group) + ((here % group,) if here % group else ())
+        shards.append(Shard(f"{split}-{first // rows:05d}.parquet", groups, 2**26, f"{first:064x}"))
+    return tuple(shards)
+
+
+class NoImages(stream._RowReader):
+    """Row groups of rows that hold nothing."""
+
+    def _read(self, group: int) -> tuple[pa.Array, pa.Array]:
+        rows = int(self._start[group + 1] - self._start[group])
+        return pa.array([b""] * rows, pa.large_binary()), pa.array([0] * rows, pa.int64())
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Processor time of a call, which does not depend on what else the machine does."""
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+def step(images: int) -> dict[str, Any]:
+    """What the loop's thread asks of the order at each step."""
+    order = made_up_plan(images).orders["train"]
+    return {"seconds": statistics.median(seconds(lambda: order.batch_size(7)) for _ in range(5))}
+
+
+def epoch_end(images: int) -> dict[str, Any]:
+    """Counting the images of an epoch, while GPUs wait."""
+    order = made_up_plan(images).orders["train"]
+    return {"seconds": seconds(lambda: order.rows_from(0))}
+
+
+def before_epoch(images: int) -> dict[str, Any]:
+    """The reader's way to its first block, and through the whole epoch."""
+    blocks = stream._read(made_up_plan(images), [Pass("train", 0)])
+    first = seconds(lambda: next(blocks))
+    return {"seconds_to_the_first_block": first, "seconds_for_the_epoch": first + seconds(lambda: list(blocks))}
+
+
+def plan(images: int) -> dict[str, Any]:
+    """What travels to the reader and to every decoder."""
+    return {"bytes": len(pickle.dumps(made_up_plan(images)))}
+
+
+PARTS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "step": step,
+    "epoch_end": epoch_end,
+    "before_epoch": before_epoch,
+    "plan": plan,
+}
+
+
+def main(sizes: list[str], parts: list[str]) -> None:
+    stream._RowReader = NoImages  # type: ignore[misc]
+    rows = [{"name": size, **{part: PARTS[part](SIZES[size]) for part in parts}} for size in sizes]
+    print(json.dumps({"benchmark": "rehearsal", **describe(torch.device("cpu")), "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    options = parser.parse_args()
+    main(options.sizes, options.parts)

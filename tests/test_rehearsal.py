@@ -1,0 +1,137 @@
+"""At ImageNet's size, with a manifest that is made up: what nobody sees on digits, counted in calls, walks and bytes.
+
+A call is one of Python's or of a C function; a walk goes over all row groups, which a call into C can hide.
+"""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from ray import cloudpickle
+
+from benchmarks.rehearsal import SIZES, NoImages, made_up_plan
+from prelora_ray.config_file import parse_settings
+from prelora_ray.data import stream
+from prelora_ray.data.stream import Batch, Pass, StreamPlan
+from prelora_ray.train.session import Session
+from prelora_ray.train.state import TrainState
+from prelora_ray.train.step import Stepper
+from tests.runs import TINY_VIT
+
+WORLD_SIZE = 8
+
+
+class RowGroups(tuple[int, ...]):
+    """Rows of each row group, with the times that somebody went over all of them."""
+
+    walks = 0
+
+    def __iter__(self):
+        self.walks += 1
+        return super().__iter__()
+
+
+def plan_of(images: int) -> StreamPlan:
+    plan = made_up_plan(images, world_size=WORLD_SIZE)
+    orders = {split: replace(order, row_groups=RowGroups(order.row_groups)) for split, order in plan.orders.items()}
+    for order in orders.values():
+        order.row_groups.walks = 0  # the checks of a new order go over them once
+    return replace(plan, orders=orders)
+
+
+def walks(plan: StreamPlan) -> int:
+    return cast(RowGroups, plan.orders["train"].row_groups).walks
+
+
+def calls(function: Callable[[], object]) -> int:
+    """Functions that a call of `function` calls, those in C included."""
+    count = 0
+
+    def note(frame: Any, event: str, argument: Any) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(note)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+@pytest.fixture
+def imagenet(monkeypatch: pytest.MonkeyPatch) -> StreamPlan:
+    monkeypatch.setattr(stream, "_RowReader", NoImages)
+    return plan_of(SIZES["imagenet-1k"])
+
+
+def step(plan: StreamPlan) -> Callable[[], object]:
+    """What a step does in the loop's thread before its tensors go to the device."""
+    settings = parse_settings(
+        {
+            "name": "rehearsal",
+            "data": {"path": "nowhere", "batch_size": 4096, "cell": 16},
+            "model": {"name": "vit_tiny_patch16_224", "image_size": 8, "options": TINY_VIT, "drop_path": 0.2},
+            "augment": {"mixup": 0.8, "cutmix": 1.0},
+        }
+    )
+    state = TrainState(settings, 1000, plan.orders["train"].num_batches, torch.device("cpu"), world_size=1)
+    slots = plan.num_slots
+    batch = Batch("train", 0, 0, torch.zeros(slots, 8, 8, 3, dtype=torch.uint8), torch.zeros(slots).long(), np.arange(slots))
+    stepper = Stepper(state, plan)
+    return lambda: stepper._inputs(batch)
+
+
+def end_of_epoch(plan: StreamPlan) -> Callable[[], object]:
+    """A session's sums over the epoch, with a loop that has taken all batches."""
+    session = Session.__new__(Session)
+    session.plan = plan
+    session._epoch_time, session._first_batch = 0.0, 0
+    session.state = cast(Any, SimpleNamespace(batches=plan.orders["train"].num_batches))
+    session.feed = cast(Any, SimpleNamespace(wait_seconds=0.0))
+    session.stepper = cast(Any, SimpleNamespace(check_finite=lambda: None, epoch_sums=lambda: (1.0, 1)))
+    return session.mean_loss
+
+
+@pytest.mark.parametrize("part", [step, end_of_epoch])
+def test_it_costs_the_same_with_any_number_of_images(imagenet, part):
+    counted = []
+    for plan in (plan_of(10_000), imagenet):
+        do = part(plan)
+        do()  # what is looked up once
+        before = walks(plan)
+        counted.append(calls(do))
+        assert walks(plan) == before
+    assert counted[0] == counted[1]
+
+
+def test_an_epochs_first_block_comes_before_its_slots_are_laid_out(imagenet):
+    """Its order has to be drawn whole; all else is for the block alone."""
+    order = imagenet.orders["train"]
+    blocks = stream._read(imagenet, [Pass("train", epoch) for epoch in range(2)])
+    reads = {read: calls(lambda: next(blocks)) for read in ("first", "second")}
+    rows = imagenet.batches_per_block * imagenet.num_slots
+    assert reads["second"] < 20 * rows
+    assert reads["first"] - reads["second"] < 1.5 * len(order.row_groups)
+    assert walks(imagenet) <= 2
+
+
+def test_what_travels_to_readers_and_decoders_is_small_and_does_not_grow_in_use(imagenet):
+    plan = made_up_plan(SIZES["imagenet-1k"])
+    passes = [Pass("train", epoch) for epoch in range(300)]
+    groups = sum(len(order.row_groups) for order in plan.orders.values())
+    assert groups > 42_000
+    size = len(pickle.dumps(plan))
+    assert size < 8 * groups
+    (task,) = stream._Slices(plan, passes).get_read_tasks(1)
+    assert len(cloudpickle.dumps(task)) < size + 40 * len(passes)
+    next(stream._read(plan, passes))
+    assert len(pickle.dumps(plan)) < size + 100
