@@ -1,8 +1,8 @@
 """What the size of a data set costs beside its images: a rehearsal with a manifest that is made up.
 
-    python benchmarks/rehearsal.py [--sizes imagenet-1k imagenet-21k] [--parts step epoch_end before_epoch plan]
+    python benchmarks/rehearsal.py [--sizes imagenet-1k imagenet-21k] [--parts step epoch_end before_epoch plan prepare]
 
-Seconds of processor time and bytes, of one of 8 workers, with the batch and cells of `jobs/configs/imagenet_vit_large.yaml`. No
+Seconds of processor time and bytes; of a run those of one of 8 workers, with the batch of `jobs/configs/imagenet_vit_large.yaml`. No
 image is read or decoded: a row group that is asked for comes empty. A part is a function from a number of images to what it
 measured.
 """
@@ -19,11 +19,17 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+from ray import cloudpickle
 
 from prelora_ray.bench.machine import describe
 from prelora_ray.config_file import parse_settings
 from prelora_ray.data import stream
 from prelora_ray.data.manifest import Manifest, Shard
+from prelora_ray.data.prepare import PrepareSettings
+from prelora_ray.data.prepare import plan as plan_tasks
+from prelora_ray.data.sources import Columns, Splits
+from prelora_ray.data.sources.files import File
+from prelora_ray.data.sources.folder import open_folders
 from prelora_ray.data.stream import Pass, StreamPlan
 from prelora_ray.train.feed import stream_plan
 
@@ -87,11 +93,35 @@ def plan(images: int) -> dict[str, Any]:
     return {"bytes": len(pickle.dumps(made_up_plan(images)))}
 
 
+def made_up_source(images: int) -> list[File]:
+    """What a listing of ImageNet's folders finds, with so many training images."""
+    files = [File(f"train/n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG", "110000-1700000000000000000") for i in range(images)]
+    val = [File(f"val/n{i % 1000:08d}/val_{i:08d}.JPEG", "110000-1700000000000000000") for i in range(50_000)]
+    return sorted(files + val, key=lambda file: file.path)
+
+
+def prepare(images: int) -> dict[str, Any]:
+    """`prelora prepare` before its first shard: classes and splits from the files' names, and what travels to each task."""
+    files = made_up_source(images)
+    found: list[Any] = []
+    reading = seconds(lambda: found.append(open_folders("nowhere", files, Splits(), Columns())))
+    planning = seconds(lambda: found.append(plan_tasks(found[0], "nowhere", PrepareSettings())))
+    sizes = [len(cloudpickle.dumps(task)) for task in found[1]]
+    return {
+        "seconds_of_reading_names": reading,
+        "seconds_of_planning": planning,
+        "tasks": len(sizes),
+        "bytes": sum(sizes),
+        "bytes_of_a_task": max(sizes),
+    }
+
+
 PARTS: dict[str, Callable[[int], dict[str, Any]]] = {
     "step": step,
     "epoch_end": epoch_end,
     "before_epoch": before_epoch,
     "plan": plan,
+    "prepare": prepare,
 }
 
 

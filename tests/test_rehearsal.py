@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pickle
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -20,6 +21,10 @@ from ray import cloudpickle
 from benchmarks.rehearsal import SIZES, NoImages, made_up_plan
 from prelora_ray.config_file import parse_settings
 from prelora_ray.data import stream
+from prelora_ray.data.prepare import PrepareSettings
+from prelora_ray.data.prepare import plan as plan_tasks
+from prelora_ray.data.sources import Item, Source
+from prelora_ray.data.sources.folder import FileReader
 from prelora_ray.data.stream import Batch, Pass, StreamPlan
 from prelora_ray.train.session import Session
 from prelora_ray.train.state import TrainState
@@ -135,3 +140,17 @@ def test_what_travels_to_readers_and_decoders_is_small_and_does_not_grow_in_use(
     assert len(cloudpickle.dumps(task)) < size + 40 * len(passes)
     next(stream._read(plan, passes))
     assert len(pickle.dumps(plan)) < size + 100
+
+
+def test_a_task_of_prepare_carries_its_own_images_alone():
+    sizes = []
+    for images in (100_000, SIZES["imagenet-1k"]):
+        names = [f"train/n{i % 1000:08d}/n{i % 1000:08d}_{i:08d}.JPEG" for i in range(images)]
+        items = [Item(name, i % 1000, (name,), stamp="110000-1700000000000000000") for i, name in enumerate(names)]
+        classes = tuple(f"n{i:08d}" for i in range(1000))
+        source = Source("image folders", FileReader("nowhere"), classes, {"train": items, "val": items[:50_000]}, Counter(), ())
+        tasks = plan_tasks(source, "nowhere", PrepareSettings())
+        assert sum(len(task.items) for task in tasks) == images + 50_000
+        sizes.append([len(cloudpickle.dumps(task)) for task in tasks[::40]])
+    small, large = sizes
+    assert max(large) < 1.05 * max(small) < 120 * PrepareSettings().shard_rows
