@@ -2,9 +2,9 @@
 
     python benchmarks/rehearsal.py [--sizes imagenet-1k imagenet-21k] [--parts step epoch_end before_epoch plan prepare]
 
-Seconds of processor time and bytes; of a run those of one of 8 workers, with the batch of `jobs/configs/imagenet_vit_large.yaml`. No
-image is read or decoded: a row group that is asked for comes empty. A part is a function from a number of images to what it
-measured.
+Seconds of processor time and bytes; of a run those of one of 8 workers, with the batch and cells of
+`jobs/configs/imagenet_vit_large.yaml`. No image is read or decoded: a row group that is asked for comes empty. A part is a
+function from a number of images to what it measured.
 """
 
 from __future__ import annotations
