@@ -303,14 +303,15 @@ class ShardTask:
             return there
         rows, bad, other, digests = [], [], [], []
         for i, item in enumerate(self.items):
+            content = b""
             try:
                 content = self.reader.read(item)
-                if is_other_file(item.name, content):
-                    other.append(i)
-                    continue
                 encoded = encode(content, self.settings.size, self.settings.quality, self.settings.max_pixels)
             except (BadImageError, OSError, ValueError, pa.ArrowException) as error:
-                bad.append((i, " ".join(str(error).split()) or type(error).__name__))
+                if is_other_file(item.name, content):
+                    other.append(i)
+                else:
+                    bad.append((i, " ".join(str(error).split()) or type(error).__name__))
                 continue
             digests.append(hashlib.blake2b(content, digest_size=_DIGEST_BYTES).digest())
             rows.append((encoded, item.label, item.name))
