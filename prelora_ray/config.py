@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import statistics
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -13,6 +12,7 @@ from prelora_ray.method.convergence import NormStatistic
 from prelora_ray.method.phases import Freeze
 from prelora_ray.method.ranks import PATTERN_RANKS, Normalize, is_pattern_rank, rank_choices
 from prelora_ray.method.targets import FAMILIES
+from prelora_ray.storage import absolute
 
 Count = Annotated[int, Field(ge=1, strict=True)]
 Whole = Annotated[int, Field(ge=0, strict=True)]
@@ -355,16 +355,19 @@ class Settings(Section):
 
 
 def with_absolute_paths(settings: Settings) -> Settings:
-    """The same settings with local folders by their absolute path, as workers run in other folders."""
-
-    def absolute(path: str) -> str:
-        return path if "://" in path else str(Path(path).expanduser().absolute())
-
+    """The same settings with local paths from the root on, as workers run in other folders."""
     data, model = settings.data, settings.model
     data = data.model_copy(update={"path": absolute(data.path)})
+    if data.source is not None:
+        data = data.model_copy(update={"source": absolute_source(data.source)})
     if model.init_from is not None:
         model = model.model_copy(update={"init_from": absolute(model.init_from)})
     return settings.model_copy(update={"storage": absolute(settings.storage), "data": data, "model": model})
+
+
+def absolute_source(source: str) -> str:
+    """As `absolute`, for what `prelora prepare` takes; `digits` is a word and no path."""
+    return source if source == "digits" else absolute(source)
 
 
 def flat(settings: Section) -> dict[str, Any]:

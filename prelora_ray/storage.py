@@ -13,20 +13,30 @@ from typing import Any, Self
 import pyarrow.fs
 
 
+def absolute(path: str | os.PathLike[str]) -> str:
+    """A local path (``~/x``, ``file:///x``, or from the current folder) from the root on, which any process takes for the same
+    place; the URI of a bucket as it is."""
+    path = os.fspath(path).removeprefix("file://")
+    if "://" in path:
+        return path
+    local = Path(path).expanduser().absolute()
+    return str(local.resolve() if ".." in local.parts else local)
+
+
 class Storage:
     """One folder, named by a path or a URI (``s3://bucket/path``, ``gs://bucket/path``).
 
+    Its name (`uri`, and as a string) is absolute, so that it can be handed to processes that run in other folders.
     A file that is written whole appears whole: on a disk by renaming, on an object store because an
     upload does. Object stores can neither append nor rename, so `append` works on disks alone.
     """
 
     def __init__(self, uri: str | os.PathLike[str]) -> None:
-        self.uri = os.fspath(uri)
-        if "://" in self.uri and not self.uri.startswith("file://"):
+        self.uri = absolute(uri)
+        if "://" in self.uri:
             self.filesystem, self.path = pyarrow.fs.FileSystem.from_uri(self.uri)
         else:
-            self.filesystem = pyarrow.fs.LocalFileSystem()
-            self.path = str(Path(self.uri.removeprefix("file://")).expanduser().absolute())
+            self.filesystem, self.path = pyarrow.fs.LocalFileSystem(), self.uri
 
     def __str__(self) -> str:
         return self.uri

@@ -92,6 +92,16 @@ def test_no_room_for_the_workers_is_told_once_ray_has_started():
     assert len(result.stderr.strip().splitlines()) == 1
 
 
+def test_nothing_is_imported_from_the_current_folder(tmp_path):
+    for library in ("rich", "timm", "torch", "typer", "yaml"):
+        (tmp_path / f"{library}.py").write_text("raise ImportError('the current folder was looked in')")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [*COMMAND, "replay", "here"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (2, ""), result.stderr
+    assert "'here' is no record" in result.stderr
+
+
 def test_help_names_every_command():
     result = prelora("--help")
     assert result.returncode == 0

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from prelora_ray.config import without_effect
-from prelora_ray.config_file import load_settings, parse_settings
+from prelora_ray.config import with_absolute_paths, without_effect
+from prelora_ray.config_file import load_settings, parse_settings, read_named
 from prelora_ray.train.model import check_model
 
 CONFIGS = sorted((Path(__file__).parent.parent / "jobs" / "configs").glob("*.yaml"))
@@ -95,6 +95,9 @@ def test_refused_in_one_sentence(content, sentence):
     ("text", "override", "message"),
     [
         ("data: {path: x}\ndata: {path: y}", [], "key 'data' stands twice"),
+        ("data: {path: x}\ntrain: &a {seed: 1}\nmethod: {<<: *a, tau: 1, tau: 2}", [], "key 'tau' stands twice"),
+        ("data: &a {path: x, cell: 1, cell: 2}\ntrain: {<<: *a}", [], "key 'cell' stands twice"),
+        ("data: {path: x}", ["method.rank_pattern={a: 8, b: 8, a: 4}"], "the value is not YAML: key 'a' stands twice"),
         ("- a", [], "holds no settings"),
         ("a: [", [], "is not YAML"),
         ("data: {path: x}", ["train.epochs"], "write key.path=value"),
@@ -132,6 +135,38 @@ def test_overrides(tmp_path):
 def test_mean_and_deviation_of_the_channels_that_the_model_takes(channels, given, taken):
     data, model = {"path": "x", "mean": given, "std": given}, {"options": {"in_chans": channels}}
     assert parse_settings({"name": "run", "data": data, "model": model}).normalization == (taken, taken)
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        ("a: &a {x: 1, y: 1}\nb: {<<: *a, y: 2}", {"x": 1, "y": 2}),
+        ("a: &a {x: 1, y: 1}\nb: {y: 2, <<: *a}", {"x": 1, "y": 2}),
+        ("a: &a {x: 1}\nc: &c {x: 2, z: 3}\nb: {<<: [*a, *c], y: 2}", {"x": 1, "y": 2, "z": 3}),
+        ("a: &a {x: 1}\nc: &c {z: 3}\nb: {<<: *a, <<: *c, y: 2}", {"x": 1, "y": 2, "z": 3}),
+        ("a: &a {x: 1}\nc: {deep: {er: &c {<<: *a, x: 2}}}\nb: {<<: *c}", {"x": 2}),
+    ],
+)
+def test_merged_keys_give_way_to_a_mappings_own(tmp_path, text, content):
+    (tmp_path / "run.yaml").write_text(text)
+    assert read_named(tmp_path / "run.yaml")["b"] == content
+
+
+def test_an_override_changes_one_of_two_that_share_an_anchor(tmp_path):
+    (tmp_path / "run.yaml").write_text("a: &a {x: {y: 1}}\nb: *a\nc: {<<: *a}")
+    content = read_named(tmp_path / "run.yaml", ["b.x.y=2", "c.x.z=3"])
+    assert [content[key] for key in "abc"] == [{"x": {"y": 1}}, {"x": {"y": 2}}, {"x": {"y": 1, "z": 3}}]
+
+
+def test_every_path_of_a_run_is_made_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = {"storage": "r", "data": {"path": "d", "source": "./digits"}, "model": {"init_from": "m.safetensors"}}
+    settings = with_absolute_paths(parse_settings({"name": "run", **given}))
+    paths = (settings.storage, settings.data.path, settings.data.source, settings.model.init_from)
+    assert paths == tuple(str(tmp_path / name) for name in ("r", "d", "digits", "m.safetensors"))
+    words = {"storage": "s3://b/r", "data": {"path": "gs://b/d", "source": "digits"}}
+    settings = with_absolute_paths(parse_settings({"name": "run", **words}))
+    assert (settings.storage, settings.data.path, settings.data.source) == ("s3://b/r", "gs://b/d", "digits")
 
 
 def test_settings_without_effect_are_told():

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import site
 import sys
 import time
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import ray
+import ray.job_config
 import ray.train.torch
 from ray._raylet import ActorID, PlacementGroupID
 from ray.core.generated.gcs_pb2 import PlacementGroupTableData
@@ -34,6 +37,26 @@ _DATA_ACTORS = {
     "datasets_stats_actor": "_dataset_stats_actor",
 }
 """Names of Ray Data's shared actors, with their namespaces."""
+
+
+class JobConfig(ray.job_config.JobConfig):
+    """Ray's, whose workers import from where the driver does.
+
+    Ray has them look first in the folder of the driver's script and in the folder that the driver was started in, where
+    something by the name of a library may lie; and it does not hand on where the driver found this package.
+    """
+
+    _py_driver_sys_path: list[str]
+
+    def _get_proto_job_config(self) -> Any:
+        own = {os.path.abspath(place) for place in sys.path}
+        package = str(Path(__file__).parents[2])
+        installed = package in {*site.getsitepackages(), site.getusersitepackages()}
+        places = [place for place in self._py_driver_sys_path if place in own]
+        if package in own and not installed and not self._runtime_env_has_working_dir():
+            places.append(package)
+        self._py_driver_sys_path = list(dict.fromkeys(places))
+        return super()._get_proto_job_config()
 
 
 class TorchTrainer(ray.train.torch.TorchTrainer):

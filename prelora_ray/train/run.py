@@ -24,6 +24,7 @@ from prelora_ray.data.prepare import prepare
 from prelora_ray.errors import InterruptedRunError, WorkError
 from prelora_ray.monitor.client import finish
 from prelora_ray.monitor.exporter import start_exporter
+from prelora_ray.nodes import check_seen_by_all_nodes
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
 from prelora_ray.train.checkpoint import Checkpoints
@@ -32,7 +33,7 @@ from prelora_ray.train.model import check_model, create_model
 from prelora_ray.train.notices import STOP_FILE
 from prelora_ray.train.precision import check_precision
 from prelora_ray.train.pretrained import load_pretrained
-from prelora_ray.train.ray_private import ScalingConfig, TorchConfig, TorchTrainer, release
+from prelora_ray.train.ray_private import JobConfig, ScalingConfig, TorchConfig, TorchTrainer, release
 from prelora_ray.train.result import summarize
 from prelora_ray.train.telemetry import run_label
 from prelora_ray.train.watchdog import PATIENCE
@@ -87,6 +88,7 @@ def train(settings: Settings, *, debug: bool = False, callbacks: Sequence[ray.tr
     with DriverLock(folder), ray_session(debug=debug) as is_embedded:
         settings = _settle_gpu(settings, before, ray.cluster_resources().get("GPU", 0))
         _check_room(settings, is_embedded)
+        _check_nodes_see(settings, folder)
         if not settings.workers.gpu:
             check_precision(settings.train.precision, torch.device("cpu"))
         _prepare_once(settings)
@@ -150,6 +152,7 @@ def ray_session(*, debug: bool = False) -> Iterator[bool]:
     address = os.environ.get("RAY_ADDRESS") or "local"
     ray.init(
         address=address,
+        job_config=JobConfig(),
         log_to_driver=debug,
         logging_level=logging.INFO if debug else logging.ERROR,
         **({"include_dashboard": False} if address == "local" else {}),
@@ -188,6 +191,14 @@ def _check_room(settings: Settings, is_embedded: bool) -> None:
             instead = "; workers.gpu: false trains on CPUs" if resource == "GPU" else ""
             raise ValueError(f"workers.min = {workers.min} is not allowed on this machine: {told}{instead}")
         logger.warning("waiting for room: %s", told)
+
+
+def _check_nodes_see(settings: Settings, folder: RunFolder) -> None:
+    """Raises ValueError, before anything is prepared or trained, where a node does not see a local path of the run."""
+    data = settings.data
+    is_prepared = Storage(data.path).exists("manifest.json")
+    reads = [path for path in (data.path if is_prepared else data.source, settings.model.init_from) if path is not None]
+    check_seen_by_all_nodes(reads, writes=[str(folder)] if is_prepared else [data.path, str(folder)])
 
 
 def _fit(settings: Settings, folder: RunFolder, callbacks: Sequence[ray.train.UserCallback]) -> None:
@@ -266,11 +277,15 @@ def _check_unchanged(before: Settings, now: Settings, folder: RunFolder) -> None
     """Raises ValueError where a run is resumed with settings that would make another run of it."""
     old, new = (flat(settings) for settings in (before, now))
     for key in sorted(old | new):
-        if old.get(key) != new.get(key) and not any(key == may or key.startswith(may + ".") for may in _MAY_CHANGE):
+        if old.get(key) == new.get(key) or any(key == may or key.startswith(may + ".") for may in _MAY_CHANGE):
+            continue
+        told = f"{key} = {new.get(key)!r} is not allowed: run {folder} was begun with {old.get(key)!r}"
+        if key == "train.epochs" and now.train.epochs > before.train.epochs:
             raise ValueError(
-                f"{key} = {new.get(key)!r} is not allowed: run {folder} was begun with {old.get(key)!r}; "
-                "resume it with that, or give another --name"
+                f"{told}, over which its learning rate falls; more epochs are another run, which may begin with its weights: "
+                f"`prelora export {folder} OUT`, then train `--name ANOTHER --set model.init_from=OUT/timm/model.safetensors`"
             )
+        raise ValueError(f"{told}; resume it with that, or give another --name")
 
 
 def _check_same_data(folder: RunFolder, settings: Settings, manifest: Manifest) -> None:

@@ -167,6 +167,16 @@ def test_resuming_with_other_settings_is_refused(undisturbed, digits, storage):
         train(other)
 
 
+def test_more_epochs_are_refused_with_the_way_to_train_on(undisturbed, digits, storage):
+    run = undisturbed(1)
+    longer = settings(digits, storage, run.name, 1, train={"epochs": EPOCHS + 5})
+    with pytest.raises(ValueError, match=r"train\.epochs = 12 is not allowed: .* with 7, .*export .*--set model\.init_from"):
+        train(longer)
+    shorter = settings(digits, storage, run.name, 1, train={"epochs": EPOCHS - 1})
+    with pytest.raises(ValueError, match=r"train\.epochs = 6 is not allowed: .* with 7; resume it with that, or give"):
+        train(shorter)
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_with_the_last_good_checkpoint(digits, storage):
     run = settings(digits, storage, "diverged", 2, train={"learning_rate": 1e30, "clip_norm": None})
     with pytest.raises(TrainError, match=r"not finite at step \d+ .*phase full; .*checkpoint"):
