@@ -7,7 +7,7 @@ import pytest
 
 from prelora_ray.config import without_effect
 from prelora_ray.config_file import load_settings, parse_settings
-from prelora_ray.train.model import check_model
+from prelora_ray.train.check import check_model
 
 CONFIGS = sorted((Path(__file__).parent.parent / "jobs" / "configs").glob("*.yaml"))
 DATA = {"data": {"path": "x"}}
@@ -17,7 +17,7 @@ DATA = {"data": {"path": "x"}}
 def test_every_recipe_is_sound(path: Path):
     settings = load_settings(path)
     assert settings.name == path.stem
-    assert check_model(settings.model, settings.method)
+    assert check_model(settings)
     assert without_effect(settings) == []
 
 
