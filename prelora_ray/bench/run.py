@@ -26,8 +26,8 @@ from prelora_ray.data.stream import Pass, stream_batches
 from prelora_ray.errors import WorkError
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
-from prelora_ray.train.feed import stream_plan
 from prelora_ray.train.check import check_model
+from prelora_ray.train.feed import stream_plan
 from prelora_ray.train.run import ray_session, train
 from prelora_ray.train.state import TrainState
 from prelora_ray.train.step import Stepper

@@ -143,7 +143,7 @@ def freeze_parameters(model: nn.Module, targets: Sequence[Target], freeze: Freez
 
 
 def head_parameters(model: nn.Module) -> set[str]:
-    """Names of the parameters that make logits of features: those of a timm model's classifier, or of all of its classifiers."""
+    """Names of the parameters of a timm model's classifier, or of all its classifiers; none where it has none."""
     classifiers = model.get_classifier() if hasattr(model, "get_classifier") else ()  # type: ignore[operator]
     if isinstance(classifiers, nn.Module):
         classifiers = (classifiers,)

@@ -19,7 +19,7 @@ from prelora_ray.method.ranks import check_ranks, match_rank_pattern
 from prelora_ray.method.targets import Target, find_targets
 from prelora_ray.train.model import create_model, drop_path_modules, set_drop_path
 from prelora_ray.train.optim import build_optimizer
-from prelora_ray.train.precision import Format, autocast, keep_residual_in_bf16, use_products
+from prelora_ray.train.precision import Format, autocast, keep_residual_in_bf16, phase_format, use_products
 
 _IMAGES, _CLASSES = 2, 10
 
@@ -31,8 +31,8 @@ def check_model(settings: Settings) -> list[Target]:
     images than a row of logits each; where a phase cannot train it; and where a target's layer is used by its weight
     alone, so that an adapter on it would have no effect.
     """
-    method, precision = settings.method, settings.train.precision
-    format_: Format = "bf16" if precision in ("auto", "fp8") else precision  # fp8 has no kernels for such tensors
+    method = settings.method
+    format_ = phase_format(settings.train.precision, Phase.FULL, torch.device("cuda"))  # fp8 has no kernels for such tensors
     with torch.device("meta"):
         model = create_model(settings.model, _CLASSES, seed=0)
     model.to(torch.float64 if format_ == "fp64" else torch.float32)

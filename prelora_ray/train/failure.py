@@ -27,7 +27,7 @@ _TRACEBACK = "Traceback (most recent call last)"
 _LONGEST = 500
 
 
-class WorkerFailure(Exception):
+class WorkerCodeError(Exception):
     """What a worker's own code raised."""
 
     def __init__(self, reason: str, step: int | None, *, is_final: bool = False, is_repeated: bool = False) -> None:
@@ -41,21 +41,21 @@ class WorkerFailure(Exception):
         self.is_final = is_final
         self.is_repeated = is_repeated
 
-    def __reduce__(self) -> tuple[Callable[..., WorkerFailure], tuple[object, ...]]:
+    def __reduce__(self) -> tuple[Callable[..., WorkerCodeError], tuple[object, ...]]:
         return _restored, (self.reason, self.step, self.is_final, self.is_repeated)
 
-    def repeats(self, other: WorkerFailure) -> bool:
+    def repeats(self, other: WorkerCodeError) -> bool:
         """Whether it is the failure of an earlier attempt, with no step done beyond that."""
         return self.reason == other.reason and (self.step or 0) <= (other.step or 0)
 
 
-def _restored(reason: str, step: int | None, is_final: bool, is_repeated: bool) -> WorkerFailure:
-    return WorkerFailure(reason, step, is_final=is_final, is_repeated=is_repeated)
+def _restored(reason: str, step: int | None, is_final: bool, is_repeated: bool) -> WorkerCodeError:
+    return WorkerCodeError(reason, step, is_final=is_final, is_repeated=is_repeated)
 
 
 @contextmanager
 def own_failures(step: Callable[[], int | None]) -> Iterator[None]:
-    """Raises WorkerFailure in place of what the code inside raises by itself; what its surroundings do to it stays as it is.
+    """Raises WorkerCodeError in place of what the code inside raises by itself; what its surroundings do to it stays as it is.
 
     A ValueError is a mistake in the settings that was found late, and so final.
     """
@@ -64,15 +64,15 @@ def own_failures(step: Callable[[], int | None]) -> Iterator[None]:
     except Exception as error:
         if not is_own(error):
             raise
-        raise WorkerFailure(root_cause(error), step(), is_final=type(error) is ValueError) from error
+        raise WorkerCodeError(root_cause(error), step(), is_final=type(error) is ValueError) from error
 
 
-def failures_of(error: BaseException) -> list[WorkerFailure]:
+def failures_of(error: BaseException) -> list[WorkerCodeError]:
     """The workers' own failures that ended an attempt; none where a worker or its node was lost, which explains the others."""
     found = list(getattr(error, "worker_failures", {}).values())
     if any(isinstance(_unwrapped(failure), ray.exceptions.RayActorError) for failure in found):
         return []
-    return [failure for failure in found if isinstance(failure, WorkerFailure)]
+    return [failure for failure in found if isinstance(failure, WorkerCodeError)]
 
 
 def is_own(error: BaseException) -> bool:
@@ -90,7 +90,7 @@ def root_cause(error: BaseException) -> str:
     if failures := getattr(error, "worker_failures", None):
         error = min(failures.values(), key=_rank)
     cause = _unwrapped(error)
-    if isinstance(cause, WorkerFailure):
+    if isinstance(cause, WorkerCodeError):
         return cause.reason
     if isinstance(cause, ray.exceptions.UserCodeException):  # whose own cause did not travel with it
         return _first_raised(str(error))
@@ -99,7 +99,7 @@ def root_cause(error: BaseException) -> str:
 
 def _rank(failure: BaseException) -> int:
     """Of several workers' failures the one with the smallest tells most: others lost a peer by it."""
-    if isinstance(failure, WorkerFailure):
+    if isinstance(failure, WorkerCodeError):
         return 0
     return 1 if isinstance(_unwrapped(failure), ray.exceptions.RayActorError) else 2
 

@@ -25,7 +25,7 @@ from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.util.placement_group import PlacementGroup
 
-from prelora_ray.train.failure import WorkerFailure, failures_of
+from prelora_ray.train.failure import WorkerCodeError, failures_of
 
 _SHUTDOWN_SECONDS = 2
 _COUNT_SECONDS = 2.0
@@ -59,7 +59,7 @@ class FailurePolicy(DefaultFailurePolicy):
 
     def __init__(self, failure_config: ray.train.FailureConfig) -> None:
         super().__init__(failure_config)
-        self._before: list[WorkerFailure] = []
+        self._before: list[WorkerCodeError] = []
 
     def make_decision(self, training_failed_error: ray.train.TrainingFailedError) -> FailureDecision:
         decision = super().make_decision(training_failed_error)

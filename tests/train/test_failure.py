@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.train import run as driver
-from prelora_ray.train.failure import WorkerFailure, is_own, root_cause
+from prelora_ray.train.failure import WorkerCodeError, is_own, root_cause
 from prelora_ray.train.run import TrainError, train
 from prelora_ray.train.step import Stepper
 from prelora_ray.train.worker import train_worker
@@ -92,7 +92,7 @@ def test_what_lost_peers_full_disks_and_devices_raise_is_not_the_codes_own():
 
 
 def test_a_failure_travels_between_processes():
-    failure = pickle.loads(pickle.dumps(WorkerFailure("RuntimeError: x", 3, is_final=True, is_repeated=True)))
+    failure = pickle.loads(pickle.dumps(WorkerCodeError("RuntimeError: x", 3, is_final=True, is_repeated=True)))
     assert (str(failure), failure.step, failure.is_final, failure.is_repeated) == ("RuntimeError: x", 3, True, True)
 
 
