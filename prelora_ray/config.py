@@ -120,9 +120,18 @@ class AugmentSettings(Section):
     @field_validator("policy")
     @classmethod
     def _check_policy(cls, policy: str | None) -> str | None:
-        if policy is not None and not re.fullmatch(r"3a|rand(-(m|n|p|mstd|mmax|inc|t)[\w.]+)*", policy):
-            raise ValueError("must be `3a` or a RandAugment policy such as `rand-m9-mstd0.5-inc1`")
+        if policy is not None and not _POLICY.fullmatch(policy):
+            raise ValueError(
+                "must be `3a` or a RandAugment policy such as `rand-m9-mstd0.5-inc1`: whole numbers behind m, n (1 to 9) and "
+                "mmax, numbers behind mstd and p (at most 1), 0 or 1 behind inc, and behind t `weights`, `3a` or `3aw`"
+            )
         return policy
+
+
+_POLICY = re.compile(
+    r"3a|rand(-(m\d+|n[1-9]|mmax[1-9]\d*|mstd\d+(\.\d*)?|p(0(\.\d*)?|1(\.0*)?)|inc[01]|t(weights|3a|3aw)))*", re.ASCII
+)
+"""What timm's parser takes; what it passes over silently, such as a section without a number, is left out."""
 
 
 class DataSettings(Section):

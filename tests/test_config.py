@@ -4,10 +4,16 @@ import runpy
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from prelora_ray.config import with_absolute_paths, without_effect
 from prelora_ray.config_file import load_settings, parse_settings, read_named
-from prelora_ray.train.model import check_model
+from prelora_ray.torchvision_ops import make_importable
+from prelora_ray.train.check import check_model
+
+make_importable()
+
+from timm.data import auto_augment  # noqa: E402
 
 CONFIGS = sorted((Path(__file__).parent.parent / "jobs" / "configs").glob("*.yaml"))
 DATA = {"data": {"path": "x"}}
@@ -17,7 +23,7 @@ DATA = {"data": {"path": "x"}}
 def test_every_recipe_is_sound(path: Path):
     settings = load_settings(path)
     assert settings.name == path.stem
-    assert check_model(settings.model, settings.method)
+    assert check_model(settings)
     assert without_effect(settings) == []
 
 
@@ -88,6 +94,56 @@ def test_refused_in_one_sentence(content, sentence):
     with pytest.raises(ValueError) as error:  # noqa: PT011
         parse_settings({"name": "run", **DATA, **content})
     assert str(error.value).startswith(sentence)
+    assert "\n" not in str(error.value)
+
+
+POLICIES = [
+    *("rand", "rand-m9", "rand-m0-n1-p0.5", "rand-m12-mmax15", "rand-mstd0.5-m9-inc1", "rand-m9-mstd101-inc0", "rand-p1.0"),
+    *("rand-n9-tweights", "rand-n9-t3aw-m5", "rand-t3a-inc1", "3a"),
+]
+NO_POLICIES = [
+    *(
+        "rand-m9.5",
+        "rand-m9.5-mstd0.5",
+        "rand-mfoo",
+        "rand-m",
+        "rand-n0",
+        "rand-n2.5",
+        "rand-m9-mstdx",
+        "rand-m9-mstd",
+        "rand-m-9",
+    ),
+    *(
+        "rand-p1.5",
+        "rand-inc2",
+        "rand-mmax0",
+        "rand-mstd.5",
+        "rand-q3",
+        "rand-tfoo",
+        "rand-m9x",
+        "rand-",
+        "rand-m9-",
+        "randm9",
+        "4a",
+    ),
+    *("rand-m٣", ""),
+]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_policy_that_is_taken_is_timms(policy):
+    assert parse_settings({"name": "run", **DATA, "augment": {"policy": policy}}).augment.policy == policy
+    make = auto_augment.rand_augment_transform if policy.startswith("rand") else auto_augment.auto_augment_transform
+    transform = make(policy, {"img_mean": (1, 1, 1), "translate_const": 5})
+    assert transform(Image.new("RGB", (16, 16))).size == (16, 16)
+
+
+@pytest.mark.parametrize("policy", NO_POLICIES)
+def test_a_policy_that_timm_fails_on_or_passes_over_is_refused(policy):
+    with pytest.raises(
+        ValueError, match=rf"augment\.policy = {policy!r} is not allowed: it must be `3a` or a RandAugment"
+    ) as error:
+        parse_settings({"name": "run", **DATA, "augment": {"policy": policy}})
     assert "\n" not in str(error.value)
 
 

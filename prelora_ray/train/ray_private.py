@@ -25,7 +25,10 @@ from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator impor
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from ray.train.v2._internal.execution.context import get_train_context
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.util.placement_group import PlacementGroup
+
+from prelora_ray.train.failure import WorkerCodeError, failures_of
 
 _SHUTDOWN_SECONDS = 2
 _COUNT_SECONDS = 2.0
@@ -60,10 +63,35 @@ class JobConfig(ray.job_config.JobConfig):
 
 
 class TorchTrainer(ray.train.torch.TorchTrainer):
-    """Ray Train's, without the actor that shares out datasets: every worker streams its own part, and a start is sooner."""
+    """Ray Train's, which does not try again what would fail alike.
+
+    It has no actor that shares out datasets: every worker streams its own part, and a start is sooner.
+    """
 
     def _create_default_callbacks(self) -> list[Any]:
         return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, DatasetsCallback)]
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        return super()._initialize_and_run_controller(
+            **{**arguments, "failure_policy": FailurePolicy(self.run_config.failure_config)}
+        )
+
+
+class FailurePolicy(DefaultFailurePolicy):
+    """Ray Train's, which ends a run whose worker fails for good, or a second time as in the attempt before, no step further."""
+
+    def __init__(self, failure_config: ray.train.FailureConfig) -> None:
+        super().__init__(failure_config)
+        self._before: list[WorkerCodeError] = []
+
+    def make_decision(self, training_failed_error: ray.train.TrainingFailedError) -> FailureDecision:
+        decision = super().make_decision(training_failed_error)
+        failures = failures_of(training_failed_error)
+        for failure in failures:
+            failure.is_repeated = any(failure.repeats(earlier) for earlier in self._before)
+        self._before = failures
+        is_hopeless = any(failure.is_final or failure.is_repeated for failure in failures)
+        return FailureDecision.RAISE if is_hopeless else decision
 
 
 class TorchConfig(ray.train.torch.TorchConfig):

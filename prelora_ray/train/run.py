@@ -27,9 +27,11 @@ from prelora_ray.monitor.exporter import start_exporter
 from prelora_ray.nodes import check_seen_by_all_nodes
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
+from prelora_ray.train.check import check_model
 from prelora_ray.train.checkpoint import Checkpoints
+from prelora_ray.train.failure import failures_of, root_cause
 from prelora_ray.train.lock import DriverLock
-from prelora_ray.train.model import check_model, create_model
+from prelora_ray.train.model import create_model
 from prelora_ray.train.notices import STOP_FILE
 from prelora_ray.train.precision import check_precision
 from prelora_ray.train.pretrained import load_pretrained
@@ -74,7 +76,7 @@ def train(settings: Settings, *, debug: bool = False, callbacks: Sequence[ray.tr
     if before is not None:
         _check_unchanged(before, settings, folder)
         Checkpoints(folder).check_schema()
-    check_model(settings.model, settings.method)
+    check_model(settings)
     if settings.model.init_from is not None and before is None:
         load_pretrained(create_model(settings.model, num_classes=1, seed=0), settings.model.init_from)  # raises early
     if not Storage(settings.data.path).exists("manifest.json") and settings.data.source is None:
@@ -121,7 +123,7 @@ def _start_exporter(settings: Settings) -> None:
     try:
         address = start_exporter(monitor.host, monitor.port)
     except Exception as error:
-        logger.warning("no metrics: the exporter did not start (%s)", _root_cause(error))
+        logger.warning("no metrics: the exporter did not start (%s)", root_cause(error))
         return
     taken = "" if address.endswith(f":{monitor.port}") else f" (not port {monitor.port})"
     logger.info("metrics at http://%s/metrics%s", address, taken)
@@ -233,7 +235,7 @@ def _fit(settings: Settings, folder: RunFolder, callbacks: Sequence[ray.train.Us
     except (SystemExit, KeyboardInterrupt):  # Ray Train's own handler of Ctrl-C ends its workers and exits
         raise InterruptedRunError(f"interrupted; the same command goes on from the last checkpoint in {folder}") from None
     except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
-        raise TrainError(f"training failed after {workers.max_failures} restarts: {_root_cause(error)}") from error
+        raise TrainError(_told(error, workers.max_failures)) from error
 
 
 def _fit_again_and_again(trainer: TorchTrainer, folder: RunFolder, max_failures: int) -> None:
@@ -255,13 +257,13 @@ def _fit_again_and_again(trainer: TorchTrainer, folder: RunFolder, max_failures:
             return
 
 
-def _root_cause(error: BaseException) -> str:
-    """The worker's own error, in one line."""
-    causes = getattr(error, "worker_failures", None)
-    cause: BaseException = next(iter(causes.values())) if causes else error
-    while (inner := getattr(cause, "cause", None) or cause.__cause__) is not None:
-        cause = inner
-    return f"{type(cause).__name__}: {' '.join(str(cause).split())[:500]}"
+def _told(error: Exception, max_failures: int) -> str:
+    """Why a run ended, in one sentence."""
+    for failure in failures_of(error):
+        if failure.is_final or failure.is_repeated:
+            where = "before its first step" if failure.step is None else f"at step {failure.step}"
+            return f"training failed {'twice ' if failure.is_repeated else ''}{where}: {failure.reason}"
+    return f"training failed after {max_failures} restarts: {root_cause(error)}"
 
 
 def _prepare_once(settings: Settings) -> None:

@@ -6,8 +6,14 @@ import torch
 
 from prelora_ray.method.adapters import inject
 from prelora_ray.method.convergence import ConvergenceTest
-from prelora_ray.method.phases import Phase, PhaseSchedule, freeze_parameters
+from prelora_ray.method.phases import Phase, PhaseSchedule, freeze_parameters, head_parameters
 from prelora_ray.method.targets import find_targets
+from prelora_ray.torchvision_ops import make_importable
+from tests.runs import TINY_VIT
+
+make_importable()
+
+import timm  # noqa: E402
 
 NAME = "blocks.0.attn.query"
 
@@ -87,6 +93,30 @@ def test_freeze_all_but_head(adapted, targets):
     adapters = {name for name in trainable(adapted) if "lora_" in name}
     freeze_parameters(adapted, targets, "all_but_head")
     assert trainable(adapted) == adapters | {"head.weight", "head.bias"}
+
+
+def test_freeze_all_but_two_heads(targets):
+    distilled = timm.create_model("deit_tiny_distilled_patch16_224", img_size=8, num_classes=10, **TINY_VIT)
+    inject(distilled, targets, {target.name: 2 for target in targets})
+    freeze_parameters(distilled, targets, "all_but_head")
+    heads = {f"{head}.{part}" for head in ("head", "head_dist") for part in ("weight", "bias")}
+    assert {name for name in trainable(distilled) if "lora_" not in name} == heads == head_parameters(distilled)
+
+
+def test_freeze_all_but_the_head_of_a_model_without_one(adapted, targets):
+    adapted.reset_classifier(0)
+    with pytest.raises(ValueError, match="the model has no head"):
+        freeze_parameters(adapted, targets, "all_but_head")
+
+
+def test_freeze_prefix_leaves_what_stands_behind_the_blocks():
+    cait = timm.create_model("cait_xxs24_224", img_size=8, num_classes=10, **TINY_VIT)
+    targets = find_targets(cait)
+    inject(cait, targets, {"blocks.1.mlp.fc1": 2})
+    freeze_parameters(cait, targets, "prefix")
+    parts = {".".join(name.split(".")[:2]) for name in trainable(cait)}
+    assert {"blocks.1", "blocks.2", "blocks_token_only.0", "norm.weight", "head.bias"} <= parts
+    assert not {"blocks.0", "patch_embed.proj"} & parts
 
 
 def test_freeze_prefix_stops_the_backward(adapted, targets, images):

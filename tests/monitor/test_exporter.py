@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from prelora_ray.config_file import parse_settings
 from prelora_ray.monitor.client import Client
-from prelora_ray.monitor.exporter import KEEP_SECONDS, NAME, NAMESPACE, SILENT_SECONDS, Board, serve, start_exporter
+from prelora_ray.monitor.exporter import KEEP_SECONDS, NAME, NAMESPACE, SILENT_SECONDS, Board, Exporter, serve, start_exporter
 from prelora_ray.monitor.metrics import RunMetrics, WorkerMetrics
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.train.run import train
@@ -132,6 +132,14 @@ def test_a_taken_port_means_the_next_one(board):
         assert server.server_address[0] == "127.0.0.1"
         server.shutdown()
         server.server_close()
+
+
+@pytest.mark.parametrize(("host", "start"), [("127.0.0.1", "127.0.0.1:"), ("::1", "[::1]:")])
+def test_its_address_is_what_prometheus_is_given(host, start):
+    exporter = Exporter(host, 19600)
+    exporter.update("a", "0", worker("a", "0", 5).collect(), world_size=1)
+    assert exporter.address().startswith(start)
+    assert images(exporter.address()) == {("full", "a", "0"): 5}
 
 
 def test_an_exporter_that_dies_comes_back_with_what_workers_say(ray_cluster):
