@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from prelora_ray.data.encode import is_image_name
 from prelora_ray.data.sources.class_names import class_names
 from prelora_ray.data.sources.files import File
 from prelora_ray.data.sources.source import Found, Item, Label, Source
@@ -30,9 +31,9 @@ def open_parquet(root: str, files: list[File], splits: Splits, columns: Columns)
     found = Found("Parquet files", root)
     names: list[str] | None = None
     block = 0
+    names_files = False
     for file in files:
         if not file.path.lower().endswith(ENDING):
-            found.skip("no Parquet file", file.path)
             continue
         split = splits.of(file.path)
         parquet = _open(root, file.path, file.stamp)
@@ -44,6 +45,10 @@ def open_parquet(root: str, files: list[File], splits: Splits, columns: Columns)
                 at = (file.path, group, row, image)
                 found.add(split, f"{file.path}/{group}/{row}", _checked(value, f"{root}/{file.path}"), at, block, file.stamp)
             block += 1
+        names_files = names_files or not _holds_bytes(parquet.schema_arrow.field(image))
+    for file in files:
+        if not file.path.lower().endswith(ENDING) and not (names_files and is_image_name(file.path)):
+            found.skip("no Parquet file", file.path)
     return found.source(ParquetReader(root), names or class_names(Storage(root)))
 
 
@@ -73,6 +78,10 @@ class ParquetReader:
             if Storage(self.root).exists(name):
                 return Storage(self.root).read_bytes(name)
         raise ValueError(f"the row's path {path!r} names no file of the source")
+
+
+def _holds_bytes(column: pa.Field) -> bool:
+    return column.type not in (pa.string(), pa.large_string())
 
 
 def _checked(label: Any, where: str) -> Label:
