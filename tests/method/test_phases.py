@@ -2,6 +2,7 @@ import json
 import math
 
 import pytest
+import timm
 import torch
 
 from prelora_ray.method.adapters import inject
@@ -13,7 +14,6 @@ from tests.runs import TINY_VIT
 
 make_importable()
 
-import timm  # noqa: E402
 
 NAME = "blocks.0.attn.query"
 
@@ -131,3 +131,23 @@ def test_freeze_prefix_stops_the_backward(adapted, targets, images):
     assert not features[0].requires_grad
     assert all((p.grad is not None) == (n in names) for n, p in adapted.named_parameters())
     assert torch.isfinite(adapted.head.weight.grad).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "pool", "behind"),
+    [
+        ("vit_tiny_patch16_224", "token", {"norm", "head"}),
+        ("vit_tiny_patch16_224", "avg", {"fc_norm", "head"}),
+        ("vit_tiny_patch16_224", "map", {"norm", "attn_pool", "head"}),
+        ("deit_tiny_distilled_patch16_224", "token", {"norm", "head", "head_dist"}),
+    ],
+)
+def test_freeze_prefix_leaves_all_that_stands_behind_the_blocks(name, pool, behind):
+    model = timm.create_model(name, img_size=8, num_classes=10, global_pool=pool, **TINY_VIT)
+    targets = find_targets(model)
+    inject(model, targets, {"blocks.1.attn.key": 4})
+    last = {name for name, _ in model.named_parameters() if name.split(".")[0] in behind}
+    assert {name.split(".")[0] for name in last} == behind
+    freeze_parameters(model, targets, "prefix")
+    names = trainable(model)
+    assert last == {name for name in names if not name.startswith("blocks.")}

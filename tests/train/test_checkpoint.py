@@ -169,9 +169,11 @@ def test_in_phase_lora_a_checkpoint_costs_what_trains(tmp_path):
     state.model(torch.randn(2, 3, 32, 32)).sum().backward()
     state.optimizer.step()
     checkpoints = Checkpoints(Storage(tmp_path))
+    base_files = set()
     for epoch in (1, 2):
         state.epoch = epoch
         checkpoints.save(state.snapshot([], holds_base=checkpoints.holds_base))
+        base_files.add((tmp_path / "checkpoints" / "base.safetensors").stat().st_ino)  # a file written anew is another one
     sizes = [
         sum(path.stat().st_size for path in (tmp_path / "checkpoints" / name).rglob("*") if path.is_file())
         for name in checkpoints.names()
@@ -180,3 +182,8 @@ def test_in_phase_lora_a_checkpoint_costs_what_trains(tmp_path):
     assert 3 * trained < sizes[1] <= 1.3 * 3 * trained
     assert sizes[0] == pytest.approx(sizes[1], abs=10)
     assert (tmp_path / "checkpoints" / "base.safetensors").stat().st_size > 4 * 4 * 12 * 192**2 * 0.99
+    assert len(base_files) == 1
+    later = Checkpoints(Storage(tmp_path))
+    assert not later.holds_base
+    later.load(checkpoints.names()[-1])
+    assert later.holds_base  # a resumed run does not write it either

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -14,7 +16,7 @@ import pytest
 import torch
 
 from prelora_ray.config import Settings
-from prelora_ray.data.manifest import read_manifest
+from prelora_ray.data.manifest import read_manifest, write_manifest
 from prelora_ray.data.prepare import prepare
 from prelora_ray.errors import InterruptedRunError
 from prelora_ray.method.adapters import merged_state_dict
@@ -23,7 +25,7 @@ from prelora_ray.run_folder import RunFolder, last_attempt
 from prelora_ray.storage import Storage
 from prelora_ray.sweep.replay import read_record, replay
 from prelora_ray.train.checkpoint import Checkpoints
-from prelora_ray.train.run import TrainError, train
+from prelora_ray.train.run import TrainError, _check_same_data, train
 from prelora_ray.train.state import TrainState
 from tests.conftest import samples
 from tests.runs import EPOCHS, FREEZE, SWITCH, Killer, assert_same_bits, final, settings, wait_inside
@@ -110,6 +112,9 @@ def test_lora_checkpoint_is_what_it_says(undisturbed):
     run = undisturbed(1)
     checkpoints = Checkpoints(RunFolder.of(run))
     end, freeze = final(run), checkpoints.load(f"{FREEZE:05d}-000000")
+    folder = Path(checkpoints.folder.path)
+    written = [(folder / name).stat().st_mtime_ns for name in ("base.safetensors", f"{FREEZE:05d}-000000/manifest.json")]
+    assert written == sorted(written)  # with the first checkpoint that refers to it, and not again
     assert end.state["phases"]["phase"] == Phase.LORA
     assert {name.split(".", 2)[2] for name in end.base} == {
         f"{layer}.{part}" for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2") for part in ("weight", "bias")
@@ -175,6 +180,22 @@ def test_more_epochs_are_refused_with_the_way_to_train_on(undisturbed, digits, s
     shorter = settings(digits, storage, run.name, 1, train={"epochs": EPOCHS - 1})
     with pytest.raises(ValueError, match=r"train\.epochs = 6 is not allowed: .* with 7; resume it with that, or give"):
         train(shorter)
+
+
+def test_resuming_with_other_images_is_refused(digits, storage, tmp_path):
+    """The same ones elsewhere are not other images."""
+    run = settings(digits, storage, "other-images", 1)
+    copy = shutil.copytree(digits, tmp_path / "digits")
+    elsewhere = run.model_copy(update={"data": run.data.model_copy(update={"path": str(copy)})})
+    folder, manifest = RunFolder.of(run), read_manifest(Storage(digits))
+    folder.write_settings(run)
+    _check_same_data(folder, run, manifest)
+    _check_same_data(folder, elsewhere, read_manifest(Storage(copy)))
+    (shard, *others) = manifest.splits["train"]
+    shards = (dataclasses.replace(shard, sha256="0" * 64), *others)
+    write_manifest(Storage(copy), dataclasses.replace(manifest, splits={**manifest.splits, "train": shards}))
+    with pytest.raises(ValueError, match=r"data\.path = .* is not allowed: run .* was begun with other images"):
+        train(elsewhere)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_the_last_good_checkpoint(digits, storage):
