@@ -2,7 +2,7 @@
 
     <storage>/<name>/
       config.yaml, data.json, events.jsonl, norms.jsonl, windows.jsonl, epochs.jsonl, samples-<rank>.jsonl,
-      ranks.json, progress.json, result.json, checkpoints/
+      ranks.json, progress.json, end.json, result.json, checkpoints/
 
 docs/run-folder.md describes every file. Lines carry an ``attempt`` that counts restarts: where two
 lines speak of the same epoch, window or batch, the later attempt stands.
@@ -106,16 +106,18 @@ class Appender:
         self._uploaded = False
         self._drain()
 
-    def flush(self) -> None:
+    def flush(self) -> bool:
+        """Returns whether all that was appended is there; where it is not, the next flush tries again."""
         self._drain()
+        if self._pending:
+            return False
         if self._folder.is_local or self._uploaded:
-            return
+            return True
         self._file.seek(0)
-        try:
+        with contextlib.suppress(OSError):
             self._folder.write_bytes(self._name, self._file.read())
-        except OSError:  # an unreachable bucket: the next flush tries again
-            return
-        self._uploaded = True
+            self._uploaded = True
+        return self._uploaded
 
     def _drain(self) -> None:
         """Writes as much as there is room for."""
@@ -167,9 +169,10 @@ class RunRecords:
         with contextlib.suppress(OSError):  # on a full disk the next one will tell
             self._folder.write_json("progress.json", _finite({"attempt": self._attempt, "time": time.time(), **content}))
 
-    def flush(self) -> None:
-        for writer in self._writers.values():
-            writer.flush()
+    def flush(self) -> bool:
+        """Returns whether all that was recorded is there."""
+        whole = [writer.flush() for writer in self._writers.values()]
+        return all(whole)
 
 
 def _encoded(line: dict[str, Any]) -> bytes:

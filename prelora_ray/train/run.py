@@ -26,7 +26,9 @@ from prelora_ray.monitor.client import finish
 from prelora_ray.monitor.exporter import start_exporter
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
-from prelora_ray.train.checkpoint import Checkpoints
+from prelora_ray.train.checkpoint import Checkpoints, checkpoint_name
+from prelora_ray.train.end import FILE as END_FILE
+from prelora_ray.train.end import read_end, remove_end
 from prelora_ray.train.lock import DriverLock
 from prelora_ray.train.model import check_model, create_model
 from prelora_ray.train.notices import STOP_FILE
@@ -101,14 +103,26 @@ def train(settings: Settings, *, debug: bool = False, callbacks: Sequence[ray.tr
         with _stop_on_sigterm(folder):
             _fit(settings, folder, callbacks)
         finish(run_label(settings))
-    last = folder.read_lines("events.jsonl")[-1]
-    if last["event"] == "run_failed":
-        raise TrainError(last["message"])
-    if last["event"] == "stop":
-        raise InterruptedRunError(f"stopped; the same command goes on from epoch {last['epoch']} of {folder}")
+    check_finished(folder, settings.train.epochs)
     result = summarize(folder)
     folder.write_json("result.json", result)
     return result
+
+
+def check_finished(folder: RunFolder, epochs: int) -> None:
+    """Raises InterruptedRunError where the run was stopped, and TrainError where it failed or is not whole."""
+    end = read_end(folder)
+    if end is not None and end.end == "failed":
+        raise TrainError(end.message)
+    names = Checkpoints(folder).names()
+    begin = f"epoch {int(names[-1].split('-')[0])} of {folder} (checkpoint {names[-1]})" if names else f"the start of {folder}"
+    goes_on = f"the same command goes on from {begin}"
+    if end is None:
+        raise TrainError(f"training ended without {folder / END_FILE}, the record of how (is the disk full?); {goes_on}")
+    if end.end == "stop":
+        raise InterruptedRunError(f"stopped; {goes_on}")
+    if checkpoint_name(epochs, 0) not in names:
+        raise TrainError(f"training ended without a whole checkpoint of the last epoch; {goes_on}")
 
 
 def _start_exporter(settings: Settings) -> None:
@@ -232,6 +246,7 @@ def _fit_again_and_again(trainer: TorchTrainer, folder: RunFolder, max_failures:
         reserved = [line["reservation"] for line in folder.read_lines("events.jsonl") if "reservation" in line]
         if reserved:
             release(reserved[-1])
+        remove_end(folder)
         try:
             trainer.fit()
         except ray.exceptions.RayActorError:
@@ -240,7 +255,8 @@ def _fit_again_and_again(trainer: TorchTrainer, folder: RunFolder, max_failures:
                 raise
             logger.warning("Ray Train's controller died; another one goes on")
             continue
-        if folder.read_lines("events.jsonl")[-1]["event"] != "preemption":
+        end = read_end(folder)
+        if end is None or end.end != "preemption":
             return
 
 

@@ -38,6 +38,8 @@ class Saver:
         self._idle.set()
         self._results: queue.SimpleQueue[Saved] = queue.SimpleQueue()
         self._failed: Checkpoint | None = None
+        self.failure: str | None = None
+        """Why the last save failed; None where it has not."""
 
     @property
     def is_busy(self) -> bool:
@@ -48,11 +50,6 @@ class Saver:
         self.wait()
         self._idle.clear()
         threading.Thread(target=self._write, args=(checkpoint,), daemon=True).start()
-
-    @property
-    def has_failed(self) -> bool:
-        """Whether the last save failed."""
-        return self._failed is not None
 
     def retry(self) -> None:
         """Writes once more what could not be written, and waits for it."""
@@ -83,7 +80,7 @@ class Saver:
         except BaseException:
             logger.exception("saving failed")
             error = "an error of the program, see the worker's log"
-        self._failed = None if error is None else checkpoint
+        self._failed, self.failure = (None if error is None else checkpoint), error
         self._results.put(Saved(checkpoint.name, time.monotonic() - start, error))
         self._idle.set()
 

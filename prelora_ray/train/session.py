@@ -23,6 +23,7 @@ from prelora_ray.run_folder import LineWriter, RunFolder, RunRecords, last_attem
 from prelora_ray.storage import Storage
 from prelora_ray.train.checkpoint import Checkpoints, Retention
 from prelora_ray.train.control import Action, Control
+from prelora_ray.train.end import End, EndKind, write_end
 from prelora_ray.train.evaluation import Evaluation
 from prelora_ray.train.feed import Feed, stream_plan, validates
 from prelora_ray.train.notices import Notices, room_to_grow
@@ -216,16 +217,19 @@ class Session:
             self.telemetry.send()
         report(self, line, decision)
 
+    def finish(self) -> None:
+        """The run has trained all its epochs."""
+        if not self.records:
+            return
+        if self.saver.failure is None:
+            self._end("finished")
+        else:
+            self._fail(f"the last epoch could not be saved, which the same command tries again: {self.saver.failure}")
+
     def fail(self, message: str) -> None:
         """Ends the run for good, without another try by Ray Train."""
-        if self.records:
-            self._finish_saving()
-            names = self.checkpoints.names()
-            where = (
-                f"the last good checkpoint is {self.checkpoints.folder / names[-1]}" if names else "no checkpoint was saved yet"
-            )
-            self._event("run_failed", message=f"{message}; {where}")
-            self.records.flush()
+        self._finish_saving()
+        self._fail(message)
 
     def close(self) -> None:
         self.watchdog.end()
@@ -261,12 +265,14 @@ class Session:
         if action is Action.SAVE:
             return
         self.watchdog.beat(patiently=True)
-        if self.records:
-            self._finish_saving()
-            self._event("stop" if action is Action.STOP else "preemption")
-            self.records.flush()
+        self._finish_saving()
         if self.audit:
             self.audit.flush()
+        if self.records:
+            kind: EndKind = "stop" if action is Action.STOP else "preemption"
+            self._event(kind)
+            with contextlib.suppress(OSError) if action is Action.STOP else contextlib.nullcontext():
+                self._end(kind)
         raise StoppedError
 
     def _save(self, sums: list[list[float]], val_top1: float | None = None) -> None:
@@ -281,11 +287,39 @@ class Session:
             return
         self.saver.wait()
         for _ in range(_LAST_SAVES):
-            if not self.saver.has_failed:
+            if self.saver.failure is None:
                 break
             time.sleep(self.settings.workers.hang_seconds / _LAST_SAVES)
             self.saver.retry()
         self._record_saves()
+
+    def _fail(self, message: str) -> None:
+        if not self.records:
+            return
+        names = self.checkpoints.names()
+        where = f"the last good checkpoint is {self.checkpoints.folder / names[-1]}" if names else "no checkpoint was saved yet"
+        self._event("run_failed", message=f"{message}; {where}")
+        with contextlib.suppress(OSError):
+            self._end("failed", f"{message}; {where}")
+
+    def _end(self, kind: EndKind, message: str | None = None) -> None:
+        """Writes how the attempt ends, once all that it recorded is there: trying as long as for a last save.
+
+        Raises OSError where there is no room even so: the attempt has failed. Where no other one is to follow, the driver
+        tells that the record is missing.
+        """
+        assert self.records
+        tries = 1 if self.saver.failure is not None else _LAST_SAVES  # the save that failed has waited already
+        for tries_left in reversed(range(tries)):
+            try:
+                if not self.records.flush():
+                    raise OSError(f"no room for the records in {self.folder}")
+                write_end(self.folder, End(kind, self.state.epoch, self.state.step, message))
+                return
+            except OSError:
+                if not tries_left:
+                    raise
+            time.sleep(self.settings.workers.hang_seconds / _LAST_SAVES)
 
     def _record_saves(self) -> None:
         assert self.records

@@ -40,13 +40,13 @@ def test_a_failed_save_leaves_the_older_checkpoints_and_the_next_one_tries_again
     (tmp_path / "checkpoints" / "00002-000000").write_text("in the way")
     saver.start(checkpoint(2))
     saver.wait()
-    assert saver.has_failed
+    assert saver.failure is not None
     assert [bool(saved.error) for saved in saver.results()] == [False, True]
     assert checkpoints.names() == ["00001-000000"]
     checkpoints.load("00001-000000")
     saver.start(checkpoint(3))
     saver.wait()
-    assert not saver.has_failed
+    assert saver.failure is None
     assert checkpoints.names()[-1] == "00003-000000"
 
 
@@ -55,7 +55,7 @@ def test_what_failed_is_written_once_there_is_room(checkpoints, tmp_path):
     (tmp_path / "checkpoints").write_text("in the way")
     saver.start(checkpoint(1, batch=4))
     saver.wait()
-    assert saver.has_failed
+    assert saver.failure is not None
     (tmp_path / "checkpoints").unlink()
     saver.retry()
     assert checkpoints.names() == ["00001-000004"]
