@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from prelora_ray.run_folder import RunFolder
+from prelora_ray.storage import patiently
 
 FILE = "end.json"
 EndKind = Literal["finished", "stop", "preemption", "failed"]
@@ -32,7 +33,7 @@ def read_end(folder: RunFolder) -> End | None:
     if not folder.exists(FILE):
         return None
     try:
-        return End(**folder.read_json(FILE))
+        return End(**patiently(lambda: folder.read_json(FILE)))
     except (ValueError, TypeError):
         return None
 

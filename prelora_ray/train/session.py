@@ -334,7 +334,8 @@ class Session:
         assert self.records
         for name, message in start.damaged.items():
             self._event("checkpoint_damaged", message=message)
-            self.checkpoints.remove(name)
+            with contextlib.suppress(OSError):  # where it stays, the next attempt finds it again
+                self.checkpoints.set_aside(name)
         world_size = self.state.world_size
         content: dict[str, Any] = {"world_size": world_size, "reservation": reservation()}
         if self.attempt == 0:

@@ -39,7 +39,7 @@ def test_a_stop_whose_save_failed_tells_where_the_run_really_goes_on(folder):
     write_end(folder, End("stop", 11, 170))
     with pytest.raises(InterruptedRunError, match="stopped; the same command goes on from epoch 10 of"):
         check_finished(folder, EPOCHS)
-    Checkpoints(folder).remove("00010-000000")
+    Checkpoints(folder).folder.remove_folder("00010-000000")
     with pytest.raises(InterruptedRunError, match="stopped; the same command goes on from the start of"):
         check_finished(folder, EPOCHS)
 
