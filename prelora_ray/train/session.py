@@ -200,13 +200,15 @@ class Session:
             self._record_change(decision)
             self._diagnose(line)
         is_last = epoch + 1 == self.settings.train.epochs
-        changes = decision.switch is not None or decision.freeze
-        due = (epoch + 1) % self.settings.checkpoint.every_epochs == 0
-        if self.records and (due or changes or is_last):
-            self._save([], line["val_top1"])
-        if is_last:
-            self.watchdog.beat(patiently=True)
+        must = is_last or decision.switch is not None or decision.freeze or self._ends_trunk_window(epoch)
+        if must:
+            self.watchdog.beat(patiently=True)  # rank 0 may have to wait for an earlier save, and the others for rank 0
+        if self.records and (must or (epoch + 1) % self.settings.checkpoint.every_epochs == 0):
+            self._save([], line["val_top1"], waits=must)
+        if is_last and self.records:
             self._finish_saving()
+        elif is_last:
+            self.watchdog.end()  # all that is left to do is rank 0's
         if self.audit:
             self.audit.flush()
         if self.records:
@@ -261,10 +263,9 @@ class Session:
         self.stepper.check_finite()
         sums = self.stepper.worker_sums()
         if self.records:
-            self._save(sums)
+            self._save(sums, waits=action is not Action.SAVE)
         if action is Action.SAVE:
             return
-        self.watchdog.beat(patiently=True)
         self._finish_saving()
         if self.audit:
             self.audit.flush()
@@ -275,22 +276,35 @@ class Session:
                 self._end(kind)
         raise StoppedError
 
-    def _save(self, sums: list[list[float]], val_top1: float | None = None) -> None:
-        self.saver.wait()
+    def _ends_trunk_window(self, epoch: int) -> bool:
+        """Whether a fork may begin behind an epoch (from 0)."""
+        is_trunk = self.settings.checkpoint.keep_trunk and self._phase is Phase.FULL
+        return is_trunk and (epoch + 1) % self.settings.method.window_epochs == 0
+
+    def _save(self, sums: list[list[float]], val_top1: float | None = None, *, waits: bool) -> None:
+        """Saves, unless another save is under way and this one does not wait for it: the next one is then as good."""
+        has_begun = self.saver.start(
+            lambda: self.state.snapshot(sums, holds_base=self.checkpoints.holds_base, val_top1=val_top1),
+            waits=waits,
+            meanwhile=self._beat_patiently,
+        )
         self._record_saves()
-        self.saver.start(self.state.snapshot(sums, holds_base=self.checkpoints.holds_base, val_top1=val_top1))
-        self.notices.saved(self.state.step)
+        if has_begun:
+            self.notices.saved(self.state.step)
+
+    def _beat_patiently(self) -> None:
+        self.watchdog.beat(patiently=True)
 
     def _finish_saving(self) -> None:
         """Waits for the save under way. Where it failed, tries again a few times: what it holds is the last of the run."""
         if not self.records:
             return
-        self.saver.wait()
+        self.saver.wait(self._beat_patiently)
         for _ in range(_LAST_SAVES):
             if self.saver.failure is None:
                 break
             time.sleep(self.settings.workers.hang_seconds / _LAST_SAVES)
-            self.saver.retry()
+            self.saver.retry(self._beat_patiently)
         self._record_saves()
 
     def _fail(self, message: str) -> None:
