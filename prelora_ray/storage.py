@@ -6,11 +6,29 @@ import contextlib
 import json
 import os
 import posixpath
+import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import pyarrow.fs
+
+T = TypeVar("T")
+_READ_WAITS = (0.1, 0.5, 2.0)
+"""Seconds before each further try of a read."""
+
+
+def patiently(read: Callable[[], T]) -> T:
+    """What `read` returns. An OSError may pass, and is raised where it stays for some seconds; a missing file at once."""
+    for wait in _READ_WAITS:
+        try:
+            return read()
+        except FileNotFoundError:
+            raise
+        except OSError:
+            time.sleep(wait)
+    return read()
 
 
 def absolute(path: str | os.PathLike[str]) -> str:
@@ -113,6 +131,19 @@ class Storage:
         """Removes a file, which may be gone already."""
         with contextlib.suppress(FileNotFoundError):
             self.filesystem.delete_file(self.file(name))
+
+    def rename_folder(self, name: str, new: str) -> None:
+        """Gives a folder another name, in place of a folder that had it. In a bucket this is done file by file."""
+        if self.exists(new):
+            self.remove_folder(new)
+        if self.is_local:
+            os.rename(self.file(name), self.file(new))
+            return
+        selector = pyarrow.fs.FileSelector(self.file(name), recursive=True)
+        files = [info.path for info in self.filesystem.get_file_info(selector) if info.type == pyarrow.fs.FileType.File]
+        for path in files:
+            self.filesystem.move(path, self.file(new) + path.removeprefix(self.file(name)))
+        self.remove_folder(name)
 
     def remove_folder(self, name: str) -> None:
         self.filesystem.delete_dir(self.file(name))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import queue
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -28,7 +28,9 @@ from prelora_ray.nodes import check_seen_by_all_nodes
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
 from prelora_ray.train.check import check_model
-from prelora_ray.train.checkpoint import Checkpoints
+from prelora_ray.train.checkpoint import Checkpoints, checkpoint_name
+from prelora_ray.train.end import FILE as END_FILE
+from prelora_ray.train.end import read_end, remove_end
 from prelora_ray.train.failure import failures_of, root_cause
 from prelora_ray.train.lock import DriverLock
 from prelora_ray.train.model import create_model
@@ -56,6 +58,10 @@ _RAY_TRAIN = {
 }
 _RESIZE_LOOK_SECONDS = 5.0
 """Between looks whether there is room for more workers."""
+
+
+_STOP_SECONDS = 0.5
+"""Between tries to ask the workers to stop, where that fails."""
 
 
 class TrainError(WorkError):
@@ -102,17 +108,37 @@ def train(settings: Settings, *, debug: bool = False, callbacks: Sequence[ray.tr
         folder.write_settings(settings)
         folder.remove_file(STOP_FILE)
         _start_exporter(settings)
-        with _stop_on_sigterm(folder):
+        with stop_on_sigterm(folder):
             _fit(settings, folder, callbacks)
         finish(run_label(settings))
-    last = folder.read_lines("events.jsonl")[-1]
-    if last["event"] == "run_failed":
-        raise TrainError(last["message"])
-    if last["event"] == "stop":
-        raise InterruptedRunError(f"stopped; the same command goes on from epoch {last['epoch']} of {folder}")
+    check_finished(folder, settings.train.epochs)
+    return write_result(folder)
+
+
+def write_result(folder: RunFolder) -> dict[str, Any]:
+    """Writes result.json and returns its contents. Raises TrainError where there is no room for it."""
     result = summarize(folder)
-    folder.write_json("result.json", result)
+    try:
+        folder.write_json("result.json", result)
+    except OSError as error:
+        raise TrainError(f"run {folder} is trained, but has no result yet ({error}); the same command writes it") from error
     return result
+
+
+def check_finished(folder: RunFolder, epochs: int) -> None:
+    """Raises InterruptedRunError where the run was stopped, and TrainError where it failed or is not whole."""
+    end = read_end(folder)
+    if end is not None and end.end == "failed":
+        raise TrainError(end.message)
+    names = Checkpoints(folder).names()
+    begin = f"epoch {int(names[-1].split('-')[0])} of {folder} (checkpoint {names[-1]})" if names else f"the start of {folder}"
+    goes_on = f"the same command goes on from {begin}"
+    if end is None:
+        raise TrainError(f"training ended without {folder / END_FILE}, the record of how (is the disk full?); {goes_on}")
+    if end.end == "stop":
+        raise InterruptedRunError(f"stopped; {goes_on}")
+    if checkpoint_name(epochs, 0) not in names:
+        raise TrainError(f"training ended without a whole checkpoint of the last epoch; {goes_on}")
 
 
 def _start_exporter(settings: Settings) -> None:
@@ -130,16 +156,31 @@ def _start_exporter(settings: Settings) -> None:
 
 
 @contextmanager
-def _stop_on_sigterm(folder: RunFolder) -> Iterator[None]:
-    """On SIGTERM, asks the workers to save where they stand and to end."""
+def stop_on_sigterm(folder: RunFolder) -> Iterator[None]:
+    """On SIGTERM, asks the workers to save where they stand and to end: by an empty file, which has room on most full disks."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: folder.write_json(STOP_FILE, {"time": time.time()}))
+    asks: queue.SimpleQueue[bool] = queue.SimpleQueue()  # a signal may interrupt a `put` by another one
+
+    def ask() -> None:
+        is_asked = asks.get()
+        while is_asked:
+            try:
+                return folder.write_bytes(STOP_FILE, b"")
+            except OSError:
+                with contextlib.suppress(queue.Empty):
+                    is_asked = asks.get(timeout=_STOP_SECONDS)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    before = signal.signal(signal.SIGTERM, lambda *_: asks.put(True))
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+        asks.put(False)
+        thread.join()
 
 
 @contextmanager
@@ -245,6 +286,7 @@ def _fit_again_and_again(trainer: TorchTrainer, folder: RunFolder, max_failures:
         reserved = [line["reservation"] for line in folder.read_lines("events.jsonl") if "reservation" in line]
         if reserved:
             release(reserved[-1])
+        remove_end(folder)
         try:
             trainer.fit()
         except ray.exceptions.RayActorError:
@@ -253,7 +295,8 @@ def _fit_again_and_again(trainer: TorchTrainer, folder: RunFolder, max_failures:
                 raise
             logger.warning("Ray Train's controller died; another one goes on")
             continue
-        if folder.read_lines("events.jsonl")[-1]["event"] != "preemption":
+        end = read_end(folder)
+        if end is None or end.end != "preemption":
             return
 
 

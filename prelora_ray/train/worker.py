@@ -32,6 +32,7 @@ def train_worker(config: dict[str, Any]) -> None:
                 validation = session.validate(epoch)
                 decision = session.decide(epoch, loss)
                 session.end_epoch(epoch, loss, validation, decision)
+            session.finish()
         except StoppedError:
             pass
         except (NonFiniteLossError, PrecisionError, MemoryShortageError) as error:

@@ -44,7 +44,7 @@ def test_what_cannot_fork_is_told(trunk, digits, storage):
     never = settings(digits, storage, "never", 1, method={"tau": 0})
     with pytest.raises(ValueError, match="does not switch with the settings of never"):
         fork(trunk, never)
-    Checkpoints(trunk).remove(f"{EPOCHS - 1:05d}-000000")
+    Checkpoints(trunk).folder.remove_folder(f"{EPOCHS - 1:05d}-000000")
     late = settings(digits, storage, "late", 1, method={"windows": EPOCHS - 1})
     with pytest.raises(ValueError, match=r"has no checkpoint of epoch 6, .*keep_trunk"):
         fork(trunk, late)

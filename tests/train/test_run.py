@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 import torch
@@ -163,6 +164,19 @@ def test_a_finished_run_is_not_run_again(undisturbed):
     before = Path(RunFolder.of(run).path, "epochs.jsonl").read_bytes()
     assert train(run)["switch_epoch"] == SWITCH
     assert Path(RunFolder.of(run).path, "epochs.jsonl").read_bytes() == before
+
+
+def test_a_run_whose_result_found_no_room_is_finished_by_the_same_command(undisturbed, storage):
+    """It trains nothing again, as the last checkpoint is there."""
+    run = undisturbed(1)
+    again = run.model_copy(update={"name": "without-a-result"})
+    shutil.copytree(RunFolder.of(run).path, RunFolder.of(again).path)
+    folder = RunFolder.of(again)
+    for name in ("config.yaml", "result.json", "end.json", "ranks.json"):
+        folder.remove_file(name)
+    expected = RunFolder.of(run).read_json("result.json")
+    assert train(again) == expected | {"restarts": 1, "seconds": ANY}
+    assert folder.read_json("end.json") == {"end": "finished", "epoch": EPOCHS, "step": 15 * EPOCHS, "message": None}
 
 
 def test_resuming_with_other_settings_is_refused(undisturbed, digits, storage):
