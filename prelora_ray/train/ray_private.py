@@ -11,6 +11,7 @@ import contextlib
 import os
 import sys
 import time
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -114,6 +115,17 @@ def let_trials_be_stopped() -> None:
     """
     ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+
+
+def keep_token_private() -> None:
+    """Takes the token that Ray makes, a password to what it runs, from the machine's other users: Ray leaves it open to all.
+
+    Its folder is made too, so that the token is private from its first moment on.
+    """
+    folder = Path.home() / ".ray"
+    with contextlib.suppress(OSError):  # a home that is none, or of somebody else
+        folder.mkdir(mode=0o700, exist_ok=True)
+        (folder / "auth_token").chmod(0o600)
 
 
 def preemption() -> Any:
