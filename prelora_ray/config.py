@@ -12,7 +12,7 @@ from prelora_ray.method.convergence import NormStatistic
 from prelora_ray.method.phases import Freeze
 from prelora_ray.method.ranks import PATTERN_RANKS, Normalize, is_pattern_rank, rank_choices
 from prelora_ray.method.targets import FAMILIES
-from prelora_ray.storage import absolute
+from prelora_ray.storage import NO_KEYS, absolute, without_keys
 
 Count = Annotated[int, Field(ge=1, strict=True)]
 Whole = Annotated[int, Field(ge=0, strict=True)]
@@ -45,6 +45,16 @@ def _check_folder_name(name: str) -> str:
 FolderName = Annotated[str, AfterValidator(_check_folder_name)]
 
 
+def _check_address(path: str) -> str:
+    if without_keys(path) != path:
+        raise ValueError(f"must be {NO_KEYS}")
+    return path
+
+
+Address = Annotated[str, AfterValidator(_check_address)]
+"""A path or a bucket's URI."""
+
+
 class ModelSettings(Section):
     name: str = "vit_small_patch16_224"
     """A Vision Transformer's name in timm."""
@@ -54,7 +64,7 @@ class ModelSettings(Section):
     """Stochastic depth: the last block's probability of leaving out a residual branch; earlier blocks have less."""
     options: dict[str, Any] = {}
     """Further arguments of `timm.create_model`, such as `patch_size` or `depth`; `in_chans: 1` takes images as grey values."""
-    init_from: str | None = None
+    init_from: Address | None = None
     """A timm checkpoint that the run starts from, a file or an address in a bucket; null draws the weights."""
     allow_download: bool = False
     """Whether a name that fetches from a hub, such as `hf-hub:...`, may be used."""
@@ -135,9 +145,9 @@ _POLICY = re.compile(
 
 
 class DataSettings(Section):
-    path: str
+    path: Address
     """The prepared folder."""
-    source: str | None = None
+    source: Address | None = None
     """What to prepare into `path` on first use: `digits`, or whatever `prelora prepare` takes."""
     batch_size: Count = 1024
     """Images in a global batch, over all workers."""
@@ -303,7 +313,7 @@ class Settings(Section):
 
     name: FolderName
     """Name of the run and of its folder; the same name again resumes it. Default: the file's own."""
-    storage: str = "runs"
+    storage: Address = "runs"
     """Folder, file share or bucket that holds the run folders."""
     audit_samples: bool = False
     """Whether every worker records the samples of every batch."""

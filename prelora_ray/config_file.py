@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from prelora_ray.config import MethodSettings, Section, Settings
+from prelora_ray.storage import without_keys
 
 SectionT = TypeVar("SectionT", bound=Section)
 
@@ -125,7 +126,7 @@ def _sentences(errors: list[ErrorDetails], known: list[str], prefix: str) -> lis
         if key in merged and details["type"] != "extra_forbidden":
             message = f"{merged[key]['msg']}, or {message}"
         merged[key] = {**details, "msg": message}
-    return [_sentence(key, details, known) for key, details in merged.items()]
+    return [without_keys(_sentence(key, details, known)) for key, details in merged.items()]
 
 
 _RULE_START = re.compile(r"^(Input should be|must be) ")

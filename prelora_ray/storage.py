@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import posixpath
+import re
 import time
 import uuid
 from collections.abc import Callable
@@ -41,16 +42,38 @@ def absolute(path: str | os.PathLike[str]) -> str:
     return str(local.resolve() if ".." in local.parts else local)
 
 
+_KEYS = re.compile(r"://[^\s'\"/@:]*:[^\s'\"]*@")
+"""The name and the secret in ``s3://NAME:SECRET@bucket``; a secret may hold a slash or an @."""
+NO_KEYS = (
+    "an address without keys in it, as it is written into records: keys belong where the cloud's own tools look for them, "
+    "such as AWS_ACCESS_KEY_ID"
+)
+
+
+def without_keys(text: str) -> str:
+    """The text with dots in place of the keys of every address in it."""
+    return _KEYS.sub("://...@", text)
+
+
+def check_holds_no_keys(path: str) -> str:
+    """The path or URI as it is. Raises ValueError, which tells no secret, where it holds keys."""
+    if _KEYS.search(path):
+        raise ValueError(f"{without_keys(path)!r} is not allowed: it must be {NO_KEYS}")
+    return path
+
+
 class Storage:
     """One folder, named by a path or a URI (``s3://bucket/path``, ``gs://bucket/path``).
 
-    Its name (`uri`, and as a string) is absolute, so that it can be handed to processes that run in other folders.
+    Its name (`uri`, and as a string) is absolute, so that it can be handed to processes that run in other folders. Raises
+    ValueError for a URI that holds keys.
+
     A file that is written whole appears whole: on a disk by renaming, on an object store because an
     upload does. Object stores can neither append nor rename, so `append` works on disks alone.
     """
 
     def __init__(self, uri: str | os.PathLike[str]) -> None:
-        self.uri = absolute(uri)
+        self.uri = absolute(check_holds_no_keys(os.fspath(uri)))
         if "://" in self.uri:
             self.filesystem, self.path = pyarrow.fs.FileSystem.from_uri(self.uri)
         else:

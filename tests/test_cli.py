@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import stat
 import subprocess
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from prelora_ray.method.convergence import percent_change
+from prelora_ray.train.ray_private import keep_token_private
 from tests.command import COMMAND, ROOT, prelora, prelora_here
 from tests.runs import TINY_VIT
 
@@ -85,11 +87,24 @@ def test_a_wrong_request_gets_one_sentence_and_status_2(arguments, message):
     assert len(result.stderr.strip().splitlines()) == 1
 
 
-def test_no_room_for_the_workers_is_told_once_ray_has_started():
+def test_no_room_for_the_workers_is_told_once_ray_has_started(tmp_path, monkeypatch):
+    """And the token that Ray has made by then is its owner's alone."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     result = prelora("train", "jobs/configs/digits.yaml", "--name", "big", "--set", "workers.cpus=500")
     assert (result.returncode, result.stdout) == (2, "")
     assert "2 workers of 500 CPU need 1000" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+    assert stat.S_IMODE((tmp_path / ".ray").stat().st_mode) == 0o700
+    assert stat.S_IMODE((tmp_path / ".ray" / "auth_token").stat().st_mode) == 0o600
+
+
+def test_a_token_that_is_open_to_all_is_closed(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    keep_token_private()
+    (tmp_path / ".ray" / "auth_token").write_text("a" * 64)
+    keep_token_private()
+    assert stat.S_IMODE((tmp_path / ".ray" / "auth_token").stat().st_mode) == 0o600
 
 
 def test_nothing_is_imported_from_the_current_folder(tmp_path):

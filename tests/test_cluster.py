@@ -52,6 +52,16 @@ def test_nothing_is_open_to_the_world(cluster):
     assert "0.0.0.0" not in " ".join(commands)
 
 
+def test_the_token_is_its_owners_alone(cluster):
+    """Ray writes it for all to read, and so would it be on every node."""
+    (token,) = [place for place in cluster["file_mounts"] if place.endswith("auth_token")]
+    assert token == "/home/ubuntu/.ray/auth_token"
+    assert "chmod 600 ~/.ray/auth_token" in cluster["setup_commands"][0]
+    for page in ("cluster.yaml", "docs/operations.md", "README.md"):
+        lines = [line for line in (ROOT / page).read_text().splitlines() if "get-auth-token --generate" in line]
+        assert all("umask 077; ray get-auth-token" in line for line in lines)
+
+
 def test_prometheus_watches_from_the_head(cluster):
     (start,) = [command for command in cluster["head_start_ray_commands"] if "prometheus" in command]
     assert "--web.listen-address=127.0.0.1:9090" in start

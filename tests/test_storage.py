@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from prelora_ray.run_folder import LineWriter, RunFolder
-from prelora_ray.storage import Storage, absolute
+from prelora_ray.storage import Storage, absolute, without_keys
+from tests.command import prelora_here
 
 
 @pytest.fixture(params=["disk", "s3"])
@@ -82,3 +84,54 @@ def test_lines_are_appended_by_one_writer_after_the_other(folder):
         (1, "a"),
         (1, "b"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("uri", "told"),
+    [
+        ("s3://NAME:hush@bucket/runs", "s3://...@bucket/runs"),
+        ("s3://NAME:hu%2Fsh@bucket", "s3://...@bucket"),
+        ("s3://NAME:hush/hush@bucket/a@b", "s3://...@b"),  # a secret may hold a slash or an @
+        ("gs://name:hush@bucket/runs", "gs://...@bucket/runs"),
+        ("s3://bucket?endpoint_override=https://name:hush@host", "s3://...@host"),
+    ],
+)
+def test_an_address_that_holds_keys_is_refused_without_telling_them(uri, told):
+    with pytest.raises(
+        ValueError, match=f"^{re.escape(repr(told))} is not allowed: it must be an address without keys"
+    ) as error:
+        Storage(uri)
+    assert "hush" not in str(error.value)
+    assert without_keys(f"first {uri!r} and then {uri!r}") == f"first {told!r} and then {told!r}"
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket/a@b", "s3://bucket/10:30@noon", "gs://anonymous@bucket/x", "a:b@c"])
+def test_other_addresses_hold_no_keys(uri):
+    assert without_keys(uri) == uri
+
+
+KEYS = "s3://NAME:hush@bucket/runs"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["train", "jobs/configs/digits.yaml", "--storage", KEYS], "storage = "),
+        (["train", "jobs/configs/digits.yaml", "--set", f"storag={KEYS}"], "storag = "),
+        (["train", "jobs/configs/digits.yaml", "--set", f"data.path={KEYS}"], "data.path = "),
+        (["train", "jobs/configs/digits.yaml", "--set", f"data.source={KEYS}"], "data.source = "),
+        (["train", "jobs/configs/digits.yaml", "--set", f"model.init_from={KEYS}"], "model.init_from = "),
+        (["sweep", "jobs/sweeps/digits.yaml", "--storage", KEYS], "storage = "),
+        (["export", KEYS, "out"], ""),
+        (["export", "run", KEYS], ""),
+        (["report", KEYS], ""),
+        (["replay", KEYS], ""),
+        (["doctor", KEYS], ""),
+    ],
+)
+def test_no_command_takes_an_address_that_holds_keys(arguments, name):
+    """`prepare` and `evaluate` start Ray first, and take their folders as the others do."""
+    result = prelora_here(*arguments)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"prelora: {name}'s3://...@bucket/runs' is not allowed: ")
+    assert "hush" not in result.stderr and len(result.stderr.splitlines()) == 1

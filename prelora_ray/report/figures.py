@@ -1,8 +1,9 @@
-"""The figures of a report, as plotly draws them."""
+"""The figures of a report, as plotly draws them. It takes some tags in a text for markup, so what is read is escaped."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from html import escape
 from typing import Any
 
 import plotly.graph_objects as go
@@ -23,7 +24,7 @@ def learning(runs: Sequence[RunRecords]) -> go.Figure:
     """Loss and top-1 over the epochs."""
     figure = _panels(["loss", "top-1, %", "learning rate"])
     for index, run in enumerate(runs):
-        of = f"{run.name}: " if len(runs) > 1 else ""
+        of = f"{escape(run.name)}: " if len(runs) > 1 else ""
         top1 = [None if value is None else value * 100 for value in run.column("val_top1")]
         _line(figure, 1, run.done, run.column("loss"), f"{of}training", index)
         _line(figure, 1, run.done, run.column("val_loss"), f"{of}validation", index, opacity=0.55, markers=True)
@@ -77,7 +78,7 @@ def speed(runs: Sequence[RunRecords]) -> go.Figure:
         memory = [value / 2**30 for value in run.column("peak_memory_bytes")]
         columns = [run.column("images_per_second"), run.column("seconds"), waits, memory, trains, run.column("world_size")]
         for row, values in enumerate(columns, 1):
-            _line(figure, row, run.done, values, run.name, index, legend=row == 1 and len(runs) > 1)
+            _line(figure, row, run.done, values, escape(run.name), index, legend=row == 1 and len(runs) > 1)
     for row in range(1, 7):
         figure.update_yaxes(rangemode="tozero", row=row, col=1)
     return _with_marks(figure, runs, 6)
@@ -88,9 +89,10 @@ def pareto(sweep: Line) -> go.Figure:
     figure = go.Figure(layout=_layout(height=480))
     entries = [entry for entry in sweep["settings"] if entry["val_top1"] is not None]
     told = [", ".join(f"{key.removeprefix('method.')} {value}" for key, value in e["setting"].items()) for e in entries]
+    told = [escape(text) for text in told]
     _scatter(figure, entries, told, "settings", COLORS[0], "circle", "markers")
     front = [sweep["settings"][i] for i in sweep["pareto"]]
-    _scatter(figure, front, [entry["trial"] for entry in front], "Pareto front", COLORS[1], "diamond", "lines+markers")
+    _scatter(figure, front, [escape(entry["trial"]) for entry in front], "Pareto front", COLORS[1], "diamond", "lines+markers")
     _scatter(figure, [sweep["full"]], ["full training"], "full training", COLORS[2], "star", "markers")
     figure.update_xaxes(title="cost of a straight run, GPU-hours")
     figure.update_yaxes(title="top-1, %")
@@ -189,9 +191,16 @@ def _with_marks(figure: go.Figure, runs: Sequence[RunRecords], rows: int) -> go.
                 fillcolor=_BANDS[phase], label=label, row=row, col=1,
             )  # fmt: skip
     for line in run.events_of(*_MARKS):
-        text = line["event"] if line["event"] != "resize" else f"{line['before']} to {line['world_size']} workers"
+        text = line["event"] if line["event"] != "resize" else escape(f"{line['before']} to {line['world_size']} workers")
         figure.add_vline(line["epoch"], line={"color": _MARKS[line["event"]], "dash": "dot", "width": 1})
         figure.add_annotation(
-            x=line["epoch"], y=1, yref="y domain", text=text, textangle=-90, showarrow=False, xanchor="right", font={"size": 10}
+            x=line["epoch"],
+            y=1,
+            yref="y domain",
+            text=text,
+            textangle=-90,
+            showarrow=False,
+            xanchor="right",
+            font={"size": 10},
         )
     return figure

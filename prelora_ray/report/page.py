@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def _run_sections(runs: list[RunRecords]) -> list[Section]:
 
 def _sweep_sections(sweep: Line) -> list[Section]:
     cost = (
-        f"<p>{sweep['trials']} runs stand for {len(sweep['settings'])} settings. With the trunk they cost "
+        f"<p>{escape(str(sweep['trials']))} runs stand for {len(sweep['settings'])} settings. With the trunk they cost "
         f"{sweep['gpu_hours']:.3g} GPU-hours; each setting by itself would have cost {sweep['naive_gpu_hours']:.3g}.</p>"
     )
     return [
@@ -137,8 +138,9 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 def _page(title: str, sections: list[Section]) -> str:
     parts = []
-    for name, heading, text, figure in sections:
-        drawn = figure.to_html(full_html=False, include_plotlyjs=False, div_id=name, config=_CONFIG) if figure else ""
+    for number, (name, heading, text, figure) in enumerate(sections):
+        place = name if re.fullmatch(r"[\w.-]*", name) else f"figure-{number}"  # plotly writes it as it is
+        drawn = figure.to_html(full_html=False, include_plotlyjs=False, div_id=place, config=_CONFIG) if figure else ""
         parts.append(f"<section><h2>{escape(heading)}</h2>{text}{drawn}</section>")
     return (
         f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{escape(title)}</title>"

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from prelora_ray.config import Count, FolderName, Section, Settings, Whole, with_absolute_paths
+from prelora_ray.config import Address, Count, FolderName, Section, Settings, Whole, with_absolute_paths
 from prelora_ray.config_file import load_settings, parse_section, parse_settings, read_named
 
 Setting = dict[str, Any]
@@ -80,7 +80,7 @@ class SweepSettings(Section):
 
     name: FolderName
     """Name of the sweep and of its folder; the same name again goes on with it. Default: the file's own."""
-    storage: str = "runs"
+    storage: Address = "runs"
     """Folder, file share or bucket that holds the sweep's folder."""
     recipe: str
     """The runs' recipe, by its path from the folder of this file."""

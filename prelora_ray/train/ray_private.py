@@ -167,6 +167,17 @@ def let_trials_be_stopped() -> None:
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
 
 
+def keep_token_private() -> None:
+    """Takes the token that Ray makes, a password to what it runs, from the machine's other users: Ray leaves it open to all.
+
+    Its folder is made too, so that the token is private from its first moment on.
+    """
+    folder = Path.home() / ".ray"
+    with contextlib.suppress(OSError):  # a home that is none, or of somebody else
+        folder.mkdir(mode=0o700, exist_ok=True)
+        (folder / "auth_token").chmod(0o600)
+
+
 def preemption() -> Any:
     """Ray's PreemptionInfo as far as this worker has heard; None while no node of the group is about to go.
 

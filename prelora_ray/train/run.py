@@ -37,7 +37,7 @@ from prelora_ray.train.model import create_model
 from prelora_ray.train.notices import STOP_FILE
 from prelora_ray.train.precision import check_precision
 from prelora_ray.train.pretrained import load_pretrained
-from prelora_ray.train.ray_private import JobConfig, ScalingConfig, TorchConfig, TorchTrainer, release
+from prelora_ray.train.ray_private import JobConfig, ScalingConfig, TorchConfig, TorchTrainer, keep_token_private, release
 from prelora_ray.train.result import summarize
 from prelora_ray.train.telemetry import run_label
 from prelora_ray.train.watchdog import PATIENCE
@@ -193,6 +193,7 @@ def ray_session(*, debug: bool = False) -> Iterator[bool]:
         yield False
         return
     address = os.environ.get("RAY_ADDRESS") or "local"
+    keep_token_private()
     ray.init(
         address=address,
         job_config=JobConfig(),
@@ -200,6 +201,7 @@ def ray_session(*, debug: bool = False) -> Iterator[bool]:
         logging_level=logging.INFO if debug else logging.ERROR,
         **({"include_dashboard": False} if address == "local" else {}),
     )
+    keep_token_private()
     try:
         with contextlib.redirect_stdout(sys.stderr):  # where Ray's own messages go: standard output is for results
             yield address == "local"

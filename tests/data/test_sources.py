@@ -7,10 +7,13 @@ import gzip
 import io
 import json
 import os
+import shutil
 import tarfile
+import tracemalloc
 import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +24,7 @@ from PIL import Image
 from prelora_ray.data.manifest import read_manifest
 from prelora_ray.data.prepare import PrepareError, PrepareSettings, prepare
 from prelora_ray.data.sources import Columns, Splits, open_source
+from prelora_ray.errors import WorkError
 from prelora_ray.storage import Storage
 from tests.data.test_encode import UGLY, saved
 
@@ -125,6 +129,68 @@ def test_imagenet_as_people_have_it(tmp_path, parts):
 def idx(array: np.ndarray) -> bytes:
     header = np.array([0x0800 + array.ndim, *array.shape], ">i4")
     return header.tobytes() + array.tobytes()
+
+
+def test_an_idx_bomb_is_unpacked_no_further_than_its_header_says(tmp_path):
+    write_idx(tmp_path)
+    bomb = gzip.compress(idx(np.zeros((2, 4, 4), np.uint8)) + bytes(2**26))
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(bomb)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="train-images-idx3-ubyte is no whole IDX file of 3 dimensions"):
+        open_source(str(tmp_path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**23
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bytes])
+def test_an_idx_header_that_lies_is_told(tmp_path, compress):
+    write_idx(tmp_path)
+    header = np.array([0x0803, 2**31, 2**31, 2**31], ">u4").tobytes()
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(compress(header + bytes(100)))
+    with pytest.raises(ValueError, match="its header says 9,903,520,314,283,042,199,192,993,792 bytes, more than"):
+        open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["large", "sparse", "cut off", "no tar"])
+def test_a_devkit_that_is_a_bomb_or_none_is_told(tmp_path, kind):
+    write_train_tar(tmp_path)
+    write_val_tar(tmp_path)
+    write_devkit_archive(tmp_path)
+    archive = tmp_path / "ILSVRC2012_devkit_t12.tar.gz"
+    match kind:
+        case "large":
+            content = gzip.compress(tar({"data/meta.mat": bytes(2**27)}))
+        case "sparse":  # 16 bytes of data, and a terabyte of nothing
+            member = tarfile.TarInfo("data/meta.mat")
+            member.pax_headers = {"GNU.sparse.map": "0,16", "GNU.sparse.size": str(2**40)}
+            member.size = 16
+            buffer = io.BytesIO()
+            with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as written:
+                written.addfile(member, io.BytesIO(bytes(16)))
+            content = gzip.compress(buffer.getvalue())
+        case "cut off":
+            content = archive.read_bytes()[:-20]
+        case "no tar":
+            content = gzip.compress(b"x" * 1024)
+    archive.write_bytes(content)
+    told = "has no labels of the validation images" if kind == "sparse" else r"devkit_t12\.tar\.gz is no devkit: "
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=told):
+        open_source(str(tmp_path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**27
+
+
+@pytest.mark.parametrize("free", [2**24, 0])
+def test_a_tar_is_not_unpacked_onto_the_last_of_a_disk(tmp_path, monkeypatch, free):
+    (tmp_path / "0.tgz").write_bytes(gzip.compress(tar({"cat/1.png": png(1), "dog/1.png": png(2)})))
+    assert listed(tmp_path)[0] == ("cat", "dog")
+    (tmp_path / "1.tgz").write_bytes(gzip.compress(tar({"cat/2.png": png(3)})))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=2**40, free=free))
+    with pytest.raises(WorkError, match=rf"{tmp_path}/1\.tgz cannot be unpacked into .*; give it unpacked, or set TMPDIR"):
+        open_source(str(tmp_path))
 
 
 @pytest.mark.parametrize("compress", [gzip.compress, bytes])

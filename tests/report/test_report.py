@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
+from html import escape
 from pathlib import Path
 
 import pytest
 
+from prelora_ray.config_file import parse_settings
 from prelora_ray.report import figures
 from prelora_ray.report.page import write_report, write_switch_map
-from prelora_ray.report.records import differing_settings, read_runs, short_names
+from prelora_ray.report.records import RunRecords, differing_settings, read_runs, short_names
 from prelora_ray.run_folder import RunFolder
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
@@ -104,6 +108,61 @@ def test_two_runs_of_one_name_are_told_apart(undisturbed, tmp_path, monkeypatch)
     assert "<th>setting</th><th>a/run</th><th>b/run</th>" in page
     legend = [trace.name for trace in figures.learning(read_runs(paths)).data if trace.showlegend]
     assert legend == ["a/run: training", "a/run: validation", "b/run: training", "b/run: validation"]
+
+
+MARKUP = '"><script>alert(1)</script><a href="http://x">'
+
+
+def test_runs_whose_names_are_markup_are_shown_by_them():
+    """What plotly gets is escaped too: it would make a link of the name, or letters bold."""
+    records = [replace(records_of_an_epoch(), name=name) for name in ("plain", MARKUP)]
+    for figure in (figures.learning(records), figures.speed(records)):
+        names = {trace.name.split(": ")[0] for trace in figure.data}
+        assert names == {"plain", escape(MARKUP)}
+
+
+def test_runs_in_folders_whose_names_are_markup(undisturbed, tmp_path):
+    """The name of a figure's place in the page is one of a run too."""
+    folders = [tmp_path / name for name in ("plain", MARKUP.replace("/", "-"))]
+    for workers, folder in enumerate(folders, 1):
+        shutil.copytree(RunFolder.of(undisturbed(workers)).path, folder, ignore=shutil.ignore_patterns("checkpoints", "ray"))
+    write_report([str(folder) for folder in folders], str(tmp_path / "report.html"))
+    page = (tmp_path / "report.html").read_text()
+    assert "<script>alert(1)" not in page and "<a href" not in page.split("<body>")[1]
+
+
+def test_a_sweep_with_markup_in_its_records(tmp_path):
+    entry = {
+        "setting": {f"method.{MARKUP}": MARKUP},
+        "trial": MARKUP,
+        "ended": "finished",
+        "message": MARKUP,
+        "switch_epoch": MARKUP,
+        "trainable_fraction": 0.5,
+        "gpu_hours": 1.0,
+        "val_top1": 0.5,
+        "diagnosis": [MARKUP],
+    }
+    sweep = {"trials": MARKUP, "settings": [entry], "pareto": [0], "full": entry, "gpu_hours": 1.0, "naive_gpu_hours": 2.0}
+    folder = tmp_path / "<script>alert(1)<"
+    folder.mkdir()
+    (folder / "sweep.json").write_text(json.dumps(sweep))
+    write_report([str(folder)], str(tmp_path / "report.html"))
+    page = (tmp_path / "report.html").read_text()
+    assert "<script>alert(1)" not in page and "<a href" not in page.split("<body>")[1]
+    assert f"<p>{escape(MARKUP)} runs stand for" in page
+    texts = [text for trace in figures.pareto(sweep).data for text in trace.text]
+    assert len(texts) == 3 and not any("<" in text for text in texts)
+
+
+def records_of_an_epoch() -> RunRecords:
+    """A run of one epoch, as small as its figures take it."""
+    settings = parse_settings({"name": "run", "data": {"path": "data"}})
+    numbers = ("loss", "val_loss", "val_top1", "images_per_second", "train_seconds", "seconds", "data_wait_seconds")
+    line = dict.fromkeys(
+        (*numbers, "peak_memory_bytes", "trainable_parameters", "parameters", "learning_rate", "world_size"), 1
+    )
+    return RunRecords("run", settings, [{"epoch": 0, "phase": "full", **line}], [], [], None)
 
 
 def test_what_is_no_run_is_told(tmp_path):

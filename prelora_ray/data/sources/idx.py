@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import gzip
 import io
+import math
 import posixpath
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +19,8 @@ from prelora_ray.data.sources.source import Found, Item, Source
 from prelora_ray.data.sources.splits import SourceSplit
 from prelora_ray.storage import Storage
 
+_MOST_UNPACKED = 4 * 2**30
+"""Bytes that a gzipped file may have unpacked, whatever its header says."""
 _PREFIX: dict[SourceSplit, str] = {"train": "train", "test": "t10k"}
 
 
@@ -74,12 +78,18 @@ def _array(root: str, name: str, ndim: int, stamp: str) -> np.ndarray:
     """The uint8 array of a file; one with another `stamp` is another file."""
     folder = Storage(root)
     content = folder.read_bytes(name)
+    is_gzipped = content[:2] == b"\x1f\x8b"
     try:
-        if content[:2] == b"\x1f\x8b":
-            content = gzip.decompress(content)
-        header = np.frombuffer(content, ">i4", 1 + ndim)
-        if header[0] != 0x0800 + ndim:
-            raise ValueError("wrong magic number")
-        return np.frombuffer(content, np.uint8, offset=4 * len(header)).reshape(tuple(header[1:]))
-    except (ValueError, OSError, EOFError) as error:
+        with gzip.open(io.BytesIO(content)) if is_gzipped else io.BytesIO(content) as file:
+            header = np.frombuffer(file.read(4 * (1 + ndim)), ">u4", 1 + ndim)
+            if header[0] != 0x0800 + ndim:
+                raise ValueError("wrong magic number")
+            shape = tuple(int(side) for side in header[1:])
+            if math.prod(shape) > (_MOST_UNPACKED if is_gzipped else len(content)):
+                raise ValueError(
+                    f"its header says {math.prod(shape):,} bytes, more than {'are unpacked' if is_gzipped else 'it has'}"
+                )
+            pixels = file.read(math.prod(shape) + 1)  # no more than one byte too many, however many a bomb would yield
+        return np.frombuffer(pixels, np.uint8).reshape(shape)
+    except (ValueError, OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{folder}/{name} is no whole IDX file of {ndim} dimensions: {error}") from None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import posixpath
 import tarfile
+import zlib
 
 from prelora_ray.data.encode import is_image_name
 from prelora_ray.data.sources.files import File
@@ -18,6 +20,8 @@ TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 SOLUTION = "LOC_val_solution.csv"
 DEVKIT = "ILSVRC2012_devkit_t12"
 KAGGLE = "ILSVRC/Data/CLS-LOC/"
+_MOST_UNPACKED = 64 * 2**20
+"""Bytes of a devkit, of which ImageNet's own has a few million."""
 _TRUTH, _META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
 
 
@@ -116,13 +120,26 @@ def _wnids_by_devkit(folder: Storage, files: dict[str, File], names: list[str]) 
 def _devkit_files(folder: Storage, files: dict[str, File]) -> tuple[bytes, bytes]:
     archive = f"{DEVKIT}.tar.gz"
     if archive in files:
-        with tarfile.open(fileobj=io.BytesIO(folder.read_bytes(archive))) as tar:
-            found = {posixpath.basename(m.name): tar.extractfile(m) for m in tar if m.isfile()}
-            contents = [found.get(name) for name in (_TRUTH, _META)]
-            truth, meta = (content.read() if content else None for content in contents)
+        contents = _unpacked(folder, archive)
+        truth, meta = (contents.get(name) for name in (_TRUTH, _META))
     else:
         names = [f"{DEVKIT}/data/{name}" for name in (_TRUTH, _META)]
         truth, meta = (folder.read_bytes(name) if name in files else None for name in names)
     if truth is None or meta is None:
         raise ValueError(f"{folder} has no labels of the validation images: put {SOLUTION} or {archive} beside them")
     return truth, meta
+
+
+def _unpacked(folder: Storage, archive: str) -> dict[str, bytes]:
+    """What is needed of the devkit's archive, by name."""
+    try:
+        with gzip.open(io.BytesIO(folder.read_bytes(archive))) as file:
+            plain = file.read(_MOST_UNPACKED + 1)  # no more, however much a bomb would yield
+        if len(plain) > _MOST_UNPACKED:
+            raise ValueError(f"it has more than the {_MOST_UNPACKED:,} bytes of a devkit")
+        with tarfile.open(fileobj=io.BytesIO(plain), mode="r:") as tar:
+            found = {posixpath.basename(m.name): m for m in tar if m.isfile() and m.size <= len(plain)}  # a sparse one has more
+            opened = {name: tar.extractfile(found[name]) for name in (_TRUTH, _META) if name in found}
+            return {name: content.read() for name, content in opened.items() if content is not None}
+    except (OSError, EOFError, ValueError, zlib.error, tarfile.TarError) as error:
+        raise ValueError(f"{folder}/{archive} is no devkit: {error}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import posixpath
 import shutil
@@ -9,15 +10,23 @@ import tarfile
 import tempfile
 import zlib
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import pyarrow as pa
 
 from prelora_ray.data.sources.files import File
+from prelora_ray.errors import WorkError
 from prelora_ray.storage import Storage
 
 PLAIN, COMPRESSED = (".tar",), (".tar.gz", ".tgz")
 ENDINGS = PLAIN + COMPRESSED
+_PIECE = 2**24
+_LEAST_FREE = 2**30
+"""Bytes that unpacking leaves to whatever else needs the disk, such as Ray; on a small disk a twentieth of it."""
+
+
+class UnpackError(WorkError):
+    """A compressed tar has no room on this machine."""
 
 
 def tar_files(files: list[File]) -> list[File]:
@@ -68,10 +77,26 @@ def _open(root: str, file: str, stamp: str) -> tuple[Any, int]:
     plain = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the cache holds it
     try:
         with folder.filesystem.open_input_stream(folder.file(file), compression="gzip") as source:
-            shutil.copyfileobj(source, plain, 2**20)
+            while piece := source.read(_PIECE):
+                _write(plain, piece, f"{folder}/{file}")
     except (OSError, pa.ArrowException, zlib.error) as error:
         raise ValueError(f"{folder}/{file} is no whole gzip file: {error}") from None
     return plain, plain.tell()
+
+
+def _write(plain: IO[bytes], piece: bytes, name: str) -> None:
+    """Raises UnpackError where the disk would be filled up, by a bomb or for want of a larger one."""
+    directory = tempfile.gettempdir()
+    try:
+        disk = shutil.disk_usage(directory)
+        if disk.free - len(piece) < min(_LEAST_FREE, disk.total // 20):
+            raise OSError(errno.ENOSPC, f"only {disk.free / 2**30:.1f} GiB are free there")
+        plain.write(piece)
+    except OSError as error:
+        raise UnpackError(
+            f"{name} cannot be unpacked into {directory}: {error.strerror}; give it unpacked, or set TMPDIR to a folder on a "
+            "larger disk"
+        ) from None
 
 
 class _Part:
