@@ -27,12 +27,12 @@ from prelora_ray.monitor.exporter import start_exporter
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
 from prelora_ray.train.checkpoint import Checkpoints
-from prelora_ray.train.lock import DriverLock
+from prelora_ray.train.lock import BEAT_SECONDS, DriverLock
 from prelora_ray.train.model import check_model, create_model
 from prelora_ray.train.notices import STOP_FILE
 from prelora_ray.train.precision import check_precision
 from prelora_ray.train.pretrained import load_pretrained
-from prelora_ray.train.ray_private import ScalingConfig, TorchConfig, TorchTrainer, release
+from prelora_ray.train.ray_private import Guard, ScalingConfig, TorchConfig, TorchTrainer, release
 from prelora_ray.train.result import summarize
 from prelora_ray.train.telemetry import run_label
 from prelora_ray.train.watchdog import PATIENCE
@@ -65,7 +65,7 @@ def train(settings: Settings, *, debug: bool = False, callbacks: Sequence[ray.tr
     `callbacks` are Ray Train's, which hear of every report.
 
     Raises ValueError for settings that cannot work, before Ray starts; TrainError where the work
-    fails; InterruptedRunError on Ctrl-C.
+    fails; InterruptedRunError on Ctrl-C; HeldRunError and LostRunError as DriverLock does.
     """
     settings = with_absolute_paths(settings)
     folder = RunFolder.of(settings)
@@ -84,7 +84,7 @@ def train(settings: Settings, *, debug: bool = False, callbacks: Sequence[ray.tr
         return result
     for sentence in without_effect(settings):
         logger.warning("%s", sentence)
-    with DriverLock(folder), ray_session(debug=debug) as is_embedded:
+    with DriverLock(folder) as lock, ray_session(debug=debug) as is_embedded:
         settings = _settle_gpu(settings, before, ray.cluster_resources().get("GPU", 0))
         _check_room(settings, is_embedded)
         if not settings.workers.gpu:
@@ -99,15 +99,15 @@ def train(settings: Settings, *, debug: bool = False, callbacks: Sequence[ray.tr
         folder.remove_file(STOP_FILE)
         _start_exporter(settings)
         with _stop_on_sigterm(folder):
-            _fit(settings, folder, callbacks)
+            _fit(settings, folder, [*callbacks, Guard(lock.check, BEAT_SECONDS)])
         finish(run_label(settings))
-    last = folder.read_lines("events.jsonl")[-1]
-    if last["event"] == "run_failed":
-        raise TrainError(last["message"])
-    if last["event"] == "stop":
-        raise InterruptedRunError(f"stopped; the same command goes on from epoch {last['epoch']} of {folder}")
-    result = summarize(folder)
-    folder.write_json("result.json", result)
+        last = folder.read_lines("events.jsonl")[-1]
+        if last["event"] == "run_failed":
+            raise TrainError(last["message"])
+        if last["event"] == "stop":
+            raise InterruptedRunError(f"stopped; the same command goes on from epoch {last['epoch']} of {folder}")
+        result = summarize(folder)
+        folder.write_json("result.json", result)
     return result
 
 
