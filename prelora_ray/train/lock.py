@@ -90,30 +90,10 @@ class DriverLock:
         return functools.partial(_check, self._folder, self._name)
 
     def _get_in(self) -> None:
-        is_waiting = False
         while True:
-            start = time.monotonic()
-            others = claims(self._folder)
-            is_laid = others.pop(self._name, None) is not None
-            lives = {name: self._lives(name, claim, start) for name, claim in others.items()}
-            for name in [name for name in others if lives[name] is False]:
-                self._folder.remove_file(name)
-                del others[name]
+            is_laid, others = self._look()
             if is_laid and not others:
                 break
-            for name, claim in others.items():
-                if not _holds(claim):
-                    continue
-                if lives[name]:
-                    raise HeldRunError(
-                        f"run {self._folder} is being trained by {_who(claim)}: wait for it, stop it, or give another --name"
-                    )
-                if not is_waiting:
-                    is_waiting = True
-                    logger.info(
-                        "run %s is held by %s: taking over in %g s unless it shows a sign of life",
-                        *(self._folder, _who(claim), self._silence_seconds),
-                    )
             if min(others, default=self._name) >= self._name:
                 self._write(holds=False)
             elif is_laid:
@@ -122,12 +102,36 @@ class DriverLock:
                 time.sleep(_LOOK_SECONDS[self._folder.is_local])
         self._write(holds=True)
 
+    def _look(self) -> tuple[bool, dict[str, Claim]]:
+        """Whether the own claim is laid, and all others but those of dead drivers, which it removes.
+
+        Raises HeldRunError where a living driver holds the folder.
+        """
+        start = time.monotonic()
+        others = claims(self._folder)
+        is_laid = others.pop(self._name, None) is not None
+        for name, claim in list(others.items()):
+            lives = self._lives(name, claim, start)
+            if lives is False:
+                self._folder.remove_file(name)
+                del others[name]
+            elif lives and _holds(claim):
+                raise HeldRunError(
+                    f"run {self._folder} is being trained by {_who(claim)}: wait for it, stop it, or give another --name"
+                )
+        return is_laid, others
+
     def _lives(self, name: str, claim: Claim, start: float) -> bool | None:
         """Whether the driver of a claim that was read after `start` of the own clock lives; None while that is not known."""
         is_running = _is_running(claim)
         if is_running is not None:
             return is_running
-        before, since = self._heard.setdefault(name, (claim, time.monotonic()))
+        if name not in self._heard:
+            self._heard[name] = claim, time.monotonic()
+            if _holds(claim):
+                told = (self._folder, _who(claim), self._silence_seconds)
+                logger.info("run %s is held by %s: taking it over in %g s unless that shows a sign of life", *told)
+        before, since = self._heard[name]
         if claim != before:
             self._heard[name] = claim, time.monotonic()
             return True
