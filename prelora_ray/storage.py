@@ -106,18 +106,20 @@ class Storage:
 
     def list_files(self) -> dict[str, int]:
         """Sizes in bytes of the files directly in the folder, by name; empty where there is no folder."""
-        selector = pyarrow.fs.FileSelector(self.path, allow_not_found=True)
-        return {
-            info.base_name: info.size
-            for info in self.filesystem.get_file_info(selector)
-            if info.type == pyarrow.fs.FileType.File
-        }
+        return {info.base_name: info.size for info in self._entries() if info.type == pyarrow.fs.FileType.File}
 
     def list_folders(self) -> list[str]:
         """Names of the folders directly in the folder, sorted."""
-        selector = pyarrow.fs.FileSelector(self.path, allow_not_found=True)
-        infos = self.filesystem.get_file_info(selector)
-        return sorted(info.base_name for info in infos if info.type == pyarrow.fs.FileType.Directory)
+        return sorted(info.base_name for info in self._entries() if info.type == pyarrow.fs.FileType.Directory)
+
+    def _entries(self) -> list[pyarrow.fs.FileInfo]:
+        try:
+            entries: list[pyarrow.fs.FileInfo] = self.filesystem.get_file_info(
+                pyarrow.fs.FileSelector(self.path, allow_not_found=True)
+            )
+        except FileNotFoundError:  # it was made while pyarrow looked a second time whether it is there
+            return []
+        return entries
 
     def read_bytes(self, name: str) -> bytes:
         if self.is_local:  # where a name may be bytes that are no UTF-8

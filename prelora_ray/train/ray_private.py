@@ -12,6 +12,7 @@ import os
 import site
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,6 +25,7 @@ from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.util.placement_group import PlacementGroup
@@ -104,6 +106,26 @@ class TorchConfig(ray.train.torch.TorchConfig):
     def backend_cls(self) -> Any:
         os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", str(_SHUTDOWN_SECONDS))
         return super().backend_cls
+
+
+class Guard(ControllerCallback, WorkerGroupCallback):
+    """A callback of Ray Train that ends a fit, workers and all and without another try, once `check` raises.
+
+    Its controller calls `check` every few seconds, and before it starts workers: also where the driver is suspended.
+    """
+
+    def __init__(self, check: Callable[[], None], seconds: float) -> None:
+        self._check = check
+        self._seconds = seconds
+        self._time = float("-inf")
+
+    def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
+        if time.monotonic() - self._time >= self._seconds:
+            self._check()
+            self._time = time.monotonic()
+
+    def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
+        self._check()
 
 
 class ScalingConfig(ray.train.ScalingConfig):

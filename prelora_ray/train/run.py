@@ -32,12 +32,20 @@ from prelora_ray.train.checkpoint import Checkpoints, checkpoint_name
 from prelora_ray.train.end import FILE as END_FILE
 from prelora_ray.train.end import read_end, remove_end
 from prelora_ray.train.failure import failures_of, root_cause
-from prelora_ray.train.lock import DriverLock
+from prelora_ray.train.lock import BEAT_SECONDS, DriverLock
 from prelora_ray.train.model import create_model
 from prelora_ray.train.notices import STOP_FILE
 from prelora_ray.train.precision import check_precision
 from prelora_ray.train.pretrained import load_pretrained
-from prelora_ray.train.ray_private import JobConfig, ScalingConfig, TorchConfig, TorchTrainer, keep_token_private, release
+from prelora_ray.train.ray_private import (
+    Guard,
+    JobConfig,
+    ScalingConfig,
+    TorchConfig,
+    TorchTrainer,
+    keep_token_private,
+    release,
+)
 from prelora_ray.train.result import summarize
 from prelora_ray.train.telemetry import run_label
 from prelora_ray.train.watchdog import PATIENCE
@@ -74,7 +82,7 @@ def train(settings: Settings, *, debug: bool = False, callbacks: Sequence[ray.tr
     `callbacks` are Ray Train's, which hear of every report.
 
     Raises ValueError for settings that cannot work, before Ray starts; TrainError where the work
-    fails; InterruptedRunError on Ctrl-C.
+    fails; InterruptedRunError on Ctrl-C; HeldRunError and LostRunError as DriverLock does.
     """
     settings = with_absolute_paths(settings)
     folder = RunFolder.of(settings)
@@ -93,7 +101,7 @@ def train(settings: Settings, *, debug: bool = False, callbacks: Sequence[ray.tr
         return result
     for sentence in without_effect(settings):
         logger.warning("%s", sentence)
-    with DriverLock(folder), ray_session(debug=debug) as is_embedded:
+    with DriverLock(folder) as lock, ray_session(debug=debug) as is_embedded:
         settings = _settle_gpu(settings, before, ray.cluster_resources().get("GPU", 0))
         _check_room(settings, is_embedded)
         _check_nodes_see(settings, folder)
@@ -109,10 +117,10 @@ def train(settings: Settings, *, debug: bool = False, callbacks: Sequence[ray.tr
         folder.remove_file(STOP_FILE)
         _start_exporter(settings)
         with stop_on_sigterm(folder):
-            _fit(settings, folder, callbacks)
+            _fit(settings, folder, [*callbacks, Guard(lock.check, BEAT_SECONDS)])
         finish(run_label(settings))
-    check_finished(folder, settings.train.epochs)
-    return write_result(folder)
+        check_finished(folder, settings.train.epochs)
+        return write_result(folder)
 
 
 def write_result(folder: RunFolder) -> dict[str, Any]:

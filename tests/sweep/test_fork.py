@@ -8,6 +8,7 @@ from prelora_ray.method.phases import Phase
 from prelora_ray.run_folder import RunFolder, last_attempt
 from prelora_ray.sweep.fork import fork
 from prelora_ray.train.checkpoint import Checkpoints
+from prelora_ray.train.lock import DriverLock, HeldRunError
 from prelora_ray.train.run import train
 from tests.runs import EPOCHS, FREEZE, SWITCH, assert_same_bits, final, settings
 
@@ -35,6 +36,13 @@ def test_a_fork_without_warmup_freezes_where_it_forks(trunk, digits, storage):
         assert train(run)["freeze_epoch"] == SWITCH
     assert final(forked).state["phases"]["phase"] == Phase.LORA
     assert_same_bits(final(forked), final(straight))
+
+
+def test_a_folder_that_another_driver_holds_is_not_forked_into(trunk, digits, storage):
+    run = settings(digits, storage, "held", 1)
+    with DriverLock(RunFolder.of(run)), pytest.raises(HeldRunError, match="held is being trained by process"):
+        fork(trunk, run)
+    assert RunFolder.of(run).list_files() == {}
 
 
 def test_what_cannot_fork_is_told(trunk, digits, storage):

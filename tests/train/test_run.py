@@ -26,10 +26,11 @@ from prelora_ray.run_folder import RunFolder, last_attempt
 from prelora_ray.storage import Storage
 from prelora_ray.sweep.replay import read_record, replay
 from prelora_ray.train.checkpoint import Checkpoints
+from prelora_ray.train.lock import LostRunError, claims, holder
 from prelora_ray.train.run import TrainError, _check_same_data, train
 from prelora_ray.train.state import TrainState
 from tests.conftest import samples
-from tests.runs import EPOCHS, FREEZE, SWITCH, Killer, assert_same_bits, final, settings, wait_inside
+from tests.runs import EPOCHS, FREEZE, SWITCH, Killer, assert_same_bits, children, final, settings, wait_inside
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -59,7 +60,7 @@ def test_stopped_by_sigterm_it_goes_on_where_it_stood(digits, storage, undisturb
     refusals: list[str] = []
 
     def disturb() -> None:
-        while not RunFolder.of(run).exists("driver.json"):
+        while holder(RunFolder.of(run)) is None:
             time.sleep(0.01)
         try:
             train(run)
@@ -76,6 +77,26 @@ def test_stopped_by_sigterm_it_goes_on_where_it_stood(digits, storage, undisturb
     assert_same_bits(final(run), final(undisturbed(2)))
     (restart,) = (line for line in RunFolder.of(run).read_lines("events.jsonl") if line["event"] == "restart")
     assert (restart["cause"], restart["steps_again"]) == ("stop", 0)
+
+
+def test_taken_over_it_ends_and_leaves_the_folder_to_the_other_driver(digits, storage, monkeypatch):
+    monkeypatch.setattr("prelora_ray.train.run.BEAT_SECONDS", 0.1)
+    run = settings(digits, storage, "taken-over", 2, checkpoint={"every_steps": 4})
+    folder = RunFolder.of(run)
+
+    def take_over() -> None:
+        wait_inside(folder, 0)
+        (name,) = claims(folder)
+        folder.write_json("driver-other.json", {"host": "elsewhere", "pid": 7, "holds": True})
+        folder.remove_file(name)
+
+    threading.Thread(target=take_over, daemon=True).start()
+    with pytest.raises(LostRunError, match="another driver, process 7 on elsewhere, has taken over run"):
+        train(run)
+    assert children(os.getpid(), "RayTrainWorker") == []
+    assert list(claims(folder)) == ["driver-other.json"]
+    assert not folder.exists("stop.json")
+    assert [line["event"] for line in folder.read_lines("events.jsonl")][-1] not in ("run_failed", "stop")
 
 
 def test_one_run_through_all_phases(undisturbed):
