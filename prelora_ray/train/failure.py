@@ -6,15 +6,13 @@ import builtins
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import ray.exceptions
 import torch
 import torch.distributed as dist
 
-_OWN = (
-    *(ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RuntimeError, TypeError, ValueError),
-    ray.exceptions.UserCodeException,
-)
+_OWN = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RuntimeError, TypeError, ValueError)
 """What code that is wrong, or is given what it cannot take, raises."""
 _SURROUNDINGS = (dist.DistError, torch.AcceleratorError, torch.OutOfMemoryError)
 """Those among them that lost peers, broken devices and full memory raise; where they have no type of their own, their words."""
@@ -78,11 +76,11 @@ def failures_of(error: BaseException) -> list[WorkerCodeError]:
 def is_own(error: BaseException) -> bool:
     """Whether code raised it by its own fault, as far as that can be told: what is in doubt is not its own."""
     cause, line = _unwrapped(error), root_cause(error)
+    kind: Any = type(cause)
     if isinstance(cause, ray.exceptions.UserCodeException):  # of Ray Data, which tells what was raised by its name alone
-        kind = getattr(builtins, line.split(":")[0], Exception)
-    else:
-        kind = type(cause)
-    return issubclass(kind, _OWN) and not issubclass(kind, _SURROUNDINGS) and not _SURROUNDINGS_SAY.search(line)
+        kind = getattr(builtins, line.split(":")[0], None)
+    is_code = isinstance(kind, type) and issubclass(kind, _OWN) and not issubclass(kind, _SURROUNDINGS)
+    return is_code and not _SURROUNDINGS_SAY.search(line)
 
 
 def root_cause(error: BaseException) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import traceback
 from typing import Any
 
 import pytest
@@ -12,10 +13,11 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.train import run as driver
-from prelora_ray.train.failure import WorkerCodeError, is_own, root_cause
+from prelora_ray.train.failure import WorkerCodeError, failures_of, is_own, root_cause
 from prelora_ray.train.run import TrainError, train
 from prelora_ray.train.step import Stepper
 from prelora_ray.train.worker import train_worker
@@ -77,7 +79,7 @@ def test_the_root_cause_of_rays_errors(ray_cluster, tmp_path, kind, workers, tol
 
 def test_what_lost_peers_full_disks_and_devices_raise_is_not_the_codes_own():
     for error in (
-        ConnectionResetError("reset"),
+        OSError(5, "Input/output error"),
         OSError(28, "No space left on device"),
         MemoryError(),
         dist.DistNetworkError("the store is gone"),
@@ -89,6 +91,34 @@ def test_what_lost_peers_full_disks_and_devices_raise_is_not_the_codes_own():
         ray.exceptions.ObjectLostError("00", None, ""),
     ):
         assert not is_own(error), error
+
+
+LOST_PEER = RuntimeError("[.../gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:21396.")
+DEATH = WorkerHealthCheckFailedError("A worker health check failed.", ray.exceptions.ActorDiedError())
+
+
+def test_of_several_workers_failures_the_one_that_caused_the_others_is_told():
+    own = WorkerCodeError(f"RuntimeError: {SHAPES}", 3)
+    assert root_cause(ray.train.WorkerGroupError("", {0: LOST_PEER, 1: own})) == own.reason
+    assert root_cause(ray.train.WorkerGroupError("", {0: LOST_PEER, 1: DEATH})).startswith("ActorDiedError: The actor died")
+    assert failures_of(ray.train.WorkerGroupError("", {0: LOST_PEER, 1: own})) == [own]
+    assert failures_of(ray.train.WorkerGroupError("", {0: own, 1: DEATH})) == []  # its peer's death may be why it failed
+
+
+def test_no_traceback_is_told(ray_cluster):
+    @ray.remote(num_cpus=0)
+    def fail() -> None:
+        raise TypeError("in a task")
+
+    with pytest.raises(TypeError) as error:
+        ray.get(fail.remote())
+    assert root_cause(error.value) == "TypeError: in a task"
+    assert is_own(error.value)
+    try:
+        {}["colour"]
+    except KeyError:
+        quoted = RuntimeError(f"a loader failed, with its own\n{traceback.format_exc()}")
+    assert root_cause(quoted) == "KeyError: 'colour'"
 
 
 def test_a_failure_travels_between_processes():
@@ -110,8 +140,8 @@ def fail_as_named(config: dict[str, Any]) -> None:
                     torch.zeros(2, 3) @ torch.zeros(2, 3)
                 case "fails-by-settings":
                     raise ValueError("model.colour = 'red' is not allowed: it must be blue")
-                case "fails-for-want-of-a-network" if _attempts(folder, name) <= 3:
-                    raise ConnectionResetError("reset")
+                case "fails-for-want-of-a-disk" if _attempts(folder, name) <= 3:
+                    raise OSError(5, "Input/output error")
                 case "fails-otherwise" if _attempts(folder, name) <= 2:
                     raise RuntimeError(f"attempt {_attempts(folder, name)}")
         train_step(stepper, batch)
@@ -144,7 +174,7 @@ def _attempts(storage: str, name: str) -> int:
             0,
             "training failed before its first step: ValueError: model.name = ",
         ),
-        ("fails-for-want-of-a-network", 1, 4, None),
+        ("fails-for-want-of-a-disk", 1, 4, None),
         ("fails-otherwise", 1, 3, None),
     ],
 )
