@@ -72,6 +72,14 @@ def refused(folder: RunFolder) -> str:
     return str(caught.value)
 
 
+class SlowFolder(RunFolder):
+    """A folder whose writes last, so that those that start at once meet."""
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        super().write_bytes(name, content)
+        time.sleep(0.05)
+
+
 def compete(folders: list[RunFolder], barrier: Any, got_in: Any) -> None:
     for n, folder in enumerate(folders):
         barrier.wait(60)
@@ -86,14 +94,14 @@ def compete(folders: list[RunFolder], barrier: Any, got_in: Any) -> None:
 @pytest.mark.parametrize("left_behind", [None, "dead", "silent"])
 def test_of_many_that_start_at_once_one_gets_in(tmp_path, left_behind):
     """Also where all see that the driver before them has died, or hear nothing of it."""
-    folders = [RunFolder(tmp_path / str(n)) for n in range(ROUNDS)]
+    folders = [SlowFolder(tmp_path / str(n)) for n in range(ROUNDS)]
     dead = {**lock._this_process(), "started": 1}
     for folder in folders:
         if left_behind is not None:
             folder.write_json("driver-before.json", {"dead": dead, "silent": ELSEWHERE}[left_behind] | {"holds": True})
     context = multiprocessing.get_context("fork")  # they import nothing anew, so that they start together
     barrier, got_in = context.Barrier(STARTERS), context.SimpleQueue()
-    starters = [context.Process(target=compete, args=(folders, barrier, got_in)) for _ in range(STARTERS)]
+    starters = [context.Process(target=compete, args=(folders, barrier, got_in), daemon=True) for _ in range(STARTERS)]
     for process in starters:
         process.start()
     for process in starters:
@@ -123,12 +131,16 @@ def test_another_machines_driver_holds_whatever_its_clock_says(folder, hold, clo
     assert f"process {first.pid} on elsewhere" in refused(folder)
 
 
-def test_a_driver_in_another_pid_namespace_holds(folder, hold):
-    prefix = ("unshare", "--pid", "--fork", "--kill-child")
+@pytest.mark.parametrize("proc", ["--mount-proc", None])
+def test_a_driver_in_another_pid_namespace_holds(folder, hold, proc):
+    """Also where /proc tells it of another namespace's processes, and so not of itself."""
+    prefix = ("unshare", "--pid", "--fork", "--kill-child", *([proc] if proc else []))
     if subprocess.run([*prefix, "true"], capture_output=True).returncode:
         pytest.skip("not allowed to make a PID namespace")
     hold(prefix=prefix)
-    assert holder(folder)["host"] == socket.gethostname()
+    claim = holder(folder)
+    assert claim["host"] == socket.gethostname()
+    assert (claim["pid_namespace"] is not None) == bool(proc)
     assert "process 1 on" in refused(folder)
 
 
