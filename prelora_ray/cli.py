@@ -344,6 +344,27 @@ def report(
         console.out.print(f"{out}: {len(figures)} figures" + (f", as pictures in {png}" if png else ""))
 
 
+@app.command()
+def doctor(
+    path: Annotated[str, typer.Argument(help="A prepared folder, or a run folder.")],
+    as_json: Json = False,
+) -> None:
+    """Look for damage: checksums, and whether every image, record and checkpoint can be read. Exit status 1 where there is."""
+    from prelora_ray import console
+    from prelora_ray.doctor import examine
+
+    with console.progress("looked at") as show:
+        findings = examine(path, show)
+    if as_json:
+        print_json({"path": path, "findings": findings})
+    else:
+        for finding in findings:
+            console.out.print(finding)
+        console.out.print(f"{path}: {len(findings) or 'no'} finding{'' if len(findings) == 1 else 's'}")
+    if findings:
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """Runs the command. Exit status 0; 1 the work failed; 2 the request was wrong; 130 interrupted."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)

@@ -10,6 +10,7 @@ import ray
 import torch
 
 from prelora_ray.data.augment import Augmentation
+from prelora_ray.data.damage import DamagedDataError
 from prelora_ray.data.manifest import Manifest, read_manifest
 from prelora_ray.data.mixing import normalize
 from prelora_ray.data.order import Order
@@ -45,7 +46,8 @@ def evaluate(
     Without `data` they are those that the run was trained with. Uses a GPU where Ray has one. `on_progress`
     is called with the images done and their total.
 
-    Raises ValueError where there is no such model or data, or their classes differ.
+    Raises ValueError where there is no such model or data, or their classes differ; DamagedDataError where an image cannot
+    be read.
     """
     model = load_trained(source)
     data = data or model.data
@@ -61,11 +63,16 @@ def evaluate(
     cpus = ray.cluster_resources()
     task = ray.remote(num_cpus=1, num_gpus=min(1, int(cpus.get("GPU", 0))))(_evaluate)
     decoders = max(1, int(cpus.get("CPU", 1)) - 1)
-    for reference in task.options(num_returns="streaming").remote(model, str(folder), manifest, decoders):
-        done = ray.get(reference)
-        if isinstance(done, Report):
-            return done
-        on_progress(done, total)
+    try:
+        for reference in task.options(num_returns="streaming").remote(model, str(folder), manifest, decoders):
+            done = ray.get(reference)
+            if isinstance(done, Report):
+                return done
+            on_progress(done, total)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, DamagedDataError):
+            raise error.cause from None  # without Ray's traceback for a text
+        raise
     raise AssertionError("the task ends with a report")
 
 

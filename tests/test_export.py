@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from prelora_ray.config_file import parse_settings
+from prelora_ray.data.damage import DamagedDataError
 from prelora_ray.data.manifest import read_manifest
 from prelora_ray.evaluate import evaluate
 from prelora_ray.export import ExportError, export
@@ -27,6 +29,7 @@ from prelora_ray.train.checkpoint import Checkpoints
 from prelora_ray.train.run import train
 from prelora_ray.train.state import TrainState
 from prelora_ray.trained import load_run_model
+from tests.data.test_damage import overwrite
 from tests.runs import EPOCHS, FREEZE, SWITCH, TINY_VIT, settings
 
 CHANNELS = {"full": 3, "warmup": 1, "lora": 3}
@@ -211,6 +214,15 @@ def test_other_classes_are_refused(runs, digits, tmp_path):
     (other / "manifest.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"class 4 is 'four' in .* was trained with '4'"):
         evaluate(str(runs["lora"]), str(other))
+
+
+def test_an_image_that_does_not_decode_is_named(runs, digits, tmp_path):
+    data = shutil.copytree(digits, tmp_path / "data")
+    source = overwrite(data / "val-00000.parquet", 7)
+    for work in (lambda: evaluate(str(runs["full"]), str(data)), lambda: export(str(runs["full"]), "out", str(data))):
+        with pytest.raises(DamagedDataError) as error:
+            work()
+        assert str(error.value).startswith(f"{data}/val-00000.parquet, row 7 ({source}): the stored image cannot be decoded: ")
 
 
 @pytest.mark.slow

@@ -15,10 +15,12 @@ from typing import Literal
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageEnhance, UnidentifiedImageError
 
 from prelora_ray.data.draws import Draw, generator
 
+FORMATS = ("JPEG", "PNG")
+"""What `prepare` stores; no other decoder of Pillow's gets to see a stored image."""
 Pixels = NDArray[np.uint8]
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom, in pixels."""
@@ -110,7 +112,7 @@ def read_crop(encoded: bytes, size: int, choose_box: Callable[[int, int], Box]) 
     `choose_box` gets the image's width and height. A JPEG is decoded at the smallest scale (1, 1/2, 1/4, 1/8) that leaves the
     box `size` pixels on each side, which costs a fraction of the whole image's decoding.
     """
-    image = Image.open(io.BytesIO(encoded))  # reads its header alone
+    image = Image.open(io.BytesIO(encoded), formats=FORMATS)  # reads its header alone
     width, height = image.size
     box = left, top, right, bottom = choose_box(width, height)
     fits = min(right - left, bottom - top) / size
@@ -125,6 +127,19 @@ def read_crop(encoded: bytes, size: int, choose_box: Callable[[int, int], Box]) 
     x, y = max(0, int(left) - _MARGIN), max(0, int(top) - _MARGIN)
     part = Image.fromarray(pixels[y : math.ceil(bottom) + _MARGIN, x : math.ceil(right) + _MARGIN])
     return _resize(part, size, (left - x, top - y, right - x, bottom - y))
+
+
+def undecodable(encoded: bytes) -> str | None:
+    """Why a stored image cannot be decoded, in one line; None where it can."""
+    try:
+        Image.open(io.BytesIO(encoded), formats=FORMATS).load()
+    except MemoryError:
+        raise
+    except UnidentifiedImageError:
+        return "it is no JPEG or PNG"
+    except Exception as error:  # what a decoder raises over broken bytes is anything
+        return " ".join(str(error).split()) or type(error).__name__
+    return None
 
 
 def _resize(image: Image.Image, size: int, box: Box) -> Image.Image:

@@ -104,24 +104,34 @@ def read_manifest(folder: Storage) -> Manifest:
 
     Raises ValueError where the folder is not a whole prepared one of this schema version.
     """
+    manifest = parse_manifest(folder)
+    sizes = folder.list_files()
+    for shard in (shard for shards in manifest.splits.values() for shard in shards):
+        if sizes.get(shard.file) != shard.num_bytes:
+            found = f"{sizes[shard.file]} bytes" if shard.file in sizes else "missing"
+            raise ValueError(f"{folder}/{shard.file} is {found}, its manifest says {shard.num_bytes} bytes: prepare it again")
+    return manifest
+
+
+def parse_manifest(folder: Storage) -> Manifest:
+    """Reads the manifest, without a look at the shards. Raises ValueError where there is none of a known schema version."""
     if not folder.exists("manifest.json"):
         raise ValueError(f"{folder} is no prepared folder (it has no manifest.json): run `prelora prepare SOURCE {folder}`")
     try:
         content = json.loads(folder.read_bytes("manifest.json"))
         schema = content.pop("schema")
-    except (ValueError, KeyError, AttributeError):
+        if schema in _READABLE:
+            return _manifest(content)
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{folder}/manifest.json is damaged: prepare the folder again") from None
-    if schema not in _READABLE:
-        raise ValueError(f"{folder} has schema version {schema}, this version reads up to {SCHEMA_VERSION}: prepare it again")
+    raise ValueError(f"{folder} has schema version {schema}, this version reads up to {SCHEMA_VERSION}: prepare it again")
+
+
+def _manifest(content: dict[str, Any]) -> Manifest:
     splits = {
         split: tuple(Shard(**{**shard, "row_groups": tuple(shard["row_groups"])}) for shard in shards)
         for split, shards in content["splits"].items()
     }
-    sizes = folder.list_files()
-    for shard in (shard for shards in splits.values() for shard in shards):
-        if sizes.get(shard.file) != shard.num_bytes:
-            found = f"{sizes[shard.file]} bytes" if shard.file in sizes else "missing"
-            raise ValueError(f"{folder}/{shard.file} is {found}, its manifest says {shard.num_bytes} bytes: prepare it again")
     counts = content.pop("counts", None)
     return Manifest(
         **{**content, "classes": tuple(content["classes"]), "splits": splits}, counts=counts and _read_counts(counts)

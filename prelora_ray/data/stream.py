@@ -24,7 +24,8 @@ import ray
 import ray.data
 from ray.data.block import BlockMetadata
 
-from prelora_ray.data.augment import Augmentation, Augmenter
+from prelora_ray.data.augment import Augmentation, Augmenter, Pixels, undecodable
+from prelora_ray.data.damage import DamagedDataError, check_shard, damaged_image
 from prelora_ray.data.manifest import Manifest, Shard, Split
 from prelora_ray.data.order import Ids, Order, max_worker_cells, worker_cells
 from prelora_ray.storage import Storage
@@ -97,7 +98,8 @@ class Pass(NamedTuple):
 def stream_batches(plan: StreamPlan, schedule: Sequence[Pass], decoders: int) -> Iterator[Batch]:
     """Yields this worker's batches of every pass in turn, decoded by `decoders` processes.
 
-    Runs inside a Ray Train worker, or anywhere where Ray is up.
+    Runs inside a Ray Train worker, or anywhere where Ray is up. Raises DamagedDataError where what was read is not what was
+    prepared; any other error may pass.
     """
     context = quiet_data_context()
     options = context.execution_options
@@ -130,6 +132,8 @@ def stream_batches(plan: StreamPlan, schedule: Sequence[Pass], decoders: int) ->
     )
     for block in dataset.iter_torch_batches(batch_size=None, prefetch_batches=2, device="cpu"):
         block = {name: cast("torch.Tensor", column)[0] for name, column in block.items()}
+        if "damage" in block:
+            raise DamagedDataError(block["damage"].numpy().tobytes().decode())
         split: Split = "train" if block["is_train"] else "val"
         for i in range(len(block["ids"])):
             ids = block["ids"][i].numpy()
@@ -148,11 +152,15 @@ def _store_bytes(plan: StreamPlan, decoders: int) -> int:
 
 
 def read_encoded(path: str, shards: Sequence[Shard], count: int) -> list[bytes]:
-    """The first `count` encoded images of a split, without Ray."""
+    """The first `count` encoded images of a split, without Ray. Raises DamagedDataError where one cannot be decoded."""
     reader = _RowReader(path, tuple(shards))
     ids = np.arange(min(count, sum(sum(shard.row_groups) for shard in shards)))
     reader.expect(ids)
-    return cast("list[bytes]", reader.take(ids)[0].to_pylist())
+    images = cast("list[bytes]", reader.take(ids)[0].to_pylist())
+    for sample, image in enumerate(images):
+        if (reason := undecodable(image)) is not None:
+            raise damaged_image(Storage(path), shards, sample, reason)
+    return images
 
 
 def quiet_data_context() -> ray.data.DataContext:
@@ -181,6 +189,13 @@ class _Slices(ray.data.Datasource):
 
 
 def _read(plan: StreamPlan, schedule: Sequence[Pass]) -> Iterator[pa.Table]:
+    try:
+        yield from _read_slices(plan, schedule)
+    except DamagedDataError as damage:  # travels as a block, as Ray Data would wrap what is raised in errors of its own
+        yield pa.table({"damage": [str(damage)]})
+
+
+def _read_slices(plan: StreamPlan, schedule: Sequence[Pass]) -> Iterator[pa.Table]:
     readers = {split: _RowReader(plan.path, plan.manifest.splits[split]) for split in plan.orders}
     for split, epoch, first_batch in schedule:
         order, reader = plan.orders[split], readers[split]
@@ -210,10 +225,19 @@ class _Decode:
     def __init__(self, plan: StreamPlan) -> None:
         os.nice(10)  # a training loop on the same cores goes first; decoding takes what it leaves
         self._augmenter = Augmenter(plan.augmentation, plan.seed, plan.crop_ratio)
+        self._plan = plan
         self._num_slots = plan.num_slots
         self._size = plan.augmentation.image_size
 
     def __call__(self, block: pa.Table) -> dict[str, Any]:
+        try:
+            if "damage" in block.column_names:
+                raise DamagedDataError(block["damage"][0].as_py())
+            return self._decoded(block)
+        except DamagedDataError as damage:
+            return {"damage": np.frombuffer(str(damage).encode(), np.uint8)[np.newaxis]}
+
+    def _decoded(self, block: pa.Table) -> dict[str, Any]:
         is_train, epoch = block["is_train"][0].as_py(), block["epoch"][0].as_py()
         ids = block["slots"].combine_chunks().flatten().to_numpy()
         encoded = block["images"].combine_chunks().flatten()
@@ -222,10 +246,7 @@ class _Decode:
         labels[filled] = block["labels"].combine_chunks().flatten().to_numpy()
         images = np.zeros((len(ids), self._size, self._size, 3), np.uint8)
         for slot, content in zip(filled, encoded, strict=True):
-            if is_train:
-                images[slot] = self._augmenter.train(content.as_py(), epoch, int(ids[slot]))
-            else:
-                images[slot] = self._augmenter.evaluate(content.as_py())
+            images[slot] = self._pixels("train" if is_train else "val", epoch, int(ids[slot]), content.as_py())
         shape = (1, -1, self._num_slots)
         return {
             "is_train": np.array([is_train]),
@@ -236,13 +257,24 @@ class _Decode:
             "images": images.reshape(*shape, *images.shape[1:]),
         }
 
+    def _pixels(self, split: Split, epoch: int, sample: int, encoded: bytes) -> Pixels:
+        try:
+            if split == "train":
+                return self._augmenter.train(encoded, epoch, sample)
+            return self._augmenter.evaluate(encoded)
+        except Exception:
+            if (reason := undecodable(encoded)) is None:
+                raise
+            shards = self._plan.manifest.splits[split]
+            raise damaged_image(Storage(self._plan.path), shards, sample, reason) from None
+
 
 class _RowReader:
     """Rows of one split by id. A row group is read once an epoch, and dropped after its last row."""
 
     def __init__(self, path: str, shards: tuple[Shard, ...]) -> None:
         self._folder = Storage(path)
-        self._groups = [(shard.file, i) for shard in shards for i in range(len(shard.row_groups))]
+        self._groups = [(shard, i) for shard in shards for i in range(len(shard.row_groups))]
         self._start = np.concatenate([[0], np.cumsum([rows for shard in shards for rows in shard.row_groups])])
         self._files: OrderedDict[str, pq.ParquetFile] = OrderedDict()
         self._open: dict[int, tuple[pa.Array, pa.Array]] = {}
@@ -275,12 +307,20 @@ class _RowReader:
         return np.searchsorted(self._start, ids, "right") - 1
 
     def _read(self, group: int) -> tuple[pa.Array, pa.Array]:
-        name, index = self._groups[group]
+        """Raises DamagedDataError where the shard is not what its manifest says; any other error may pass."""
+        shard, index = self._groups[group]
+        try:
+            table = self._file(shard.file).read_row_group(index, columns=["image", "label"])
+            images = table["image"].combine_chunks().cast(pa.large_binary())
+            return images, table["label"].combine_chunks().cast(pa.int64())
+        except Exception:
+            check_shard(self._folder, shard, self._folder.read_bytes(shard.file))
+            raise
+
+    def _file(self, name: str) -> pq.ParquetFile:
         if name not in self._files:
             if len(self._files) >= _OPEN_FILES:
                 self._files.popitem(last=False)[1].close()
             self._files[name] = pq.ParquetFile(self._folder.filesystem.open_input_file(self._folder.file(name)))
         self._files.move_to_end(name)
-        table = self._files[name].read_row_group(index, columns=["image", "label"])
-        images = table["image"].combine_chunks().cast(pa.large_binary())
-        return images, table["label"].combine_chunks().cast(pa.int64())
+        return self._files[name]

@@ -6,11 +6,19 @@ import sys
 import numpy as np
 import pytest
 import simplejpeg
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from sklearn.datasets import load_sample_image
 from torchvision.transforms import functional as torchvision
 
-from prelora_ray.data.augment import Augmentation, Augmenter, ColorJitter, center_box, random_resized_box, read_crop
+from prelora_ray.data.augment import (
+    Augmentation,
+    Augmenter,
+    ColorJitter,
+    center_box,
+    random_resized_box,
+    read_crop,
+    undecodable,
+)
 
 NOISE = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
 
@@ -170,3 +178,23 @@ def test_grey_and_cmyk_jpegs_are_read():
         read = read_crop(jpeg(image), 64, lambda width, height: center_box(width, height, 1.0))
         expected = image.convert("RGB").resize((64, 64), Image.Resampling.BICUBIC, (106.5, 0, 533.5, 427))
         assert np.abs(np.asarray(read).astype(float) - np.asarray(expected)).mean() < 4
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "TIFF", "PPM", "EPS"])
+def test_no_decoder_is_asked_but_those_of_what_prepare_stores(kind):
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, kind)
+    encoded = buffer.getvalue()
+    with pytest.raises(UnidentifiedImageError):
+        read_crop(encoded, 8, lambda width, height: (0, 0, width, height))
+    assert undecodable(encoded) == "it is no JPEG or PNG"
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_stored_image_that_is_cut_off_cannot_be_decoded(kind):
+    buffer = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(buffer, kind)
+    encoded = buffer.getvalue()
+    assert undecodable(encoded) is None
+    assert "truncated" in undecodable(encoded[: len(encoded) // 2])
+    assert undecodable(b"") == "it is no JPEG or PNG"

@@ -1,0 +1,67 @@
+"""What is damaged in a prepared folder or a run folder: all that has a checksum, and all that is read again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prelora_ray.data.check import check_prepared
+from prelora_ray.run_folder import RunFolder, parse_lines
+from prelora_ray.train.checkpoint import Checkpoints, DamagedCheckpointError, OtherSchemaError
+
+
+def examine(path: str, on_progress: Callable[[int, int], None] = lambda done, total: None) -> list[str]:
+    """What is wrong with a prepared folder or a run folder, a sentence each; none where all is whole.
+
+    `on_progress` is called with the shards or checkpoints done and their total. Raises ValueError where `path` is neither.
+    """
+    folder = RunFolder(path)
+    if folder.exists("manifest.json") and not folder.exists("state.json"):  # with that it is a checkpoint
+        return check_prepared(folder, on_progress)
+    if folder.exists("config.yaml"):
+        return _check_records(folder) + _check_checkpoints(folder, on_progress)
+    raise ValueError(f"{path!r} is neither a prepared folder (it has no manifest.json) nor a run folder (no config.yaml)")
+
+
+def _check_records(folder: RunFolder) -> list[str]:
+    findings = []
+    try:
+        folder.read_settings()
+    except Exception as error:  # of YAML, or of a key
+        findings.append(f"{folder}/config.yaml cannot be read: {_line(error)}")
+    for name in sorted(folder.list_files()):
+        try:
+            if name.endswith(".json"):
+                folder.read_json(name)
+            elif name.endswith(".jsonl"):
+                _parse_each_line(folder.read_bytes(name))
+        except (OSError, ValueError) as error:
+            findings.append(f"{folder}/{name} cannot be read: {_line(error)}")
+    return findings
+
+
+def _parse_each_line(content: bytes) -> None:
+    """Raises ValueError where a line is no object; what a killed writer left unfinished is allowed."""
+    for number, line in enumerate(content.splitlines(keepends=True), 1):
+        try:
+            objects = parse_lines(line)
+        except ValueError as error:
+            raise ValueError(f"line {number} is no JSON: {error}") from None
+        if not all(isinstance(entry, dict) for entry in objects):
+            raise ValueError(f"line {number} is no object")
+
+
+def _check_checkpoints(folder: RunFolder, on_progress: Callable[[int, int], None]) -> list[str]:
+    checkpoints = Checkpoints(folder)
+    findings = []
+    names = checkpoints.names()
+    for done, name in enumerate(names, 1):
+        try:
+            checkpoints.load(name)
+        except (DamagedCheckpointError, OtherSchemaError) as error:
+            findings.append(f"{folder}: {_line(error)}")
+        on_progress(done, len(names))
+    return findings
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
