@@ -14,6 +14,7 @@ as <epoch>-<batch>.damaged.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -101,7 +102,15 @@ class Checkpoints:
         self._base: dict[str, Any] | None = None
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Writes and commits a checkpoint; on return it is whole."""
+        """Writes and commits a checkpoint; on return it is whole. Where this fails, nothing of it stays to take up room."""
+        try:
+            self._save(checkpoint)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self.folder.remove_folder(checkpoint.name)
+            raise
+
+    def _save(self, checkpoint: Checkpoint) -> None:
         files: dict[str, bytes] = {
             "model.safetensors": _safetensors(checkpoint.model),
             "optimizer.safetensors": _safetensors(_flat(checkpoint.optimizer)),

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import queue
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -55,6 +55,8 @@ _RAY_TRAIN = {
 }
 _RESIZE_LOOK_SECONDS = 5.0
 """Between looks whether there is room for more workers."""
+_STOP_SECONDS = 0.5
+"""Between tries to ask the workers to stop, where that fails."""
 
 
 class TrainError(WorkError):
@@ -100,12 +102,20 @@ def train(settings: Settings, *, debug: bool = False, callbacks: Sequence[ray.tr
         folder.write_settings(settings)
         folder.remove_file(STOP_FILE)
         _start_exporter(settings)
-        with _stop_on_sigterm(folder):
+        with stop_on_sigterm(folder):
             _fit(settings, folder, callbacks)
         finish(run_label(settings))
     check_finished(folder, settings.train.epochs)
+    return write_result(folder)
+
+
+def write_result(folder: RunFolder) -> dict[str, Any]:
+    """Writes result.json and returns its contents. Raises TrainError where there is no room for it."""
     result = summarize(folder)
-    folder.write_json("result.json", result)
+    try:
+        folder.write_json("result.json", result)
+    except OSError as error:
+        raise TrainError(f"run {folder} is trained, but has no result yet ({error}); the same command writes it") from error
     return result
 
 
@@ -140,16 +150,31 @@ def _start_exporter(settings: Settings) -> None:
 
 
 @contextmanager
-def _stop_on_sigterm(folder: RunFolder) -> Iterator[None]:
-    """On SIGTERM, asks the workers to save where they stand and to end."""
+def stop_on_sigterm(folder: RunFolder) -> Iterator[None]:
+    """On SIGTERM, asks the workers to save where they stand and to end: by an empty file, which has room on most full disks."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: folder.write_json(STOP_FILE, {"time": time.time()}))
+    asks: queue.SimpleQueue[bool] = queue.SimpleQueue()  # a signal may interrupt a `put` by another one
+
+    def ask() -> None:
+        is_asked = asks.get()
+        while is_asked:
+            try:
+                return folder.write_bytes(STOP_FILE, b"")
+            except OSError:
+                with contextlib.suppress(queue.Empty):
+                    is_asked = asks.get(timeout=_STOP_SECONDS)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    before = signal.signal(signal.SIGTERM, lambda *_: asks.put(True))
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+        asks.put(False)
+        thread.join()
 
 
 @contextmanager

@@ -85,6 +85,7 @@ class Session:
         if self.records:
             trunk_epochs = settings.method.window_epochs if settings.checkpoint.keep_trunk else None
             self.saver = Saver(self.checkpoints, Retention(settings.checkpoint.keep, trunk_epochs))
+            self._wrote_ranks = False
             self.board = TensorBoardLog(self.folder, self.attempt, self.state.epoch)
             self._record_start(start)
             done = last_attempt(self.folder.read_lines("epochs.jsonl"), "epoch")
@@ -198,6 +199,8 @@ class Session:
             self.board.epoch(line)
             self.run_telemetry.epoch(line)
             self._record_change(decision)
+            with contextlib.suppress(OSError):  # a full disk: the end of another epoch tries again
+                self._write_ranks()
             self._diagnose(line)
         is_last = epoch + 1 == self.settings.train.epochs
         must = is_last or decision.switch is not None or decision.freeze or self._ends_trunk_window(epoch)
@@ -326,6 +329,7 @@ class Session:
         tries = 1 if self.saver.failure is not None else _LAST_SAVES  # the save that failed has waited already
         for tries_left in reversed(range(tries)):
             try:
+                self._write_ranks()
                 if not self.records.flush():
                     raise OSError(f"no room for the records in {self.folder}")
                 write_end(self.folder, End(kind, self.state.epoch, self.state.step, message))
@@ -363,6 +367,8 @@ class Session:
             self._event("init_from", message=sentence)
         if self.state.fork is not None:
             self._record_change(self.state.fork)
+        with contextlib.suppress(OSError):
+            self._write_ranks()
 
     def _record_change(self, decision: Decision) -> None:
         if decision.switch is None and not decision.freeze:
@@ -376,10 +382,16 @@ class Session:
             "logit_change": self.state.logit_change,
         }
         if decision.switch is not None:
-            self.folder.write_json("ranks.json", decision.switch)
             self._event("switch", switch_epoch=phases.switched_at, **content)
         if decision.freeze:
             self._event("freeze", freeze_epoch=phases.frozen_at, **content)
+
+    def _write_ranks(self) -> None:
+        """Writes ranks.json once in an attempt, from what every checkpoint holds too."""
+        ranks = self.state.phases.ranks
+        if ranks is not None and not self._wrote_ranks:
+            self.folder.write_json("ranks.json", ranks)
+            self._wrote_ranks = True
 
     def _diagnose(self, line: dict[str, Any]) -> None:
         """Records failure signatures, each once."""

@@ -168,7 +168,7 @@ def test_a_run_whose_result_found_no_room_is_finished_by_the_same_command(undist
     again = run.model_copy(update={"name": "without-a-result"})
     shutil.copytree(RunFolder.of(run).path, RunFolder.of(again).path)
     folder = RunFolder.of(again)
-    for name in ("config.yaml", "result.json", "end.json"):
+    for name in ("config.yaml", "result.json", "end.json", "ranks.json"):
         folder.remove_file(name)
     expected = RunFolder.of(run).read_json("result.json")
     assert train(again) == expected | {"restarts": 1, "seconds": ANY}
