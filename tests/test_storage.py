@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -34,6 +37,48 @@ def test_files_and_folders(folder):
     assert storage.list_folders() == []
     with pytest.raises(FileNotFoundError):
         storage.read_bytes("c.json")
+
+
+def test_what_killed_writers_left_is_removed(tmp_path):
+    names = ["a.json", "a.json.tmp", "b.tmp", f"a.json.{'0af3' * 8}.tmp", f"kept.json.{'0af3' * 8}.tmp"]
+    for name in names:
+        (tmp_path / name).touch()
+    Storage(tmp_path).remove_unfinished(but=["kept.json"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted({*names} - {names[3]})
+
+
+def test_a_writer_that_is_killed_leaves_what_is_recognised(tmp_path, monkeypatch):
+    left: list[str] = []
+    monkeypatch.setattr(os, "replace", lambda temporary, _: left.append(temporary))
+    Storage(tmp_path).write_bytes("a.json", b"1")
+    assert [str(path) for path in tmp_path.iterdir()] == left
+    Storage(tmp_path).remove_unfinished()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_is_on_the_disk_when_its_file_is_written(tmp_path, monkeypatch):
+    """Every folder that got a new name is synced after it got it, and the file before it gets its own."""
+    synced: list[str] = []
+    fsync = os.fsync
+    seen = lambda descriptor: os.readlink(f"/proc/self/fd/{descriptor}")  # noqa: E731
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (fsync(descriptor), synced.append(seen(descriptor))))
+    Storage(tmp_path / "run").write_bytes("sub/a.json", b"1")
+    above, run, temporary, sub = synced
+    assert (above, run, sub) == (str(tmp_path), str(tmp_path / "run"), str(tmp_path / "run/sub"))
+    assert temporary.startswith(f"{tmp_path}/run/sub/a.json.")
+
+
+def test_a_file_share_that_syncs_no_folders_is_written_to_all_the_same(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def only_files(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", only_files)
+    Storage(tmp_path / "run").write_bytes("a.json", b"1")
+    assert Storage(tmp_path / "run").read_bytes("a.json") == b"1"
 
 
 def test_lines_are_appended_by_one_writer_after_the_other(folder):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import operator
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 
+from prelora_ray.method.phases import Phase
+from prelora_ray.run_folder import RunFolder
 from prelora_ray.train.state import TrainState
 
 _SPARE = 0.04
@@ -15,8 +19,28 @@ _SPARE = 0.04
 _PARTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 
+FILE = "micro_batch.json"
+
+
 class MemoryShortageError(RuntimeError):
     """Not even the smallest micro-batch fits on the GPU of every worker."""
+
+
+def write_found(folder: RunFolder, device: str, sizes: dict[Phase, int]) -> None:
+    """Notes what was found on a GPU of this name. Where there is no room for it, the next attempt searches again."""
+    with contextlib.suppress(OSError):
+        folder.write_json(FILE, {"device": device, **{phase.value: size for phase, size in sizes.items()}})
+
+
+def read_found(folder: RunFolder, device: str) -> dict[Phase, int]:
+    """What an earlier attempt found on a GPU of this name; nothing where that cannot be told."""
+    try:
+        found = folder.read_json(FILE)
+        if found.pop("device") != device:
+            return {}
+        return {Phase(phase): operator.index(size) for phase, size in found.items()}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def micro_batch_sizes(num_slots: int, cell: int) -> list[int]:

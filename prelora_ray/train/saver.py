@@ -88,7 +88,6 @@ class Saver:
         try:
             with _beside_training(checkpoint):
                 self._checkpoints.save(checkpoint)
-            self._checkpoints.prune(self._retention)
         except OSError as failure:  # a full disk, an unreachable bucket: training goes on, and the next save tries again
             error = f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
         except BaseException:
@@ -96,6 +95,11 @@ class Saver:
             error = "an error of the program, see the worker's log"
         self._failed, self.failure = (None if error is None else checkpoint), error
         self._results.put(Saved(checkpoint.name, time.monotonic() - start, error))
+        if error is None:
+            try:
+                self._checkpoints.prune(self._retention)
+            except OSError as failure:  # the checkpoint is there all the same, and the next one prunes again
+                logger.warning("older checkpoints stay: %s", failure)
 
 
 def _beside_training(checkpoint: Checkpoint) -> AbstractContextManager[Any]:

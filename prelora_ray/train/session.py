@@ -26,7 +26,9 @@ from prelora_ray.train.control import Action, Control
 from prelora_ray.train.end import End, EndKind, write_end
 from prelora_ray.train.evaluation import Evaluation
 from prelora_ray.train.feed import Feed, stream_plan, validates
-from prelora_ray.train.notices import Notices, room_to_grow
+from prelora_ray.train.lock import FILE as DRIVER_FILE
+from prelora_ray.train.micro_batch import read_found, write_found
+from prelora_ray.train.notices import STOP_FILE, Notices, room_to_grow
 from prelora_ray.train.ray_private import remove_unborn_actors, reservation
 from prelora_ray.train.report import report
 from prelora_ray.train.saver import Saver
@@ -41,7 +43,6 @@ _CHECK_STEPS = 50
 """Steps between looks whether the loss is still finite, each of which waits for the device."""
 _LAST_SAVES = 10
 """How often the end of a run tries to save."""
-_MICRO_BATCH_FILE = "micro_batch.json"
 
 
 class StoppedError(Exception):
@@ -60,6 +61,9 @@ class Session:
         self.checkpoints = Checkpoints(self.folder)
         if self.rank == 0:
             remove_unborn_actors()  # before any worker streams
+            with contextlib.suppress(OSError):  # it only takes up room
+                self.folder.remove_unfinished(but=(DRIVER_FILE, STOP_FILE))  # which the driver may be writing
+                self.checkpoints.remove_unfinished()
         start, checkpoint = find_start(self.folder, self.checkpoints) if self.rank == 0 else (None, None)
         start = cast(Start, _from_rank_0(start))
         if self.rank != 0 and start.checkpoint is not None:
@@ -243,21 +247,15 @@ class Session:
         self.watchdog.beat(patiently=True)
         self.stepper.search(batch)
         if self.records:
-            sizes = {phase.value: size for phase, size in self.stepper.found_sizes.items()}
-            with contextlib.suppress(OSError):  # a full disk: the next attempt searches again
-                self.folder.write_json(_MICRO_BATCH_FILE, {"device": torch.cuda.get_device_name(self.state.device), **sizes})
+            write_found(self.folder, torch.cuda.get_device_name(self.state.device), self.stepper.found_sizes)
             self._event("micro_batch", micro_batch=self.stepper.micro_batch)
 
     def _found_sizes(self) -> dict[Phase, int]:
         """The micro-batches that the run found earlier, on a GPU of the same name."""
         if self.state.device.type != "cuda":
             return {}
-        found: dict[str, Any] = {}
-        if self.rank == 0 and self.folder.exists(_MICRO_BATCH_FILE):
-            found = self.folder.read_json(_MICRO_BATCH_FILE)
-            if found.pop("device") != torch.cuda.get_device_name(self.state.device):
-                found = {}
-        return {Phase(phase): size for phase, size in _from_rank_0(found).items()}
+        found = read_found(self.folder, torch.cuda.get_device_name(self.state.device)) if self.rank == 0 else None
+        return cast(dict[Phase, int], _from_rank_0(found))
 
     def _act(self, action: Action) -> None:
         """What rank 0 asked for, on every worker."""

@@ -10,8 +10,9 @@ from prelora_ray.config_file import parse_settings
 from prelora_ray.data.manifest import Manifest, Shard
 from prelora_ray.data.stream import Batch
 from prelora_ray.method.phases import Phase
+from prelora_ray.run_folder import RunFolder
 from prelora_ray.train.feed import stream_plan
-from prelora_ray.train.micro_batch import MemoryShortageError, micro_batch_sizes
+from prelora_ray.train.micro_batch import FILE, MemoryShortageError, micro_batch_sizes, read_found, write_found
 from prelora_ray.train.state import TrainState
 from prelora_ray.train.step import Stepper
 
@@ -22,6 +23,21 @@ from prelora_ray.train.step import Stepper
 )
 def test_sizes_are_whole_cells_that_split_the_share_ever_finer(num_slots, cell, expected):
     assert micro_batch_sizes(num_slots, cell) == expected
+
+
+def test_what_was_found_is_found_again_on_the_same_gpu_alone(tmp_path):
+    folder = RunFolder(tmp_path)
+    write_found(folder, "H100", {Phase.FULL: 64, Phase.LORA: 96})
+    assert read_found(folder, "H100") == {Phase.FULL: 64, Phase.LORA: 96}
+    assert read_found(folder, "A100") == {}
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\0\0", b"[]", b"{}", b'{"device": "H100", "none": 3}', b'{"device": "H100", "full": null}']
+)
+def test_a_damaged_record_has_it_searched_again(tmp_path, content):
+    (tmp_path / FILE).write_bytes(content)
+    assert read_found(RunFolder(tmp_path), "H100") == {}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU takes the whole share: there is nothing to search")

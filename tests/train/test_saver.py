@@ -107,6 +107,17 @@ def test_what_failed_is_let_go_before_another_snapshot_takes_as_much_memory(chec
     saver.wait()
 
 
+def test_old_checkpoints_that_cannot_be_removed_are_no_failed_save(checkpoints, monkeypatch):
+    def prune(_: Retention) -> None:
+        raise OSError("Read-only file system")
+
+    monkeypatch.setattr(checkpoints, "prune", prune)
+    saver = Saver(checkpoints, Retention(keep=1))
+    start(saver, checkpoint(1))
+    saver.wait()
+    assert (saver.failure, [saved.error for saved in saver.results()]) == (None, [None])
+
+
 def test_an_unreadable_older_checkpoint_does_not_stop_a_save(checkpoints, tmp_path):
     saver = Saver(checkpoints, Retention(keep=1))
     start(saver, checkpoint(1))
