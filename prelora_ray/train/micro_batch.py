@@ -68,6 +68,15 @@ def find_micro_batch(state: TrainState, sizes: Sequence[int], backward: Callable
     return int(smallest)
 
 
+def bytes_to_spare(state: TrainState, total: int) -> int:
+    """What a step must leave of a GPU of `total` bytes: for a snapshot, which stays there until it is written, and the rest.
+
+    To the rest belong the moments before the first step, which makes them.
+    """
+    moments = 0 if state.optimizer.state else state.moment_bytes()
+    return int(_SPARE * total) + state.snapshot_bytes() + moments
+
+
 def _fits(state: TrainState, size: int, backward: Callable[[int], None]) -> bool:
     try:
         _try(state, size, backward)
@@ -84,10 +93,8 @@ def _fits(state: TrainState, size: int, backward: Callable[[int], None]) -> bool
 
 
 def _try(state: TrainState, size: int, backward: Callable[[int], None]) -> None:
-    spare = int(_SPARE * torch.cuda.get_device_properties(state.device).total_memory)
-    if not state.optimizer.state:  # the moments come with the first step
-        spare += sum(2 * p.numel() * p.element_size() for p in state.model.parameters() if p.requires_grad)
-    reserved = torch.empty(spare, dtype=torch.uint8, device=state.device)
+    total = torch.cuda.get_device_properties(state.device).total_memory
+    reserved = torch.empty(bytes_to_spare(state, total), dtype=torch.uint8, device=state.device)
     stream = torch.cuda.Stream(state.device)
     stream.wait_stream(torch.cuda.current_stream(state.device))
     with torch.cuda.stream(stream):  # autograd remembers the stream, and a CUDA graph must not find the default one

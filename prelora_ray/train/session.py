@@ -245,6 +245,8 @@ class Session:
 
     def _find_micro_batch(self, batch: Batch) -> None:
         self.watchdog.beat(patiently=True)
+        if self.records:
+            self.saver.wait(self._beat_patiently)  # or the snapshot that is being written would count twice
         self.stepper.search(batch)
         if self.records:
             write_found(self.folder, torch.cuda.get_device_name(self.state.device), self.stepper.found_sizes)

@@ -9,12 +9,13 @@ import torch
 from prelora_ray.config_file import parse_settings
 from prelora_ray.data.manifest import Manifest, Shard
 from prelora_ray.data.stream import Batch
-from prelora_ray.method.phases import Phase
+from prelora_ray.method.phases import Decision, Phase
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.train.feed import stream_plan
-from prelora_ray.train.micro_batch import FILE, MemoryShortageError, micro_batch_sizes, read_found, write_found
+from prelora_ray.train.micro_batch import FILE, MemoryShortageError, bytes_to_spare, micro_batch_sizes, read_found, write_found
 from prelora_ray.train.state import TrainState
 from prelora_ray.train.step import Stepper
+from tests.runs import TINY_VIT
 
 
 @pytest.mark.parametrize(
@@ -38,6 +39,37 @@ def test_what_was_found_is_found_again_on_the_same_gpu_alone(tmp_path):
 def test_a_damaged_record_has_it_searched_again(tmp_path, content):
     (tmp_path / FILE).write_bytes(content)
     assert read_found(RunFolder(tmp_path), "H100") == {}
+
+
+def test_a_step_leaves_room_for_a_snapshot_in_every_phase(tmp_path):
+    """As many bytes as a snapshot really has, known before the first step, and for the moments as long as there are none."""
+    settings = parse_settings(
+        {
+            "name": "x",
+            "data": {"path": "x", "batch_size": 8, "cell": 4},
+            "model": {"name": "vit_tiny_patch16_224", "image_size": 8, "options": TINY_VIT},
+            "train": {"epochs": 9, "ramp_epochs": 0},
+        }
+    )
+    state = TrainState(settings, 10, 1, torch.device("cpu"), 1)
+    ranks = {target.name: 2 for target in state.targets}
+    for phase, decision in (
+        (Phase.FULL, Decision()),
+        (Phase.WARMUP, Decision(switch=ranks)),
+        (Phase.LORA, Decision(freeze=True)),
+    ):
+        state.phases.phase = phase
+        state.apply(decision)
+        state.optimizer.state.clear()
+        expected, before = state.snapshot_bytes(), bytes_to_spare(state, 10**9)
+        state.model(torch.randn(2, 3, 8, 8)).sum().backward()
+        state.optimizer.step()
+        content = state.snapshot([], holds_base=False)
+        moments = [tensor for entry in content.optimizer.values() for tensor in entry.values()]
+        tensors = [*content.model.values(), *content.base.values(), *content.adapter.values(), *moments]
+        assert expected == sum(tensor.nbytes for tensor in tensors)
+        assert bytes_to_spare(state, 10**9) == 4 * 10**7 + expected
+        assert before == 4 * 10**7 + expected + sum(tensor.nbytes for tensor in moments)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU takes the whole share: there is nothing to search")
