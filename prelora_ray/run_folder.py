@@ -201,6 +201,10 @@ class RunRecords:
         with contextlib.suppress(OSError):  # on a full disk the next one will tell
             self._folder.write_json("progress.json", _finite({"attempt": self._attempt, "time": time.time(), **content}))
 
+    def flush_events(self) -> None:
+        """Has a bucket hold the events so far, which tell a later attempt its number; the rest waits for `flush`."""
+        self._writers["events"].flush()
+
     def flush(self) -> bool:
         """Returns whether all that was recorded is there."""
         whole = [writer.flush() for writer in self._writers.values()]

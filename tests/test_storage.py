@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from prelora_ray.run_folder import LineWriter, RunFolder
+from prelora_ray.run_folder import LineWriter, RunFolder, RunRecords
 from prelora_ray.storage import Storage
+from prelora_ray.train.checkpoint import Checkpoints
+from prelora_ray.train.start import find_start
 
 
 @pytest.fixture(params=["disk", "s3"])
@@ -79,6 +81,17 @@ def test_a_file_share_that_syncs_no_folders_is_written_to_all_the_same(tmp_path,
     monkeypatch.setattr(os, "fsync", only_files)
     Storage(tmp_path / "run").write_bytes("a.json", b"1")
     assert Storage(tmp_path / "run").read_bytes("a.json") == b"1"
+
+
+def test_events_of_an_attempt_that_dies_soon_are_there(folder):
+    """So that the next attempt takes the next number."""
+    records = RunRecords(RunFolder(folder), attempt=0)
+    records.event("run_started", world_size=2)
+    records.epoch(epoch=0)
+    records.flush_events()
+    assert [line["event"] for line in RunFolder(folder).read_lines("events.jsonl")] == ["run_started"]
+    start, _ = find_start(RunFolder(folder), Checkpoints(RunFolder(folder)))
+    assert start.attempt == 1
 
 
 def test_lines_are_appended_by_one_writer_after_the_other(folder):

@@ -251,6 +251,7 @@ class Session:
         if self.records:
             write_found(self.folder, torch.cuda.get_device_name(self.state.device), self.stepper.found_sizes)
             self._event("micro_batch", micro_batch=self.stepper.micro_batch)
+            self.records.flush_events()
 
     def _found_sizes(self) -> dict[Phase, int]:
         """The micro-batches that the run found earlier, on a GPU of the same name."""
@@ -369,6 +370,7 @@ class Session:
             self._record_change(self.state.fork)
         with contextlib.suppress(OSError):
             self._write_ranks()
+        self.records.flush_events()
 
     def _record_change(self, decision: Decision) -> None:
         if decision.switch is None and not decision.freeze:
