@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import resource
 import time
 from dataclasses import asdict
@@ -21,7 +22,7 @@ from prelora_ray.method.ranks import rank_choices
 from prelora_ray.method.targets import target_norms
 from prelora_ray.run_folder import LineWriter, RunFolder, RunRecords, last_attempt
 from prelora_ray.storage import Storage
-from prelora_ray.train.checkpoint import Checkpoints, Retention
+from prelora_ray.train.checkpoint import Checkpoint, Checkpoints, Retention
 from prelora_ray.train.control import Action, Control
 from prelora_ray.train.end import End, EndKind, write_end
 from prelora_ray.train.evaluation import Evaluation
@@ -211,9 +212,11 @@ class Session:
         if must:
             self.watchdog.beat(patiently=True)  # rank 0 may have to wait for an earlier save, and the others for rank 0
         if self.records and (must or (epoch + 1) % self.settings.checkpoint.every_epochs == 0):
-            self._save([], line["val_top1"], waits=must)
+            hang_seconds = self.settings.workers.hang_seconds
+            self._save([], math.inf if must else hang_seconds / 2, val_top1=line["val_top1"])
         if is_last and self.records:
             self._finish_saving()
+            self.watchdog.beat(patiently=True)
         elif is_last:
             self.watchdog.end()  # all that is left to do is rank 0's
         if self.audit:
@@ -244,9 +247,9 @@ class Session:
         self.watchdog.end()
 
     def _find_micro_batch(self, batch: Batch) -> None:
-        self.watchdog.beat(patiently=True)
         if self.records:
-            self.saver.wait(self._beat_patiently)  # or the snapshot that is being written would count twice
+            self.saver.wait(meanwhile=self.watchdog.beat)  # or the snapshot that is being written would count twice
+        self.watchdog.beat(patiently=True)
         self.stepper.search(batch)
         if self.records:
             write_found(self.folder, torch.cuda.get_device_name(self.state.device), self.stepper.found_sizes)
@@ -267,7 +270,7 @@ class Session:
         self.stepper.check_finite()
         sums = self.stepper.worker_sums()
         if self.records:
-            self._save(sums, waits=action is not Action.SAVE)
+            self._save(sums, 0.0 if action is Action.SAVE else math.inf)
         if action is Action.SAVE:
             return
         self._finish_saving()
@@ -285,30 +288,30 @@ class Session:
         is_trunk = self.settings.checkpoint.keep_trunk and self._phase is Phase.FULL
         return is_trunk and (epoch + 1) % self.settings.method.window_epochs == 0
 
-    def _save(self, sums: list[list[float]], val_top1: float | None = None, *, waits: bool) -> None:
-        """Saves, unless another save is under way and this one does not wait for it: the next one is then as good."""
-        has_begun = self.saver.start(
-            lambda: self.state.snapshot(sums, holds_base=self.checkpoints.holds_base, val_top1=val_top1),
-            waits=waits,
-            meanwhile=self._beat_patiently,
-        )
+    def _save(self, sums: list[list[float]], seconds: float, val_top1: float | None = None) -> None:
+        """Saves, unless another save is still under way after so many seconds: where the next one is as good, that is left out.
+
+        The other workers wait for rank 0 meanwhile, and have to know where that may be for long.
+        """
+
+        def snapshot() -> Checkpoint:
+            return self.state.snapshot(sums, holds_base=self.checkpoints.holds_base, val_top1=val_top1)
+
+        has_begun = self.saver.start(snapshot, seconds, self.watchdog.beat)
         self._record_saves()
         if has_begun:
             self.notices.saved(self.state.step)
-
-    def _beat_patiently(self) -> None:
-        self.watchdog.beat(patiently=True)
 
     def _finish_saving(self) -> None:
         """Waits for the save under way. Where it failed, tries again a few times: what it holds is the last of the run."""
         if not self.records:
             return
-        self.saver.wait(self._beat_patiently)
+        self.saver.wait(meanwhile=self.watchdog.beat)
         for _ in range(_LAST_SAVES):
             if self.saver.failure is None:
                 break
             time.sleep(self.settings.workers.hang_seconds / _LAST_SAVES)
-            self.saver.retry(self._beat_patiently)
+            self.saver.retry(self.watchdog.beat)
         self._record_saves()
 
     def _fail(self, message: str) -> None:
@@ -338,6 +341,7 @@ class Session:
             except OSError:
                 if not tries_left:
                     raise
+            self.watchdog.beat()
             time.sleep(self.settings.workers.hang_seconds / _LAST_SAVES)
 
     def _record_saves(self) -> None:
