@@ -108,7 +108,7 @@ def test_what_failed_is_let_go_before_another_snapshot_takes_as_much_memory(chec
     saver.wait()
 
 
-def test_old_checkpoints_that_cannot_be_removed_are_no_failed_save(checkpoints, monkeypatch):
+def test_old_checkpoints_that_cannot_be_removed_are_no_failed_save(checkpoints, monkeypatch, caplog):
     def prune(_: Retention) -> None:
         raise OSError("Read-only file system")
 
@@ -117,6 +117,7 @@ def test_old_checkpoints_that_cannot_be_removed_are_no_failed_save(checkpoints, 
     start(saver, checkpoint(1))
     saver.wait()
     assert (saver.failure, [saved.error for saved in saver.results()]) == (None, [None])
+    assert "older checkpoints stay: Read-only file system" in caplog.text
 
 
 def test_an_unreadable_older_checkpoint_does_not_stop_a_save(checkpoints, tmp_path):
