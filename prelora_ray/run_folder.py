@@ -38,7 +38,13 @@ class RunFolder(Storage):
         """Raises ValueError where the folder holds no run."""
         if not self.exists("config.yaml"):
             raise ValueError(f"{self} is no run folder: it has no config.yaml")
-        return parse_settings(yaml.safe_load(self.read_bytes("config.yaml")))
+        try:
+            content = yaml.safe_load(self.read_bytes("config.yaml"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise self._damaged("config.yaml", " ".join(str(error).split())) from None
+        if not isinstance(content, dict):
+            raise self._damaged("config.yaml", "it holds no settings")
+        return parse_settings(content)
 
     def write_settings(self, settings: Settings) -> None:
         """Writes the resolved settings, every key."""
@@ -47,7 +53,25 @@ class RunFolder(Storage):
 
     def read_classes(self) -> tuple[str, ...]:
         """Names of the classes that the run was begun with."""
-        return tuple(self.read_json("data.json")["classes"])
+        content = self.read_json("data.json")
+        if "classes" not in content:
+            raise self._damaged("data.json", "it names no classes")
+        return tuple(content["classes"])
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """A file that holds a JSON object. Raises ValueError, with a sentence, where it is damaged."""
+        try:
+            content = super().read_json(name)
+        except ValueError as error:
+            raise self._damaged(name, str(error)) from None
+        if not isinstance(content, dict):
+            raise self._damaged(name, "it holds no object")
+        return content
+
+    def _damaged(self, name: str, reason: str) -> ValueError:
+        return ValueError(
+            f"{self}/{name} is damaged ({reason}): restore it, or remove it and have the same command write it anew"
+        )
 
     def read_lines(self, name: str) -> list[dict[str, Any]]:
         """All whole lines of a JSON-lines file, in file order; none where there is no file."""
@@ -61,14 +85,15 @@ class RunFolder(Storage):
 
 
 def parse_lines(content: bytes) -> list[dict[str, Any]]:
-    """Lines of JSON; a last line that a killed writer left unfinished is passed over."""
+    """The lines that hold a JSON object. What a killed writer or a lost disk left of others, anywhere, is passed over.
+
+    Nothing brings such a line back, and the others stand without it. Who needs all of them, as a replay does, has to look.
+    """
     lines = []
-    for line in content.splitlines(keepends=True):
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            if line.endswith(b"\n") and line.strip().endswith(b"}"):
-                raise
+    for line in content.splitlines():
+        with contextlib.suppress(ValueError):
+            if isinstance(entry := json.loads(line), dict):
+                lines.append(entry)
     return lines
 
 
@@ -175,6 +200,10 @@ class RunRecords:
         self._progress_time = time.monotonic()
         with contextlib.suppress(OSError):  # on a full disk the next one will tell
             self._folder.write_json("progress.json", _finite({"attempt": self._attempt, "time": time.time(), **content}))
+
+    def flush_events(self) -> None:
+        """Has a bucket hold the events so far, which tell a later attempt its number; the rest waits for `flush`."""
+        self._writers["events"].flush()
 
     def flush(self) -> bool:
         """Returns whether all that was recorded is there."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import posixpath
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -18,6 +19,9 @@ import pyarrow.fs
 T = TypeVar("T")
 _READ_WAITS = (0.1, 0.5, 2.0)
 """Seconds before each further try of a read."""
+_TEMPORARY = re.compile(r"(.+)\.[0-9a-f]{32}\.tmp")
+_SYNCS_NO_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
+"""How a file share says that it cannot."""
 
 
 def patiently(read: Callable[[], T]) -> T:
@@ -134,8 +138,8 @@ class Storage:
             with self.filesystem.open_output_stream(path) as stream:
                 stream.write(content)
             return
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+        _make_folder(os.path.dirname(path))
+        temporary = f"{path}.{uuid.uuid4().hex}.tmp"  # as _TEMPORARY has it
         try:
             with open(temporary, "wb") as file:
                 file.write(content)
@@ -145,6 +149,14 @@ class Storage:
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
+        _sync_folder(os.path.dirname(path))
+
+    def remove_unfinished(self, but: Collection[str] = ()) -> None:
+        """Removes what writers that were killed have left of files directly in the folder, but of names that begin so."""
+        for name in self.list_files():
+            match = _TEMPORARY.fullmatch(name)
+            if match and not match[1].startswith(tuple(but)):
+                self.remove_file(name)
 
     def write_json(self, name: str, content: Any) -> None:
         self.write_bytes(name, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
@@ -172,3 +184,25 @@ class Storage:
 
     def remove_folder(self, name: str) -> None:
         self.filesystem.delete_dir(self.file(name))
+
+
+def _make_folder(path: str) -> None:
+    """Makes a folder on a disk, so that it is still there after a loss of power."""
+    if os.path.isdir(path):
+        return
+    above = os.path.dirname(path)
+    _make_folder(above)
+    os.makedirs(path, exist_ok=True)
+    _sync_folder(above)
+
+
+def _sync_folder(path: str) -> None:
+    """Has a disk keep the names in a folder: that of a file which was renamed stays what it was until then."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _SYNCS_NO_FOLDERS:
+            raise
+    finally:
+        os.close(descriptor)

@@ -13,7 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from prelora_ray.config import with_absolute_paths
+from prelora_ray.config_file import load_settings
 from prelora_ray.method.convergence import percent_change
+from prelora_ray.run_folder import RunFolder
 from prelora_ray.train.ray_private import keep_token_private
 from tests.command import COMMAND, ROOT, prelora, prelora_here
 from tests.runs import TINY_VIT
@@ -47,6 +50,20 @@ def test_replay_of_a_record_as_json(record):
     assert content["switch_epoch"] == 7
     assert content["ranks"] == {"blocks.0.attn.query": 4, "blocks.1.attn.query": 16}
     assert percent_change(10, 10.8) == pytest.approx(8)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "data.json", "result.json"])
+def test_a_damaged_file_of_a_run_is_told_before_anything_starts(tmp_path, name):
+    recipe = tmp_path / "run.yaml"
+    recipe.write_text("data: {source: digits, batch_size: 96, cell: 12, path: data}\nmodel: {name: vit_tiny_patch16_224}\n")
+    settings = with_absolute_paths(load_settings(recipe, storage=str(tmp_path)))
+    folder = RunFolder.of(settings)
+    folder.write_settings(settings)
+    folder.write_bytes(name, b"\0\0\0")
+    told = prelora_here("train", str(recipe), "--storage", str(tmp_path))
+    assert told.returncode == 2
+    assert told.stderr.startswith(f"prelora: {folder}/{name} is damaged (")
+    assert told.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("text", ["0.5,-1", "0.5,nan", "0:1:5", "2:1:5", "many"])

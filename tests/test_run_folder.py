@@ -14,9 +14,38 @@ def test_lines_survive_a_writer_that_was_killed(tmp_path):
     assert [line["event"] for line in folder.read_lines("events.jsonl")] == ["a", "b"]
 
 
-def test_a_damaged_whole_line_is_an_error():
-    with pytest.raises(ValueError, match="Expecting"):
-        parse_lines(b'{"a": 1}\n{"b" 2}\n{"c": 3}\n')
+@pytest.mark.parametrize(
+    "damage", [b'{"b" 2}', b'{"b": {"c": 2}', b"\0\0\0\0", b'\0\0{"b": 2}', b"\xff", b"7", b"[]", b"", b'"b": 2}']
+)
+def test_a_damaged_line_takes_no_other_with_it(damage):
+    assert parse_lines(b'{"a": 1}\n' + damage + b'\n{"c": 3}\n') == [{"a": 1}, {"c": 3}]
+
+
+def test_a_line_torn_behind_an_inner_brace_stays_by_itself(tmp_path):
+    (tmp_path / "norms.jsonl").write_bytes(b'{"epoch": 0, "norms": {"a": 1}')
+    writer = LineWriter(RunFolder(tmp_path), "norms.jsonl")
+    writer.write(epoch=1)
+    writer.write(epoch=2)
+    assert RunFolder(tmp_path).read_lines("norms.jsonl") == [{"epoch": 1}, {"epoch": 2}]
+
+
+@pytest.mark.parametrize("content", [b"", b"\0\0\0", b"{", b"[1]", b"\xff\xfe"])
+@pytest.mark.parametrize("name", ["config.yaml", "data.json", "ranks.json", "result.json"])
+def test_a_damaged_file_is_told_in_a_sentence_that_names_it(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    folder = RunFolder(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"is damaged \(.*\): restore it, or remove it and have the same command write it"
+    ) as error:
+        folder.read_settings() if name == "config.yaml" else folder.read_json(name)
+    assert str(error.value).startswith(f"{tmp_path}/{name} is damaged")
+    assert "\n" not in str(error.value)
+
+
+def test_classes_that_are_not_there_are_told(tmp_path):
+    (tmp_path / "data.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"data\.json is damaged \(it names no classes\)"):
+        RunFolder(tmp_path).read_classes()
 
 
 def test_infinite_numbers_become_null(tmp_path):

@@ -24,6 +24,8 @@ _LOOK_BACK = 10
 """Epochs in front of the freeze that tell the usual change of the loss."""
 _FEWEST = 4
 """Epochs that a line is fitted to at least."""
+_LARGEST_EXPONENT = 100.0
+"""Of a number that still makes sense as a percentage; a loss next to 0 has a far larger one."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +61,16 @@ def _early_switch(epochs: Sequence[Mapping[str, Any]]) -> Finding | None:
     if len(full) < 2 * _FEWEST:
         return None
     spent = list(itertools.accumulate(line["learning_rate"] for line in epochs))
-    points = [(rate, math.log(line["loss"]), line["phase"]) for rate, line in zip(spent, epochs, strict=True)]
+    points = [
+        (rate, math.log(line["loss"]), line["phase"]) for rate, line in zip(spent, epochs, strict=True) if line["loss"] > 0
+    ]
     trunk = [(x, y) for x, y, phase in points if phase == "full"][-max(_FEWEST, len(full) // 3) :]
     lora = [(x, y) for x, y, phase in points if phase == "lora"]
-    if len(lora) < _FEWEST:
+    if any(len(part) < _FEWEST or part[0][0] == part[-1][0] for part in (trunk, lora)):  # or no learning rate was spent
         return None
     before, after = _line_through(trunk), _line_through(lora)
     length = lora[-1][0] - lora[0][0]
-    percent = math.expm1((after.slope - before.slope) * length) * 100
+    percent = math.expm1(min((after.slope - before.slope) * length, _LARGEST_EXPONENT)) * 100
     limit = max(LEVEL_PERCENT, ERRORS * math.hypot(before.error, after.error) * length * 100)
     if percent <= limit:
         return None
@@ -86,6 +90,8 @@ def _insufficient_warmup(epochs: Sequence[Mapping[str, Any]]) -> Finding | None:
     if after < _FEWEST:
         return None
     losses = [line["loss"] for line in epochs[max(0, after - _LOOK_BACK) : after]]
+    if not all(losses):  # from a loss of 0 there is no rise in percent
+        return None
     usual = [abs(b / a - 1) * 100 for a, b in itertools.pairwise(losses)]
     limit = max(JUMP_PERCENT, JUMP_SPREADS * sum(usual) / len(usual))
     jump = (epochs[after]["loss"] / losses[-1] - 1) * 100

@@ -200,6 +200,12 @@ class Checkpoints:
         for name, about in self.about().items():
             _check_schema(name, about)
 
+    def remove_unfinished(self) -> None:
+        """Removes what saves that were killed have left. Only who alone saves may call this."""
+        self.folder.remove_unfinished()
+        for name in set(self._folders()) - set(self.names()):
+            self.folder.remove_folder(name)
+
     def set_aside(self, name: str) -> None:
         """Keeps a damaged checkpoint for whoever looks into it, as none of the checkpoints any more."""
         self.folder.rename_folder(name, f"{name}.damaged")

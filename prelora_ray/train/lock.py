@@ -40,6 +40,8 @@ SILENCE_SECONDS = 60.0
 _LOOK_SECONDS = {True: 0.2, False: 1.0}
 """Between looks at the others' claims, by whether the run folder is on a disk or in a bucket that has to be asked."""
 
+CLAIM = "driver"
+"""What the names of claims begin with."""
 Claim = dict[str, Any]
 """A claim's content, as docs/run-folder.md has it; empty where it is damaged."""
 
@@ -63,7 +65,7 @@ class DriverLock:
     def __init__(self, folder: RunFolder, silence_seconds: float = SILENCE_SECONDS) -> None:
         self._folder = folder
         self._silence_seconds = silence_seconds
-        self._name = f"driver-{uuid.uuid4().hex}.json"
+        self._name = f"{CLAIM}-{uuid.uuid4().hex}.json"
         self._claim: Claim = {**_this_process(), "since": time.time(), "beats": 0}
         self._heard: dict[str, tuple[Claim, float]] = {}
         self._done = threading.Event()
@@ -157,7 +159,7 @@ def claims(folder: RunFolder) -> dict[str, Claim]:
     """All drivers' claims to a run folder, by file name."""
     found = {}
     for name in folder.list_files():
-        if not (name.startswith("driver") and name.endswith(".json")):  # earlier versions had one `driver.json`
+        if not (name.startswith(CLAIM) and name.endswith(".json")):  # earlier versions had one `driver.json`
             continue
         try:
             claim = folder.read_json(name)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import operator
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 
+from prelora_ray.method.phases import Phase
+from prelora_ray.run_folder import RunFolder
 from prelora_ray.train.state import TrainState
 
 _SPARE = 0.04
@@ -15,8 +19,28 @@ _SPARE = 0.04
 _PARTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 
+FILE = "micro_batch.json"
+
+
 class MemoryShortageError(RuntimeError):
     """Not even the smallest micro-batch fits on the GPU of every worker."""
+
+
+def write_found(folder: RunFolder, device: str, sizes: dict[Phase, int]) -> None:
+    """Notes what was found on a GPU of this name. Where there is no room for it, the next attempt searches again."""
+    with contextlib.suppress(OSError):
+        folder.write_json(FILE, {"device": device, **{phase.value: size for phase, size in sizes.items()}})
+
+
+def read_found(folder: RunFolder, device: str) -> dict[Phase, int]:
+    """What an earlier attempt found on a GPU of this name; nothing where that cannot be told."""
+    try:
+        found = folder.read_json(FILE)
+        if found.pop("device") != device:
+            return {}
+        return {Phase(phase): operator.index(size) for phase, size in found.items()}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def micro_batch_sizes(num_slots: int, cell: int) -> list[int]:
@@ -44,6 +68,15 @@ def find_micro_batch(state: TrainState, sizes: Sequence[int], backward: Callable
     return int(smallest)
 
 
+def bytes_to_spare(state: TrainState, total: int) -> int:
+    """What a step must leave of a GPU of `total` bytes: for a snapshot, which stays there until it is written, and the rest.
+
+    To the rest belong the moments before the first step, which makes them.
+    """
+    moments = 0 if state.optimizer.state else state.moment_bytes()
+    return int(_SPARE * total) + state.snapshot_bytes() + moments
+
+
 def _fits(state: TrainState, size: int, backward: Callable[[int], None]) -> bool:
     try:
         _try(state, size, backward)
@@ -60,10 +93,8 @@ def _fits(state: TrainState, size: int, backward: Callable[[int], None]) -> bool
 
 
 def _try(state: TrainState, size: int, backward: Callable[[int], None]) -> None:
-    spare = int(_SPARE * torch.cuda.get_device_properties(state.device).total_memory)
-    if not state.optimizer.state:  # the moments come with the first step
-        spare += sum(2 * p.numel() * p.element_size() for p in state.model.parameters() if p.requires_grad)
-    reserved = torch.empty(spare, dtype=torch.uint8, device=state.device)
+    total = torch.cuda.get_device_properties(state.device).total_memory
+    reserved = torch.empty(bytes_to_spare(state, total), dtype=torch.uint8, device=state.device)
     stream = torch.cuda.Stream(state.device)
     stream.wait_stream(torch.cuda.current_stream(state.device))
     with torch.cuda.stream(stream):  # autograd remembers the stream, and a CUDA graph must not find the default one

@@ -66,8 +66,6 @@ _RAY_TRAIN = {
 }
 _RESIZE_LOOK_SECONDS = 5.0
 """Between looks whether there is room for more workers."""
-
-
 _STOP_SECONDS = 0.5
 """Between tries to ask the workers to stop, where that fails."""
 
@@ -90,14 +88,16 @@ def train(settings: Settings, *, debug: bool = False, callbacks: Sequence[ray.tr
     if before is not None:
         _check_unchanged(before, settings, folder)
         Checkpoints(folder).check_schema()
+        if folder.exists("data.json"):
+            folder.read_classes()  # raises, where it is damaged, before Ray starts
     check_model(settings)
     if settings.model.init_from is not None and before is None:
         load_pretrained(create_model(settings.model, num_classes=1, seed=0), settings.model.init_from)  # raises early
     if not Storage(settings.data.path).exists("manifest.json") and settings.data.source is None:
         read_manifest(Storage(settings.data.path))  # raises, and says how to prepare it
     if folder.exists("result.json"):
+        result = folder.read_json("result.json")
         logger.info("run %s has finished already; give another --name for a new one", folder)
-        result: dict[str, Any] = folder.read_json("result.json")
         return result
     for sentence in without_effect(settings):
         logger.warning("%s", sentence)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
 import time
@@ -46,14 +47,16 @@ class Saver:
     def is_busy(self) -> bool:
         return self._thread.is_alive()
 
-    def start(self, take: Callable[[], Checkpoint], *, waits: bool, meanwhile: Callable[[], None] = lambda: None) -> bool:
+    def start(
+        self, take: Callable[[], Checkpoint], seconds: float = math.inf, meanwhile: Callable[[], None] = lambda: None
+    ) -> bool:
         """Takes a snapshot, which nothing may change any more, and writes it; returns whether it does.
 
-        While another one is being written, which may take longer than any step, it does not, unless it `waits` for that.
+        It does not where another one is still being written after so many seconds. Calls `meanwhile` as `wait` does.
         """
-        if self.is_busy and not waits:
+        self.wait(seconds, meanwhile)
+        if self.is_busy:
             return False
-        self.wait(meanwhile)
         self._failed = None  # before another snapshot takes as much memory
         self._begin(take())
         return True
@@ -62,13 +65,13 @@ class Saver:
         """Writes once more what could not be written, and waits for it."""
         assert self._failed is not None
         self._begin(self._failed)
-        self.wait(meanwhile)
+        self.wait(meanwhile=meanwhile)
 
-    def wait(self, meanwhile: Callable[[], None] = lambda: None) -> None:
-        """Returns when nothing is being written; calls `meanwhile` at once and again every second until then."""
-        meanwhile()
-        while self.is_busy:
-            self._thread.join(_BEAT_SECONDS)
+    def wait(self, seconds: float = math.inf, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Returns when nothing is being written, or after so many seconds; calls `meanwhile` every second until then."""
+        end = time.monotonic() + seconds
+        while self.is_busy and time.monotonic() < end:
+            self._thread.join(min(_BEAT_SECONDS, max(0.0, end - time.monotonic())))
             meanwhile()
 
     def results(self) -> list[Saved]:
@@ -88,7 +91,6 @@ class Saver:
         try:
             with _beside_training(checkpoint):
                 self._checkpoints.save(checkpoint)
-            self._checkpoints.prune(self._retention)
         except OSError as failure:  # a full disk, an unreachable bucket: training goes on, and the next save tries again
             error = f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
         except BaseException:
@@ -96,6 +98,11 @@ class Saver:
             error = "an error of the program, see the worker's log"
         self._failed, self.failure = (None if error is None else checkpoint), error
         self._results.put(Saved(checkpoint.name, time.monotonic() - start, error))
+        if error is None:
+            try:
+                self._checkpoints.prune(self._retention)
+            except OSError as failure:  # the checkpoint is there all the same, and the next one prunes again
+                logger.warning("older checkpoints stay: %s", failure)
 
 
 def _beside_training(checkpoint: Checkpoint) -> AbstractContextManager[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import resource
 import time
 from dataclasses import asdict
@@ -21,12 +22,14 @@ from prelora_ray.method.ranks import rank_choices
 from prelora_ray.method.targets import target_norms
 from prelora_ray.run_folder import LineWriter, RunFolder, RunRecords, last_attempt
 from prelora_ray.storage import Storage
-from prelora_ray.train.checkpoint import Checkpoints, Retention
+from prelora_ray.train.checkpoint import Checkpoint, Checkpoints, Retention
 from prelora_ray.train.control import Action, Control
 from prelora_ray.train.end import End, EndKind, write_end
 from prelora_ray.train.evaluation import Evaluation
 from prelora_ray.train.feed import Feed, stream_plan, validates
-from prelora_ray.train.notices import Notices, room_to_grow
+from prelora_ray.train.lock import CLAIM
+from prelora_ray.train.micro_batch import read_found, write_found
+from prelora_ray.train.notices import STOP_FILE, Notices, room_to_grow
 from prelora_ray.train.ray_private import remove_unborn_actors, reservation
 from prelora_ray.train.report import report
 from prelora_ray.train.saver import Saver
@@ -41,7 +44,6 @@ _CHECK_STEPS = 50
 """Steps between looks whether the loss is still finite, each of which waits for the device."""
 _LAST_SAVES = 10
 """How often the end of a run tries to save."""
-_MICRO_BATCH_FILE = "micro_batch.json"
 
 
 class StoppedError(Exception):
@@ -60,6 +62,9 @@ class Session:
         self.checkpoints = Checkpoints(self.folder)
         if self.rank == 0:
             remove_unborn_actors()  # before any worker streams
+            with contextlib.suppress(OSError):  # it only takes up room
+                self.folder.remove_unfinished(but=(CLAIM, STOP_FILE))  # which the driver may be writing
+                self.checkpoints.remove_unfinished()
         start, checkpoint = find_start(self.folder, self.checkpoints) if self.rank == 0 else (None, None)
         start = cast(Start, _from_rank_0(start))
         if self.rank != 0 and start.checkpoint is not None:
@@ -207,9 +212,11 @@ class Session:
         if must:
             self.watchdog.beat(patiently=True)  # rank 0 may have to wait for an earlier save, and the others for rank 0
         if self.records and (must or (epoch + 1) % self.settings.checkpoint.every_epochs == 0):
-            self._save([], line["val_top1"], waits=must)
+            hang_seconds = self.settings.workers.hang_seconds
+            self._save([], math.inf if must else hang_seconds / 2, val_top1=line["val_top1"])
         if is_last and self.records:
             self._finish_saving()
+            self.watchdog.beat(patiently=True)
         elif is_last:
             self.watchdog.end()  # all that is left to do is rank 0's
         if self.audit:
@@ -240,24 +247,21 @@ class Session:
         self.watchdog.end()
 
     def _find_micro_batch(self, batch: Batch) -> None:
+        if self.records:
+            self.saver.wait(meanwhile=self.watchdog.beat)  # or the snapshot that is being written would count twice
         self.watchdog.beat(patiently=True)
         self.stepper.search(batch)
         if self.records:
-            sizes = {phase.value: size for phase, size in self.stepper.found_sizes.items()}
-            with contextlib.suppress(OSError):  # a full disk: the next attempt searches again
-                self.folder.write_json(_MICRO_BATCH_FILE, {"device": torch.cuda.get_device_name(self.state.device), **sizes})
+            write_found(self.folder, torch.cuda.get_device_name(self.state.device), self.stepper.found_sizes)
             self._event("micro_batch", micro_batch=self.stepper.micro_batch)
+            self.records.flush_events()
 
     def _found_sizes(self) -> dict[Phase, int]:
         """The micro-batches that the run found earlier, on a GPU of the same name."""
         if self.state.device.type != "cuda":
             return {}
-        found: dict[str, Any] = {}
-        if self.rank == 0 and self.folder.exists(_MICRO_BATCH_FILE):
-            found = self.folder.read_json(_MICRO_BATCH_FILE)
-            if found.pop("device") != torch.cuda.get_device_name(self.state.device):
-                found = {}
-        return {Phase(phase): size for phase, size in _from_rank_0(found).items()}
+        found = read_found(self.folder, torch.cuda.get_device_name(self.state.device)) if self.rank == 0 else None
+        return cast(dict[Phase, int], _from_rank_0(found))
 
     def _act(self, action: Action) -> None:
         """What rank 0 asked for, on every worker."""
@@ -266,7 +270,7 @@ class Session:
         self.stepper.check_finite()
         sums = self.stepper.worker_sums()
         if self.records:
-            self._save(sums, waits=action is not Action.SAVE)
+            self._save(sums, 0.0 if action is Action.SAVE else math.inf)
         if action is Action.SAVE:
             return
         self._finish_saving()
@@ -284,30 +288,30 @@ class Session:
         is_trunk = self.settings.checkpoint.keep_trunk and self._phase is Phase.FULL
         return is_trunk and (epoch + 1) % self.settings.method.window_epochs == 0
 
-    def _save(self, sums: list[list[float]], val_top1: float | None = None, *, waits: bool) -> None:
-        """Saves, unless another save is under way and this one does not wait for it: the next one is then as good."""
-        has_begun = self.saver.start(
-            lambda: self.state.snapshot(sums, holds_base=self.checkpoints.holds_base, val_top1=val_top1),
-            waits=waits,
-            meanwhile=self._beat_patiently,
-        )
+    def _save(self, sums: list[list[float]], seconds: float, val_top1: float | None = None) -> None:
+        """Saves, unless another save is still under way after so many seconds: where the next one is as good, that is left out.
+
+        The other workers wait for rank 0 meanwhile, and have to know where that may be for long.
+        """
+
+        def snapshot() -> Checkpoint:
+            return self.state.snapshot(sums, holds_base=self.checkpoints.holds_base, val_top1=val_top1)
+
+        has_begun = self.saver.start(snapshot, seconds, self.watchdog.beat)
         self._record_saves()
         if has_begun:
             self.notices.saved(self.state.step)
-
-    def _beat_patiently(self) -> None:
-        self.watchdog.beat(patiently=True)
 
     def _finish_saving(self) -> None:
         """Waits for the save under way. Where it failed, tries again a few times: what it holds is the last of the run."""
         if not self.records:
             return
-        self.saver.wait(self._beat_patiently)
+        self.saver.wait(meanwhile=self.watchdog.beat)
         for _ in range(_LAST_SAVES):
             if self.saver.failure is None:
                 break
             time.sleep(self.settings.workers.hang_seconds / _LAST_SAVES)
-            self.saver.retry(self._beat_patiently)
+            self.saver.retry(self.watchdog.beat)
         self._record_saves()
 
     def _fail(self, message: str) -> None:
@@ -337,6 +341,7 @@ class Session:
             except OSError:
                 if not tries_left:
                     raise
+            self.watchdog.beat()
             time.sleep(self.settings.workers.hang_seconds / _LAST_SAVES)
 
     def _record_saves(self) -> None:
@@ -369,6 +374,7 @@ class Session:
             self._record_change(self.state.fork)
         with contextlib.suppress(OSError):
             self._write_ranks()
+        self.records.flush_events()
 
     def _record_change(self, decision: Decision) -> None:
         if decision.switch is None and not decision.freeze:

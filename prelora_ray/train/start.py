@@ -42,7 +42,7 @@ def find_start(folder: RunFolder, checkpoints: Checkpoints) -> tuple[Start, Chec
     try:
         progress = folder.read_json("progress.json")
         seconds, last_step = time.time() - progress["time"], progress["step"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         seconds, last_step = None, 0
     sizes = [line["world_size"] for line in last if line["event"] in ("run_started", "restart")]
     name = checkpoint.name if checkpoint else None
@@ -50,4 +50,7 @@ def find_start(folder: RunFolder, checkpoints: Checkpoints) -> tuple[Start, Chec
 
 
 def _driver_started(folder: RunFolder) -> float:
-    return float((holder(folder) or {}).get("since", 0.0))
+    try:
+        return float((holder(folder) or {}).get("since", 0.0))
+    except (OSError, ValueError, TypeError):
+        return 0.0

@@ -30,6 +30,8 @@ from prelora_ray.train.pretrained import load_pretrained
 
 SWITCH_TOLERANCE = 1e-5
 """Largest change of a logit that injecting adapters may make, in float32."""
+_STEP_BYTES = 4
+"""Of AdamW's count of steps, a float32 for each parameter."""
 
 
 class TrainState:
@@ -140,13 +142,7 @@ class TrainState:
         `sums`: the epoch's sums so far of every worker, empty at an epoch's end. `holds_base`: whether the run
         folder has the frozen tensors already.
         """
-        base: dict[str, torch.Tensor] = {}
-        model = base_state_dict(self.model)
-        is_frozen = self.phases.phase is Phase.LORA
-        if is_frozen:
-            frozen = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
-            base = {} if holds_base else {name: tensor for name, tensor in model.items() if name in frozen}
-            model = {name: tensor for name, tensor in model.items() if name not in frozen}
+        model, base, adapter = self._saved_tensors()
         switched = self.phases.phase is not Phase.FULL
         moments = optimizer_state(self.model, self.optimizer)
         return Checkpoint(
@@ -159,12 +155,31 @@ class TrainState:
             },
             model=_copied(model),
             optimizer={name: _copied(entry) for name, entry in moments.items()},
-            base=_copied(base),
-            refers_to_base=is_frozen,
-            adapter=_copied(peft_state_dict(self.model)) if switched else {},
+            base={} if holds_base else _copied(base),
+            refers_to_base=self.phases.phase is Phase.LORA,
+            adapter=_copied(adapter),
             adapter_config=peft_config(self.model) if switched else None,
             val_top1=val_top1,
         )
+
+    def snapshot_bytes(self) -> int:
+        """What the largest snapshot of this phase takes on the device: with the frozen base, and moments of all that trains."""
+        saved = sum(tensor.nbytes for part in self._saved_tensors() for tensor in part.values())
+        return saved + self.moment_bytes()
+
+    def moment_bytes(self) -> int:
+        """What AdamW's state takes on the device: two moments of all that trains, and a count of steps each."""
+        return sum(2 * parameter.nbytes + _STEP_BYTES for parameter in self.model.parameters() if parameter.requires_grad)
+
+    def _saved_tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """The model's own tensors that train or are no parameters, those that phase lora has frozen, and the adapters'."""
+        model = base_state_dict(self.model)
+        frozen: set[str] = set()
+        if self.phases.phase is Phase.LORA:
+            frozen = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
+        base = {name: tensor for name, tensor in model.items() if name in frozen}
+        own = {name: tensor for name, tensor in model.items() if name not in frozen}
+        return own, base, {} if self.phases.phase is Phase.FULL else peft_state_dict(self.model)
 
     def _load(self, checkpoint: Checkpoint) -> None:
         """Position, phase and weights of a checkpoint."""

@@ -61,6 +61,23 @@ def test_nearly_all_modules_at_one_rank_are_uniform(others, fires):
     assert diagnose(record(lambda epoch, curve: curve), ranks, 1) == []
 
 
+@pytest.mark.parametrize("zero", [range(END), range(SWITCH - 3, SWITCH), [FREEZE - 1], [FREEZE], range(FREEZE, END), [END - 1]])
+def test_a_loss_of_exactly_0_is_no_error(zero):
+    """It has no logarithm, and nothing is a percentage of it."""
+    assert signatures(record(lambda epoch, curve: 0.0 if epoch in zero else curve)) == []
+
+
+def test_a_loss_next_to_0_and_a_learning_rate_of_0_are_no_errors():
+    begin = SWITCH - 6
+    lines = record(lambda epoch, curve: 10.0 ** (-50 * (min(max(epoch, begin), SWITCH) - begin)))
+    (finding,) = diagnose(lines, RANKS, 4)
+    assert finding.signature == "early_switch"
+    assert 1e6 < finding.value < float("inf")
+    for line in lines:
+        line["learning_rate"] = 0.0
+    assert signatures(lines) == []
+
+
 def test_nothing_is_said_before_there_is_enough_to_judge():
     assert signatures(record(lambda epoch, curve: curve)[: FREEZE + 1], ranks=None) == []
     assert signatures([], ranks=None) == []

@@ -233,6 +233,18 @@ def test_prune_removes_what_need_not_stay_and_what_was_never_committed(saved, tm
     assert names == ["00010-000000", "00011-000000"]  # the last may be the one that is being written
 
 
+def test_what_killed_saves_left_is_removed(saved, tmp_path):
+    folder = tmp_path / "checkpoints"
+    (folder / "00011-000000").mkdir()
+    (folder / "00011-000000" / "model.safetensors").write_bytes(b"cut")
+    (folder / f"base.safetensors.{'0' * 32}.tmp").write_bytes(b"cut")
+    saved.set_aside("00001-000000")
+    saved.remove_unfinished()
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("00001-000000.damaged", "00002-000000", "00010-000000", "base.safetensors")
+    ]
+
+
 def test_nothing_saved(tmp_path):
     assert Checkpoints(Storage(tmp_path)).newest() == (None, {})
 

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from prelora_ray.run_folder import RunFolder, RunRecords
 from prelora_ray.train.checkpoint import Checkpoints, Retention
@@ -54,17 +55,23 @@ def test_records_wait_for_room_in_their_order(disk, folder, inodes):
 
 
 def test_a_failed_save_leaves_no_part_of_itself(disk, folder):
+    """The model's tensors have room, and the optimizer's have not."""
     saver = Saver(Checkpoints(folder), Retention(keep=1))
-    saver.start(lambda: checkpoint(1), waits=True)
+    saver.start(lambda: checkpoint(1))
     saver.wait()
-    disk.fill()
-    saver.start(lambda: checkpoint(2), waits=True)
+    large = checkpoint(2)
+    large.optimizer["head.weight"]["exp_avg"] = torch.zeros(20 * 2**18)
+    saver.start(lambda: large)
     saver.wait()
     assert saver.failure is not None and "No space left on device" in saver.failure
     assert sorted(path.name for path in (disk.path / "run/checkpoints").iterdir()) == ["00001-000000", "base.safetensors"]
+    disk.fill()
+    saver.start(lambda: checkpoint(3))
+    saver.wait()
+    assert saver.failure is not None
     disk.free()
     saver.retry()
-    assert Checkpoints(folder).newest()[0].name == "00002-000000"
+    assert Checkpoints(folder).newest()[0].name == "00003-000000"
 
 
 def test_sigterm_asks_for_a_stop_on_a_full_disk(disk, folder):
@@ -105,7 +112,8 @@ RUN = settings(Path("x"), Path("x"), "x", 1)
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_run_on_a_disk_that_is_full_from_the_switch_on(disk, digits, undisturbed):
     """It trains to its end, is not finished, and says where it goes on; then it ends with the bits of an undisturbed one."""
-    run = settings(digits, disk.path, "run", 1, workers={"min": 1, "max": 1, "cpus": 0.5, "hang_seconds": 10.0})
+    run = settings(digits, disk.path, "run", 1)
+    run = run.model_copy(update={"workers": run.workers.model_copy(update={"hang_seconds": 10.0})})
     folder = RunFolder.of(run)
 
     def fill() -> None:

@@ -9,11 +9,13 @@ import torch
 from prelora_ray.config_file import parse_settings
 from prelora_ray.data.manifest import Manifest, Shard
 from prelora_ray.data.stream import Batch
-from prelora_ray.method.phases import Phase
+from prelora_ray.method.phases import Decision, Phase
+from prelora_ray.run_folder import RunFolder
 from prelora_ray.train.feed import stream_plan
-from prelora_ray.train.micro_batch import MemoryShortageError, micro_batch_sizes
+from prelora_ray.train.micro_batch import FILE, MemoryShortageError, bytes_to_spare, micro_batch_sizes, read_found, write_found
 from prelora_ray.train.state import TrainState
 from prelora_ray.train.step import Stepper
+from tests.runs import TINY_VIT
 
 
 @pytest.mark.parametrize(
@@ -22,6 +24,52 @@ from prelora_ray.train.step import Stepper
 )
 def test_sizes_are_whole_cells_that_split_the_share_ever_finer(num_slots, cell, expected):
     assert micro_batch_sizes(num_slots, cell) == expected
+
+
+def test_what_was_found_is_found_again_on_the_same_gpu_alone(tmp_path):
+    folder = RunFolder(tmp_path)
+    write_found(folder, "H100", {Phase.FULL: 64, Phase.LORA: 96})
+    assert read_found(folder, "H100") == {Phase.FULL: 64, Phase.LORA: 96}
+    assert read_found(folder, "A100") == {}
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\0\0", b"[]", b"{}", b'{"device": "H100", "none": 3}', b'{"device": "H100", "full": null}']
+)
+def test_a_damaged_record_has_it_searched_again(tmp_path, content):
+    (tmp_path / FILE).write_bytes(content)
+    assert read_found(RunFolder(tmp_path), "H100") == {}
+
+
+def test_a_step_leaves_room_for_a_snapshot_in_every_phase(tmp_path):
+    """As many bytes as a snapshot really has, known before the first step, and for the moments as long as there are none."""
+    settings = parse_settings(
+        {
+            "name": "x",
+            "data": {"path": "x", "batch_size": 8, "cell": 4},
+            "model": {"name": "vit_tiny_patch16_224", "image_size": 8, "options": TINY_VIT},
+            "train": {"epochs": 9, "ramp_epochs": 0},
+        }
+    )
+    state = TrainState(settings, 10, 1, torch.device("cpu"), 1)
+    ranks = {target.name: 2 for target in state.targets}
+    for phase, decision in (
+        (Phase.FULL, Decision()),
+        (Phase.WARMUP, Decision(switch=ranks)),
+        (Phase.LORA, Decision(freeze=True)),
+    ):
+        state.phases.phase = phase
+        state.apply(decision)
+        state.optimizer.state.clear()
+        expected, before = state.snapshot_bytes(), bytes_to_spare(state, 10**9)
+        state.model(torch.randn(2, 3, 8, 8)).sum().backward()
+        state.optimizer.step()
+        content = state.snapshot([], holds_base=False)
+        moments = [tensor for entry in content.optimizer.values() for tensor in entry.values()]
+        tensors = [*content.model.values(), *content.base.values(), *content.adapter.values(), *moments]
+        assert expected == sum(tensor.nbytes for tensor in tensors)
+        assert bytes_to_spare(state, 10**9) == 4 * 10**7 + expected
+        assert before == 4 * 10**7 + expected + sum(tensor.nbytes for tensor in moments)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU takes the whole share: there is nothing to search")

@@ -22,7 +22,7 @@ def checkpoints(tmp_path) -> Checkpoints:
 
 
 def start(saver: Saver, content: Checkpoint) -> None:
-    assert saver.start(lambda: content, waits=False)
+    assert saver.start(lambda: content)
 
 
 def test_training_goes_on_while_it_writes_and_only_what_is_whole_counts(checkpoints, monkeypatch):
@@ -75,7 +75,8 @@ def test_a_save_beside_a_slow_one_is_skipped_or_waits_with_signs_of_life(checkpo
     monkeypatch.setattr(saver_module, "_BEAT_SECONDS", 0.01)
     saver = Saver(checkpoints, Retention(keep=9))
     start(saver, checkpoint(1))
-    assert not saver.start(lambda: pytest.fail("a second snapshot takes memory"), waits=False)
+    for seconds in (0.0, 0.05):
+        assert not saver.start(lambda: pytest.fail("a second snapshot takes memory"), seconds)
     beats: list[int] = []
 
     def beat() -> None:
@@ -83,8 +84,8 @@ def test_a_save_beside_a_slow_one_is_skipped_or_waits_with_signs_of_life(checkpo
         if len(beats) == 5:  # as long as that, the first save is being written
             may_write.set()
 
-    assert saver.start(lambda: checkpoint(3), waits=True, meanwhile=beat)
-    saver.wait(beat)
+    assert saver.start(lambda: checkpoint(3), meanwhile=beat)
+    saver.wait(meanwhile=beat)
     assert len(beats) >= 5
     assert checkpoints.names() == ["00001-000000", "00003-000000"]
 
@@ -103,8 +104,20 @@ def test_what_failed_is_let_go_before_another_snapshot_takes_as_much_memory(chec
         assert kept() is None
         return checkpoint(2)
 
-    saver.start(take, waits=True)
+    saver.start(take)
     saver.wait()
+
+
+def test_old_checkpoints_that_cannot_be_removed_are_no_failed_save(checkpoints, monkeypatch, caplog):
+    def prune(_: Retention) -> None:
+        raise OSError("Read-only file system")
+
+    monkeypatch.setattr(checkpoints, "prune", prune)
+    saver = Saver(checkpoints, Retention(keep=1))
+    start(saver, checkpoint(1))
+    saver.wait()
+    assert (saver.failure, [saved.error for saved in saver.results()]) == (None, [None])
+    assert "older checkpoints stay: Read-only file system" in caplog.text
 
 
 def test_an_unreadable_older_checkpoint_does_not_stop_a_save(checkpoints, tmp_path):
