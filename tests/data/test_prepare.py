@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -11,12 +12,15 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from prelora_ray.data.encode import BadImageError
 from prelora_ray.data.manifest import read_manifest
-from prelora_ray.data.prepare import PrepareError, PrepareSettings, prepare
+from prelora_ray.data.prepare import PrepareError, PrepareSettings, plan, prepare
+from prelora_ray.data.sources import open_source
 from prelora_ray.storage import Storage
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -223,6 +227,63 @@ def test_what_it_has_written_is_no_source(tree: Path, tmp_path: Path):
         prepare(str(tree), str(tree))
     again = prepare(str(tree / "out"), str(tmp_path / "again"), PrepareSettings(size=5))
     assert (again.classes, again.num_images("train")) == (("Zebra", "ape", "ünï cödé"), 24)
+
+
+def test_a_folder_that_holds_other_things_is_left_alone(tree: Path, tmp_path: Path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for name in ("all.parquet", "train-00000.parquet"):
+        pq.write_table(pq.read_table(_small_parquet(tmp_path)), mine / name)
+    before = contents(mine)
+    for source in (tree, mine / "all.parquet"):
+        with pytest.raises(ValueError, match=r"holds '(all|train-00000)\.parquet': give"):
+            prepare(str(source), str(mine))
+    with pytest.raises(ValueError, match=r"holds .*: give a new folder"):
+        prepare(str(tree), str(tree / "ape"))
+    assert contents(mine) == before
+
+
+def _small_parquet(folder: Path) -> Path:
+    pq.write_table(pa.table({"image": [b"x", b"y"], "label": [0, 1]}), folder / "small.parquet")
+    return folder / "small.parquet"
+
+
+def test_copies_of_training_images_are_not_held_out(tmp_path: Path):
+    for name in "ab":
+        for i in range(20):
+            save(tmp_path / "tree" / name / f"{i}.png", i // 2 + (100 if name == "a" else 0))  # two of each
+    manifest = prepare(str(tmp_path / "tree"), str(tmp_path / "out"), PrepareSettings(val_fraction=0.3))
+    splits = [{row["image"] for row in rows(tmp_path / "out", split)} for split in ("train", "val")]
+    assert splits[1] and not splits[0] & splits[1]
+    assert manifest.counts.in_both == 0
+    assert manifest.counts.seen == sum(map(sum, manifest.counts.classes.values())) == 40
+    assert "would have been held out are copies of training images" in manifest.counts.notes[-1]
+
+
+def test_what_cannot_be_read_for_now_is_not_taken_for_unreadable(tree: Path, tmp_path: Path, monkeypatch):
+    opened = open_source(str(tree))
+    (task, *_) = plan(opened, str(tmp_path / "out"), PrepareSettings(max_bad=1))
+    read = Path.read_bytes
+
+    def fails_once(path: Path) -> bytes:
+        if path.suffix == ".jpeg":
+            raise OSError(errno.EIO, "Input/output error")
+        return read(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", fails_once)
+        with pytest.raises(OSError, match="Input/output error"):
+            task.run()
+    assert task.run().bad == ()
+    (tmp_path / "out" / "parts" / "train-00000.json").unlink()
+    with monkeypatch.context() as patch:  # a decoder that is not there, as for HEIC, and is installed later
+        patch.setattr("prelora_ray.data.prepare.encode", _refuse)
+        assert len(task.run().bad) == len(task.items)
+    assert task.run().bad == ()
+
+
+def _refuse(*_: object) -> bytes:
+    raise BadImageError("install something")
 
 
 def test_shards_of_other_settings_do_not_stay(tree: Path, tmp_path: Path):

@@ -606,3 +606,147 @@ def test_a_tar_of_class_folders(tmp_path):
             "train": [(png(0), "a"), (png(1), "a"), (png(2), "b"), (png(3), "b")],
             "val": [(png(4), "a"), (png(5), "a")],
         }
+
+
+def test_a_tar_that_is_not_whole_to_its_end_is_refused(tmp_path):
+    whole = tar(numbered("a", "b"))
+    second = whole.index(b"a/1.png")
+    broken = {
+        "cut at a member": whole[:second],
+        "cut inside its head": whole[: second + 300],
+        "a damaged head": whole[:second] + b"\xff" * 20 + whole[second + 20 :],
+        "two in one": whole + whole,
+    }
+    for content in broken.values():
+        (tmp_path / "x.tar").write_bytes(content)
+        with pytest.raises(ValueError, match=r"is cut off or damaged at byte|goes on behind its end"):
+            open_source(str(tmp_path))
+
+
+def test_links_in_a_tar(tmp_path):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, content in numbered("a", "b").items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+        for name, kind, target in (
+            ("a/hard.png", tarfile.LNKTYPE, "a/0.png"),
+            ("b/soft.png", tarfile.SYMTYPE, "../a/1.png"),
+            ("b/gone.png", tarfile.SYMTYPE, "nowhere.png"),
+        ):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, target
+            archive.addfile(info)
+    (tmp_path / "x.tar").write_bytes(buffer.getvalue())
+    source = open_source(str(tmp_path))
+    by_name = {item.name: item for item in source.items["train"]}
+    assert len(by_name) == 7
+    assert source.reader.read(by_name["x.tar/a/hard.png"]) == png(0)
+    assert source.reader.read(by_name["x.tar/b/soft.png"]) == png(1)
+    with pytest.raises(ValueError, match="a link that leads nowhere"):
+        source.reader.read(by_name["x.tar/b/gone.png"])
+
+
+@pytest.mark.parametrize("folders", [["cat/train", "cat/val", "dog/train", "dog/val"], ["data/train/a", "data/val/a", "docs"]])
+def test_splits_inside_of_classes_are_refused(tmp_path, folders):
+    write(tmp_path, numbered(*folders))
+    with pytest.raises(ValueError, match="a split's folder inside of what looks like a class"):
+        open_source(str(tmp_path))
+
+
+def test_a_splits_folder_once_more_inside_itself(tmp_path):
+    write(tmp_path, numbered("seg_train/seg_train/a", "seg_train/seg_train/b", "seg_test/seg_test/b"))
+    assert listed(tmp_path) == (("a", "b"), {"train": 4, "val": 2}, {})
+
+
+def test_flat_folders_of_several_splits_are_no_classes(tmp_path):
+    write(tmp_path, numbered("train", "test", "sample") | {"labels.csv": b"id,label\ntrain/0,x\ntrain/1,y\n"})
+    assert contents(tmp_path) == {"train": [(png(0), "x"), (png(1), "y")]}
+
+
+def test_a_folder_that_names_two_splits_is_passed_through(tmp_path):
+    write(tmp_path, numbered("train_test_split/train/a", "train_test_split/train/b", "train_test_split/test/b"))
+    assert listed(tmp_path) == (("a", "b"), {"train": 4, "val": 2}, {})
+
+
+def test_splits_by_the_names_of_tars_and_of_folders_inside(tmp_path):
+    folders, samples = tmp_path / "folders", tmp_path / "samples"
+    write(folders, {"train.tar": tar(numbered("a", "b")), "val.tar": tar(numbered("a", "b"))})
+    assert listed(folders)[1] == {"train": 4, "val": 4}
+    members = {
+        f"{split}/{i}.{end}": png(i) if end == "png" else b"%d" % i
+        for split in ("train", "val")
+        for i in range(2)
+        for end in ("png", "cls")
+    }
+    write(samples, {"0.tar": tar(members)})
+    assert listed(samples)[1] == {"train": 2, "val": 2}
+
+
+def test_a_pattern_that_fits_nothing_is_refused(tmp_path):
+    write(tmp_path, numbered("train/a", "train/b", "val/a"))
+    with pytest.raises(ValueError, match=r"--val-split 'nosuch\*' is not allowed: no image"):
+        open_source(str(tmp_path), Splits(val="nosuch*"))
+    with pytest.raises(ValueError, match="--val-split 'test' is not allowed: no image of 'digits'"):
+        open_source("digits", Splits(val="test"))
+
+
+def test_a_json_beside_class_folders_in_a_tar_is_no_label(tmp_path):
+    write(tmp_path, {"0.tar": tar(numbered("a", "b") | {"a/info.json": b"{}"})})
+    assert listed(tmp_path)[:2] == (("a", "b"), {"train": 5})  # which is told once it was read
+
+
+def test_parquet_files_that_name_other_classes_are_refused(tmp_path):
+    for file, names in (("train.parquet", ["cat", "dog"]), ("val.parquet", ["dog", "cat"])):
+        table = pa.table({"image": [png(0), png(1)], "label": [0, 1]})
+        features = {"info": {"features": {"label": {"names": names}}}}
+        pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(features)}), tmp_path / file)
+    with pytest.raises(ValueError, match=r"val\.parquet names other classes than the Parquet files before it"):
+        open_source(str(tmp_path))
+
+
+def test_a_test_split_without_labels_that_is_not_used(tmp_path):
+    for file in ("train.parquet", "validation.parquet"):
+        pq.write_table(pa.table({"image": [png(0), png(1)], "label": [0, 1]}), tmp_path / file)
+    pq.write_table(pa.table({"image": [png(2)]}), tmp_path / "test.parquet")
+    assert listed(tmp_path)[1:] == ({"train": 2, "val": 2}, {("of split test, which is not used", ""): 1})
+
+
+def test_an_image_that_a_row_names_and_that_changes_changes_its_stamp(tmp_path):
+    write(tmp_path, {"a.png": png(1), "b.png": png(2)})
+    write_parquet(tmp_path, image=["a.png", "b.png"], label=[0, 1])
+    before = open_source(str(tmp_path)).items["train"]
+    (tmp_path / "b.png").write_bytes(png(3, (9, 9)))
+    after = open_source(str(tmp_path)).items["train"]
+    assert [one.stamp == other.stamp for one, other in zip(before, after, strict=True)] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("table", "sentence"),
+    [
+        ("file,label\n", "has no lines"),
+        ("file,label\na.png,x\na,y\n", "gives 'a.png' two labels, 'x' and 'y'"),
+        ("file,label\na.png,x\na.png,y\n", "gives 'a.png' two labels, 'x' and 'y'"),
+        ('file,label\na.png,x\nb.png,"y\n', "is no whole table"),
+        ("file,label\na.png, \nb.png,x\n", "a line without a file or a label"),
+        ("file,label\nz.png,x\n", "names 'z.png', and no such file is there"),
+    ],
+)
+def test_a_table_that_is_none_is_refused(tmp_path, table, sentence):
+    write(tmp_path, {"a.png": png(0), "b.png": png(1), "labels.csv": table.encode()})
+    with pytest.raises(ValueError, match=sentence):
+        open_source(str(tmp_path))
+
+
+def test_a_table_takes_the_nearest_file_of_a_name(tmp_path):
+    write(
+        tmp_path,
+        {"0.png": png(0), "1.png": png(1), "masks/0.png": png(2), "labels.csv": b"file,label\n0.png, cat\n1.png,dog \n"},
+    )
+    assert contents(tmp_path) == {"train": [(png(0), "cat"), (png(1), "dog")]}
+    splits = tmp_path / "splits"
+    write(
+        splits, numbered("train", "val") | {f"{split}.csv": b"file,label\n0.png,cat\n1.png,dog\n" for split in ("train", "val")}
+    )
+    assert contents(splits) == {"train": [(png(0), "cat"), (png(1), "dog")], "val": [(png(2), "cat"), (png(3), "dog")]}

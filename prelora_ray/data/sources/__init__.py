@@ -29,12 +29,19 @@ def open_source(
     is no such source, it is damaged, or there is nothing to train on in it.
     """
     splits, columns = splits or Splits(), columns or Columns()
+    opened = _open(source, splits, columns, leave_out)
+    if splits.val is not None and "val" not in opened.items:
+        raise ValueError(f"--val-split {splits.val!r} is not allowed: no image of {source!r}, read as {opened.kind}, fits it")
+    return opened
+
+
+def _open(source: str, splits: Splits, columns: Columns, leave_out: str | None) -> Source:
     if source == "digits":
         return open_digits()
     folder = Storage(source)
     source = folder.uri
     if not is_folder(folder):
-        return _open_file(source, splits, columns)
+        return _open_file(source, splits, columns, leave_out)
     files = files_below(folder, leave_out)
     if is_imagenet(files):
         return open_imagenet(source, files)
@@ -51,7 +58,7 @@ def open_source(
     return open_folders(source, files, splits, columns)
 
 
-def _open_file(source: str, splits: Splits, columns: Columns) -> Source:
+def _open_file(source: str, splits: Splits, columns: Columns, leave_out: str | None) -> Source:
     root, name = posixpath.split(source)
     folder = Storage(root)
     if folder.num_bytes(name) is None:
@@ -64,5 +71,5 @@ def _open_file(source: str, splits: Splits, columns: Columns) -> Source:
     if tar_files([file]):
         return open_tars(folder.uri, [file], splits, columns)
     if table_files([file]):
-        return open_table(folder.uri, files_below(folder), [name], splits, columns)
+        return open_table(folder.uri, files_below(folder, leave_out), [name], splits, columns)
     raise ValueError(f"{source!r} is no source: a file must be a tar, a Parquet file, or a table of labels (.csv, .tsv)")

@@ -31,10 +31,6 @@ class Splits:
     val: str | None = None
     """The same of those that validate."""
 
-    @property
-    def are_given(self) -> bool:
-        return self.train is not None or self.val is not None
-
     def of(self, path: str) -> SourceSplit | None:
         """The split that a path, relative to the source, names; None where it names none.
 
