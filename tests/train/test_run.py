@@ -95,7 +95,7 @@ def test_taken_over_it_ends_and_leaves_the_folder_to_the_other_driver(digits, st
         train(run)
     assert children(os.getpid(), "RayTrainWorker") == []
     assert list(claims(folder)) == ["driver-other.json"]
-    assert not folder.exists("stop.json")
+    assert not folder.exists("stop.json") and not folder.exists("result.json")
     assert [line["event"] for line in folder.read_lines("events.jsonl")][-1] not in ("run_failed", "stop")
 
 
