@@ -54,7 +54,7 @@ def main(model: str, batch: int) -> None:
         for round_ in range(_ROUNDS):
             state.epoch = round_
             start = time.perf_counter()
-            saver.start(state.snapshot([], holds_base=False))
+            saver.start(lambda: state.snapshot([], holds_base=False), waits=True)
             if device.type == "cuda":
                 torch.cuda.synchronize()
             blocked.append(time.perf_counter() - start)
@@ -64,7 +64,7 @@ def main(model: str, batch: int) -> None:
             written.append(time.perf_counter() - start)
             longest.append(max(steps) - usual)
             slowed.append(blocked[-1] + sum(steps) - len(steps) * usual)
-            assert not saver.has_failed
+            assert saver.failure is None
         size = sum((checkpoints.folder / checkpoints.names()[-1]).list_files().values())
     result = {
         "model": model,

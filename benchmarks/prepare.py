@@ -24,7 +24,8 @@ import ray
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from prelora_ray.data.prepare import PrepareSettings, encode, prepare
+from prelora_ray.data.encode import encode
+from prelora_ray.data.prepare import PrepareSettings, prepare
 from prelora_ray.train.run import ray_session
 
 

@@ -15,8 +15,8 @@ Every worker sends all of its values about once a second and never waits for an 
 exporter that dies has them again a second after Ray has started it anew. Workers that leave the group are dropped at once,
 silent ones after 60 s; a finished run's last values stay for 5 minutes.
 
-`run` is the storage's last part and the run's name, such as `runs/digits`. Workers' counters begin anew with each attempt, as
-Prometheus expects of a process that starts again.
+`run` is the run's folder, such as `/mnt/shared/runs/digits`, which no two runs share; of an address in a bucket what stands
+before an `@` is left out. Workers' counters begin anew with each attempt, as Prometheus expects of a process that starts again.
 
 | metric | type | labels | meaning |
 | --- | --- | --- | --- |

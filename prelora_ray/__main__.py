@@ -1,5 +1,11 @@
 """`python -m prelora_ray` is the command `prelora`."""
 
+import os
+import sys
+
+if not sys.flags.safe_path and sys.path[0] != os.path.dirname(os.path.dirname(os.path.abspath(__file__))):
+    del sys.path[0]  # the current folder, where something by the name of a library may lie
+
 from prelora_ray.cli import main
 
 if __name__ == "__main__":

@@ -125,8 +125,11 @@ def prepare(
 ) -> None:
     """Turn images into the Parquet files that training streams."""
     from prelora_ray import console
+    from prelora_ray.config import absolute_source
     from prelora_ray.data.prepare import PrepareSettings
     from prelora_ray.data.prepare import prepare as run
+    from prelora_ray.nodes import check_seen_by_all_nodes
+    from prelora_ray.storage import absolute
     from prelora_ray.train.run import ray_session
 
     settings = PrepareSettings(
@@ -143,7 +146,9 @@ def prepare(
     )
     start = time.monotonic()
     with ray_session(debug=_debug), console.progress("images") as show:
-        manifest = run(source, out, settings, show)
+        place, folder = absolute_source(source), absolute(out)
+        check_seen_by_all_nodes([place], [folder])
+        manifest = run(place, folder, settings, show)
     content = {
         "train": manifest.num_images("train"),
         "val": manifest.num_images("val"),

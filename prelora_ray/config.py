@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import statistics
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -13,7 +12,7 @@ from prelora_ray.method.convergence import NormStatistic
 from prelora_ray.method.phases import Freeze
 from prelora_ray.method.ranks import PATTERN_RANKS, Normalize, is_pattern_rank, rank_choices
 from prelora_ray.method.targets import FAMILIES
-from prelora_ray.storage import NO_KEYS, without_keys
+from prelora_ray.storage import NO_KEYS, absolute, without_keys
 
 Count = Annotated[int, Field(ge=1, strict=True)]
 Whole = Annotated[int, Field(ge=0, strict=True)]
@@ -131,9 +130,18 @@ class AugmentSettings(Section):
     @field_validator("policy")
     @classmethod
     def _check_policy(cls, policy: str | None) -> str | None:
-        if policy is not None and not re.fullmatch(r"3a|rand(-(m|n|p|mstd|mmax|inc|t)[\w.]+)*", policy):
-            raise ValueError("must be `3a` or a RandAugment policy such as `rand-m9-mstd0.5-inc1`")
+        if policy is not None and not _POLICY.fullmatch(policy):
+            raise ValueError(
+                "must be `3a` or a RandAugment policy such as `rand-m9-mstd0.5-inc1`: whole numbers behind m, n (1 to 9) and "
+                "mmax, numbers behind mstd and p (at most 1), 0 or 1 behind inc, and behind t `weights`, `3a` or `3aw`"
+            )
         return policy
+
+
+_POLICY = re.compile(
+    r"3a|rand(-(m\d+|n[1-9]|mmax[1-9]\d*|mstd\d+(\.\d*)?|p(0(\.\d*)?|1(\.0*)?)|inc[01]|t(weights|3a|3aw)))*", re.ASCII
+)
+"""What timm's parser takes; what it passes over silently, such as a section without a number, is left out."""
 
 
 class DataSettings(Section):
@@ -366,16 +374,19 @@ class Settings(Section):
 
 
 def with_absolute_paths(settings: Settings) -> Settings:
-    """The same settings with local folders by their absolute path, as workers run in other folders."""
-
-    def absolute(path: str) -> str:
-        return path if "://" in path else str(Path(path).expanduser().absolute())
-
+    """The same settings with local paths from the root on, as workers run in other folders."""
     data, model = settings.data, settings.model
     data = data.model_copy(update={"path": absolute(data.path)})
+    if data.source is not None:
+        data = data.model_copy(update={"source": absolute_source(data.source)})
     if model.init_from is not None:
         model = model.model_copy(update={"init_from": absolute(model.init_from)})
     return settings.model_copy(update={"storage": absolute(settings.storage), "data": data, "model": model})
+
+
+def absolute_source(source: str) -> str:
+    """As `absolute`, for what `prelora prepare` takes; `digits` is a word and no path."""
+    return source if source == "digits" else absolute(source)
 
 
 def flat(settings: Section) -> dict[str, Any]:

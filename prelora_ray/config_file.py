@@ -38,7 +38,7 @@ def read_named(
     """
     path = Path(path)
     try:
-        content = yaml.load(path.read_text(), Loader=_UniqueKeyLoader)
+        content = _parse_yaml(path.read_text())
     except FileNotFoundError:
         raise ValueError(f"{path} is no file: give the path of a recipe, such as jobs/configs/digits.yaml") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -76,14 +76,22 @@ def parse_section(section: type[SectionT], content: dict[str, Any], prefix: str 
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """A key that stands twice is a mistake, of which plain YAML would keep the second silently."""
+    """A key that stands twice is a mistake, of which plain YAML would keep the second silently.
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+    It is looked for in a mapping as it is written: one that stands in place of a merged one (`<<: *other`) is none.
+    """
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+        return node
+
+
+def _parse_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_UniqueKeyLoader)
 
 
 def _apply(content: dict[str, Any], override: str) -> None:
@@ -93,15 +101,16 @@ def _apply(content: dict[str, Any], override: str) -> None:
     *parents, last = key.strip().split(".")
     section = content
     for parent in parents:
-        if section.get(parent) is None:
-            section[parent] = {}
-        section = section[parent]
-        if not isinstance(section, dict):
+        inner = {} if section.get(parent) is None else section[parent]
+        if not isinstance(inner, dict):
             raise ValueError(f"--set {override!r} is not allowed: {parent} is no section")
+        section[parent] = dict(inner)  # of its own, as an alias may have it stand elsewhere too
+        section = section[parent]
     try:
-        section[last] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise ValueError(f"--set {override!r} is not allowed: the value is not YAML") from None
+        section[last] = _parse_yaml(value)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"--set {override!r} is not allowed: the value is not YAML: {reason}") from None
 
 
 def _sentences(errors: list[ErrorDetails], known: list[str], prefix: str) -> list[str]:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from prelora_ray.config import Settings
 from prelora_ray.report.sweep_table import sweep_table as sweep_rows
@@ -25,9 +25,11 @@ if TYPE_CHECKING:
     from prelora_ray.evaluate import Report
     from prelora_ray.sweep.map import Point
 
-out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
+_PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False, "soft_wrap": True}
+"""Text is shown as it is: a path may hold `[old]` or `:x:`, which Rich would take for its own. Style goes by `Text`."""
+out = Console(**_PLAIN, width=None if sys.stdout.isatty() else 160)
 """Standard output: results. A log or a pipe has no width of its own."""
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+err = Console(**_PLAIN, stderr=True)
 """Standard error: everything else."""
 _LISTED_CLASSES = 20
 
@@ -46,7 +48,8 @@ def watch(settings: Settings) -> Iterator[None]:
 @contextmanager
 def progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on a terminal for the time of the block; yields what moves it, (done, total)."""
-    with Progress(console=err, disable=not err.is_terminal) as bar:
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=err, disable=not err.is_terminal) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -61,9 +64,9 @@ class _Watcher(threading.Thread):
         self._done = threading.Event()
         self._seen = {name: len(self._folder.read_lines(name)) for name in ("events.jsonl", "epochs.jsonl")}
         self._bar = Progress(
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(),
-            TextColumn("{task.fields[status]}"),
+            TextColumn("{task.fields[status]}", markup=False),
             TimeElapsedColumn(),
             console=err,
             transient=True,
@@ -119,21 +122,24 @@ class _Watcher(threading.Thread):
         self._bar.update(self._task, completed=line["epoch"] + 1)
         return "  ".join(parts)
 
-    def _event(self, line: dict[str, Any]) -> str | None:
+    def _event(self, line: dict[str, Any]) -> Text | str | None:
         kind, epoch = line["event"], line["epoch"]
         match kind:
             case "window":
                 return self._window(line["window"])
             case "switch":
-                return f"[bold]switch[/] after epoch {epoch}: adapters join, {line['trainable_parameters']:,} parameters train"
+                told = f" after epoch {epoch}: adapters join, {line['trainable_parameters']:,} parameters train"
+                return Text.assemble(("switch", "bold"), told)
             case "freeze":
                 share = line["trainable_parameters"] / line["parameters"]
-                return f"[bold]freeze[/] after epoch {epoch}: {line['trainable_parameters']:,} parameters train ({share:.1%})"
+                told = f" after epoch {epoch}: {line['trainable_parameters']:,} parameters train ({share:.1%})"
+                return Text.assemble(("freeze", "bold"), told)
             case "run_started" | "restart":
                 at = f" from epoch {epoch}" if epoch else ""
-                return f"[bold]{kind.replace('_', ' ')}[/]{at} with {line['world_size']} workers, phase {line['phase']}"
+                told = f"{at} with {line['world_size']} workers, phase {line['phase']}"
+                return Text.assemble((kind.replace("_", " "), "bold"), told)
             case "checkpoint_damaged" | "init_from" | "diagnosis":
-                return f"[bold]{escape(line['message'])}[/]"
+                return Text(line["message"], "bold")
         return None
 
     def _window(self, window: int) -> str | None:
@@ -199,7 +205,7 @@ def sweep_table(result: dict[str, Any]) -> Table:
     for column in head:
         table.add_column(column, justify="left" if column in ("diagnosis", "run") else "right")
     for index, row in enumerate(rows):
-        table.add_row(*map(escape, row), end_section=index == 0)  # full training stands apart
+        table.add_row(*row, end_section=index == 0)  # full training stands apart
     return table
 
 
@@ -208,7 +214,7 @@ def classes_table(report: Report) -> Table:
     table = Table("class", "images", "top-1")
     counts = report.confusion.sum(1).tolist()
     for name, count, top1 in zip(report.classes, counts, report.class_top1, strict=True):
-        table.add_row(escape(name), str(count), _percent(top1))
+        table.add_row(name, str(count), _percent(top1))
     return table
 
 
@@ -218,8 +224,8 @@ def confusion_table(report: Report) -> Table:
     for i, name in enumerate(report.classes):
         row = report.confusion[i].tolist()
         mistakes = sorted(((n, j) for j, n in enumerate(row) if n and j != i), reverse=True)
-        told = ", ".join(f"{escape(report.classes[j])} {n}" for n, j in mistakes[:10]) + (", ..." if mistakes[10:] else "")
-        table.add_row(escape(name), str(sum(row)), str(row[i]), told)
+        told = ", ".join(f"{report.classes[j]} {n}" for n, j in mistakes[:10]) + (", ..." if mistakes[10:] else "")
+        table.add_row(name, str(sum(row)), str(row[i]), told)
     return table
 
 

@@ -15,9 +15,10 @@ from prelora_ray.data.manifest import Manifest, read_manifest
 from prelora_ray.data.mixing import normalize
 from prelora_ray.data.order import Order
 from prelora_ray.data.stream import Pass, StreamPlan, stream_batches
+from prelora_ray.nodes import check_seen_by_all_nodes
 from prelora_ray.storage import Storage
 from prelora_ray.train.evaluation import Evaluation, Evaluator
-from prelora_ray.trained import TrainedModel, load_trained
+from prelora_ray.trained import OnnxModel, TrainedModel, load_trained
 
 _BATCH = 256
 
@@ -52,16 +53,18 @@ def evaluate(
     data = data or model.data
     if data is None:
         raise ValueError(f"{source!r} does not know its data: name a prepared folder to evaluate it on")
-    manifest = read_manifest(Storage(data))
+    folder = Storage(data)
+    manifest = read_manifest(folder)
     _check_classes(source, model.classes, data, manifest.classes)
     total = manifest.num_images("val")
     if not total:
         raise ValueError(f"{data!r} has no validation images")
+    check_seen_by_all_nodes([str(folder), *([model.module.path] if isinstance(model.module, OnnxModel) else [])])
     cpus = ray.cluster_resources()
     task = ray.remote(num_cpus=1, num_gpus=min(1, int(cpus.get("GPU", 0))))(_evaluate)
     decoders = max(1, int(cpus.get("CPU", 1)) - 1)
     try:
-        for reference in task.options(num_returns="streaming").remote(model, data, manifest, decoders):
+        for reference in task.options(num_returns="streaming").remote(model, str(folder), manifest, decoders):
             done = ray.get(reference)
             if isinstance(done, Report):
                 return done

@@ -2,7 +2,7 @@
 
     <storage>/<name>/
       config.yaml, data.json, events.jsonl, norms.jsonl, windows.jsonl, epochs.jsonl, samples-<rank>.jsonl,
-      ranks.json, progress.json, result.json, checkpoints/
+      ranks.json, progress.json, end.json, result.json, checkpoints/
 
 docs/run-folder.md describes every file. Lines carry an ``attempt`` that counts restarts: where two
 lines speak of the same epoch, window or batch, the later attempt stands.
@@ -13,11 +13,12 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -84,21 +85,15 @@ def last_attempt(lines: Iterable[dict[str, Any]], *key: str) -> list[dict[str, A
 class Appender:
     """Appends to one file of a run folder.
 
-    On a disk what is appended is there once `append` returns; on a full one it waits for room. Object
-    stores cannot append: there it gathers in a local file, which `flush` uploads whole.
+    On a disk what is appended is there once `append` returns; on a full one it waits for room, and so does the file
+    itself. Object stores cannot append: there it gathers in a local file, which `flush` uploads whole.
     """
 
     def __init__(self, folder: Storage, name: str) -> None:
         self._folder = folder
         self._name = name
-        self._pending = b""
-        if folder.is_local:
-            Path(folder.file(name)).parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(folder.file(name), "ab", buffering=0)  # noqa: SIM115
-        else:
-            self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
-            if folder.exists(name):
-                self._pending = folder.read_bytes(name)
+        self._file: IO[bytes] | None = None
+        self._pending = b"" if folder.is_local or not folder.exists(name) else folder.read_bytes(name)
         self._uploaded = True
 
     def append(self, content: bytes) -> None:
@@ -106,32 +101,46 @@ class Appender:
         self._uploaded = False
         self._drain()
 
-    def flush(self) -> None:
+    def flush(self) -> bool:
+        """Returns whether all that was appended is there; where it is not, the next flush tries again."""
         self._drain()
+        if self._pending:
+            return False
         if self._folder.is_local or self._uploaded:
-            return
+            return True
+        assert self._file is not None
         self._file.seek(0)
-        try:
+        with contextlib.suppress(OSError):
             self._folder.write_bytes(self._name, self._file.read())
-        except OSError:  # an unreachable bucket: the next flush tries again
-            return
-        self._uploaded = True
+            self._uploaded = True
+        return self._uploaded
 
     def _drain(self) -> None:
         """Writes as much as there is room for."""
         with contextlib.suppress(OSError):
+            if self._file is None:
+                self._file = self._open()
             while self._pending:
                 self._pending = self._pending[self._file.write(self._pending) :]
+
+    def _open(self) -> IO[bytes]:
+        if not self._folder.is_local:
+            return tempfile.TemporaryFile(buffering=0)
+        path = Path(self._folder.file(self._name))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return open(path, "a+b", buffering=0)
 
 
 class LineWriter(Appender):
     """Appends JSON lines; infinite numbers become null. A line that a killed writer left unfinished stays one by itself."""
 
-    def __init__(self, folder: Storage, name: str) -> None:
-        super().__init__(folder, name)
-        if folder.is_local:
-            content = folder.read_bytes(name)
-            self._pending = b"\n" if content and not content.endswith(b"\n") else b""
+    def _open(self) -> IO[bytes]:
+        file = super()._open()
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                self._pending = b"\n" + self._pending
+        return file
 
     def write(self, **line: Any) -> None:
         self.append(_encoded(line))
@@ -167,9 +176,10 @@ class RunRecords:
         with contextlib.suppress(OSError):  # on a full disk the next one will tell
             self._folder.write_json("progress.json", _finite({"attempt": self._attempt, "time": time.time(), **content}))
 
-    def flush(self) -> None:
-        for writer in self._writers.values():
-            writer.flush()
+    def flush(self) -> bool:
+        """Returns whether all that was recorded is there."""
+        whole = [writer.flush() for writer in self._writers.values()]
+        return all(whole)
 
 
 def _encoded(line: dict[str, Any]) -> bytes:

@@ -7,11 +7,40 @@ import json
 import os
 import posixpath
 import re
+import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import pyarrow.fs
+
+T = TypeVar("T")
+_READ_WAITS = (0.1, 0.5, 2.0)
+"""Seconds before each further try of a read."""
+
+
+def patiently(read: Callable[[], T]) -> T:
+    """What `read` returns. An OSError may pass, and is raised where it stays for some seconds; a missing file at once."""
+    for wait in _READ_WAITS:
+        try:
+            return read()
+        except FileNotFoundError:
+            raise
+        except OSError:
+            time.sleep(wait)
+    return read()
+
+
+def absolute(path: str | os.PathLike[str]) -> str:
+    """A local path (``~/x``, ``file:///x``, or from the current folder) from the root on, which any process takes for the same
+    place; the URI of a bucket as it is."""
+    path = os.fspath(path).removeprefix("file://")
+    if "://" in path:
+        return path
+    local = Path(path).expanduser().absolute()
+    return str(local.resolve() if ".." in local.parts else local)
+
 
 _KEYS = re.compile(r"://[^\s'\"/@:]*:[^\s'\"]*@")
 """The name and the secret in ``s3://NAME:SECRET@bucket``; a secret may hold a slash or an @."""
@@ -36,18 +65,19 @@ def check_holds_no_keys(path: str) -> str:
 class Storage:
     """One folder, named by a path or a URI (``s3://bucket/path``, ``gs://bucket/path``).
 
-    Raises ValueError for a URI that holds keys.
+    Its name (`uri`, and as a string) is absolute, so that it can be handed to processes that run in other folders. Raises
+    ValueError for a URI that holds keys.
+
     A file that is written whole appears whole: on a disk by renaming, on an object store because an
     upload does. Object stores can neither append nor rename, so `append` works on disks alone.
     """
 
     def __init__(self, uri: str | os.PathLike[str]) -> None:
-        self.uri = check_holds_no_keys(os.fspath(uri))
-        if "://" in self.uri and not self.uri.startswith("file://"):
+        self.uri = absolute(check_holds_no_keys(os.fspath(uri)))
+        if "://" in self.uri:
             self.filesystem, self.path = pyarrow.fs.FileSystem.from_uri(self.uri)
         else:
-            self.filesystem = pyarrow.fs.LocalFileSystem()
-            self.path = str(Path(self.uri.removeprefix("file://")).expanduser().absolute())
+            self.filesystem, self.path = pyarrow.fs.LocalFileSystem(), self.uri
 
     def __str__(self) -> str:
         return self.uri
@@ -76,18 +106,20 @@ class Storage:
 
     def list_files(self) -> dict[str, int]:
         """Sizes in bytes of the files directly in the folder, by name; empty where there is no folder."""
-        selector = pyarrow.fs.FileSelector(self.path, allow_not_found=True)
-        return {
-            info.base_name: info.size
-            for info in self.filesystem.get_file_info(selector)
-            if info.type == pyarrow.fs.FileType.File
-        }
+        return {info.base_name: info.size for info in self._entries() if info.type == pyarrow.fs.FileType.File}
 
     def list_folders(self) -> list[str]:
         """Names of the folders directly in the folder, sorted."""
-        selector = pyarrow.fs.FileSelector(self.path, allow_not_found=True)
-        infos = self.filesystem.get_file_info(selector)
-        return sorted(info.base_name for info in infos if info.type == pyarrow.fs.FileType.Directory)
+        return sorted(info.base_name for info in self._entries() if info.type == pyarrow.fs.FileType.Directory)
+
+    def _entries(self) -> list[pyarrow.fs.FileInfo]:
+        try:
+            entries: list[pyarrow.fs.FileInfo] = self.filesystem.get_file_info(
+                pyarrow.fs.FileSelector(self.path, allow_not_found=True)
+            )
+        except FileNotFoundError:  # it was made while pyarrow looked a second time whether it is there
+            return []
+        return entries
 
     def read_bytes(self, name: str) -> bytes:
         if self.is_local:  # where a name may be bytes that are no UTF-8
@@ -124,6 +156,19 @@ class Storage:
         """Removes a file, which may be gone already."""
         with contextlib.suppress(FileNotFoundError):
             self.filesystem.delete_file(self.file(name))
+
+    def rename_folder(self, name: str, new: str) -> None:
+        """Gives a folder another name, in place of a folder that had it. In a bucket this is done file by file."""
+        if self.exists(new):
+            self.remove_folder(new)
+        if self.is_local:
+            os.rename(self.file(name), self.file(new))
+            return
+        selector = pyarrow.fs.FileSelector(self.file(name), recursive=True)
+        files = [info.path for info in self.filesystem.get_file_info(selector) if info.type == pyarrow.fs.FileType.File]
+        for path in files:
+            self.filesystem.move(path, self.file(new) + path.removeprefix(self.file(name)))
+        self.remove_folder(name)
 
     def remove_folder(self, name: str) -> None:
         self.filesystem.delete_dir(self.file(name))

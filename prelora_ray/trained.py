@@ -123,7 +123,7 @@ def _load_adapter(path: Path) -> TrainedModel:
 
 
 def _load_onnx(path: Path) -> TrainedModel:
-    return TrainedModel(_OnnxModel(path / "model.onnx"), *_description(path), data=None)
+    return TrainedModel(OnnxModel(str(path / "model.onnx")), *_description(path), data=None)
 
 
 def _description(path: Path) -> tuple[tuple[str, ...], Preprocessing]:
@@ -133,18 +133,18 @@ def _description(path: Path) -> tuple[tuple[str, ...], Preprocessing]:
     return tuple(config["label_names"]), preprocessing
 
 
-class _OnnxModel(nn.Module):
+class OnnxModel(nn.Module):
     """An ONNX file on the CPU. It is opened where it is first called, as an open one cannot travel to a Ray task."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str) -> None:
         super().__init__()
-        self._path = path
+        self.path = path
         self._session: Any = None
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         if self._session is None:
             import onnxruntime
 
-            self._session = onnxruntime.InferenceSession(str(self._path), providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(self.path, providers=["CPUExecutionProvider"])
         (logits,) = self._session.run(["logits"], {"pixels": images.cpu().numpy()})
         return torch.from_numpy(logits).to(images.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from prelora_ray.config import Settings
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.torchvision_ops import make_importable
 from prelora_ray.train.run import train
+from tests.disk import Disk
 from tests.runs import TINY_VIT, settings
 
 make_importable()
@@ -37,6 +39,18 @@ def vit() -> nn.Module:
 @pytest.fixture
 def images() -> torch.Tensor:
     return torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    """A small file system of its own, which a test can fill."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m,nr_inodes=2000", "tmpfs", str(path)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a file system takes root")
+    yield Disk(path)
+    subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
 @pytest.fixture(scope="session")

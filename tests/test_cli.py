@@ -107,6 +107,16 @@ def test_a_token_that_is_open_to_all_is_closed(tmp_path, monkeypatch):
     assert stat.S_IMODE((tmp_path / ".ray" / "auth_token").stat().st_mode) == 0o600
 
 
+def test_nothing_is_imported_from_the_current_folder(tmp_path):
+    for library in ("rich", "timm", "torch", "typer", "yaml"):
+        (tmp_path / f"{library}.py").write_text("raise ImportError('the current folder was looked in')")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [*COMMAND, "replay", "here"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (2, ""), result.stderr
+    assert "'here' is no record" in result.stderr
+
+
 def test_help_names_every_command():
     result = prelora("--help")
     assert result.returncode == 0

@@ -4,10 +4,16 @@ import runpy
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from prelora_ray.config import without_effect
-from prelora_ray.config_file import load_settings, parse_settings
-from prelora_ray.train.model import check_model
+from prelora_ray.config import with_absolute_paths, without_effect
+from prelora_ray.config_file import load_settings, parse_settings, read_named
+from prelora_ray.torchvision_ops import make_importable
+from prelora_ray.train.check import check_model
+
+make_importable()
+
+from timm.data import auto_augment  # noqa: E402
 
 CONFIGS = sorted((Path(__file__).parent.parent / "jobs" / "configs").glob("*.yaml"))
 DATA = {"data": {"path": "x"}}
@@ -17,7 +23,7 @@ DATA = {"data": {"path": "x"}}
 def test_every_recipe_is_sound(path: Path):
     settings = load_settings(path)
     assert settings.name == path.stem
-    assert check_model(settings.model, settings.method)
+    assert check_model(settings)
     assert without_effect(settings) == []
 
 
@@ -91,10 +97,63 @@ def test_refused_in_one_sentence(content, sentence):
     assert "\n" not in str(error.value)
 
 
+POLICIES = [
+    *("rand", "rand-m9", "rand-m0-n1-p0.5", "rand-m12-mmax15", "rand-mstd0.5-m9-inc1", "rand-m9-mstd101-inc0", "rand-p1.0"),
+    *("rand-n9-tweights", "rand-n9-t3aw-m5", "rand-t3a-inc1", "3a"),
+]
+NO_POLICIES = [
+    *(
+        "rand-m9.5",
+        "rand-m9.5-mstd0.5",
+        "rand-mfoo",
+        "rand-m",
+        "rand-n0",
+        "rand-n2.5",
+        "rand-m9-mstdx",
+        "rand-m9-mstd",
+        "rand-m-9",
+    ),
+    *(
+        "rand-p1.5",
+        "rand-inc2",
+        "rand-mmax0",
+        "rand-mstd.5",
+        "rand-q3",
+        "rand-tfoo",
+        "rand-m9x",
+        "rand-",
+        "rand-m9-",
+        "randm9",
+        "4a",
+    ),
+    *("rand-m٣", ""),
+]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_policy_that_is_taken_is_timms(policy):
+    assert parse_settings({"name": "run", **DATA, "augment": {"policy": policy}}).augment.policy == policy
+    make = auto_augment.rand_augment_transform if policy.startswith("rand") else auto_augment.auto_augment_transform
+    transform = make(policy, {"img_mean": (1, 1, 1), "translate_const": 5})
+    assert transform(Image.new("RGB", (16, 16))).size == (16, 16)
+
+
+@pytest.mark.parametrize("policy", NO_POLICIES)
+def test_a_policy_that_timm_fails_on_or_passes_over_is_refused(policy):
+    with pytest.raises(
+        ValueError, match=rf"augment\.policy = {policy!r} is not allowed: it must be `3a` or a RandAugment"
+    ) as error:
+        parse_settings({"name": "run", **DATA, "augment": {"policy": policy}})
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("text", "override", "message"),
     [
         ("data: {path: x}\ndata: {path: y}", [], "key 'data' stands twice"),
+        ("data: {path: x}\ntrain: &a {seed: 1}\nmethod: {<<: *a, tau: 1, tau: 2}", [], "key 'tau' stands twice"),
+        ("data: &a {path: x, cell: 1, cell: 2}\ntrain: {<<: *a}", [], "key 'cell' stands twice"),
+        ("data: {path: x}", ["method.rank_pattern={a: 8, b: 8, a: 4}"], "the value is not YAML: key 'a' stands twice"),
         ("- a", [], "holds no settings"),
         ("a: [", [], "is not YAML"),
         ("data: {path: x}", ["train.epochs"], "write key.path=value"),
@@ -132,6 +191,38 @@ def test_overrides(tmp_path):
 def test_mean_and_deviation_of_the_channels_that_the_model_takes(channels, given, taken):
     data, model = {"path": "x", "mean": given, "std": given}, {"options": {"in_chans": channels}}
     assert parse_settings({"name": "run", "data": data, "model": model}).normalization == (taken, taken)
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        ("a: &a {x: 1, y: 1}\nb: {<<: *a, y: 2}", {"x": 1, "y": 2}),
+        ("a: &a {x: 1, y: 1}\nb: {y: 2, <<: *a}", {"x": 1, "y": 2}),
+        ("a: &a {x: 1}\nc: &c {x: 2, z: 3}\nb: {<<: [*a, *c], y: 2}", {"x": 1, "y": 2, "z": 3}),
+        ("a: &a {x: 1}\nc: &c {z: 3}\nb: {<<: *a, <<: *c, y: 2}", {"x": 1, "y": 2, "z": 3}),
+        ("a: &a {x: 1}\nc: {deep: {er: &c {<<: *a, x: 2}}}\nb: {<<: *c}", {"x": 2}),
+    ],
+)
+def test_merged_keys_give_way_to_a_mappings_own(tmp_path, text, content):
+    (tmp_path / "run.yaml").write_text(text)
+    assert read_named(tmp_path / "run.yaml")["b"] == content
+
+
+def test_an_override_changes_one_of_two_that_share_an_anchor(tmp_path):
+    (tmp_path / "run.yaml").write_text("a: &a {x: {y: 1}}\nb: *a\nc: {<<: *a}")
+    content = read_named(tmp_path / "run.yaml", ["b.x.y=2", "c.x.z=3"])
+    assert [content[key] for key in "abc"] == [{"x": {"y": 1}}, {"x": {"y": 2}}, {"x": {"y": 1, "z": 3}}]
+
+
+def test_every_path_of_a_run_is_made_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = {"storage": "r", "data": {"path": "d", "source": "./digits"}, "model": {"init_from": "m.safetensors"}}
+    settings = with_absolute_paths(parse_settings({"name": "run", **given}))
+    paths = (settings.storage, settings.data.path, settings.data.source, settings.model.init_from)
+    assert paths == tuple(str(tmp_path / name) for name in ("r", "d", "digits", "m.safetensors"))
+    words = {"storage": "s3://b/r", "data": {"path": "gs://b/d", "source": "digits"}}
+    settings = with_absolute_paths(parse_settings({"name": "run", **words}))
+    assert (settings.storage, settings.data.path, settings.data.source) == ("s3://b/r", "gs://b/d", "digits")
 
 
 def test_settings_without_effect_are_told():

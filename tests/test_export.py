@@ -170,6 +170,15 @@ def test_evaluation_against_scikit_learns_own_arrays(runs, exports, digits, vali
     assert report.class_top1[3] == pytest.approx(confusion[3, 3].item() / (labels == 3).sum().item())
 
 
+@pytest.mark.parametrize(
+    ("start", "source"), [(".", "checkpoints/{}"), ("checkpoints", "{}"), ("checkpoints/{}", "."), (".", ".")]
+)
+def test_a_run_is_found_from_inside_it(runs, monkeypatch, start, source):
+    (name,) = Checkpoints(RunFolder(runs["lora"])).names()
+    monkeypatch.chdir(runs["lora"] / start.format(name))
+    assert load_run_model(source.format(name)).checkpoint == name
+
+
 def test_a_form_that_differs_fails_and_leaves_nothing(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "prelora_ray.export.merged_state_dict", lambda model: load_run_model(str(runs["full"])).module.state_dict()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from prelora_ray.run_folder import LineWriter, RunFolder
-from prelora_ray.storage import Storage, without_keys
+from prelora_ray.storage import Storage, absolute, without_keys
 from tests.command import prelora_here
 
 
@@ -34,8 +34,41 @@ def test_files_and_folders(folder):
     assert (storage / "sub").read_json("b.json") == {"x": [1.5, None]}
     storage.remove_folder("sub")
     assert storage.list_folders() == []
-    with pytest.raises(OSError, match=r"c\.json|not exist|NO_SUCH_KEY|NotFound|No such"):
+    with pytest.raises(FileNotFoundError):
         storage.read_bytes("c.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("data", "{here}/data"),
+        ("a/../data/", "{here}/data"),
+        ("~/data", "{home}/data"),
+        ("file:///mnt/data", "/mnt/data"),
+        ("file://~/data", "{home}/data"),
+        ("/mnt/data", "/mnt/data"),
+        ("s3://bucket/data", "s3://bucket/data"),
+        ("gs://bucket/a/../data", "gs://bucket/a/../data"),
+    ],
+)
+def test_a_path_means_the_same_to_a_process_in_another_folder(name, place, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    place = place.format(here=tmp_path, home=tmp_path / "home")
+    assert absolute(name) == place
+    if not name.startswith(("s3:", "gs:")):
+        handed_over, below = str(Storage(name)), str(Storage(name) / "below")
+        monkeypatch.chdir("/")
+        assert Storage(handed_over).path == place
+        assert (below, Storage(below).path) == (f"{place}/below", f"{place}/below")
+
+
+def test_dots_after_a_link_mean_what_the_disk_says(tmp_path, monkeypatch):
+    (tmp_path / "far" / "inner").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "inner")
+    monkeypatch.chdir(tmp_path)
+    assert absolute("link/../data") == str(tmp_path / "far" / "data")
+    assert absolute("link/data") == str(tmp_path / "link" / "data")
 
 
 def test_lines_are_appended_by_one_writer_after_the_other(folder):

@@ -13,6 +13,7 @@ import typer
 
 from prelora_ray.errors import WorkError
 from prelora_ray.json_output import Json, print_json
+from prelora_ray.storage import absolute
 
 app = typer.Typer(help="Measure speed on this machine, beside what others take for the same work.", no_args_is_help=True)
 ModelName = Annotated[str, typer.Option(help="A Vision Transformer's name in timm.")]
@@ -104,8 +105,9 @@ def _size(model: str | None, image_size: int | None, batch: int | None, *, batch
 def _measure(run: Callable[[], dict[str, Any]], out: str | None, as_json: bool) -> None:
     from prelora_ray import console
 
-    if out is not None and not Path(out).absolute().parent.is_dir():
-        raise ValueError(f"--out {out} is not allowed: {Path(out).absolute().parent} is no folder")
+    path = None if out is None else Path(absolute(out))
+    if path is not None and not path.parent.is_dir():
+        raise ValueError(f"--out {out} is not allowed: {path.parent} is no folder")
     result = run()
     if as_json:
         print_json(result)
@@ -113,9 +115,9 @@ def _measure(run: Callable[[], dict[str, Any]], out: str | None, as_json: bool) 
         console.out.print(console.bench_table(result))
         for row in result["rows"]:
             for kernel, milliseconds in row.get("kernels", ()):
-                console.out.print(f"{row['name']}: {milliseconds:8.3f} ms  {kernel[:110]}", markup=False)
-    if out is not None:
-        Path(out).write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+                console.out.print(f"{row['name']}: {milliseconds:8.3f} ms  {kernel[:110]}")
+    if path is not None:
+        path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     for name, reason in result.get("missing", {}).items():
         print(f"not measured: {name} ({reason})", file=sys.stderr)
     if result.get("failed") is not None:

@@ -26,8 +26,8 @@ from prelora_ray.data.stream import Pass, stream_batches
 from prelora_ray.errors import WorkError
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
+from prelora_ray.train.check import check_model
 from prelora_ray.train.feed import stream_plan
-from prelora_ray.train.model import check_model
 from prelora_ray.train.run import ray_session, train
 from prelora_ray.train.state import TrainState
 from prelora_ray.train.step import Stepper
@@ -91,7 +91,7 @@ def bench_restart(options: Options) -> dict[str, Any]:
     rows = []
     with tempfile.TemporaryDirectory() as directory:
         settings = _settings(directory, options)
-        check_model(settings.model, settings.method)
+        check_model(settings)
         with ray_session():
             prepare("digits", settings.data.path)
         for name in ("empty compile cache", "filled compile cache"):

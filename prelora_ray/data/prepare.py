@@ -8,9 +8,11 @@ images and settings give the same bytes. The manifest comes last.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
+import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -24,7 +26,7 @@ import ray.data
 
 from prelora_ray.data.draws import Draw, generator
 from prelora_ray.data.encode import BadImageError, encode, is_other_file
-from prelora_ray.data.manifest import SCHEMA_VERSION, Counts, Manifest, Shard, Skipped, Split, write_manifest
+from prelora_ray.data.manifest import SCHEMA_VERSION, Counts, Manifest, Shard, Skipped, Split, is_prepared, write_manifest
 from prelora_ray.data.sources import Columns, Item, Reader, Source, Splits, open_source
 from prelora_ray.data.sources.source import ending
 from prelora_ray.data.stream import quiet_data_context
@@ -100,19 +102,22 @@ def prepare(
     """
     settings = settings or PrepareSettings()
     folder = Storage(out)
-    if source != "digits" and Storage(source).path == folder.path:
-        raise ValueError(f"{out!r} is the source itself: give another folder for the prepared images")
+    _check_is_ours(folder, source)
     splits = Splits(settings.train_split, settings.val_split)
     opened = open_source(source, splits, Columns(settings.image_column, settings.label_column), folder.path)
     tasks = plan(opened, folder.uri, settings)
-    folder.make()
+    (folder / _PARTS).make()
     folder.remove_file("manifest.json")  # shards may change from here on
     written = _run(tasks, on_progress)
+    copies = frozenset(val.name for val, _ in _in_both(tasks, written)) if "val" not in opened.items else frozenset()
+    if copies:  # what is held out must not be trained on: copies of training images train too
+        tasks = plan(opened, folder.uri, settings, copies)
+        written = _run(tasks, on_progress)
     bad = [(task.items[i].name, reason) for task, made in zip(tasks, written, strict=True) for i, reason in made.bad]
     folder.remove_file("bad.json")
     if bad:
         folder.write_json("bad.json", [{"image": name, "reason": reason} for name, reason in bad])
-    total = sum(len(task.items) for task in tasks)
+    total = sum(len(task.items) - len(made.other) for task, made in zip(tasks, written, strict=True))
     if len(bad) > settings.max_bad * total:
         raise PrepareError(
             f"{len(bad)} of {total} images in {source!r} cannot be read, more than --max-bad {settings.max_bad} allows; "
@@ -126,20 +131,30 @@ def prepare(
         },
         bad=len(bad),
         settings={"source": source, **asdict(settings)},
-        counts=_count(source, opened, tasks, written, settings),
+        counts=_count(source, opened, tasks, written, settings, len(copies)),
     )
     _remove_stale(folder, {task.file for task in tasks})
     write_manifest(folder, manifest)
     return manifest
 
 
-def plan(source: Source, out: str, settings: PrepareSettings) -> list[ShardTask]:
+def _check_is_ours(folder: Storage, source: str) -> None:
+    """Raises ValueError for a folder to write into that holds other things than an earlier `prepare` has written."""
+    if source != "digits" and os.path.realpath(Storage(source).path) == os.path.realpath(folder.path):
+        raise ValueError(f"{folder.uri!r} is the source itself: give another folder for the prepared images")
+    files = [name for name in (*folder.list_files(), *folder.list_folders()) if not name.startswith(".")]
+    if files and _PARTS not in folder.list_folders() and not is_prepared(folder):
+        raise ValueError(f"{folder.uri!r} holds {files[0]!r}: give a new folder, or one that `prepare` has written")
+
+
+def plan(source: Source, out: str, settings: PrepareSettings, train_too: frozenset[str] = frozenset()) -> list[ShardTask]:
     """The tasks that prepare a source, one a shard. Each carries its own images' places, and of the source only its reader.
 
-    Raises ValueError where no images are left to train on or to validate with.
+    `train_too`: names of images that are not to be held out. Raises ValueError where no images are left to train on or to
+    validate with.
     """
     tasks = []
-    for split, items in _split(source, settings).items():
+    for split, items in _split(source, settings, train_too).items():
         for i in range(0, len(items), settings.shard_rows):
             name = f"{split}-{i // settings.shard_rows:05d}.parquet"
             tasks.append(ShardTask(source.reader, split, out, name, tuple(items[i : i + settings.shard_rows]), settings))
@@ -163,7 +178,7 @@ def _run(tasks: list[ShardTask], on_progress: Callable[[int, int], None]) -> lis
     return [written[i] for i in range(len(tasks))]
 
 
-def _split(source: Source, settings: PrepareSettings) -> dict[Split, list[Item]]:
+def _split(source: Source, settings: PrepareSettings, train_too: frozenset[str]) -> dict[Split, list[Item]]:
     """Items of both splits in a seeded shuffle; without validation images, some of each class are held out."""
     rng = generator(settings.seed, Draw.PREPARE)
     train, val = list(source.items["train"]), list(source.items.get("val", ()))
@@ -174,9 +189,9 @@ def _split(source: Source, settings: PrepareSettings) -> dict[Split, list[Item]]
         train = []
         for label in sorted(by_class):
             members = [by_class[label][i] for i in rng.permutation(len(by_class[label]))]
-            held_out = round(settings.val_fraction * len(members))
-            val += members[:held_out]
-            train += members[held_out:]
+            held_out = min(round(settings.val_fraction * len(members)), len(members) - 1)
+            val += [item for item in members[:held_out] if item.name not in train_too]
+            train += [item for item in members[:held_out] if item.name in train_too] + members[held_out:]
         if not train or not val:
             raise ValueError(
                 f"--val-fraction {settings.val_fraction} leaves no images to {'validate with' if train else 'train on'}"
@@ -201,8 +216,13 @@ def _shuffle(items: list[Item], rng: np.random.Generator, settings: PrepareSetti
     return shuffled
 
 
-def _count(source: str, opened: Source, tasks: list[ShardTask], written: list[_Written], settings: PrepareSettings) -> Counts:
-    """What became of every image. Raises PrepareError where a class or the validation is not what it should be."""
+def _count(
+    source: str, opened: Source, tasks: list[ShardTask], written: list[_Written], settings: PrepareSettings, copies: int
+) -> Counts:
+    """What became of every image; `copies` were not held out, as they are training images too.
+
+    Raises PrepareError where a class or the validation is not what it should be.
+    """
     stored: dict[Split, list[int]] = {split: [0] * len(opened.classes) for split in ("train", "val")}
     skipped = Counter(opened.skipped)
     for task, made in zip(tasks, written, strict=True):
@@ -215,48 +235,51 @@ def _count(source: str, opened: Source, tasks: list[ShardTask], written: list[_W
     for name, count in zip(opened.classes, stored["train"], strict=True):
         if not count:
             raise PrepareError(f"{source!r} has no training image of class {name!r} that can be read")
-    counts = Counts(
+    if not sum(stored["val"]):
+        raise PrepareError(f"{source!r} has no validation image that can be read and is no copy of a training image")
+    notes = [f"read as {opened.kind}", *opened.notes]
+    if "val" not in opened.items:
+        notes.append(f"{settings.val_fraction:g} of each class is held out, as no images are there to validate with")
+    if copies:
+        notes.append(f"{copies} images that would have been held out are copies of training images, and train too")
+    both = _in_both(tasks, written)
+    if both:
+        examples = ", ".join(f"{val.name!r} is {train.name!r}" for val, train in both[:_EXAMPLES])
+        more = ", ..." if len(both) > _EXAMPLES else ""
+        notes.append(
+            f"{len(both)} of {sum(stored['val'])} validation images are among the training images too: {examples}{more}"
+        )
+    if len(both) > settings.max_overlap * sum(stored["val"]):
+        raise PrepareError(f"{source!r}: {notes[-1]}; --max-overlap {settings.max_overlap} allows fewer")
+    return Counts(
         seen=sum(map(sum, stored.values())) + sum(skipped.values()),
         classes={split: tuple(numbers) for split, numbers in stored.items()},
-        skipped=tuple(Skipped(reason, ending, count) for (reason, ending), count in sorted(skipped.items())),
-        in_both=0,
-        notes=(f"read as {opened.kind}", *opened.notes),
+        skipped=tuple(Skipped(reason, of_ending, count) for (reason, of_ending), count in sorted(skipped.items())),
+        in_both=len(both),
+        notes=tuple(notes),
     )
-    return _with_overlap(counts, source, tasks, written, settings)
 
 
-def _with_overlap(
-    counts: Counts, source: str, tasks: list[ShardTask], written: list[_Written], settings: PrepareSettings
-) -> Counts:
-    """The counts with the validation images that are among the training images too, byte for byte."""
-    digests, names = {}, {}
+def _in_both(tasks: list[ShardTask], written: list[_Written]) -> list[tuple[Item, Item]]:
+    """Validation images that are training images too, byte for byte, each with one of these."""
+    digests, items = {}, {}
     for split in ("train", "val"):
         of_split = [(task, made) for task, made in zip(tasks, written, strict=True) if task.split == split]
         digests[split] = np.concatenate([np.frombuffer(made.digests, f">u{_DIGEST_BYTES}") for _, made in of_split])
-        names[split] = [(task, i) for task, made in of_split for i in made.stored(len(task.items))]
+        items[split] = [task.items[i] for task, made in of_split for i in made.stored(len(task.items))]
+    _, in_val, in_train = np.intersect1d(digests["val"], digests["train"], return_indices=True)
+    train_of = dict(zip(digests["val"][in_val].tolist(), in_train.tolist(), strict=True))
     both = np.flatnonzero(np.isin(digests["val"], digests["train"]))
-    if not len(both):
-        return counts
-    examples = []
-    for val in both[:_EXAMPLES]:
-        train = int(np.flatnonzero(digests["train"] == digests["val"][val])[0])
-        pair = [task.items[i].name for task, i in (names["val"][val], names["train"][train])]
-        examples.append(f"{pair[0]!r} is {pair[1]!r}")
-    told = (
-        f"{len(both)} of {len(digests['val'])} validation images are among the training images too: {', '.join(examples)}"
-        f"{', ...' if len(both) > _EXAMPLES else ''}"
-    )
-    if len(both) > settings.max_overlap * len(digests["val"]):
-        raise PrepareError(f"{source!r}: {told}; --max-overlap {settings.max_overlap} allows fewer")
-    return Counts(counts.seen, counts.classes, counts.skipped, len(both), (*counts.notes, told))
+    return [(items["val"][i], items["train"][train_of[int(digests["val"][i])]]) for i in both]
 
 
 def _remove_stale(folder: Storage, shards: set[str]) -> None:
     """Removes what an earlier job with other settings has left."""
-    for name in folder.list_files():
-        if name.endswith(".parquet") and name not in shards:
+    for part in (folder / _PARTS).list_files():
+        name = part.removesuffix(".json") + ".parquet"
+        if name not in shards:
             folder.remove_file(name)
-            (folder / _PARTS).remove_file(_part(name))
+            (folder / _PARTS).remove_file(part)
 
 
 _PARTS = "parts"
@@ -303,14 +326,17 @@ class ShardTask:
             return there
         rows, bad, other, digests = [], [], [], []
         for i, item in enumerate(self.items):
+            content = b""
             try:
                 content = self.reader.read(item)
-                if is_other_file(item.name, content):
-                    other.append(i)
-                    continue
                 encoded = encode(content, self.settings.size, self.settings.quality, self.settings.max_pixels)
             except (BadImageError, OSError, ValueError, pa.ArrowException) as error:
-                bad.append((i, " ".join(str(error).split()) or type(error).__name__))
+                if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
+                    raise  # the storage's fault, which says nothing of the image
+                if is_other_file(item.name, content):
+                    other.append(i)
+                else:
+                    bad.append((i, " ".join(str(error).split()) or type(error).__name__))
                 continue
             digests.append(hashlib.blake2b(content, digest_size=_DIGEST_BYTES).digest())
             rows.append((encoded, item.label, item.name))
@@ -347,7 +373,7 @@ def _read_part(folder: Storage, file: str, fingerprint: str) -> _Written | None:
         shard = Shard(**{**content["shard"], "row_groups": tuple(content["shard"]["row_groups"])})
         bad = tuple((int(i), str(reason)) for i, reason in content["bad"])
         written = _Written(shard, bad, tuple(content["other"]), bytes.fromhex(content["digests"]))
-        is_same = content["fingerprint"] == fingerprint
+        is_same = content["fingerprint"] == fingerprint and not bad  # what could not be read may be readable now
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return written if is_same and folder.num_bytes(file) == shard.num_bytes else None

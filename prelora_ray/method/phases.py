@@ -113,8 +113,10 @@ def freeze_parameters(model: nn.Module, targets: Sequence[Target], freeze: Freez
 
     ``adapted``: the weights and biases of the target modules' linear layers (a fused qkv as a whole), those
     included that got no adapter because they hardly changed. ``all_but_head``: everything but the adapters and the
-    classifier. ``prefix``: as ``adapted``, and everything in front of the first block that has an adapter, so that
+    head. ``prefix``: as ``adapted``, and everything in front of the first block that has an adapter, so that
     the backward stops there.
+
+    Raises ValueError for ``all_but_head`` where the model has no head.
     """
     adapted = tuple(lora_layers(model))
     assert adapted, "phase lora begins with adapters in place"
@@ -124,20 +126,29 @@ def freeze_parameters(model: nn.Module, targets: Sequence[Target], freeze: Freez
             if parameter is not None:
                 parameter.requires_grad_(False)
     if freeze == "all_but_head":
-        head = {id(parameter) for parameter in model.get_classifier().parameters()}  # type: ignore[operator]
+        head = head_parameters(model)
+        if not head:
+            raise ValueError("the model has no head")
         for name, parameter in model.named_parameters():
-            if not is_adapter_parameter(name) and id(parameter) not in head:
+            if not is_adapter_parameter(name) and name not in head:
                 parameter.requires_grad_(False)
     elif freeze == "prefix":
         first = min(int(name.split(".")[1]) for name in adapted)
-        behind = tuple(f"blocks.{layer}." for layer in range(first, len(model.blocks)))  # type: ignore[arg-type]
+        children = [name for name, _ in model.named_children()]  # timm registers them in the order of its forward
+        behind = {f"blocks.{layer}" for layer in range(first, len(model.blocks))}  # type: ignore[arg-type]
+        behind |= set(children[children.index("blocks") + 1 :])
         for name, parameter in model.named_parameters():
-            if not name.startswith((*behind, *_AFTER_BLOCKS)):
+            if not any(name.startswith(f"{part}.") for part in behind):
                 parameter.requires_grad_(False)
 
 
-_AFTER_BLOCKS = ("norm.", "attn_pool.", "fc_norm.", "head.", "head_dist.")
-"""Parameters of a timm Vision Transformer that stand behind its blocks."""
+def head_parameters(model: nn.Module) -> set[str]:
+    """Names of the parameters of a timm model's classifier, or of all its classifiers; none where it has none."""
+    classifiers = model.get_classifier() if hasattr(model, "get_classifier") else ()  # type: ignore[operator]
+    if isinstance(classifiers, nn.Module):
+        classifiers = (classifiers,)
+    head = {id(parameter) for classifier in classifiers for parameter in classifier.parameters()}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in head}
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -87,14 +88,19 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
+class _IPv6Server(ThreadingHTTPServer):
+    address_family = socket.AF_INET6
+
+
 def serve(board: Board, host: str, port: int) -> ThreadingHTTPServer:
     """Serves a board from a thread, at the first free port from `port` on. Raises OSError where none is free."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(board)
     handler = type("Handler", (_Handler,), {"registry": registry})
+    make_server = _IPv6Server if ":" in host else ThreadingHTTPServer
     for candidate in range(port, port + PORTS):
         try:
-            server = ThreadingHTTPServer((host, candidate), handler)
+            server = make_server((host, candidate), handler)
             break
         except OSError as error:
             if error.errno != errno.EADDRINUSE or candidate == port + PORTS - 1:
@@ -112,8 +118,9 @@ class Exporter:
         self._server = serve(self._board, host, port)
 
     def address(self) -> str:
-        host, port = self._server.server_address[:2]
-        return f"{host!s}:{port}"
+        """As it stands in a URL: an IPv6 address is in brackets."""
+        host, port = str(self._server.server_address[0]), self._server.server_address[1]
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
     def update(self, run: str, source: str, metrics: list[Metric], world_size: int) -> None:
         self._board.update(run, source, metrics, world_size)

@@ -12,8 +12,9 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from prelora_ray.report import figures
-from prelora_ray.report.records import Line, RunRecords, differing_settings, read_run, read_sweep
+from prelora_ray.report.records import Line, RunRecords, differing_settings, read_runs, read_sweep
 from prelora_ray.report.sweep_table import sweep_table
+from prelora_ray.storage import absolute
 
 Section = tuple[str, str, str, go.Figure | None]
 """Name of its picture, title, text in HTML, and its figure."""
@@ -37,12 +38,13 @@ def write_report(paths: list[str], out: str, png: str | None = None) -> list[str
     sweeps = [sweep for path in paths if (sweep := read_sweep(path)) is not None]
     if sweeps and len(paths) > 1:
         raise ValueError("a report is of one sweep, or of runs: give a sweep's folder by itself")
-    sections = _sweep_sections(sweeps[0]) if sweeps else _run_sections([read_run(path) for path in paths])
-    title = f"Sweep {Path(paths[0]).name}" if sweeps else ", ".join(Path(path.rstrip("/")).name for path in paths)
-    Path(out).write_text(_page(title, sections), encoding="utf-8")
+    runs = [] if sweeps else read_runs(paths)
+    sections = _sweep_sections(sweeps[0]) if sweeps else _run_sections(runs)
+    title = f"Sweep {Path(absolute(paths[0])).name}" if sweeps else ", ".join(run.name for run in runs)
+    _write(title, sections, out)
     pictures = {name: figure for name, _, _, figure in sections if figure is not None}
     if png is not None:
-        _write_pictures(pictures, Path(png))
+        _write_pictures(pictures, Path(absolute(png)))
     return list(pictures)
 
 
@@ -52,7 +54,11 @@ def write_switch_map(taus: list[float], zetas: list[float], maps: dict[str, list
         (f"map-{index}", title, "", figures.switch_map(taus, zetas, values, title))
         for index, (title, values) in enumerate(maps.items())
     ]
-    Path(out).write_text(_page("Where tau and zeta switch", sections), encoding="utf-8")
+    _write("Where tau and zeta switch", sections, out)
+
+
+def _write(title: str, sections: list[Section], out: str) -> None:
+    Path(absolute(out)).write_text(_page(title, sections), encoding="utf-8")
 
 
 def _run_sections(runs: list[RunRecords]) -> list[Section]:
@@ -65,7 +71,7 @@ def _run_sections(runs: list[RunRecords]) -> list[Section]:
     sections.append(("learning", "Loss, accuracy, learning rate", "", figures.learning(runs)))
     for run in runs:
         of = f" of {run.name}" if len(runs) > 1 else ""
-        suffix = f"-{run.name}" if len(runs) > 1 else ""
+        suffix = f"-{run.name.replace('/', '-')}" if len(runs) > 1 else ""
         if any(line["change"] is not None for line in run.windows):
             text = "<p>The run switches when every family is under tau, and the loss at most at zeta, in each of the last "
             text += (

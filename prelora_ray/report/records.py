@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from prelora_ray.config import Settings, flat
 from prelora_ray.run_folder import RunFolder, last_attempt
+from prelora_ray.storage import absolute
 
 Line = dict[str, Any]
 
@@ -17,6 +19,7 @@ class RunRecords:
     """A run's records, each with the lines that stand, in order."""
 
     name: str
+    """Tells it from the others of the report: the end of its folder's path."""
     settings: Settings
     epochs: list[Line]
     windows: list[Line]
@@ -44,7 +47,25 @@ class RunRecords:
         return [line for line in self.events if line["event"] in kinds]
 
 
-def read_run(path: str) -> RunRecords:
+def read_runs(paths: Sequence[str]) -> list[RunRecords]:
+    """Raises ValueError as `read_run` does."""
+    paths = list(dict.fromkeys(map(absolute, paths)))
+    return [read_run(path, name) for path, name in zip(paths, short_names(paths), strict=True)]
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """For each path the shortest end of it, in whole parts, that no other one has: `digits`, or `a/digits` and `b/digits`."""
+    parts = [path.rstrip("/").split("/") for path in paths]
+    names = []
+    for own in parts:
+        length = 1
+        while length < len(own) and sum(other[-length:] == own[-length:] for other in parts) > 1:
+            length += 1
+        names.append("/".join(own[-length:]))
+    return names
+
+
+def read_run(path: str, name: str) -> RunRecords:
     """Raises ValueError where the folder holds no run, or one that has not finished an epoch."""
     folder = RunFolder(path)
     settings = folder.read_settings()
@@ -52,7 +73,7 @@ def read_run(path: str) -> RunRecords:
     if not epochs:
         raise ValueError(f"{path} has nothing to report yet: no epoch is done")
     return RunRecords(
-        name=settings.name,
+        name=name,
         settings=settings,
         epochs=epochs,
         windows=last_attempt(folder.read_lines("windows.jsonl"), "window"),

@@ -7,6 +7,7 @@ from prelora_ray.method.phases import Phase
 from prelora_ray.run_folder import RunFolder, last_attempt
 from prelora_ray.sweep.replay import read_record
 from prelora_ray.train.checkpoint import Checkpoints, checkpoint_name
+from prelora_ray.train.lock import DriverLock
 from prelora_ray.train.state import phase_schedule
 
 ATTEMPT = -1
@@ -20,7 +21,7 @@ def fork(trunk: RunFolder, settings: Settings) -> int:
     before. The trunk is any run that kept its checkpoints (`checkpoint.keep_trunk`).
 
     Raises ValueError where the trunk was run with other settings than those of the method, never
-    switches with these, or has no checkpoint at the switch.
+    switches with these, or has no checkpoint at the switch; HeldRunError where another driver is making the folder.
     """
     _check_same_trunk(trunk, settings)
     record = read_record(str(trunk))
@@ -46,17 +47,20 @@ def fork(trunk: RunFolder, settings: Settings) -> int:
             f"run {trunk} has no checkpoint of epoch {epoch}, where {settings.name} forks from it: "
             "train it with checkpoint.keep_trunk: true"
         )
-    before = {"attempt": ATTEMPT, "phase": Phase.FULL}
-    folder.write_lines("norms.jsonl", [{**line, **before} for line in record.epochs if line["epoch"] < epoch])
-    epochs = last_attempt(trunk.read_lines("epochs.jsonl"), "epoch")
-    folder.write_lines("epochs.jsonl", [{**line, **before} for line in epochs if line["epoch"] < epoch])
-    folder.write_lines("windows.jsonl", [{**before, **verdict.record()} for verdict in verdicts])
-    times = [line["time"] for line in trunk.read_lines("events.jsonl") if line["epoch"] < epoch]
-    event = {**before, "event": "fork", "epoch": epoch, "trunk": str(trunk)}
-    folder.write_lines("events.jsonl", [{**event, "time": time} for time in (min(times), max(times))])
-    checkpoint = kept.load(name)
-    checkpoint.state["phases"] = schedule.state_dict()
-    own.save(checkpoint)
+    with DriverLock(folder):
+        if own.names():  # made by another driver meanwhile
+            return epoch
+        before = {"attempt": ATTEMPT, "phase": Phase.FULL}
+        folder.write_lines("norms.jsonl", [{**line, **before} for line in record.epochs if line["epoch"] < epoch])
+        epochs = last_attempt(trunk.read_lines("epochs.jsonl"), "epoch")
+        folder.write_lines("epochs.jsonl", [{**line, **before} for line in epochs if line["epoch"] < epoch])
+        folder.write_lines("windows.jsonl", [{**before, **verdict.record()} for verdict in verdicts])
+        times = [line["time"] for line in trunk.read_lines("events.jsonl") if line["epoch"] < epoch]
+        event = {**before, "event": "fork", "epoch": epoch, "trunk": str(trunk)}
+        folder.write_lines("events.jsonl", [{**event, "time": time} for time in (min(times), max(times))])
+        checkpoint = kept.load(name)
+        checkpoint.state["phases"] = schedule.state_dict()
+        own.save(checkpoint)
     return epoch
 
 

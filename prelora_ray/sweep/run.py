@@ -159,20 +159,25 @@ def _train_or_go_on(plan: Plan, setting: Setting, *, was_stopped: bool) -> None:
     settings = plan.trunk if found.switch_epoch is None else plan.settings_of(setting, found.trial)
     run = RunFolder.of(settings)
     if found.switch_epoch is not None:
-        fork(trunk, settings)
+        _once_free(lambda: fork(trunk, settings))
         for line in last_attempt(run.read_lines("epochs.jsonl"), "epoch"):  # trained before: the scheduler is to know
             if line["attempt"] >= 0:
                 tune.report(_heard(line))
     if was_stopped:
         return
-    while True:
-        try:
-            train(settings, callbacks=[_Report()])
-            break
-        except HeldRunError:  # another setting stands for the same run, which is being trained
-            time.sleep(_LOOK_SECONDS)
+    _once_free(lambda: train(settings, callbacks=[_Report()]))
     line = last_attempt(run.read_lines("epochs.jsonl"), "epoch")[-1]
     tune.report({**_heard(line), "gpu_hours": straight_hours(run, settings.train.epochs), "finished": True})
+
+
+def _once_free(work: Callable[[], object]) -> None:
+    """Does the work on a run, once no other trial is at it: its setting may stand for the same run."""
+    while True:
+        try:
+            work()
+            return
+        except HeldRunError:
+            time.sleep(_LOOK_SECONDS)
 
 
 class _Report(TuneReportCallback):

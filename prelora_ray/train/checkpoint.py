@@ -8,14 +8,17 @@
       manifest.json         size and SHA-256 of every file above, and of the base that it refers to; phase and top-1
     checkpoints/base.safetensors    what phase lora has frozen, stored once
 
-The name is the position: epochs done, and batches done in the epoch after.
+The name is the position: epochs done, and batches done in the epoch after. A checkpoint that turned out damaged is set aside
+as <epoch>-<batch>.damaged.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
+import re
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,13 +27,14 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from prelora_ray.storage import Storage
+from prelora_ray.storage import Storage, patiently
 from prelora_ray.train.optim import OptimizerState
 
 Tensors = dict[str, torch.Tensor]
 BASE = "base.safetensors"
 _SCHEMA_VERSION = 2
 _STAGING_BYTES = 2**24
+_NAME = re.compile(r"\d{5,}-\d{6,}")
 
 
 @dataclass
@@ -98,7 +102,15 @@ class Checkpoints:
         self._base: dict[str, Any] | None = None
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Writes and commits a checkpoint; on return it is whole."""
+        """Writes and commits a checkpoint; on return it is whole. Where this fails, nothing of it stays to take up room."""
+        try:
+            self._save(checkpoint)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self.folder.remove_folder(checkpoint.name)
+            raise
+
+    def _save(self, checkpoint: Checkpoint) -> None:
         files: dict[str, bytes] = {
             "model.safetensors": _safetensors(checkpoint.model),
             "optimizer.safetensors": _safetensors(_flat(checkpoint.optimizer)),
@@ -137,36 +149,41 @@ class Checkpoints:
 
     def names(self) -> list[str]:
         """Names of the committed checkpoints, oldest first."""
-        return [name for name in self.folder.list_folders() if (self.folder / name).exists("manifest.json")]
+        return patiently(lambda: [name for name in self._folders() if (self.folder / name).exists("manifest.json")])
+
+    def _folders(self) -> list[str]:
+        """Names of the checkpoints that were begun, oldest first."""
+        return [name for name in self.folder.list_folders() if _NAME.fullmatch(name)]
 
     def load(self, name: str) -> Checkpoint:
         """Reads a checkpoint.
 
-        Raises DamagedCheckpointError where a file is missing or is not what its manifest says, and OtherSchemaError where
-        another version of this program wrote it.
+        Raises DamagedCheckpointError where a file is missing or is not what its manifest says, OtherSchemaError where
+        another version of this program wrote it, and OSError where it cannot be read, which says nothing of what is in it.
         """
         folder = self.folder / name
         try:
-            manifest = folder.read_json("manifest.json")
+            manifest = _read_manifest(folder)
             _check_schema(name, manifest)
             files = {file: _verified(folder, file, entry) for file, entry in manifest["files"].items()}
             base = _verified(self.folder, BASE, manifest["base"]) if manifest["base"] else None
-            self._base = manifest["base"]
+            adapter = files.get("adapter/adapter_model.safetensors")
+            checkpoint = Checkpoint(
+                state=json.loads(files["state.json"]),
+                model=safetensors.torch.load(files["model.safetensors"]),
+                optimizer=_by_parameter(safetensors.torch.load(files["optimizer.safetensors"])),
+                base=safetensors.torch.load(base) if base else {},
+                refers_to_base=base is not None,
+                adapter=safetensors.torch.load(adapter) if adapter else {},
+                adapter_config=json.loads(files["adapter/adapter_config.json"]) if adapter else None,
+                val_top1=manifest["val_top1"],
+            )
         except OtherSchemaError:
             raise
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (FileNotFoundError, safetensors.SafetensorError, *_UNREADABLE) as error:
             raise DamagedCheckpointError(f"checkpoint {name} is damaged: {error}") from error
-        adapter = files.get("adapter/adapter_model.safetensors")
-        return Checkpoint(
-            state=json.loads(files["state.json"]),
-            model=safetensors.torch.load(files["model.safetensors"]),
-            optimizer=_by_parameter(safetensors.torch.load(files["optimizer.safetensors"])),
-            base=safetensors.torch.load(base) if base else {},
-            refers_to_base=base is not None,
-            adapter=safetensors.torch.load(adapter) if adapter else {},
-            adapter_config=json.loads(files["adapter/adapter_config.json"]) if adapter else None,
-            val_top1=manifest.get("val_top1"),
-        )
+        self._base = manifest["base"]
+        return checkpoint
 
     def newest(self) -> tuple[Checkpoint | None, dict[str, str]]:
         """The newest whole checkpoint, and by name a sentence for each newer one that is damaged."""
@@ -183,30 +200,40 @@ class Checkpoints:
         for name, about in self.about().items():
             _check_schema(name, about)
 
-    def remove(self, name: str) -> None:
-        self.folder.remove_folder(name)
+    def set_aside(self, name: str) -> None:
+        """Keeps a damaged checkpoint for whoever looks into it, as none of the checkpoints any more."""
+        self.folder.rename_folder(name, f"{name}.damaged")
 
     def about(self) -> dict[str, dict[str, Any]]:
-        """Schema, position, phase and accuracy of every committed checkpoint whose manifest can be read, oldest first."""
+        """Schema, position, phase and accuracy of every committed checkpoint whose manifest is not damaged, oldest first."""
         found = {}
         for name in self.names():
             if name not in self._about:
                 try:
-                    manifest = (self.folder / name).read_json("manifest.json")
+                    manifest = _read_manifest(self.folder / name)
                     self._about[name] = {key: manifest[key] for key in ("schema", "epoch", "batch", "phase", "val_top1")}
-                except (OSError, ValueError, KeyError, TypeError):
+                except (FileNotFoundError, *_UNREADABLE):
                     continue
             found[name] = self._about[name]
         return found
 
     def prune(self, retention: Retention) -> None:
-        """Removes what need not stay, and what was left uncommitted before the newest committed checkpoint."""
+        """Removes what need not stay, and what was left uncommitted before the newest committed checkpoint.
+
+        Raises OSError where it cannot read what there is, and then removes nothing.
+        """
         about = self.about()
+        for name in set(self.names()) - set(about):
+            self.set_aside(name)
         stay = retention.kept(about)
-        for name in self.folder.list_folders():
+        for name in self._folders():
             if name < max(about, default="") and name not in stay:
                 self.folder.remove_folder(name)
                 self._about.pop(name, None)
+
+
+_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError)
+"""What a damaged JSON file, or one that holds something else, makes its reader raise."""
 
 
 class DamagedCheckpointError(RuntimeError):
@@ -215,6 +242,11 @@ class DamagedCheckpointError(RuntimeError):
 
 class OtherSchemaError(ValueError):
     """A checkpoint is laid out as another version of this program does it."""
+
+
+def _read_manifest(folder: Storage) -> dict[str, Any]:
+    manifest: dict[str, Any] = json.loads(patiently(lambda: folder.read_bytes("manifest.json")))
+    return manifest
 
 
 def _check_schema(name: str, manifest: dict[str, Any]) -> None:
@@ -271,7 +303,7 @@ def _describe(content: bytes) -> dict[str, Any]:
 
 
 def _verified(folder: Storage, name: str, entry: dict[str, Any]) -> bytes:
-    content = folder.read_bytes(name)
+    content = patiently(lambda: folder.read_bytes(name))
     found = _describe(content)
     if found != entry:
         raise ValueError(f"{name} has {found['bytes']} bytes and SHA-256 {found['sha256'][:12]}..., not as its manifest says")

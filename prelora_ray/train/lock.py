@@ -1,87 +1,232 @@
-"""One driver to a run folder: a heartbeat file, as object stores know no locks."""
+"""One driver to a run folder, on disks, file shares and object stores alike.
+
+Every driver lays a claim: a file of its own, ``driver-<nonce>.json``, which its heartbeat changes. It is in once a listing
+made after its claim shows no other living one. Of two claims one was there before the other's driver listed, so that two
+never both get in; of several that start at once, that of the lowest name stays and the others withdraw.
+
+No clock is compared with another machine's. A driver lives whose process this one sees running, or whose claim changes
+while this one looks; it is dead once its process is seen to have ended, or its claim has not changed for `SILENCE_SECONDS` of
+this process's own clock. A dead driver's claim is removed, and a driver whose claim is gone stops.
+
+This asks one thing of the storage: a listing shows every file that was written before it. Disks do that, S3 and GCS
+do, and an NFS client lists a directory anew once it has written into it. On a store that does not, drivers are kept apart
+that start further from each other than its listings lag. A conditional upload would do without, but pyarrow cannot ask for one.
+
+What no file can keep out: a driver that was suspended, or cut off from the storage, for so long that another took over may
+write between its return and its next look at its claim, `BEAT_SECONDS` later at most.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import json
+import functools
+import logging
 import os
 import socket
 import threading
 import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-import psutil
-
+from prelora_ray.errors import WorkError
 from prelora_ray.run_folder import RunFolder
 
-FILE = "driver.json"
+logger = logging.getLogger(__name__)
+
 BEAT_SECONDS = 5.0
-OLD_SECONDS = 60.0
-"""A heartbeat older than this is a dead driver's."""
+SILENCE_SECONDS = 60.0
+_LOOK_SECONDS = {True: 0.2, False: 1.0}
+"""Between looks at the others' claims, by whether the run folder is on a disk or in a bucket that has to be asked."""
+
+Claim = dict[str, Any]
+"""A claim's content, as docs/run-folder.md has it; empty where it is damaged."""
 
 
 class HeldRunError(ValueError):
     """Another driver trains the run."""
 
 
+class LostRunError(WorkError):
+    """Another driver has taken over the run."""
+
+
 class DriverLock:
     """Holds a run folder for the time of a block.
 
-    Raises HeldRunError where another driver holds it. One that died on this machine is seen at once,
-    one on another machine when its heartbeat is old.
+    Raises HeldRunError where a living driver holds it: at once where that one's process can be seen, else after its next
+    heartbeat. Takes over from a dead one: at once, else after `silence_seconds`. Raises LostRunError at the end of a block
+    in which another driver has taken over.
     """
 
-    def __init__(self, folder: RunFolder) -> None:
+    def __init__(self, folder: RunFolder, silence_seconds: float = SILENCE_SECONDS) -> None:
         self._folder = folder
+        self._silence_seconds = silence_seconds
+        self._name = f"driver-{uuid.uuid4().hex}.json"
+        self._claim: Claim = {**_this_process(), "since": time.time(), "beats": 0}
+        self._heard: dict[str, tuple[Claim, float]] = {}
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
-        self._content: dict[str, Any] = {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "started": psutil.Process().create_time(),
-            "since": time.time(),
-        }
 
     def __enter__(self) -> DriverLock:
-        other = self._other()
-        if other is not None:
-            raise HeldRunError(
-                f"run {self._folder} is being trained by process {other['pid']} on {other['host']}: wait for it, stop it, "
-                "or give another --name"
-            )
-        self._write()
+        try:
+            self._get_in()
+        except BaseException:
+            self._folder.remove_file(self._name)
+            raise
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._done.set()
         self._thread.join()
-        self._folder.remove_file(FILE)
+        self.check()
+        self._folder.remove_file(self._name)
 
-    def _other(self) -> dict[str, Any] | None:
-        """The living driver that holds the folder."""
-        if not self._folder.exists(FILE):
-            return None
-        try:
-            other: dict[str, Any] = self._folder.read_json(FILE)
-            is_fresh = time.time() - other["time"] < OLD_SECONDS
-        except (OSError, ValueError, KeyError, TypeError):
-            return None  # a damaged lock holds nothing
-        if other["host"] == self._content["host"]:
-            return other if _is_running(other["pid"], other["started"]) else None
-        return other if is_fresh else None
+    @property
+    def check(self) -> Callable[[], None]:
+        """Raises LostRunError where another driver has taken over. Any process may call it."""
+        return functools.partial(_check, self._folder, self._name)
+
+    def _get_in(self) -> None:
+        while True:
+            is_laid, others = self._look()
+            if is_laid and not others:
+                break
+            if min(others, default=self._name) >= self._name:
+                self._write(holds=False)
+            elif is_laid:
+                self._folder.remove_file(self._name)  # whoever comes first is to find itself alone
+            if others:
+                time.sleep(_LOOK_SECONDS[self._folder.is_local])
+        self._write(holds=True)
+
+    def _look(self) -> tuple[bool, dict[str, Claim]]:
+        """Whether the own claim is laid, and all others but those of dead drivers, which it removes.
+
+        Raises HeldRunError where a living driver holds the folder.
+        """
+        start = time.monotonic()
+        others = claims(self._folder)
+        is_laid = others.pop(self._name, None) is not None
+        for name, claim in list(others.items()):
+            lives = self._lives(name, claim, start)
+            if lives is False:
+                self._folder.remove_file(name)
+                del others[name]
+            elif lives and _holds(claim):
+                raise HeldRunError(
+                    f"run {self._folder} is being trained by {_who(claim)}: wait for it, stop it, or give another --name"
+                )
+        return is_laid, others
+
+    def _lives(self, name: str, claim: Claim, start: float) -> bool | None:
+        """Whether the driver of a claim that was read after `start` of the own clock lives; None while that is not known."""
+        is_running = _is_running(claim)
+        if is_running is not None:
+            return is_running
+        if name not in self._heard:
+            self._heard[name] = claim, time.monotonic()
+            if _holds(claim):
+                told = (self._folder, _who(claim), self._silence_seconds)
+                logger.info("run %s is held by %s: taking it over in %g s unless that shows a sign of life", *told)
+        before, since = self._heard[name]
+        if claim != before:
+            self._heard[name] = claim, time.monotonic()
+            return True
+        return False if start - since > self._silence_seconds else None
 
     def _beat(self) -> None:
         while not self._done.wait(BEAT_SECONDS):
             with contextlib.suppress(OSError):  # on a full disk the next beat tries again
-                self._write()
+                others = claims(self._folder)
+                is_laid = others.pop(self._name, None) is not None
+                if not is_laid or any(_holds(claim) for claim in others.values()):
+                    # Two that hold: one was suspended inside a beat, and has brought its claim back. Neither goes on.
+                    self._folder.remove_file(self._name)
+                    return
+                self._write(holds=True)
 
-    def _write(self) -> None:
-        self._folder.write_bytes(FILE, json.dumps({**self._content, "time": time.time()}).encode())
+    def _write(self, *, holds: bool) -> None:
+        self._claim["beats"] += 1
+        self._folder.write_json(self._name, {**self._claim, "holds": holds, "time": time.time()})
 
 
-def _is_running(pid: int, started: float) -> bool:
+def claims(folder: RunFolder) -> dict[str, Claim]:
+    """All drivers' claims to a run folder, by file name."""
+    found = {}
+    for name in folder.list_files():
+        if not (name.startswith("driver") and name.endswith(".json")):  # earlier versions had one `driver.json`
+            continue
+        try:
+            claim = folder.read_json(name)
+        except ValueError:
+            claim = {}
+        except OSError:
+            if folder.exists(name):
+                raise
+            continue  # its driver has ended meanwhile
+        found[name] = claim if isinstance(claim, dict) else {}
+    return found
+
+
+def holder(folder: RunFolder) -> Claim | None:
+    """The claim of the driver that holds a run folder; None where none does."""
+    return next((claim for claim in claims(folder).values() if _holds(claim)), None)
+
+
+def _check(folder: RunFolder, name: str) -> None:
+    with contextlib.suppress(OSError):  # storage that cannot be reached tells nothing
+        if folder.exists(name):
+            return
+        other = holder(folder)
+        who = f", {_who(other)}," if other else ""
+        raise LostRunError(f"another driver{who} has taken over run {folder}, as it had no sign of life from this one")
+
+
+def _holds(claim: Claim) -> bool:
+    """Whether a claim's driver got in; where it does not tell, it did."""
+    return bool(claim.get("holds", True))
+
+
+def _who(claim: Claim) -> str:
+    return f"process {claim.get('pid')} on {claim.get('host')}"
+
+
+def _this_process() -> Claim:
+    """What tells this process from all others; `started` is in clock ticks since the boot."""
+    boot = namespace = None
+    with contextlib.suppress(OSError):  # not on Linux: then others' processes cannot be seen
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        if os.readlink("/proc/self") == str(os.getpid()):  # a /proc of this namespace
+            namespace = os.readlink("/proc/self/ns/pid")
+    state = _state(os.getpid())
+    return {
+        **{"host": socket.gethostname(), "boot": boot, "pid_namespace": namespace},
+        **{"pid": os.getpid(), "started": state and state[1]},
+    }
+
+
+def _is_running(claim: Claim) -> bool | None:
+    """Whether a claim's process runs; None where this one cannot see it."""
+    here = _this_process()
+    if here["pid_namespace"] is None or any(claim.get(key) != here[key] for key in ("host", "boot", "pid_namespace")):
+        return None
     try:
-        return abs(psutil.Process(pid).create_time() - started) < 1  # the number may have gone to another process
-    except psutil.NoSuchProcess:
+        os.kill(claim["pid"], 0)
+    except ProcessLookupError:
         return False
+    except PermissionError:
+        pass  # another user's
+    state = _state(claim["pid"])
+    return None if state is None else state[0] != "Z" and state[1] == claim["started"]
+
+
+def _state(pid: int) -> tuple[str, int] | None:
+    """A process's state, `Z` once it has ended, and when it was started; None where that cannot be read."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    return fields[0].decode(), int(fields[19])

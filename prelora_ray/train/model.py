@@ -1,4 +1,4 @@
-"""The timm model of a run: made, checked, and freed of generators whose state a restart would lose."""
+"""The timm model of a run: made, and freed of generators whose state a restart would lose."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from prelora_ray.config import MethodSettings, ModelSettings
+from prelora_ray.config import ModelSettings
 from prelora_ray.data.draws import Draw, generator
 from prelora_ray.kernels.merged import FrozenProduct
 from prelora_ray.method.adapters import lora_layers
-from prelora_ray.method.ranks import check_ranks, match_rank_pattern
-from prelora_ray.method.targets import Target, find_targets
 from prelora_ray.torchvision_ops import make_importable
 
 make_importable()
@@ -137,39 +135,3 @@ def set_drop_path(modules: Sequence[KeyedDropPath], scales: torch.Tensor | None)
     """Sets the scales of the micro-batch that comes next, (modules, samples); None leaves out nothing."""
     for i, module in enumerate(modules):
         module.scale = None if scales is None else scales[i]
-
-
-def check_model(settings: ModelSettings, method: MethodSettings) -> list[Target]:
-    """Builds the model without weights and returns its target modules.
-
-    Raises ValueError where the model, its targets or the ranks do not fit each other, or a target's
-    layer is used by its weight alone, so that an adapter on it would have no effect.
-    """
-    with torch.device("meta"):
-        model = create_model(settings, num_classes=10, seed=0)
-    targets = find_targets(model, method.targets)
-    called: set[str] = set()
-    for name in {target.linear for target in targets}:
-        model.get_submodule(name).register_forward_hook(lambda *_, name=name: called.add(name))
-    try:
-        model(torch.empty(2, *settings.input_shape, device="meta"))
-    except Exception as error:
-        raise ValueError(
-            f"model.name = {settings.name!r} does not take images of shape {settings.input_shape}: {error}"
-        ) from error
-    for target in targets:
-        if target.linear not in called:
-            raise ValueError(
-                f"model.name = {settings.name!r} is not allowed: it uses {target.linear} by its weight alone, so no "
-                "adapter can be put on it"
-            )
-    if method.rank_pattern is not None:
-        try:
-            check_ranks(match_rank_pattern(method.rank_pattern, [target.name for target in targets]), targets)
-        except ValueError as error:
-            raise ValueError(f"method.rank_pattern: {error}") from None
-    elif method.enabled and method.r_max > (smallest := min(target.max_rank for target in targets)):
-        raise ValueError(
-            f"method.r_max = {method.r_max} is not allowed: the model's smallest weight has rank {smallest} at most"
-        )
-    return targets

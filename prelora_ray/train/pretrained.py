@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from prelora_ray.method.phases import head_parameters
 from prelora_ray.storage import Storage
 from prelora_ray.torchvision_ops import make_importable
 
@@ -31,18 +32,17 @@ def load_pretrained(model: nn.Module, path: str) -> list[str]:
     """
     tensors = _read(path)
     own = model.state_dict()
-    cfg = getattr(model, "pretrained_cfg", {})
-    head = f"{cfg.get('classifier', 'head')}."
+    head = head_parameters(model)
     if isinstance(model, VisionTransformer):
         try:
             tensors = checkpoint_filter_fn(tensors, model)
         except (RuntimeError, ValueError, KeyError, AssertionError) as error:
             raise ValueError(f"model.init_from = {path!r} does not fit the model: {' '.join(str(error).split())}") from error
     told = []
-    if sentence := _adapt_channels(tensors, own, f"{cfg.get('first_conv')}.weight"):
+    if sentence := _adapt_channels(tensors, own, f"{getattr(model, 'pretrained_cfg', {}).get('first_conv')}.weight"):
         told.append(sentence)
     other_shape = [name for name in tensors if name in own and tensors[name].shape != own[name].shape]
-    if replaced := [name for name in other_shape if name.startswith(head)]:
+    if replaced := [name for name in other_shape if name in head]:
         classes = tuple(len(of[replaced[0]]) for of in (tensors, own))
         told.append(f"its head has {classes[0]} classes and this run {classes[1]}: the head starts anew")
     for name in other_shape:

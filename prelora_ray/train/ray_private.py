@@ -9,21 +9,28 @@ from __future__ import annotations
 
 import contextlib
 import os
+import site
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import ray
+import ray.job_config
 import ray.train.torch
 from ray._raylet import ActorID, PlacementGroupID
 from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.context import get_train_context
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.util.placement_group import PlacementGroup
+
+from prelora_ray.train.failure import WorkerCodeError, failures_of
 
 _SHUTDOWN_SECONDS = 2
 _COUNT_SECONDS = 2.0
@@ -37,11 +44,56 @@ _DATA_ACTORS = {
 """Names of Ray Data's shared actors, with their namespaces."""
 
 
+class JobConfig(ray.job_config.JobConfig):
+    """Ray's, whose workers import from where the driver does.
+
+    Ray has them look first in the folder of the driver's script and in the folder that the driver was started in, where
+    something by the name of a library may lie; and it does not hand on where the driver found this package.
+    """
+
+    _py_driver_sys_path: list[str]
+
+    def _get_proto_job_config(self) -> Any:
+        own = {os.path.abspath(place) for place in sys.path}
+        package = str(Path(__file__).parents[2])
+        installed = package in {*site.getsitepackages(), site.getusersitepackages()}
+        places = [place for place in self._py_driver_sys_path if place in own]
+        if package in own and not installed and not self._runtime_env_has_working_dir():
+            places.append(package)
+        self._py_driver_sys_path = list(dict.fromkeys(places))
+        return super()._get_proto_job_config()
+
+
 class TorchTrainer(ray.train.torch.TorchTrainer):
-    """Ray Train's, without the actor that shares out datasets: every worker streams its own part, and a start is sooner."""
+    """Ray Train's, which does not try again what would fail alike.
+
+    It has no actor that shares out datasets: every worker streams its own part, and a start is sooner.
+    """
 
     def _create_default_callbacks(self) -> list[Any]:
         return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, DatasetsCallback)]
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        return super()._initialize_and_run_controller(
+            **{**arguments, "failure_policy": FailurePolicy(self.run_config.failure_config)}
+        )
+
+
+class FailurePolicy(DefaultFailurePolicy):
+    """Ray Train's, which ends a run whose worker fails for good, or a second time as in the attempt before, no step further."""
+
+    def __init__(self, failure_config: ray.train.FailureConfig) -> None:
+        super().__init__(failure_config)
+        self._before: list[WorkerCodeError] = []
+
+    def make_decision(self, training_failed_error: ray.train.TrainingFailedError) -> FailureDecision:
+        decision = super().make_decision(training_failed_error)
+        failures = failures_of(training_failed_error)
+        for failure in failures:
+            failure.is_repeated = any(failure.repeats(earlier) for earlier in self._before)
+        self._before = failures
+        is_hopeless = any(failure.is_final or failure.is_repeated for failure in failures)
+        return FailureDecision.RAISE if is_hopeless else decision
 
 
 class TorchConfig(ray.train.torch.TorchConfig):
@@ -54,6 +106,26 @@ class TorchConfig(ray.train.torch.TorchConfig):
     def backend_cls(self) -> Any:
         os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", str(_SHUTDOWN_SECONDS))
         return super().backend_cls
+
+
+class Guard(ControllerCallback, WorkerGroupCallback):
+    """A callback of Ray Train that ends a fit, workers and all and without another try, once `check` raises.
+
+    Its controller calls `check` every few seconds, and before it starts workers: also where the driver is suspended.
+    """
+
+    def __init__(self, check: Callable[[], None], seconds: float) -> None:
+        self._check = check
+        self._seconds = seconds
+        self._time = float("-inf")
+
+    def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
+        if time.monotonic() - self._time >= self._seconds:
+            self._check()
+            self._time = time.monotonic()
+
+    def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
+        self._check()
 
 
 class ScalingConfig(ray.train.ScalingConfig):

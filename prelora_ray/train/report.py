@@ -35,7 +35,8 @@ def report(session: Session, line: dict[str, Any], decision: Decision) -> None:
         "converged": decision.verdict and decision.verdict.converged,
         "ranks": phases.ranks and _summary(list(phases.ranks.values())),
     }
-    if session.rank != 0 or session.state.epoch < session.settings.train.epochs:
+    is_last = session.state.epoch == session.settings.train.epochs
+    if session.rank != 0 or not is_last or session.saver.failure is not None:
         ray.train.report(metrics)
         return
     with tempfile.TemporaryDirectory() as directory:

@@ -22,7 +22,7 @@ def summarize(folder: RunFolder) -> dict[str, Any]:
     validated = [line["val_top1"] for line in epochs if line["val_top1"] is not None]
     switch, freeze = _last(events, "switch"), _last(events, "freeze")
     return {
-        "epochs": len(epochs),
+        "epochs": epochs[-1]["epoch"] + 1,
         "switch_epoch": switch and switch["switch_epoch"],
         "freeze_epoch": freeze and freeze["freeze_epoch"],
         "val_top1": validated[-1] if validated else None,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import queue
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -24,15 +24,28 @@ from prelora_ray.data.prepare import prepare
 from prelora_ray.errors import InterruptedRunError, WorkError
 from prelora_ray.monitor.client import finish
 from prelora_ray.monitor.exporter import start_exporter
+from prelora_ray.nodes import check_seen_by_all_nodes
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
-from prelora_ray.train.checkpoint import Checkpoints
-from prelora_ray.train.lock import DriverLock
-from prelora_ray.train.model import check_model, create_model
+from prelora_ray.train.check import check_model
+from prelora_ray.train.checkpoint import Checkpoints, checkpoint_name
+from prelora_ray.train.end import FILE as END_FILE
+from prelora_ray.train.end import read_end, remove_end
+from prelora_ray.train.failure import failures_of, root_cause
+from prelora_ray.train.lock import BEAT_SECONDS, DriverLock
+from prelora_ray.train.model import create_model
 from prelora_ray.train.notices import STOP_FILE
 from prelora_ray.train.precision import check_precision
 from prelora_ray.train.pretrained import load_pretrained
-from prelora_ray.train.ray_private import ScalingConfig, TorchConfig, TorchTrainer, keep_token_private, release
+from prelora_ray.train.ray_private import (
+    Guard,
+    JobConfig,
+    ScalingConfig,
+    TorchConfig,
+    TorchTrainer,
+    keep_token_private,
+    release,
+)
 from prelora_ray.train.result import summarize
 from prelora_ray.train.telemetry import run_label
 from prelora_ray.train.watchdog import PATIENCE
@@ -55,6 +68,10 @@ _RESIZE_LOOK_SECONDS = 5.0
 """Between looks whether there is room for more workers."""
 
 
+_STOP_SECONDS = 0.5
+"""Between tries to ask the workers to stop, where that fails."""
+
+
 class TrainError(WorkError):
     """The work failed; the message says where it stands."""
 
@@ -65,7 +82,7 @@ def train(settings: Settings, *, debug: bool = False, callbacks: Sequence[ray.tr
     `callbacks` are Ray Train's, which hear of every report.
 
     Raises ValueError for settings that cannot work, before Ray starts; TrainError where the work
-    fails; InterruptedRunError on Ctrl-C.
+    fails; InterruptedRunError on Ctrl-C; HeldRunError and LostRunError as DriverLock does.
     """
     settings = with_absolute_paths(settings)
     folder = RunFolder.of(settings)
@@ -73,7 +90,7 @@ def train(settings: Settings, *, debug: bool = False, callbacks: Sequence[ray.tr
     if before is not None:
         _check_unchanged(before, settings, folder)
         Checkpoints(folder).check_schema()
-    check_model(settings.model, settings.method)
+    check_model(settings)
     if settings.model.init_from is not None and before is None:
         load_pretrained(create_model(settings.model, num_classes=1, seed=0), settings.model.init_from)  # raises early
     if not Storage(settings.data.path).exists("manifest.json") and settings.data.source is None:
@@ -84,9 +101,10 @@ def train(settings: Settings, *, debug: bool = False, callbacks: Sequence[ray.tr
         return result
     for sentence in without_effect(settings):
         logger.warning("%s", sentence)
-    with DriverLock(folder), ray_session(debug=debug) as is_embedded:
+    with DriverLock(folder) as lock, ray_session(debug=debug) as is_embedded:
         settings = _settle_gpu(settings, before, ray.cluster_resources().get("GPU", 0))
         _check_room(settings, is_embedded)
+        _check_nodes_see(settings, folder)
         if not settings.workers.gpu:
             check_precision(settings.train.precision, torch.device("cpu"))
         _prepare_once(settings)
@@ -98,17 +116,37 @@ def train(settings: Settings, *, debug: bool = False, callbacks: Sequence[ray.tr
         folder.write_settings(settings)
         folder.remove_file(STOP_FILE)
         _start_exporter(settings)
-        with _stop_on_sigterm(folder):
-            _fit(settings, folder, callbacks)
+        with stop_on_sigterm(folder):
+            _fit(settings, folder, [*callbacks, Guard(lock.check, BEAT_SECONDS)])
         finish(run_label(settings))
-    last = folder.read_lines("events.jsonl")[-1]
-    if last["event"] == "run_failed":
-        raise TrainError(last["message"])
-    if last["event"] == "stop":
-        raise InterruptedRunError(f"stopped; the same command goes on from epoch {last['epoch']} of {folder}")
+        check_finished(folder, settings.train.epochs)
+        return write_result(folder)
+
+
+def write_result(folder: RunFolder) -> dict[str, Any]:
+    """Writes result.json and returns its contents. Raises TrainError where there is no room for it."""
     result = summarize(folder)
-    folder.write_json("result.json", result)
+    try:
+        folder.write_json("result.json", result)
+    except OSError as error:
+        raise TrainError(f"run {folder} is trained, but has no result yet ({error}); the same command writes it") from error
     return result
+
+
+def check_finished(folder: RunFolder, epochs: int) -> None:
+    """Raises InterruptedRunError where the run was stopped, and TrainError where it failed or is not whole."""
+    end = read_end(folder)
+    if end is not None and end.end == "failed":
+        raise TrainError(end.message)
+    names = Checkpoints(folder).names()
+    begin = f"epoch {int(names[-1].split('-')[0])} of {folder} (checkpoint {names[-1]})" if names else f"the start of {folder}"
+    goes_on = f"the same command goes on from {begin}"
+    if end is None:
+        raise TrainError(f"training ended without {folder / END_FILE}, the record of how (is the disk full?); {goes_on}")
+    if end.end == "stop":
+        raise InterruptedRunError(f"stopped; {goes_on}")
+    if checkpoint_name(epochs, 0) not in names:
+        raise TrainError(f"training ended without a whole checkpoint of the last epoch; {goes_on}")
 
 
 def _start_exporter(settings: Settings) -> None:
@@ -119,23 +157,38 @@ def _start_exporter(settings: Settings) -> None:
     try:
         address = start_exporter(monitor.host, monitor.port)
     except Exception as error:
-        logger.warning("no metrics: the exporter did not start (%s)", _root_cause(error))
+        logger.warning("no metrics: the exporter did not start (%s)", root_cause(error))
         return
     taken = "" if address.endswith(f":{monitor.port}") else f" (not port {monitor.port})"
     logger.info("metrics at http://%s/metrics%s", address, taken)
 
 
 @contextmanager
-def _stop_on_sigterm(folder: RunFolder) -> Iterator[None]:
-    """On SIGTERM, asks the workers to save where they stand and to end."""
+def stop_on_sigterm(folder: RunFolder) -> Iterator[None]:
+    """On SIGTERM, asks the workers to save where they stand and to end: by an empty file, which has room on most full disks."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: folder.write_json(STOP_FILE, {"time": time.time()}))
+    asks: queue.SimpleQueue[bool] = queue.SimpleQueue()  # a signal may interrupt a `put` by another one
+
+    def ask() -> None:
+        is_asked = asks.get()
+        while is_asked:
+            try:
+                return folder.write_bytes(STOP_FILE, b"")
+            except OSError:
+                with contextlib.suppress(queue.Empty):
+                    is_asked = asks.get(timeout=_STOP_SECONDS)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    before = signal.signal(signal.SIGTERM, lambda *_: asks.put(True))
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+        asks.put(False)
+        thread.join()
 
 
 @contextmanager
@@ -151,6 +204,7 @@ def ray_session(*, debug: bool = False) -> Iterator[bool]:
     keep_token_private()
     ray.init(
         address=address,
+        job_config=JobConfig(),
         log_to_driver=debug,
         logging_level=logging.INFO if debug else logging.ERROR,
         **({"include_dashboard": False} if address == "local" else {}),
@@ -192,6 +246,14 @@ def _check_room(settings: Settings, is_embedded: bool) -> None:
         logger.warning("waiting for room: %s", told)
 
 
+def _check_nodes_see(settings: Settings, folder: RunFolder) -> None:
+    """Raises ValueError, before anything is prepared or trained, where a node does not see a local path of the run."""
+    data = settings.data
+    is_prepared = Storage(data.path).exists("manifest.json")
+    reads = [path for path in (data.path if is_prepared else data.source, settings.model.init_from) if path is not None]
+    check_seen_by_all_nodes(reads, writes=[str(folder)] if is_prepared else [data.path, str(folder)])
+
+
 def _fit(settings: Settings, folder: RunFolder, callbacks: Sequence[ray.train.UserCallback]) -> None:
     workers = settings.workers
     is_elastic = workers.min < workers.max
@@ -224,7 +286,7 @@ def _fit(settings: Settings, folder: RunFolder, callbacks: Sequence[ray.train.Us
     except (SystemExit, KeyboardInterrupt):  # Ray Train's own handler of Ctrl-C ends its workers and exits
         raise InterruptedRunError(f"interrupted; the same command goes on from the last checkpoint in {folder}") from None
     except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
-        raise TrainError(f"training failed after {workers.max_failures} restarts: {_root_cause(error)}") from error
+        raise TrainError(_told(error, workers.max_failures)) from error
 
 
 def _fit_again_and_again(trainer: TorchTrainer, folder: RunFolder, max_failures: int) -> None:
@@ -234,6 +296,7 @@ def _fit_again_and_again(trainer: TorchTrainer, folder: RunFolder, max_failures:
         reserved = [line["reservation"] for line in folder.read_lines("events.jsonl") if "reservation" in line]
         if reserved:
             release(reserved[-1])
+        remove_end(folder)
         try:
             trainer.fit()
         except ray.exceptions.RayActorError:
@@ -242,17 +305,18 @@ def _fit_again_and_again(trainer: TorchTrainer, folder: RunFolder, max_failures:
                 raise
             logger.warning("Ray Train's controller died; another one goes on")
             continue
-        if folder.read_lines("events.jsonl")[-1]["event"] != "preemption":
+        end = read_end(folder)
+        if end is None or end.end != "preemption":
             return
 
 
-def _root_cause(error: BaseException) -> str:
-    """The worker's own error, in one line."""
-    causes = getattr(error, "worker_failures", None)
-    cause: BaseException = next(iter(causes.values())) if causes else error
-    while (inner := getattr(cause, "cause", None) or cause.__cause__) is not None:
-        cause = inner
-    return f"{type(cause).__name__}: {' '.join(str(cause).split())[:500]}"
+def _told(error: Exception, max_failures: int) -> str:
+    """Why a run ended, in one sentence."""
+    for failure in failures_of(error):
+        if failure.is_final or failure.is_repeated:
+            where = "before its first step" if failure.step is None else f"at step {failure.step}"
+            return f"training failed {'twice ' if failure.is_repeated else ''}{where}: {failure.reason}"
+    return f"training failed after {max_failures} restarts: {root_cause(error)}"
 
 
 def _prepare_once(settings: Settings) -> None:
@@ -268,11 +332,15 @@ def _check_unchanged(before: Settings, now: Settings, folder: RunFolder) -> None
     """Raises ValueError where a run is resumed with settings that would make another run of it."""
     old, new = (flat(settings) for settings in (before, now))
     for key in sorted(old | new):
-        if old.get(key) != new.get(key) and not any(key == may or key.startswith(may + ".") for may in _MAY_CHANGE):
+        if old.get(key) == new.get(key) or any(key == may or key.startswith(may + ".") for may in _MAY_CHANGE):
+            continue
+        told = f"{key} = {new.get(key)!r} is not allowed: run {folder} was begun with {old.get(key)!r}"
+        if key == "train.epochs" and now.train.epochs > before.train.epochs:
             raise ValueError(
-                f"{key} = {new.get(key)!r} is not allowed: run {folder} was begun with {old.get(key)!r}; "
-                "resume it with that, or give another --name"
+                f"{told}, over which its learning rate falls; more epochs are another run, which may begin with its weights: "
+                f"`prelora export {folder} OUT`, then train `--name ANOTHER --set model.init_from=OUT/timm/model.safetensors`"
             )
+        raise ValueError(f"{told}; resume it with that, or give another --name")
 
 
 def _check_same_data(folder: RunFolder, settings: Settings, manifest: Manifest) -> None:

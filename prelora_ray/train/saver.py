@@ -6,6 +6,7 @@ import logging
 import queue
 import threading
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from prelora_ray.train.checkpoint import Checkpoint, Checkpoints, Retention
 
 logger = logging.getLogger(__name__)
+_BEAT_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -34,35 +36,40 @@ class Saver:
     def __init__(self, checkpoints: Checkpoints, retention: Retention) -> None:
         self._checkpoints = checkpoints
         self._retention = retention
-        self._idle = threading.Event()
-        self._idle.set()
+        self._thread = threading.Thread()
         self._results: queue.SimpleQueue[Saved] = queue.SimpleQueue()
         self._failed: Checkpoint | None = None
+        self.failure: str | None = None
+        """Why the last save failed; None where it has not."""
 
     @property
     def is_busy(self) -> bool:
-        return not self._idle.is_set()
+        return self._thread.is_alive()
 
-    def start(self, checkpoint: Checkpoint) -> None:
-        """Writes a snapshot, which nothing may change any more, once the one before it is written."""
-        self.wait()
-        self._idle.clear()
-        threading.Thread(target=self._write, args=(checkpoint,), daemon=True).start()
+    def start(self, take: Callable[[], Checkpoint], *, waits: bool, meanwhile: Callable[[], None] = lambda: None) -> bool:
+        """Takes a snapshot, which nothing may change any more, and writes it; returns whether it does.
 
-    @property
-    def has_failed(self) -> bool:
-        """Whether the last save failed."""
-        return self._failed is not None
+        While another one is being written, which may take longer than any step, it does not, unless it `waits` for that.
+        """
+        if self.is_busy and not waits:
+            return False
+        self.wait(meanwhile)
+        self._failed = None  # before another snapshot takes as much memory
+        self._begin(take())
+        return True
 
-    def retry(self) -> None:
+    def retry(self, meanwhile: Callable[[], None] = lambda: None) -> None:
         """Writes once more what could not be written, and waits for it."""
         assert self._failed is not None
-        self.start(self._failed)
-        self.wait()
+        self._begin(self._failed)
+        self.wait(meanwhile)
 
-    def wait(self) -> None:
-        """Returns when nothing is being written."""
-        self._idle.wait()
+    def wait(self, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Returns when nothing is being written; calls `meanwhile` at once and again every second until then."""
+        meanwhile()
+        while self.is_busy:
+            self._thread.join(_BEAT_SECONDS)
+            meanwhile()
 
     def results(self) -> list[Saved]:
         """What has been saved, or failed to be, since the last call."""
@@ -70,6 +77,10 @@ class Saver:
         while not self._results.empty():
             found.append(self._results.get())
         return found
+
+    def _begin(self, checkpoint: Checkpoint) -> None:
+        self._thread = threading.Thread(target=self._write, args=(checkpoint,), daemon=True)
+        self._thread.start()
 
     def _write(self, checkpoint: Checkpoint) -> None:
         start = time.monotonic()
@@ -83,9 +94,8 @@ class Saver:
         except BaseException:
             logger.exception("saving failed")
             error = "an error of the program, see the worker's log"
-        self._failed = None if error is None else checkpoint
+        self._failed, self.failure = (None if error is None else checkpoint), error
         self._results.put(Saved(checkpoint.name, time.monotonic() - start, error))
-        self._idle.set()
 
 
 def _beside_training(checkpoint: Checkpoint) -> AbstractContextManager[Any]:

@@ -23,6 +23,7 @@ from prelora_ray.run_folder import LineWriter, RunFolder, RunRecords, last_attem
 from prelora_ray.storage import Storage
 from prelora_ray.train.checkpoint import Checkpoints, Retention
 from prelora_ray.train.control import Action, Control
+from prelora_ray.train.end import End, EndKind, write_end
 from prelora_ray.train.evaluation import Evaluation
 from prelora_ray.train.feed import Feed, stream_plan, validates
 from prelora_ray.train.notices import Notices, room_to_grow
@@ -84,6 +85,7 @@ class Session:
         if self.records:
             trunk_epochs = settings.method.window_epochs if settings.checkpoint.keep_trunk else None
             self.saver = Saver(self.checkpoints, Retention(settings.checkpoint.keep, trunk_epochs))
+            self._wrote_ranks = False
             self.board = TensorBoardLog(self.folder, self.attempt, self.state.epoch)
             self._record_start(start)
             done = last_attempt(self.folder.read_lines("epochs.jsonl"), "epoch")
@@ -197,15 +199,19 @@ class Session:
             self.board.epoch(line)
             self.run_telemetry.epoch(line)
             self._record_change(decision)
+            with contextlib.suppress(OSError):  # a full disk: the end of another epoch tries again
+                self._write_ranks()
             self._diagnose(line)
         is_last = epoch + 1 == self.settings.train.epochs
-        changes = decision.switch is not None or decision.freeze
-        due = (epoch + 1) % self.settings.checkpoint.every_epochs == 0
-        if self.records and (due or changes or is_last):
-            self._save([], line["val_top1"])
-        if is_last:
-            self.watchdog.beat(patiently=True)
+        must = is_last or decision.switch is not None or decision.freeze or self._ends_trunk_window(epoch)
+        if must:
+            self.watchdog.beat(patiently=True)  # rank 0 may have to wait for an earlier save, and the others for rank 0
+        if self.records and (must or (epoch + 1) % self.settings.checkpoint.every_epochs == 0):
+            self._save([], line["val_top1"], waits=must)
+        if is_last and self.records:
             self._finish_saving()
+        elif is_last:
+            self.watchdog.end()  # all that is left to do is rank 0's
         if self.audit:
             self.audit.flush()
         if self.records:
@@ -216,16 +222,19 @@ class Session:
             self.telemetry.send()
         report(self, line, decision)
 
+    def finish(self) -> None:
+        """The run has trained all its epochs."""
+        if not self.records:
+            return
+        if self.saver.failure is None:
+            self._end("finished")
+        else:
+            self._fail(f"the last epoch could not be saved, which the same command tries again: {self.saver.failure}")
+
     def fail(self, message: str) -> None:
         """Ends the run for good, without another try by Ray Train."""
-        if self.records:
-            self._finish_saving()
-            names = self.checkpoints.names()
-            where = (
-                f"the last good checkpoint is {self.checkpoints.folder / names[-1]}" if names else "no checkpoint was saved yet"
-            )
-            self._event("run_failed", message=f"{message}; {where}")
-            self.records.flush()
+        self._finish_saving()
+        self._fail(message)
 
     def close(self) -> None:
         self.watchdog.end()
@@ -257,35 +266,78 @@ class Session:
         self.stepper.check_finite()
         sums = self.stepper.worker_sums()
         if self.records:
-            self._save(sums)
+            self._save(sums, waits=action is not Action.SAVE)
         if action is Action.SAVE:
             return
-        self.watchdog.beat(patiently=True)
-        if self.records:
-            self._finish_saving()
-            self._event("stop" if action is Action.STOP else "preemption")
-            self.records.flush()
+        self._finish_saving()
         if self.audit:
             self.audit.flush()
+        if self.records:
+            kind: EndKind = "stop" if action is Action.STOP else "preemption"
+            self._event(kind)
+            with contextlib.suppress(OSError) if action is Action.STOP else contextlib.nullcontext():
+                self._end(kind)
         raise StoppedError
 
-    def _save(self, sums: list[list[float]], val_top1: float | None = None) -> None:
-        self.saver.wait()
+    def _ends_trunk_window(self, epoch: int) -> bool:
+        """Whether a fork may begin behind an epoch (from 0)."""
+        is_trunk = self.settings.checkpoint.keep_trunk and self._phase is Phase.FULL
+        return is_trunk and (epoch + 1) % self.settings.method.window_epochs == 0
+
+    def _save(self, sums: list[list[float]], val_top1: float | None = None, *, waits: bool) -> None:
+        """Saves, unless another save is under way and this one does not wait for it: the next one is then as good."""
+        has_begun = self.saver.start(
+            lambda: self.state.snapshot(sums, holds_base=self.checkpoints.holds_base, val_top1=val_top1),
+            waits=waits,
+            meanwhile=self._beat_patiently,
+        )
         self._record_saves()
-        self.saver.start(self.state.snapshot(sums, holds_base=self.checkpoints.holds_base, val_top1=val_top1))
-        self.notices.saved(self.state.step)
+        if has_begun:
+            self.notices.saved(self.state.step)
+
+    def _beat_patiently(self) -> None:
+        self.watchdog.beat(patiently=True)
 
     def _finish_saving(self) -> None:
         """Waits for the save under way. Where it failed, tries again a few times: what it holds is the last of the run."""
         if not self.records:
             return
-        self.saver.wait()
+        self.saver.wait(self._beat_patiently)
         for _ in range(_LAST_SAVES):
-            if not self.saver.has_failed:
+            if self.saver.failure is None:
                 break
             time.sleep(self.settings.workers.hang_seconds / _LAST_SAVES)
-            self.saver.retry()
+            self.saver.retry(self._beat_patiently)
         self._record_saves()
+
+    def _fail(self, message: str) -> None:
+        if not self.records:
+            return
+        names = self.checkpoints.names()
+        where = f"the last good checkpoint is {self.checkpoints.folder / names[-1]}" if names else "no checkpoint was saved yet"
+        self._event("run_failed", message=f"{message}; {where}")
+        with contextlib.suppress(OSError):
+            self._end("failed", f"{message}; {where}")
+
+    def _end(self, kind: EndKind, message: str | None = None) -> None:
+        """Writes how the attempt ends, once all that it recorded is there: trying as long as for a last save.
+
+        Raises OSError where there is no room even so: the attempt has failed. Where no other one is to follow, the driver
+        tells that the record is missing.
+        """
+        assert self.records
+        tries = 1 if self.saver.failure is not None else _LAST_SAVES  # the save that failed has waited already
+        for tries_left in reversed(range(tries)):
+            try:
+                self._write_ranks()
+                if not self.records.flush():
+                    raise OSError(f"no room for the records in {self.folder}")
+                write_end(self.folder, End(kind, self.state.epoch, self.state.step, message))
+                return
+            except OSError:
+                if not tries_left:
+                    raise
+            time.sleep(self.settings.workers.hang_seconds / _LAST_SAVES)
 
     def _record_saves(self) -> None:
         assert self.records
@@ -300,7 +352,8 @@ class Session:
         assert self.records
         for name, message in start.damaged.items():
             self._event("checkpoint_damaged", message=message)
-            self.checkpoints.remove(name)
+            with contextlib.suppress(OSError):  # where it stays, the next attempt finds it again
+                self.checkpoints.set_aside(name)
         world_size = self.state.world_size
         content: dict[str, Any] = {"world_size": world_size, "reservation": reservation()}
         if self.attempt == 0:
@@ -314,6 +367,8 @@ class Session:
             self._event("init_from", message=sentence)
         if self.state.fork is not None:
             self._record_change(self.state.fork)
+        with contextlib.suppress(OSError):
+            self._write_ranks()
 
     def _record_change(self, decision: Decision) -> None:
         if decision.switch is None and not decision.freeze:
@@ -327,10 +382,16 @@ class Session:
             "logit_change": self.state.logit_change,
         }
         if decision.switch is not None:
-            self.folder.write_json("ranks.json", decision.switch)
             self._event("switch", switch_epoch=phases.switched_at, **content)
         if decision.freeze:
             self._event("freeze", freeze_epoch=phases.frozen_at, **content)
+
+    def _write_ranks(self) -> None:
+        """Writes ranks.json once in an attempt, from what every checkpoint holds too."""
+        ranks = self.state.phases.ranks
+        if ranks is not None and not self._wrote_ranks:
+            self.folder.write_json("ranks.json", ranks)
+            self._wrote_ranks = True
 
     def _diagnose(self, line: dict[str, Any]) -> None:
         """Records failure signatures, each once."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.train.checkpoint import Checkpoint, Checkpoints
+from prelora_ray.train.lock import holder
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,4 @@ def find_start(folder: RunFolder, checkpoints: Checkpoints) -> tuple[Start, Chec
 
 
 def _driver_started(folder: RunFolder) -> float:
-    try:
-        return float(folder.read_json("driver.json")["since"])
-    except (OSError, ValueError, KeyError):
-        return 0.0
+    return float((holder(folder) or {}).get("since", 0.0))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from pathlib import PurePosixPath
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from prelora_ray.config import Settings
 from prelora_ray.method.phases import Phase
 from prelora_ray.monitor.client import Client
 from prelora_ray.monitor.metrics import RunMetrics, WorkerMetrics
+from prelora_ray.storage import absolute
 from prelora_ray.train.gpu import Sensors, forward_flops, peak_flops, training_passes
 from prelora_ray.train.saver import Saved
 
@@ -21,8 +21,9 @@ _RATE_SECONDS = 5.0
 
 
 def run_label(settings: Settings) -> str:
-    """Tells runs of one cluster apart, such as `runs/digits` or `my-sweep/trunk`."""
-    return f"{PurePosixPath(settings.storage).name}/{settings.name}"
+    """The run's folder, as no two runs share one: `/mnt/shared/runs/digits`; an address without what may be secret in it."""
+    scheme, separator, place = f"{absolute(settings.storage).rstrip('/')}/{settings.name}".partition("://")
+    return scheme + separator + place.rpartition("@")[2]
 
 
 class WorkerTelemetry:

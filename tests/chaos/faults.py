@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 
 from prelora_ray.run_folder import RunFolder
+from prelora_ray.train.checkpoint import Checkpoints
 from tests.chaos.site import Site, wait_for
 
 DRAIN_SECONDS = 6
@@ -88,12 +89,11 @@ def drain_node(target: Target) -> None:
 
 def corrupt_checkpoint(target: Target) -> None:
     """Flips a bit, cuts or removes a file of the newest checkpoint, and has it read."""
-    checkpoints = target.folder / "checkpoints"
+    checkpoints = Checkpoints(target.folder)
     workers = wait_for(target.site.workers, 30, "a worker")
     for worker in workers:  # nothing newer is written meanwhile
         worker.suspend()
-    committed = [name for name in checkpoints.list_folders() if (checkpoints / name).exists("manifest.json")]
-    newest = Path(checkpoints.path, committed[-1])
+    newest = Path(checkpoints.folder.path, checkpoints.names()[-1])
     path = newest / target.rng.choice(["model.safetensors", "optimizer.safetensors", "state.json"])
     match target.rng.choice(["flip", "cut", "remove"]):
         case "flip":

@@ -58,6 +58,20 @@ def test_mixup_and_cutmix_by_hand():
     assert targets.tolist() == [[0.75, 0.25, 0], [0.25, 0.75, 0], [0.125, 0, 0.875], [0.875, 0, 0.125]]
 
 
+def test_a_box_of_cutmix_cut_off_at_the_border_weighs_what_is_left_of_it():
+    """Where own pixels are 1 and the partner's 0, the share of the label is the mean of the pixels."""
+    cut_off = 0
+    for batch in range(50):
+        drawn = plan(Mixing(cutmix=1.0), [0], np.arange(4), batch=batch)
+        top, left, bottom, right = drawn.box[0].tolist()
+        cut_off += 0 in (top, left) or 8 in (bottom, right)
+        pair = MixPlan(torch.tensor([1, 0]), drawn.weight[:2], drawn.box[:2])
+        images = torch.stack([torch.ones(3, 8, 8), torch.zeros(3, 8, 8)]).double()
+        mixed, targets = mix(images, torch.eye(2).double(), pair)
+        assert targets[0].tolist() == pytest.approx([mixed[0].mean().item(), 1 - mixed[0].mean().item()])
+    assert cut_off > 10
+
+
 def test_label_smoothing_by_hand():
     targets = soft_targets(torch.tensor([1, -1]), num_classes=4, label_smoothing=0.2, dtype=torch.float64)
     assert targets[0].tolist() == pytest.approx([0.05, 0.85, 0.05, 0.05])

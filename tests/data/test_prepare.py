@@ -162,7 +162,10 @@ def test_counts_add_up_and_are_kept(tree: Path, tmp_path: Path):
     }
     assert counts.seen == 35 == 30 + sum(skip.count for skip in counts.skipped)
     assert manifest.bad == 3
-    assert counts.notes == ("read as image folders",)
+    assert counts.notes == (
+        "read as image folders",
+        "0.2 of each class is held out, as no images are there to validate with",
+    )
 
 
 def test_a_class_without_a_readable_image_is_refused(tree: Path, tmp_path: Path):

@@ -367,7 +367,7 @@ def test_a_tree_of_ugly_images(tmp_path, ray_cluster):
     assert listed["a/empty.png"] == "the file is empty"
     assert "3000 x 3000 pixels" in listed["a/bomb.png"]
     assert read_manifest(Storage(tmp_path / "out")).classes == ("a", "b")
-    with pytest.raises(PrepareError, match=f"5 of {2 * len(UGLY) + 6} images"):
+    with pytest.raises(PrepareError, match=f"5 of {2 * len(UGLY) + 5} images"):
         prepare(str(tree), str(tmp_path / "out2"), PrepareSettings(max_pixels=10**6))
 
 

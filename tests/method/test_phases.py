@@ -2,12 +2,18 @@ import json
 import math
 
 import pytest
+import timm
 import torch
 
 from prelora_ray.method.adapters import inject
 from prelora_ray.method.convergence import ConvergenceTest
-from prelora_ray.method.phases import Phase, PhaseSchedule, freeze_parameters
+from prelora_ray.method.phases import Phase, PhaseSchedule, freeze_parameters, head_parameters
 from prelora_ray.method.targets import find_targets
+from prelora_ray.torchvision_ops import make_importable
+from tests.runs import TINY_VIT
+
+make_importable()
+
 
 NAME = "blocks.0.attn.query"
 
@@ -89,6 +95,30 @@ def test_freeze_all_but_head(adapted, targets):
     assert trainable(adapted) == adapters | {"head.weight", "head.bias"}
 
 
+def test_freeze_all_but_two_heads(targets):
+    distilled = timm.create_model("deit_tiny_distilled_patch16_224", img_size=8, num_classes=10, **TINY_VIT)
+    inject(distilled, targets, {target.name: 2 for target in targets})
+    freeze_parameters(distilled, targets, "all_but_head")
+    heads = {f"{head}.{part}" for head in ("head", "head_dist") for part in ("weight", "bias")}
+    assert {name for name in trainable(distilled) if "lora_" not in name} == heads == head_parameters(distilled)
+
+
+def test_freeze_all_but_the_head_of_a_model_without_one(adapted, targets):
+    adapted.reset_classifier(0)
+    with pytest.raises(ValueError, match="the model has no head"):
+        freeze_parameters(adapted, targets, "all_but_head")
+
+
+def test_freeze_prefix_leaves_what_stands_behind_the_blocks():
+    cait = timm.create_model("cait_xxs24_224", img_size=8, num_classes=10, **TINY_VIT)
+    targets = find_targets(cait)
+    inject(cait, targets, {"blocks.1.mlp.fc1": 2})
+    freeze_parameters(cait, targets, "prefix")
+    parts = {".".join(name.split(".")[:2]) for name in trainable(cait)}
+    assert {"blocks.1", "blocks.2", "blocks_token_only.0", "norm.weight", "head.bias"} <= parts
+    assert not {"blocks.0", "patch_embed.proj"} & parts
+
+
 def test_freeze_prefix_stops_the_backward(adapted, targets, images):
     freeze_parameters(adapted, targets, "prefix")
     names = trainable(adapted)
@@ -101,3 +131,23 @@ def test_freeze_prefix_stops_the_backward(adapted, targets, images):
     assert not features[0].requires_grad
     assert all((p.grad is not None) == (n in names) for n, p in adapted.named_parameters())
     assert torch.isfinite(adapted.head.weight.grad).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "pool", "behind"),
+    [
+        ("vit_tiny_patch16_224", "token", {"norm", "head"}),
+        ("vit_tiny_patch16_224", "avg", {"fc_norm", "head"}),
+        ("vit_tiny_patch16_224", "map", {"norm", "attn_pool", "head"}),
+        ("deit_tiny_distilled_patch16_224", "token", {"norm", "head", "head_dist"}),
+    ],
+)
+def test_freeze_prefix_leaves_all_that_stands_behind_the_blocks(name, pool, behind):
+    model = timm.create_model(name, img_size=8, num_classes=10, global_pool=pool, **TINY_VIT)
+    targets = find_targets(model)
+    inject(model, targets, {"blocks.1.attn.key": 4})
+    last = {name for name, _ in model.named_parameters() if name.split(".")[0] in behind}
+    assert {name.split(".")[0] for name in last} == behind
+    freeze_parameters(model, targets, "prefix")
+    names = trainable(model)
+    assert last == {name for name in names if not name.startswith("blocks.")}

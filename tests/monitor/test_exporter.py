@@ -14,8 +14,9 @@ import pytest
 import ray
 from prometheus_client.parser import text_string_to_metric_families
 
+from prelora_ray.config_file import parse_settings
 from prelora_ray.monitor.client import Client
-from prelora_ray.monitor.exporter import KEEP_SECONDS, NAME, NAMESPACE, SILENT_SECONDS, Board, serve, start_exporter
+from prelora_ray.monitor.exporter import KEEP_SECONDS, NAME, NAMESPACE, SILENT_SECONDS, Board, Exporter, serve, start_exporter
 from prelora_ray.monitor.metrics import RunMetrics, WorkerMetrics
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.train.run import train
@@ -133,6 +134,14 @@ def test_a_taken_port_means_the_next_one(board):
         server.server_close()
 
 
+@pytest.mark.parametrize(("host", "start"), [("127.0.0.1", "127.0.0.1:"), ("::1", "[::1]:")])
+def test_its_address_is_what_prometheus_is_given(host, start):
+    exporter = Exporter(host, 19600)
+    exporter.update("a", "0", worker("a", "0", 5).collect(), world_size=1)
+    assert exporter.address().startswith(start)
+    assert images(exporter.address()) == {("full", "a", "0"): 5}
+
+
 def test_an_exporter_that_dies_comes_back_with_what_workers_say(ray_cluster):
     address = start_exporter("127.0.0.1", 19500)
     metrics = RunMetrics()
@@ -153,6 +162,18 @@ def test_an_exporter_that_dies_comes_back_with_what_workers_say(ray_cluster):
             return None
 
     assert wait_for(again, 30, "the exporter's return") == 4
+
+
+def test_runs_are_told_apart_by_their_folder_without_what_is_secret(monkeypatch, tmp_path):
+    def label(storage: str) -> str:
+        return run_label(parse_settings({"name": "digits", "storage": storage, "data": {"path": "x"}}))
+
+    monkeypatch.chdir(tmp_path)
+    assert label("/home/a/runs") == "/home/a/runs/digits" != label("/home/b/runs")
+    assert label("runs") == label("./runs/") == label(f"file://{tmp_path}/runs") == f"{tmp_path}/runs/digits"
+    assert label("s3://bucket/runs") == "s3://bucket/runs/digits"
+    assert label("s3://KEY:SECRET@bucket/runs") == label("s3://KEY:SEC/RET@bucket/runs") == "s3://bucket/runs/digits"
+    assert label("/home/a@b/runs") == "/home/a@b/runs/digits"
 
 
 def test_a_run_exports_what_its_folder_says(digits, storage, ray_cluster):

@@ -15,7 +15,7 @@ import pytest
 from prelora_ray.config_file import parse_settings
 from prelora_ray.report import figures
 from prelora_ray.report.page import write_report, write_switch_map
-from prelora_ray.report.records import RunRecords, differing_settings, read_run
+from prelora_ray.report.records import RunRecords, differing_settings, read_runs, short_names
 from prelora_ray.run_folder import RunFolder
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
@@ -57,7 +57,7 @@ def test_every_figure_of_a_run_is_drawn(undisturbed, tmp_path):
 
 def test_runs_side_by_side_tell_what_differs(undisturbed, tmp_path):
     runs = [str(RunFolder.of(undisturbed(workers))) for workers in (1, 2)]
-    assert differing_settings([read_run(run) for run in runs]) == {"workers.min": [1, 2], "workers.max": [1, 2]}
+    assert differing_settings(read_runs(runs)) == {"workers.min": [1, 2], "workers.max": [1, 2]}
     names = write_report(runs, str(tmp_path / "report.html"))
     assert names.count("learning") == 1 and "ranks-plain-1-fp32" in names
     document = opened(tmp_path / "report.html")
@@ -80,6 +80,34 @@ def test_names_are_text_and_not_markup(undisturbed, tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert "<script>alert(1)" not in page
     assert "&lt;script&gt;alert(1)" in page
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["/runs/a", "/runs/b/"], ["a", "b"]),
+        (["/a/digits", "/b/digits", "/b/other"], ["a/digits", "b/digits", "other"]),
+        (["/x/a/digits", "/y/a/digits", "/b/digits"], ["x/a/digits", "y/a/digits", "b/digits"]),
+        (["/digits", "/runs/digits"], ["/digits", "runs/digits"]),
+        (["s3://a/digits", "s3://b/digits"], ["a/digits", "b/digits"]),
+    ],
+)
+def test_names_are_as_short_as_tells_them_apart(paths, names):
+    assert short_names(paths) == names
+
+
+def test_two_runs_of_one_name_are_told_apart(undisturbed, tmp_path, monkeypatch):
+    for user, workers in (("a", 1), ("b", 2)):
+        source = Path(RunFolder.of(undisturbed(workers)).path)
+        shutil.copytree(source, tmp_path / user / "run", ignore=shutil.ignore_patterns("checkpoints", "ray"))
+    monkeypatch.chdir(tmp_path / "a")
+    paths = ["run", "../b/run", str(tmp_path / "a" / "run")]
+    names = write_report(paths, str(tmp_path / "report.html"))
+    assert [name for name in names if name.startswith("ranks")] == ["ranks-a-run", "ranks-b-run"]
+    page = (tmp_path / "report.html").read_text()
+    assert "<th>setting</th><th>a/run</th><th>b/run</th>" in page
+    legend = [trace.name for trace in figures.learning(read_runs(paths)).data if trace.showlegend]
+    assert legend == ["a/run: training", "a/run: validation", "b/run: training", "b/run: validation"]
 
 
 MARKUP = '"><script>alert(1)</script><a href="http://x">'

@@ -8,6 +8,7 @@ from prelora_ray.method.phases import Phase
 from prelora_ray.run_folder import RunFolder, last_attempt
 from prelora_ray.sweep.fork import fork
 from prelora_ray.train.checkpoint import Checkpoints
+from prelora_ray.train.lock import DriverLock, HeldRunError
 from prelora_ray.train.run import train
 from tests.runs import EPOCHS, FREEZE, SWITCH, assert_same_bits, final, settings
 
@@ -37,6 +38,13 @@ def test_a_fork_without_warmup_freezes_where_it_forks(trunk, digits, storage):
     assert_same_bits(final(forked), final(straight))
 
 
+def test_a_folder_that_another_driver_holds_is_not_forked_into(trunk, digits, storage):
+    run = settings(digits, storage, "held", 1)
+    with DriverLock(RunFolder.of(run)), pytest.raises(HeldRunError, match="held is being trained by process"):
+        fork(trunk, run)
+    assert RunFolder.of(run).list_files() == {}
+
+
 def test_what_cannot_fork_is_told(trunk, digits, storage):
     other = settings(digits, storage, "other", 1, train={"weight_decay": 0.3})
     with pytest.raises(ValueError, match=r"train\.weight_decay = 0\.3 is not allowed in a fork: its trunk .* with 0\.05"):
@@ -44,7 +52,7 @@ def test_what_cannot_fork_is_told(trunk, digits, storage):
     never = settings(digits, storage, "never", 1, method={"tau": 0})
     with pytest.raises(ValueError, match="does not switch with the settings of never"):
         fork(trunk, never)
-    Checkpoints(trunk).remove(f"{EPOCHS - 1:05d}-000000")
+    Checkpoints(trunk).folder.remove_folder(f"{EPOCHS - 1:05d}-000000")
     late = settings(digits, storage, "late", 1, method={"windows": EPOCHS - 1})
     with pytest.raises(ValueError, match=r"has no checkpoint of epoch 6, .*keep_trunk"):
         fork(trunk, late)

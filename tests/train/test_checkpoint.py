@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import errno
+import hashlib
 from pathlib import Path
 
 import pytest
 import torch
 
+from prelora_ray import storage
 from prelora_ray.config_file import parse_settings
 from prelora_ray.method.phases import Decision
 from prelora_ray.storage import Storage
@@ -96,6 +99,88 @@ def test_damage_is_found_and_the_one_before_is_used(saved, tmp_path, file, damag
     assert file in damaged["00010-000000"] or damage == "missing"
 
 
+class Failing:
+    """Reads of files whose path holds `part` raise an error, so often; as a disk or a bucket does for a while."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, part: str, times: int, error: OSError | None = None) -> None:
+        self.left = times
+        read = Storage.read_bytes
+        monkeypatch.setattr(storage, "_READ_WAITS", (0.0, 0.0))
+
+        def read_bytes(folder: Storage, name: str) -> bytes:
+            if part in folder.file(name) and self.left:
+                self.left -= 1
+                raise error or OSError(errno.EIO, "Input/output error")
+            return read(folder, name)
+
+        monkeypatch.setattr(Storage, "read_bytes", read_bytes)
+
+
+FILES = ["manifest.json", "model.safetensors", "state.json", "base.safetensors"]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_read_that_fails_for_a_moment_is_tried_again(saved, monkeypatch, file):
+    failing = Failing(monkeypatch, file, times=2)
+    newest, damaged = saved.newest()
+    assert newest is not None and newest.name == "00010-000000"
+    assert (damaged, failing.left) == ({}, 0)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_what_cannot_be_read_is_not_taken_for_damaged(saved, monkeypatch, file):
+    Failing(monkeypatch, file, times=10**9, error=OSError(errno.EMFILE, "Too many open files"))
+    with pytest.raises(OSError, match="Too many open files"):
+        saved.newest()
+
+
+def test_a_checkpoint_whose_manifest_cannot_be_read_is_not_pruned(saved, tmp_path, monkeypatch):
+    Failing(monkeypatch, "00001-000000/manifest.json", times=10**9)
+    again = Checkpoints(Storage(tmp_path))
+    with pytest.raises(OSError, match="Input/output"):
+        again.prune(Retention(1))
+    assert again.names() == ["00001-000000", "00002-000000", "00010-000000"]
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"{}", b'{"schema": 2}', b"\x00\x00", b'{"schema": 2, "files": 3, "base": null}']
+)
+def test_a_manifest_that_is_none_is_damage(saved, tmp_path, content):
+    (tmp_path / "checkpoints" / "00010-000000" / "manifest.json").write_bytes(content)
+    newest, damaged = saved.newest()
+    assert newest is not None and newest.name == "00002-000000"
+    assert list(damaged) == ["00010-000000"]
+
+
+def test_tensors_that_no_reader_takes_are_damage_though_their_checksum_is_right(saved):
+    folder = saved.folder / "00010-000000"
+    folder.write_bytes("model.safetensors", b"none")
+    manifest = folder.read_json("manifest.json")
+    manifest["files"]["model.safetensors"] = {"bytes": 4, "sha256": hashlib.sha256(b"none").hexdigest()}
+    folder.write_json("manifest.json", manifest)
+    assert list(saved.newest()[1]) == ["00010-000000"]
+
+
+@pytest.mark.parametrize("place", ["disk", "s3"])
+def test_damaged_checkpoints_are_set_aside_and_no_longer_count(request, tmp_path, place):
+    run = Storage(tmp_path if place == "disk" else f"{request.getfixturevalue('bucket')}/{tmp_path.name}")
+    checkpoints = Checkpoints(run)
+    for epoch in (1, 2):
+        checkpoints.save(checkpoint(epoch))
+    content = (checkpoints.folder / "00002-000000").read_bytes("model.safetensors")
+    for _ in range(2):  # the second one takes the place of the first
+        (checkpoints.folder / "00002-000000").write_bytes("model.safetensors", content[:-1])
+        checkpoints.set_aside("00002-000000")
+        assert checkpoints.names() == ["00001-000000"]
+        checkpoints.save(checkpoint(2))
+    (checkpoints.folder / "00001-000000").write_bytes("manifest.json", b"{")
+    again = Checkpoints(run)
+    again.prune(Retention(1))
+    assert again.folder.list_folders() == ["00001-000000.damaged", "00002-000000", "00002-000000.damaged"]
+    assert (again.folder / "00002-000000.damaged").read_bytes("model.safetensors") == content[:-1]
+    assert again.newest()[1] == {}
+
+
 def test_a_checkpoint_of_another_version_is_not_taken_for_a_damaged_one(saved):
     folder = saved.folder / "00010-000000"
     folder.write_json("manifest.json", folder.read_json("manifest.json") | {"schema": 1})
@@ -169,9 +254,11 @@ def test_in_phase_lora_a_checkpoint_costs_what_trains(tmp_path):
     state.model(torch.randn(2, 3, 32, 32)).sum().backward()
     state.optimizer.step()
     checkpoints = Checkpoints(Storage(tmp_path))
+    base_files = set()
     for epoch in (1, 2):
         state.epoch = epoch
         checkpoints.save(state.snapshot([], holds_base=checkpoints.holds_base))
+        base_files.add((tmp_path / "checkpoints" / "base.safetensors").stat().st_ino)  # a file written anew is another one
     sizes = [
         sum(path.stat().st_size for path in (tmp_path / "checkpoints" / name).rglob("*") if path.is_file())
         for name in checkpoints.names()
@@ -180,3 +267,8 @@ def test_in_phase_lora_a_checkpoint_costs_what_trains(tmp_path):
     assert 3 * trained < sizes[1] <= 1.3 * 3 * trained
     assert sizes[0] == pytest.approx(sizes[1], abs=10)
     assert (tmp_path / "checkpoints" / "base.safetensors").stat().st_size > 4 * 4 * 12 * 192**2 * 0.99
+    assert len(base_files) == 1
+    later = Checkpoints(Storage(tmp_path))
+    assert not later.holds_base
+    later.load(checkpoints.names()[-1])
+    assert later.holds_base  # a resumed run does not write it either

@@ -2,19 +2,46 @@
 
 from __future__ import annotations
 
-import json
+import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
 
-import psutil
 import pytest
 
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.train import lock
-from prelora_ray.train.lock import FILE, DriverLock
+from prelora_ray.train.lock import DriverLock, HeldRunError, LostRunError, claims, holder
+
+STARTERS, ROUNDS = 8, 10
+HOLDER = """
+import socket, sys, time
+from prelora_ray.run_folder import RunFolder
+from prelora_ray.train import lock
+
+folder, host, clock = sys.argv[1:]
+lock.BEAT_SECONDS = 0.1
+now = time.time
+time.time = lambda: now() + float(clock)
+if host:
+    socket.gethostname = lambda: host
+try:
+    with lock.DriverLock(RunFolder(folder)):
+        print("in", flush=True)
+        sys.stdin.read()
+except lock.LostRunError as error:
+    print(error, flush=True)
+"""
+ELSEWHERE = {"host": "elsewhere", "boot": "another", "pid_namespace": "pid:[1]", "pid": 7, "started": 1, "since": 0.0}
+
+Hold = Callable[..., "subprocess.Popen[str]"]
 
 
 @pytest.fixture
@@ -23,64 +50,200 @@ def folder(tmp_path) -> RunFolder:
 
 
 @pytest.fixture
-def other():
-    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    yield process
-    process.kill()
-    process.wait()
+def hold(folder) -> Iterator[Hold]:
+    """Starts a process that holds the folder, to the end of the test."""
+    processes = []
+
+    def start(host: str = "", clock: float = 0.0, prefix: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+        command = [*prefix, sys.executable, "-c", HOLDER, str(folder), host, str(clock)]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        processes.append(process)
+        assert process.stdout and process.stdout.readline() == "in\n"
+        return process
+
+    yield start
+    for process in processes:
+        process.communicate()  # ends with its standard input
 
 
-def content(pid: int, host: str | None = None, age: float = 0.0, started: float | None = None) -> dict:
-    if started is None:
-        started = psutil.Process(pid).create_time()
-    return {"host": host or socket.gethostname(), "pid": pid, "started": started, "since": 0.0, "time": time.time() - age}
-
-
-def test_the_second_driver_is_refused_with_the_first_ones_host_and_pid(folder, other):
-    folder.write_json(FILE, content(other.pid, age=1000.0))  # it runs, so its heartbeat may be as old as it likes
-    with pytest.raises(ValueError, match=rf"trained by process {other.pid} on {socket.gethostname()}"), DriverLock(folder):
+def refused(folder: RunFolder) -> str:
+    with pytest.raises(HeldRunError) as caught, DriverLock(folder):
         pass
-    assert folder.read_json(FILE)["pid"] == other.pid
+    return str(caught.value)
 
 
-def test_a_driver_that_died_here_holds_nothing(folder, other):
-    entry = content(other.pid)
-    other.kill()
-    other.wait()
-    folder.write_json(FILE, entry)
-    with DriverLock(folder):
-        assert folder.read_json(FILE)["pid"] == os.getpid()
-    assert not folder.exists(FILE)
+class SlowFolder(RunFolder):
+    """A folder whose writes last, so that those that start at once meet."""
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        super().write_bytes(name, content)
+        time.sleep(0.05)
 
 
-def test_a_process_number_that_another_process_has_now_holds_nothing(folder, other):
-    folder.write_json(FILE, content(other.pid, started=0.0))
-    with DriverLock(folder):
+def compete(folders: list[RunFolder], barrier: Any, got_in: Any) -> None:
+    for n, folder in enumerate(folders):
+        barrier.wait(60)
+        try:
+            with DriverLock(folder, silence_seconds=0.3):
+                got_in.put(n)
+                barrier.wait(60)
+        except HeldRunError:
+            barrier.wait(60)
+
+
+@pytest.mark.parametrize("left_behind", [None, "dead", "silent"])
+def test_of_many_that_start_at_once_one_gets_in(tmp_path, left_behind):
+    """Also where all see that the driver before them has died, or hear nothing of it."""
+    folders = [SlowFolder(tmp_path / str(n)) for n in range(ROUNDS)]
+    dead = {**lock._this_process(), "started": 1}
+    for folder in folders:
+        if left_behind is not None:
+            folder.write_json("driver-before.json", {"dead": dead, "silent": ELSEWHERE}[left_behind] | {"holds": True})
+    context = multiprocessing.get_context("fork")  # they import nothing anew, so that they start together
+    barrier, got_in = context.Barrier(STARTERS), context.SimpleQueue()
+    starters = [context.Process(target=compete, args=(folders, barrier, got_in), daemon=True) for _ in range(STARTERS)]
+    for process in starters:
+        process.start()
+    for process in starters:
+        process.join()
+    assert [process.exitcode for process in starters] == [0] * STARTERS
+    counts = Counter()
+    while not got_in.empty():
+        counts[got_in.get()] += 1
+    assert counts == dict.fromkeys(range(ROUNDS), 1)
+    assert all(claims(folder) == {} for folder in folders)
+
+
+def test_the_second_driver_is_refused_with_the_first_ones_host_and_pid(folder, hold):
+    first = hold()
+    os.kill(first.pid, signal.SIGSTOP)  # it is there, so its heartbeat may be as old as it likes
+    try:
+        assert f"is being trained by process {first.pid} on {socket.gethostname()}: wait for it" in refused(folder)
+    finally:
+        os.kill(first.pid, signal.SIGCONT)
+    assert [claim["pid"] for claim in claims(folder).values()] == [first.pid]
+
+
+@pytest.mark.parametrize("clock", [-3600.0, 3600.0])
+def test_another_machines_driver_holds_whatever_its_clock_says(folder, hold, clock):
+    first = hold("elsewhere", clock)
+    assert abs(holder(folder)["time"] - time.time() - clock) < 60
+    assert f"process {first.pid} on elsewhere" in refused(folder)
+
+
+@pytest.mark.parametrize("proc", ["--mount-proc", None])
+def test_a_driver_in_another_pid_namespace_holds(folder, hold, proc):
+    """Also where /proc tells it of another namespace's processes, and so not of itself."""
+    prefix = ("unshare", "--pid", "--fork", "--kill-child", *([proc] if proc else []))
+    if subprocess.run([*prefix, "true"], capture_output=True).returncode:
+        pytest.skip("not allowed to make a PID namespace")
+    hold(prefix=prefix)
+    claim = holder(folder)
+    assert claim["host"] == socket.gethostname()
+    assert (claim["pid_namespace"] is not None) == bool(proc)
+    assert "process 1 on" in refused(folder)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("is_zombie", [False, True])
+def test_a_driver_that_was_killed_here_is_not_waited_for(folder, hold, is_zombie):
+    first = hold()
+    first.kill()
+    os.waitid(os.P_PID, first.pid, os.WEXITED | os.WNOWAIT)
+    if not is_zombie:
+        first.wait()
+    with DriverLock(folder, silence_seconds=3600):
+        assert [claim["pid"] for claim in claims(folder).values()] == [os.getpid()]
+    assert claims(folder) == {}
+
+
+@pytest.mark.timeout(60)
+def test_a_process_number_that_another_process_has_by_now_holds_nothing(folder):
+    folder.write_json("driver-before.json", {**lock._this_process(), "started": 1})
+    with DriverLock(folder, silence_seconds=3600):
         pass
 
 
-@pytest.mark.parametrize(("age", "is_held"), [(5.0, True), (120.0, False)])
-def test_another_machines_driver_holds_as_long_as_its_heart_beats(folder, age, is_held):
-    folder.write_json(FILE, content(1, host="elsewhere", age=age, started=0.0))
-    if is_held:
-        with pytest.raises(ValueError, match="process 1 on elsewhere"), DriverLock(folder):
-            pass
-    else:
-        with DriverLock(folder):
-            pass
+@pytest.mark.parametrize("content", [{**ELSEWHERE, "holds": True}, {**ELSEWHERE, "time": 0.0}, ["damaged"]])
+def test_what_shows_no_sign_of_life_holds_for_a_while(folder, content):
+    """Also what an earlier version wrote, and what is damaged."""
+    folder.write_json("driver.json", content)
+    with DriverLock(folder, silence_seconds=0.5):
+        assert [claim["pid"] for claim in claims(folder).values()] == [os.getpid()]
 
 
-def test_a_damaged_lock_holds_nothing(folder):
-    folder.write_bytes(FILE, b'{"host": "some')
-    with DriverLock(folder):
-        assert json.loads(folder.read_bytes(FILE))["pid"] == os.getpid()
+def test_a_silence_of_six_seconds_is_not_death(folder):
+    refusals = []
+    folder.write_json("driver-first.json", {**ELSEWHERE, "holds": True, "beats": 1})
+    starter = threading.Thread(target=lambda: refusals.append(refused(folder)))
+    starter.start()
+    starter.join(6)
+    assert starter.is_alive()
+    assert "driver-first.json" in claims(folder)
+    folder.write_json("driver-first.json", {**ELSEWHERE, "holds": True, "beats": 2})
+    starter.join()
+    assert "process 7 on elsewhere" in refusals[0]
+    assert list(claims(folder)) == ["driver-first.json"]
+
+
+def test_a_driver_that_was_taken_over_stops(folder, hold):
+    """It was suspended for longer than the other one listened."""
+    first = hold("elsewhere")
+    os.kill(first.pid, signal.SIGSTOP)
+    with DriverLock(folder, silence_seconds=0.5) as second:
+        os.kill(first.pid, signal.SIGCONT)
+        time.sleep(0.5)  # some heartbeats of the first one's
+        second.check()
+        told = first.communicate()[0]
+        second.check()
+    assert told.startswith(f"another driver, process {os.getpid()} on {socket.gethostname()}, has taken over run {folder}")
+
+
+def test_of_two_that_hold_neither_goes_on(folder, monkeypatch):
+    """As where one was suspended inside a heartbeat, and brought its claim back by it."""
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.01)
+
+    def meet() -> None:
+        with DriverLock(folder) as held:
+            folder.write_json("driver-other.json", {**ELSEWHERE, "holds": True})
+            deadline = time.monotonic() + 10
+            while held._name in claims(folder):
+                assert time.monotonic() < deadline
+
+    with pytest.raises(LostRunError, match="another driver, process 7 on elsewhere, has taken over"):
+        meet()
+    assert list(claims(folder)) == ["driver-other.json"]
+
+
+def test_in_a_bucket_one_of_two_gets_in(bucket):
+    for n in range(3):
+        folder = RunFolder(f"{bucket}/lock/{n}")
+        barrier, told = threading.Barrier(2), []
+
+        def start(folder=folder, barrier=barrier, told=told) -> None:
+            barrier.wait(60)
+            try:
+                with DriverLock(folder):
+                    told.append("in")
+                    barrier.wait(60)
+            except HeldRunError:
+                told.append("refused")
+                barrier.wait(60)
+
+        threads = [threading.Thread(target=start) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(told) == ["in", "refused"]
+        assert claims(folder) == {}
 
 
 def test_the_heart_beats(folder, monkeypatch):
     monkeypatch.setattr(lock, "BEAT_SECONDS", 0.01)
     with DriverLock(folder):
-        first = folder.read_json(FILE)
+        first = holder(folder)
         deadline = time.monotonic() + 10
-        while folder.read_json(FILE)["time"] == first["time"]:
+        while holder(folder)["beats"] == first["beats"]:
             assert time.monotonic() < deadline
-        assert folder.read_json(FILE)["since"] == first["since"]
+        assert holder(folder)["since"] == first["since"]

@@ -51,6 +51,19 @@ def test_another_head_is_replaced_and_said_so(model, tmp_path):
     assert torch.equal(model.blocks[2].mlp.fc1.weight, other.blocks[2].mlp.fc1.weight)
 
 
+def test_both_heads_of_a_distilled_model_are_replaced(tmp_path):
+    settings = SETTINGS.model_copy(update={"name": "deit_tiny_distilled_patch16_224"})
+    model = create_model(settings, num_classes=10, seed=0)
+    drawn = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    other = timm.create_model(settings.name, img_size=8, num_classes=7, **TINY_VIT)
+    safetensors.torch.save_file(other.state_dict(), tmp_path / "w.safetensors")
+    (told,) = load_pretrained(model, str(tmp_path / "w.safetensors"))
+    assert "head has 7 classes and this run 10" in told
+    for name in ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias"):
+        assert torch.equal(model.state_dict()[name], drawn[name])
+    assert torch.equal(model.dist_token, other.dist_token)
+
+
 def test_position_embeddings_of_another_size_are_resampled_as_timm_does(model, tmp_path):
     other = timm_model(img_size=16)
     safetensors.torch.save_file(other.state_dict(), tmp_path / "w.safetensors")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import site
+import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import ray
@@ -12,8 +15,30 @@ from ray.data._internal.stats import STATS_ACTOR_NAME, STATS_ACTOR_NAMESPACE
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
 
 from prelora_ray.train import ray_private
-from prelora_ray.train.ray_private import _DATA_ACTORS, ScalingConfig, release_groups_of_dead_actors, remove_unborn_actors
+from prelora_ray.train.ray_private import (
+    _DATA_ACTORS,
+    JobConfig,
+    ScalingConfig,
+    release_groups_of_dead_actors,
+    remove_unborn_actors,
+)
 from tests.chaos.site import wait_for
+
+
+def test_workers_import_from_where_the_driver_does(monkeypatch, tmp_path):
+    """Ray adds the script's folder and the current one; a folder is handed on where the driver imports from it too."""
+    package = str(Path(ray_private.__file__).parents[2])
+
+    def handed_on(path: list[str], *added: str, **runtime_env: str) -> list[str]:
+        monkeypatch.setattr(sys, "path", [*path, *site.getsitepackages()])
+        config = JobConfig(runtime_env=runtime_env)
+        config._py_driver_sys_path.extend(added)
+        return list(config._get_proto_job_config().py_driver_sys_path)
+
+    assert handed_on([], str(tmp_path)) == []
+    assert handed_on([package], str(tmp_path)) == [package]
+    assert handed_on([package, "/jobs"], "/jobs", package) == ["/jobs", package]
+    assert handed_on([package], working_dir="gcs://package.zip") == []  # which holds the package
 
 
 @ray.remote(num_cpus=0)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import socket
 import threading
 import time
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 import torch
 
 from prelora_ray.config import Settings
-from prelora_ray.data.manifest import read_manifest
+from prelora_ray.data.manifest import read_manifest, write_manifest
 from prelora_ray.data.prepare import prepare
 from prelora_ray.errors import InterruptedRunError
 from prelora_ray.method.adapters import merged_state_dict
@@ -23,10 +26,11 @@ from prelora_ray.run_folder import RunFolder, last_attempt
 from prelora_ray.storage import Storage
 from prelora_ray.sweep.replay import read_record, replay
 from prelora_ray.train.checkpoint import Checkpoints
-from prelora_ray.train.run import TrainError, train
+from prelora_ray.train.lock import LostRunError, claims, holder
+from prelora_ray.train.run import TrainError, _check_same_data, train
 from prelora_ray.train.state import TrainState
 from tests.conftest import samples
-from tests.runs import EPOCHS, FREEZE, SWITCH, Killer, assert_same_bits, final, settings, wait_inside
+from tests.runs import EPOCHS, FREEZE, SWITCH, Killer, assert_same_bits, children, final, settings, wait_inside
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -56,7 +60,7 @@ def test_stopped_by_sigterm_it_goes_on_where_it_stood(digits, storage, undisturb
     refusals: list[str] = []
 
     def disturb() -> None:
-        while not RunFolder.of(run).exists("driver.json"):
+        while holder(RunFolder.of(run)) is None:
             time.sleep(0.01)
         try:
             train(run)
@@ -73,6 +77,26 @@ def test_stopped_by_sigterm_it_goes_on_where_it_stood(digits, storage, undisturb
     assert_same_bits(final(run), final(undisturbed(2)))
     (restart,) = (line for line in RunFolder.of(run).read_lines("events.jsonl") if line["event"] == "restart")
     assert (restart["cause"], restart["steps_again"]) == ("stop", 0)
+
+
+def test_taken_over_it_ends_and_leaves_the_folder_to_the_other_driver(digits, storage, monkeypatch):
+    monkeypatch.setattr("prelora_ray.train.run.BEAT_SECONDS", 0.1)
+    run = settings(digits, storage, "taken-over", 2, checkpoint={"every_steps": 4})
+    folder = RunFolder.of(run)
+
+    def take_over() -> None:
+        wait_inside(folder, 0)
+        (name,) = claims(folder)
+        folder.write_json("driver-other.json", {"host": "elsewhere", "pid": 7, "holds": True})
+        folder.remove_file(name)
+
+    threading.Thread(target=take_over, daemon=True).start()
+    with pytest.raises(LostRunError, match="another driver, process 7 on elsewhere, has taken over run"):
+        train(run)
+    assert children(os.getpid(), "RayTrainWorker") == []
+    assert list(claims(folder)) == ["driver-other.json"]
+    assert not folder.exists("stop.json")
+    assert [line["event"] for line in folder.read_lines("events.jsonl")][-1] not in ("run_failed", "stop")
 
 
 def test_one_run_through_all_phases(undisturbed):
@@ -110,6 +134,9 @@ def test_lora_checkpoint_is_what_it_says(undisturbed):
     run = undisturbed(1)
     checkpoints = Checkpoints(RunFolder.of(run))
     end, freeze = final(run), checkpoints.load(f"{FREEZE:05d}-000000")
+    folder = Path(checkpoints.folder.path)
+    written = [(folder / name).stat().st_mtime_ns for name in ("base.safetensors", f"{FREEZE:05d}-000000/manifest.json")]
+    assert written == sorted(written)  # with the first checkpoint that refers to it, and not again
     assert end.state["phases"]["phase"] == Phase.LORA
     assert {name.split(".", 2)[2] for name in end.base} == {
         f"{layer}.{part}" for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2") for part in ("weight", "bias")
@@ -160,11 +187,50 @@ def test_a_finished_run_is_not_run_again(undisturbed):
     assert Path(RunFolder.of(run).path, "epochs.jsonl").read_bytes() == before
 
 
+def test_a_run_whose_result_found_no_room_is_finished_by_the_same_command(undisturbed, storage):
+    """It trains nothing again, as the last checkpoint is there."""
+    run = undisturbed(1)
+    again = run.model_copy(update={"name": "without-a-result"})
+    shutil.copytree(RunFolder.of(run).path, RunFolder.of(again).path)
+    folder = RunFolder.of(again)
+    for name in ("config.yaml", "result.json", "end.json", "ranks.json"):
+        folder.remove_file(name)
+    expected = RunFolder.of(run).read_json("result.json")
+    assert train(again) == expected | {"restarts": 1, "seconds": ANY}
+    assert folder.read_json("end.json") == {"end": "finished", "epoch": EPOCHS, "step": 15 * EPOCHS, "message": None}
+
+
 def test_resuming_with_other_settings_is_refused(undisturbed, digits, storage):
     run = undisturbed(1)
     other = settings(digits, storage, run.name, 1, train={"learning_rate": 0.5})
     with pytest.raises(ValueError, match=r"train\.learning_rate = 0\.5 is not allowed: run .* was begun with 0\.001"):
         train(other)
+
+
+def test_more_epochs_are_refused_with_the_way_to_train_on(undisturbed, digits, storage):
+    run = undisturbed(1)
+    longer = settings(digits, storage, run.name, 1, train={"epochs": EPOCHS + 5})
+    with pytest.raises(ValueError, match=r"train\.epochs = 12 is not allowed: .* with 7, .*export .*--set model\.init_from"):
+        train(longer)
+    shorter = settings(digits, storage, run.name, 1, train={"epochs": EPOCHS - 1})
+    with pytest.raises(ValueError, match=r"train\.epochs = 6 is not allowed: .* with 7; resume it with that, or give"):
+        train(shorter)
+
+
+def test_resuming_with_other_images_is_refused(digits, storage, tmp_path):
+    """The same ones elsewhere are not other images."""
+    run = settings(digits, storage, "other-images", 1)
+    copy = shutil.copytree(digits, tmp_path / "digits")
+    elsewhere = run.model_copy(update={"data": run.data.model_copy(update={"path": str(copy)})})
+    folder, manifest = RunFolder.of(run), read_manifest(Storage(digits))
+    folder.write_settings(run)
+    _check_same_data(folder, run, manifest)
+    _check_same_data(folder, elsewhere, read_manifest(Storage(copy)))
+    (shard, *others) = manifest.splits["train"]
+    shards = (dataclasses.replace(shard, sha256="0" * 64), *others)
+    write_manifest(Storage(copy), dataclasses.replace(manifest, splits={**manifest.splits, "train": shards}))
+    with pytest.raises(ValueError, match=r"data\.path = .* is not allowed: run .* was begun with other images"):
+        train(elsewhere)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_the_last_good_checkpoint(digits, storage):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import threading
+import weakref
 
 import pytest
 
 from prelora_ray.run_folder import RunFolder
-from prelora_ray.train.checkpoint import Checkpoints, Retention
+from prelora_ray.train import saver as saver_module
+from prelora_ray.train.checkpoint import Checkpoint, Checkpoints, Retention
 from prelora_ray.train.saver import Saver
 from tests.train.test_checkpoint import checkpoint
 
@@ -18,12 +21,16 @@ def checkpoints(tmp_path) -> Checkpoints:
     return Checkpoints(RunFolder(tmp_path))
 
 
+def start(saver: Saver, content: Checkpoint) -> None:
+    assert saver.start(lambda: content, waits=False)
+
+
 def test_training_goes_on_while_it_writes_and_only_what_is_whole_counts(checkpoints, monkeypatch):
     may_write = threading.Event()
     save = checkpoints.save
     monkeypatch.setattr(checkpoints, "save", lambda content: (may_write.wait(), save(content)))
     saver = Saver(checkpoints, Retention(keep=1))
-    saver.start(checkpoint(1))
+    start(saver, checkpoint(1))
     assert saver.is_busy
     assert checkpoints.newest() == (None, {})
     assert saver.results() == []
@@ -35,39 +42,78 @@ def test_training_goes_on_while_it_writes_and_only_what_is_whole_counts(checkpoi
 
 def test_a_failed_save_leaves_the_older_checkpoints_and_the_next_one_tries_again(checkpoints, tmp_path):
     saver = Saver(checkpoints, Retention(keep=1))
-    saver.start(checkpoint(1))
+    start(saver, checkpoint(1))
     saver.wait()
     (tmp_path / "checkpoints" / "00002-000000").write_text("in the way")
-    saver.start(checkpoint(2))
+    start(saver, checkpoint(2))
     saver.wait()
-    assert saver.has_failed
+    assert saver.failure is not None
     assert [bool(saved.error) for saved in saver.results()] == [False, True]
     assert checkpoints.names() == ["00001-000000"]
     checkpoints.load("00001-000000")
-    saver.start(checkpoint(3))
+    start(saver, checkpoint(3))
     saver.wait()
-    assert not saver.has_failed
+    assert saver.failure is None
     assert checkpoints.names()[-1] == "00003-000000"
 
 
 def test_what_failed_is_written_once_there_is_room(checkpoints, tmp_path):
     saver = Saver(checkpoints, Retention(keep=1))
     (tmp_path / "checkpoints").write_text("in the way")
-    saver.start(checkpoint(1, batch=4))
+    start(saver, checkpoint(1, batch=4))
     saver.wait()
-    assert saver.has_failed
+    assert saver.failure is not None
     (tmp_path / "checkpoints").unlink()
     saver.retry()
     assert checkpoints.names() == ["00001-000004"]
 
 
+def test_a_save_beside_a_slow_one_is_skipped_or_waits_with_signs_of_life(checkpoints, monkeypatch):
+    may_write = threading.Event()
+    save = checkpoints.save
+    monkeypatch.setattr(checkpoints, "save", lambda content: (may_write.wait(), save(content)))
+    monkeypatch.setattr(saver_module, "_BEAT_SECONDS", 0.01)
+    saver = Saver(checkpoints, Retention(keep=9))
+    start(saver, checkpoint(1))
+    assert not saver.start(lambda: pytest.fail("a second snapshot takes memory"), waits=False)
+    beats: list[int] = []
+
+    def beat() -> None:
+        beats.append(len(beats))
+        if len(beats) == 5:  # as long as that, the first save is being written
+            may_write.set()
+
+    assert saver.start(lambda: checkpoint(3), waits=True, meanwhile=beat)
+    saver.wait(beat)
+    assert len(beats) >= 5
+    assert checkpoints.names() == ["00001-000000", "00003-000000"]
+
+
+def test_what_failed_is_let_go_before_another_snapshot_takes_as_much_memory(checkpoints, tmp_path):
+    saver = Saver(checkpoints, Retention(keep=1))
+    (tmp_path / "checkpoints").write_text("in the way")
+    content = checkpoint(1)
+    kept = weakref.ref(content)
+    start(saver, content)
+    saver.wait()
+    del content
+
+    def take() -> Checkpoint:
+        gc.collect()
+        assert kept() is None
+        return checkpoint(2)
+
+    saver.start(take, waits=True)
+    saver.wait()
+
+
 def test_an_unreadable_older_checkpoint_does_not_stop_a_save(checkpoints, tmp_path):
     saver = Saver(checkpoints, Retention(keep=1))
-    saver.start(checkpoint(1))
+    start(saver, checkpoint(1))
     saver.wait()
     shutil.copytree(tmp_path / "checkpoints" / "00001-000000", tmp_path / "checkpoints" / "00000-000007")
     (tmp_path / "checkpoints" / "00000-000007" / "manifest.json").write_text("{")
-    saver.start(checkpoint(2))
+    start(saver, checkpoint(2))
     saver.wait()
     assert [saved.error for saved in saver.results()] == [None, None]
     assert checkpoints.names() == ["00002-000000"]

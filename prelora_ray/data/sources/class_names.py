@@ -12,5 +12,8 @@ def class_names(folder: Storage) -> list[str] | None:
     """Names in the labels' order: a line each of `classnames.txt`, or those of a prepared folder; None where there are none."""
     for name in _FILES:
         if folder.exists(name):
-            return folder.read_bytes(name).decode().splitlines()
+            try:
+                return folder.read_bytes(name).decode("utf-8-sig").rstrip().splitlines()
+            except UnicodeDecodeError:
+                raise ValueError(f"{folder}/{name} is no text in UTF-8") from None
     return list(folder.read_json("manifest.json")["classes"]) if is_prepared(folder) else None

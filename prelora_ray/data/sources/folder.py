@@ -6,16 +6,15 @@ import posixpath
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 from prelora_ray.data.encode import is_image_name
 from prelora_ray.data.sources.files import File, printable
 from prelora_ray.data.sources.source import Found, Item, Label, Source
-from prelora_ray.data.sources.splits import SourceSplit, Splits
+from prelora_ray.data.sources.splits import SourceSplit, Splits, used_splits
 from prelora_ray.data.sources.table import ENDINGS, Columns, match_files, read_table
 from prelora_ray.data.sources.tars import read_member
 from prelora_ray.storage import Storage
-
-NO_LINK = "a link that leads nowhere"
 
 
 @dataclass(frozen=True)
@@ -25,9 +24,9 @@ class FileReader:
     root: str
 
     def read(self, item: Item) -> bytes:
+        if not item.stamp:
+            raise ValueError("it is a link that leads nowhere")
         if len(item.at) == 1:
-            if not item.stamp:
-                raise ValueError(f"it is {NO_LINK}")
             return Storage(self.root).read_bytes(str(item.at[0]))
         file, offset, size = item.at
         return read_member(self.root, str(file), int(offset), int(size), item.stamp)
@@ -41,17 +40,25 @@ class Layout:
     """The folder that holds all others; "" is the root."""
     splits: dict[str, SourceSplit | None]
     """The split of each folder in `base`; empty where these are the folders of classes."""
-    classes: frozenset[str]
-    """Paths of class folders that hold images."""
+    folders: frozenset[str]
+    """Paths of all folders that hold images."""
+    by_name: Splits
+
+    @cached_property
+    def classes(self) -> frozenset[str]:
+        """Paths of class folders that hold images."""
+        return frozenset(found for folder in self.folders if (found := self.class_folder(folder)) is not None)
 
     @classmethod
     def of(cls, files: list[File], splits: Splits) -> Layout:
         folders = {posixpath.dirname(file.path) for file in files if is_image_name(file.path)}
         base = _common_folder(folders, splits)
-        of_split = _split_folders([_below(folder, base) for folder in folders if folder != base], splits)
-        layout = cls(base, of_split, frozenset())
-        classes = frozenset(found for folder in folders if (found := layout.class_folder(folder)) is not None)
-        return cls(base, of_split, classes)
+        of_split = _split_folders(base, [_below(folder, base) for folder in folders if folder != base], splits)
+        return cls(base, of_split, frozenset(folders), splits)
+
+    def has_split_inside(self, folder: str) -> bool:
+        """Whether a folder that is no split's has a split's name below its class."""
+        return any(_split_of(self.by_name, part) for part in _below(folder, self.base).split("/")[1:])
 
     def top(self, folder: str) -> str | None:
         """The folder in `base` that a folder is or lies in."""
@@ -64,7 +71,10 @@ class Layout:
         if top is None:
             return None
         parts = _below(folder, self.base).split("/")
-        depth = 2 if self.splits.get(top) is not None else 1
+        split = self.splits.get(top)
+        depth = 1 if split is None else 2
+        while split is not None and len(parts) > depth and _split_of(self.by_name, parts[depth - 1]) == split:
+            depth += 1  # a split's folder once more, as in seg_train/seg_train/forest
         return _join(self.base, "/".join(parts[:depth])) if len(parts) >= depth else None
 
 
@@ -98,9 +108,14 @@ def open_folders(root: str, files: list[File], splits: Splits, columns: Columns)
         if label is None:
             found.skip(reason, file.path)
             continue
-        split = layout.splits.get(top)
+        split = layout.splits.get(top) or (splits.of(str(file.at[0])) if file.at else None)
         left_out[top] += split is None
         add_file(found, split, file, label)
+    if not layout.splits and (inner := next((name for name in sorted(layout.folders) if layout.has_split_inside(name)), None)):
+        raise ValueError(
+            f"{root!r} has a split's folder inside of what looks like a class, {printable(inner)!r}: give the folder that "
+            "holds the splits, or put the splits above the classes"
+        )
     if not found.has_images_of("train", None):
         raise ValueError(f"{root!r} has no class folders: put the images of each class into a folder of its name")
     for top, split in layout.splits.items():
@@ -125,16 +140,18 @@ def open_table(root: str, files: list[File], tables: list[str], splits: Splits, 
             raise ValueError(f"{root!r} has the tables {other!r} and {name!r} for one split: give one of them as the source")
     labeled: set[str] = set()
     images = [file for file in files if is_image_name(file.path)]
+    used = used_splits(by_split)
     for split, name in by_split.items():
-        labels, missing = match_files(read_table(folder, name, columns), posixpath.dirname(name), images)
-        if not labels:
-            raise ValueError(f"{folder}/{name} names {missing[0]!r}, and no such file is there, nor any other of its files")
+        if split not in used:
+            continue
+        own = [file for file in images if splits.of(file.path) == split] if split else []
+        labels, missing = match_files(read_table(folder, name, columns), name, own or images)
         for file in images:
             if file.path in labels:
                 add_file(found, split, file, labels[file.path])
         labeled |= labels.keys()
-        for _ in missing:
-            found.skip("in a table, but not there", name)
+        for file_name in missing:
+            found.skip("in a table, but not there", file_name)
     for file in files:
         if file.path not in labeled and file.path not in tables:
             found.skip("in no table", file.path)
@@ -155,21 +172,30 @@ def _common_folder(folders: set[str], splits: Splits) -> str:
     while len(tops := {_below(folder, base).split("/")[0] for folder in folders}) == 1:
         (top,) = tops
         inner = _join(base, top)
-        if splits.of(top) is not None or not all(folder.startswith(f"{inner}/") for folder in folders):
+        if _split_of(splits, inner) is not None or not all(folder.startswith(f"{inner}/") for folder in folders):
             break
         base = inner
     return base
 
 
-def _split_folders(folders: list[str], splits: Splits) -> dict[str, SourceSplit | None]:
+def _split_of(splits: Splits, folder: str) -> SourceSplit | None:
+    """The split that a folder's name speaks of; None also where it speaks of two, as `train_test_split` does."""
+    try:
+        return splits.of(folder)
+    except ValueError:
+        return None
+
+
+def _split_folders(base: str, folders: list[str], splits: Splits) -> dict[str, SourceSplit | None]:
     """The split of each top folder, of folders with images by their paths; empty where these are the folders of classes.
 
-    A folder whose name says so is a split's if folders lie in it; or if all folders here are splits'. So a class of railway
-    trains in a folder `train` stays one.
+    A folder whose name says so is a split's if folders lie in it, or if another one is another split's. So a class of
+    railway trains in a folder `train` stays one.
     """
-    tops = {folder.split("/")[0]: splits.of(folder.split("/")[0]) for folder in folders}
+    names = {folder.split("/")[0] for folder in folders}
+    tops = {name: _split_of(splits, _join(base, name)) for name in sorted(names)}
     deep = {folder.split("/")[0] for folder in folders if "/" in folder}
-    if all(tops.values()) or any(tops[top] is not None for top in deep):
+    if all(tops.values()) or len(set(tops.values()) - {None}) > 1 or any(tops[top] is not None for top in deep):
         return tops
     return {}
 
@@ -185,10 +211,7 @@ def _table_in(root: str, files: list[File], layout: Layout, top: str, columns: C
     if len(tables) != 1:
         return None
     images = [file for file in inside if is_image_name(file.path)]
-    labels, missing = match_files(read_table(Storage(root), tables[0], columns), folder, images)
-    if not labels:
-        raise ValueError(f"{root}/{tables[0]} names {missing[0]!r}, and no such file is there, nor any other of its files")
-    return labels
+    return match_files(read_table(Storage(root), tables[0], columns), tables[0], images)[0]
 
 
 def _below(folder: str, base: str) -> str:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from prelora_ray.data.sources.class_names import class_names
 from prelora_ray.data.sources.files import File
 from prelora_ray.data.sources.source import Found, Item, Label, Source
-from prelora_ray.data.sources.splits import Splits
+from prelora_ray.data.sources.splits import Splits, used_splits
 from prelora_ray.data.sources.table import Columns
 from prelora_ray.storage import Storage
 
@@ -30,20 +30,35 @@ def open_parquet(root: str, files: list[File], splits: Splits, columns: Columns)
     found = Found("Parquet files", root)
     names: list[str] | None = None
     block = 0
-    for file in files:
-        if not file.path.lower().endswith(ENDING):
-            found.skip("no Parquet file", file.path)
+    named: set[str] = set()
+    stamps = {file.path: file.stamp for file in files}
+    shards = [(splits.of(file.path), file) for file in files if file.path.lower().endswith(ENDING)]
+    used = used_splits(split for split, _ in shards)
+    for split, file in shards:
+        if split not in used:
+            for _ in range(_open(root, file.path, file.stamp).metadata.num_rows):
+                found.skip(f"of split {split}, which is not used" if split else "in no split", "")
             continue
-        split = splits.of(file.path)
         parquet = _open(root, file.path, file.stamp)
         image, label = columns.choose(parquet.schema_arrow.names, f"{root}/{file.path}")
         _check_images(parquet.schema_arrow.field(image), f"{root}/{file.path}")
-        names = names or _class_names(parquet.schema_arrow, label)
+        own_names = _class_names(parquet.schema_arrow, label)
+        if names not in (None, own_names):
+            raise ValueError(f"{root}/{file.path} names other classes than the Parquet files before it")
+        names = own_names
         for group in range(parquet.num_row_groups):
-            for row, value in enumerate(parquet.read_row_group(group, columns=[label])[label].to_pylist()):
+            labels = _column(root, file, group, label)
+            names_of = _column(root, file, group, image) if _holds_paths(parquet, image) else [None] * len(labels)
+            for row, (value, path) in enumerate(zip(labels, names_of, strict=True)):
                 at = (file.path, group, row, image)
-                found.add(split, f"{file.path}/{group}/{row}", _checked(value, f"{root}/{file.path}"), at, block, file.stamp)
+                name = next((name for name in _names(file.path, path) if name in stamps), "")
+                named.add(name)
+                stamp = file.stamp + stamps.get(name, "")
+                found.add(split, f"{file.path}/{group}/{row}", _checked(value, f"{root}/{file.path}"), at, block, stamp)
             block += 1
+    for file in files:
+        if not file.path.lower().endswith(ENDING) and file.path not in named:
+            found.skip("no Parquet file", file.path)
     return found.source(ParquetReader(root), names or class_names(Storage(root)))
 
 
@@ -60,19 +75,38 @@ class ParquetReader:
         if isinstance(content, str):
             content, path = None, content
         if content is None and path:
-            return self._read_path(posixpath.dirname(str(file)), path)
+            return self._read_path(str(file), path)
         if content is None:
             raise ValueError("the row holds no bytes")
         return bytes(content)
 
-    def _read_path(self, directory: str, path: str) -> bytes:
-        """A file that a row names, relative to the Parquet file or to the source."""
-        for name in (posixpath.normpath(posixpath.join(directory, path)), posixpath.normpath(path)):
+    def _read_path(self, file: str, path: str) -> bytes:
+        for name in _names(file, path):
             if posixpath.isabs(name) or name.startswith(".."):
                 raise ValueError(f"the row's path {path!r} leads out of the source")
             if Storage(self.root).exists(name):
                 return Storage(self.root).read_bytes(name)
         raise ValueError(f"the row's path {path!r} names no file of the source")
+
+
+def _holds_paths(parquet: pq.ParquetFile, column: str) -> bool:
+    return parquet.schema_arrow.field(column).type in (pa.string(), pa.large_string())
+
+
+def _names(file: str, path: Any) -> list[str]:
+    """What a path in a Parquet file may name: a file beside it, or one from the source's folder on."""
+    if not isinstance(path, str):
+        return []
+    return [posixpath.normpath(posixpath.join(posixpath.dirname(file), path)), posixpath.normpath(path)]
+
+
+def _column(root: str, file: File, group: int, column: str) -> list[Any]:
+    """A column's values in a row group. Raises ValueError where its pages are damaged."""
+    try:
+        values: list[Any] = _open(root, file.path, file.stamp).read_row_group(group, columns=[column])[column].to_pylist()
+        return values
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"{root}/{file.path} is damaged in column `{column}`: {error}") from None
 
 
 def _checked(label: Any, where: str) -> Label:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -53,6 +54,13 @@ class Splits:
     def _is_given(self, split: SourceSplit) -> bool:
         """Whether a pattern stands in place of a split's words; with `val` given, nothing else validates."""
         return self.train is not None if split == "train" else self.val is not None
+
+
+def used_splits(there: Iterable[SourceSplit | None]) -> set[SourceSplit | None]:
+    """Which of the splits that are there train and validate: what is in none trains where nothing says `train`."""
+    there = set(there)
+    used: set[SourceSplit | None] = {"train" if "train" in there else None, "val" if "val" in there else "test"}
+    return used & there
 
 
 def _matches(path: str, pattern: str) -> bool:

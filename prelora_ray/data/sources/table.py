@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import posixpath
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -50,45 +51,60 @@ def read_table(folder: Storage, file: str, columns: Columns) -> dict[str, Label]
     except UnicodeDecodeError as error:
         raise ValueError(f"{folder}/{file} is no text in UTF-8: {error}") from None
     if not file.lower().endswith(ENDINGS):
-        rows = [line.split("\t") for line in text.splitlines() if line]
-        if not all(len(row) > 1 for row in rows):
+        pairs = [line.split("\t")[:2] for line in text.splitlines() if line.strip()]
+        if not all(len(pair) == 2 for pair in pairs):
             raise ValueError(f"{folder}/{file} has a line that is not a file, a tab and a label")
-        return _with_numbers({row[0]: row[1] for row in rows})
-    reader = csv.DictReader(io.StringIO(text), delimiter="\t" if file.lower().endswith(".tsv") else ",")
-    image, label = columns.choose(reader.fieldnames or (), f"{folder}/{file}")
+    else:
+        pairs = _pairs(text, f"{folder}/{file}", "\t" if file.lower().endswith(".tsv") else ",", columns)
     found: dict[str, str] = {}
-    for row in reader:
-        if not row[image] or not row[label]:
-            raise ValueError(f"{folder}/{file} has a line without a file or a label: line {reader.line_num}")
-        if found.setdefault(row[image], row[label]) != row[label]:
-            raise ValueError(f"{folder}/{file} gives {row[image]!r} two labels, {found[row[image]]!r} and {row[label]!r}")
-    return _with_numbers(found)
+    for name, label in ((name.strip(), label.strip()) for name, label in pairs):
+        if not name or not label:
+            raise ValueError(f"{folder}/{file} has a line without a file or a label")
+        if found.setdefault(name, label) != label:
+            raise ValueError(f"{folder}/{file} gives {name!r} two labels, {found[name]!r} and {label!r}")
+    if not found:
+        raise ValueError(f"{folder}/{file} has no lines")
+    if all(label.removeprefix("-").isdecimal() and str(int(label)) == label for label in found.values()):
+        return {name: int(label) for name, label in found.items()}
+    return dict(found)
 
 
-def _with_numbers(labels: dict[str, str]) -> dict[str, Label]:
-    """Labels as numbers where all of them are."""
-    if all(label.isdecimal() for label in labels.values()):
-        return {file: int(label) for file, label in labels.items()}
-    return dict(labels)
+def _pairs(text: str, where: str, delimiter: str, columns: Columns) -> list[list[str]]:
+    """[file, label] of each line of a table with a heading."""
+    try:
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        image, label = columns.choose(reader.fieldnames or (), where)
+        return [[row[image] or "", row[label] or ""] for row in reader]
+    except csv.Error as error:
+        raise ValueError(f"{where} is no whole table: {error}") from None
 
 
-def match_files(table: dict[str, Label], directory: str, files: Iterable[File]) -> tuple[dict[str, Label], list[str]]:
-    """{path: label} of the files that a table in `directory` names, and the names that fit no file.
+def match_files(table: dict[str, Label], name: str, files: Sequence[File]) -> tuple[dict[str, Label], list[str]]:
+    """{path: label} of the files that the table at path `name` speaks of, and the names in it that fit no file, or several.
 
-    A table may give a path from its own folder, a file's name alone, or a name without its ending.
+    A table may give a path from its own folder, a path without its ending, or a file's name with its ending or without: the
+    first of these that fits. Raises ValueError where it fits no file at all, or gives one two labels.
     """
-    by_name: dict[str, list[str]] = {}
+    ways: list[dict[str, list[str]]] = [{}, {}, {}, {}]
     for file in files:
-        below = posixpath.relpath(file.path, directory or ".")
-        base = posixpath.basename(file.path)
-        for name in dict.fromkeys((below, base, posixpath.splitext(below)[0], posixpath.splitext(base)[0])):
-            by_name.setdefault(name, []).append(file.path)
+        below = posixpath.relpath(file.path, posixpath.dirname(name) or ".")
+        names = (
+            below,
+            posixpath.splitext(below)[0],
+            posixpath.basename(below),
+            posixpath.splitext(posixpath.basename(below))[0],
+        )
+        for way, written in zip(ways, names, strict=True):
+            way.setdefault(unicodedata.normalize("NFC", written), []).append(file.path)
     labels: dict[str, Label] = {}
     missing = []
-    for name, label in table.items():
-        paths = by_name.get(posixpath.normpath(name), [])
-        if len(paths) == 1:
-            labels[paths[0]] = label
-        else:
-            missing.append(name)
+    for written, label in table.items():
+        wanted = unicodedata.normalize("NFC", posixpath.normpath(written))
+        paths = next((way[wanted] for way in ways if wanted in way), [])
+        if len(paths) != 1:
+            missing.append(written)
+        elif labels.setdefault(paths[0], label) != label:
+            raise ValueError(f"{name!r} gives {paths[0]!r} two labels, {labels[paths[0]]!r} and {label!r}")
+    if not labels:
+        raise ValueError(f"{name!r} names {missing[0]!r}, and no such file is there, nor any other of its files")
     return labels, missing

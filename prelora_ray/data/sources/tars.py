@@ -43,15 +43,37 @@ def members(folder: Storage, tar: File, offset: int = 0, size: int | None = None
     stream.seek(offset)
     try:
         with tarfile.open(fileobj=cast(Any, _Part(stream, offset, end)), mode="r:", errors="surrogateescape") as archive:
+            places: dict[str, tuple[int, int]] = {}
             for info in archive:
+                if not (info.isfile() or info.islnk() or info.issym()):
+                    continue
+                if offset + info.offset_data + info.size > end:
+                    raise ValueError(f"{folder}/{tar.path} is cut off in the middle of {info.name!r}")
+                name = posixpath.normpath(info.name).lstrip("/")
                 if info.isfile():
-                    if offset + info.offset_data + info.size > end:
-                        raise ValueError(f"{folder}/{tar.path} is cut off in the middle of {info.name!r}")
-                    name = posixpath.normpath(info.name).lstrip("/")
-                    if not any(part.startswith(".") for part in name.split("/")):
-                        yield File(name, tar.stamp, (tar.path, offset + info.offset_data, info.size), block)
+                    places[name] = offset + info.offset_data, info.size
+                else:  # to a file in front of it
+                    beside = posixpath.dirname(name) if info.issym() else ""
+                    place = places.get(posixpath.normpath(posixpath.join(beside, info.linkname)))
+                    places |= {name: place} if place else {}
+                if not any(part.startswith(".") for part in name.split("/")):
+                    yield File(name, tar.stamp if name in places else "", (tar.path, *places.get(name, (0, 0))), block)
+            _check_end(stream, offset + archive.offset, end, f"{folder}/{tar.path}")
     except tarfile.TarError as error:
         raise ValueError(f"{folder}/{tar.path} is no whole tar: {error}") from None
+
+
+def _check_end(stream: Any, at: int, end: int, where: str) -> None:
+    """Raises ValueError where a tar has no end mark at `at`, or goes on behind it: tarfile reads no further, without a word."""
+    stream.seek(at)
+    if bytes(stream.read(min(_MARK_BYTES, end - at))) != bytes(_MARK_BYTES):
+        raise ValueError(f"{where} is cut off or damaged at byte {at:,}")
+    while (left := end - stream.tell()) > 0:
+        if any(stream.read(min(left, 2**20))):
+            raise ValueError(f"{where} goes on behind its end at byte {at:,}: it is several tars in one file")
+
+
+_MARK_BYTES = 512
 
 
 def members_of_all(folder: Storage, tars: list[File]) -> Iterator[File]:

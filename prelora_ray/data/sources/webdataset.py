@@ -7,14 +7,14 @@ import posixpath
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from prelora_ray.data.encode import IMAGE_ENDINGS
+from prelora_ray.data.encode import IMAGE_ENDINGS, is_image_name
 from prelora_ray.data.sources.class_names import class_names
 from prelora_ray.data.sources.files import File
 from prelora_ray.data.sources.folder import FileReader, add_file, has_class_folders, open_folders
 from prelora_ray.data.sources.source import Found, Label, Source
-from prelora_ray.data.sources.splits import Splits
+from prelora_ray.data.sources.splits import SourceSplit, Splits, used_splits
 from prelora_ray.data.sources.table import Columns
-from prelora_ray.data.sources.tars import members_of_all, read_member, tar_files
+from prelora_ray.data.sources.tars import ENDINGS, members_of_all, read_member, tar_files
 from prelora_ray.storage import Storage
 
 _LABELS = (".cls", ".json")
@@ -32,8 +32,10 @@ def open_tars(root: str, beside: list[File], splits: Splits, columns: Columns) -
     folder = Storage(root)
     tars = tar_files(beside)
     files = list(members_of_all(folder, tars))
-    others = [file for file in beside if file not in tars]
-    if not any(file.path.lower().endswith(_LABELS) for file in files) and has_class_folders(files, splits):
+    others = [file for file in beside if not file.path.lower().endswith(ENDINGS)]
+    labels = {posixpath.splitext(file.path)[0] for file in files if file.path.lower().endswith(_LABELS)}
+    has_labels = any(key in labels for file in files if is_image_name(file.path) for key in _keys(file.path))
+    if not has_labels and has_class_folders(files, splits):
         return open_folders(root, files + others, splits, columns)
     found = Found("WebDataset", root)
     for file in others:
@@ -50,7 +52,12 @@ def open_tars(root: str, beside: list[File], splits: Splits, columns: Columns) -
             samples.setdefault((shard, key), _Sample()).images.append(file)
         elif ending not in _LABELS:
             found.skip("neither image nor label", file.path)
+    used = used_splits({_split(splits, shard, key) for shard, key in samples})
     for (shard, key), sample in samples.items():
+        if (split := _split(splits, shard, key)) not in used:
+            for file in sample.images:
+                found.skip(f"of split {split}, which is not used" if split else "in no split", file.path)
+            continue
         _add(found, folder, shard, key, sample, splits)
     return found.source(FileReader(root), class_names(folder))
 
@@ -68,6 +75,11 @@ def _keys(path: str) -> Iterable[str]:
     return [posixpath.join(directory, ".".join(parts[:end])) for end in range(len(parts) - 1, 0, -1)]
 
 
+def _split(splits: Splits, shard: str, key: str) -> SourceSplit | None:
+    """What a sample's folder in the shard says, or else the shard's path."""
+    return splits.of(posixpath.dirname(key)) or splits.of(shard)
+
+
 def _add(found: Found, folder: Storage, shard: str, key: str, sample: _Sample, splits: Splits) -> None:
     if not sample.images:
         for file in sample.labels:
@@ -82,7 +94,7 @@ def _add(found: Found, folder: Storage, shard: str, key: str, sample: _Sample, s
     label = _label(folder, sample.labels)
     if label is None:
         raise ValueError(f"{folder}/{shard} has no label (.cls or .json) for the sample {key!r}")
-    add_file(found, splits.of(shard), named[0], label)
+    add_file(found, _split(splits, shard, key), named[0], label)
 
 
 def _label(folder: Storage, files: list[File]) -> Label | None:
@@ -91,15 +103,15 @@ def _label(folder: Storage, files: list[File]) -> Label | None:
         tar, offset, size = file.at
         content = read_member(folder.uri, str(tar), int(offset), int(size), file.stamp)
         try:
-            text = content.decode().strip()
+            text = content.decode("utf-8-sig").strip()
             if file.path.lower().endswith(".json"):
                 described = json.loads(text)
-                label = described["label"] if "label" in described else described["cls"]
+                label = described["label"] if described.get("label") is not None else described["cls"]
             else:
                 label = int(text) if text.lstrip("-").isdecimal() else text
         except KeyError:
             continue
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, AttributeError):
             raise ValueError(f"{folder}/{tar} has no label that can be read in {file.path!r}") from None
         if not isinstance(label, (int, str)) or label == "":
             raise ValueError(f"{folder}/{tar} has {label!r} in {file.path!r}: a label is a whole number or a class's name")

@@ -1,0 +1,87 @@
+"""What the nodes of a cluster see of the disks that the driver sees."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+_PATIENCE_SECONDS = 5.0
+"""A file share may show a new file a little later elsewhere."""
+_ANSWER_SECONDS = 60.0
+
+
+def check_seen_by_all_nodes(reads: Iterable[str] = (), writes: Iterable[str] = ()) -> None:
+    """Has every node that work may come to look for absolute local paths: those that are there, and folders to write into.
+
+    A folder to write into is made, and holds a hidden file for the time of the check. What is no absolute path, such as an
+    address in a bucket, is passed over, and so are nodes that join later.
+
+    Raises ValueError, with the path and the node, where a node does not see one.
+    """
+    nodes = _other_nodes()
+    if not nodes:
+        return
+    looked_for = {_something_of(path): path for path in reads if os.path.isabs(path) and os.path.exists(path)}
+    tokens = []
+    try:
+        for path in filter(os.path.isabs, writes):
+            os.makedirs(path, exist_ok=True)
+            tokens.append(Path(path, f".seen-{uuid.uuid4().hex}"))
+            tokens[-1].touch()
+            looked_for[str(tokens[-1])] = path
+        _look(nodes, looked_for)
+    finally:
+        for token in tokens:
+            token.unlink(missing_ok=True)
+
+
+def _other_nodes() -> dict[str, str]:
+    """Names by id, of the nodes besides the driver's that have CPUs, as a head may have none and gets no work then."""
+    own = ray.get_runtime_context().get_node_id()
+    return {
+        node["NodeID"]: node["NodeManagerHostname"] + f" ({node['NodeManagerAddress']})"
+        for node in ray.nodes()
+        if node["Alive"] and node["NodeID"] != own and node["Resources"].get("CPU")
+    }
+
+
+def _something_of(path: str) -> str:
+    """The path itself, or a file in it where it is a folder: where a share is not mounted, its mount point may be there."""
+    if not os.path.isdir(path):
+        return path
+    with os.scandir(path) as entries:
+        return next((entry.path for entry in entries if not entry.name.startswith(".")), path)
+
+
+def _look(nodes: dict[str, str], looked_for: dict[str, str]) -> None:
+    """`looked_for`: the path to tell by the file to look for. A node that does not answer is passed over: it may be going."""
+    task = ray.remote(num_cpus=0, max_retries=0)(_missing)
+    asked = {
+        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(list(looked_for)): name
+        for node, name in nodes.items()
+    }
+    answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_SECONDS)
+    for answer in answered:
+        try:
+            missing = ray.get(answer)
+        except ray.exceptions.RayError:
+            continue
+        if missing:
+            raise ValueError(
+                f"{looked_for[missing[0]]!r} is not there on node {asked[answer]}: mount it at the same place on every node, "
+                "or give a folder or bucket that all nodes see"
+            )
+
+
+def _missing(paths: list[str]) -> list[str]:
+    """Those that this node does not see."""
+    end = time.monotonic() + _PATIENCE_SECONDS
+    while (missing := [path for path in paths if not os.path.exists(path)]) and time.monotonic() < end:
+        time.sleep(0.2)
+    return missing

@@ -1,0 +1,43 @@
+"""A file system that is full."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import threading
+from pathlib import Path
+
+
+class Disk:
+    """A small file system of which a test takes all the room, also what others free meanwhile, and gives it back."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._fillers = path / "fillers"
+        self._is_over = threading.Event()
+        self._thread = threading.Thread()
+
+    def fill(self, *, inodes: bool = False) -> None:
+        """Returns when nothing has room any more. With `inodes`, no empty file either, as where those take blocks too."""
+        self._fillers.mkdir(exist_ok=True)
+        self._take(inodes)
+        self._is_over.clear()
+        self._thread = threading.Thread(target=self._keep, args=(inodes,), daemon=True)
+        self._thread.start()
+
+    def free(self) -> None:
+        self._is_over.set()
+        self._thread.join()
+        shutil.rmtree(self._fillers)
+
+    def _keep(self, inodes: bool) -> None:
+        while not self._is_over.wait(0.002):
+            self._take(inodes)
+
+    def _take(self, inodes: bool) -> None:
+        with contextlib.suppress(OSError), open(self._fillers / "bytes", "ab", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        with contextlib.suppress(OSError):
+            while inodes:
+                (self._fillers / str(len(list(self._fillers.iterdir())))).touch()

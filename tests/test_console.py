@@ -1,0 +1,67 @@
+"""What a person sees is what was said: no text is taken for markup."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from prelora_ray import console
+from prelora_ray.config_file import parse_settings
+from prelora_ray.evaluate import Report
+from prelora_ray.train.evaluation import Evaluation
+
+TEXT = "runs/[old]/:x: [/bold] [red]"
+REPORT = Report(Evaluation(loss=1.0, top1=0.5, top5=1.0, images=2), (TEXT, "b"), torch.tensor([[0, 1], [1, 0]]))
+RESULT = {"path": TEXT, "images_per_second": {}}
+SWEEP = {
+    "path": TEXT,
+    "pareto": [],
+    "full": {"gpu_hours": 1.0, "val_top1": 0.5},
+    "settings": [
+        {
+            **{"setting": {"method.freeze": "all"}, "switch_epoch": 1, "trainable_fraction": 0.1, "gpu_hours": 1.0},
+            **{"val_top1": None, "ended": "failed", "diagnosis": [], "trial": "t", "message": TEXT},
+        }
+    ],
+}
+BENCH = {"benchmark": TEXT, "device": "cpu", "date": "today", "rows": [{"name": TEXT}]}
+
+
+def printed(what: Any) -> str:
+    with console.out.capture() as capture:
+        console.out.print(what)
+    return capture.get()
+
+
+@pytest.mark.parametrize(
+    ("shown", "times"),
+    [
+        (lambda: TEXT, 1),
+        (lambda: console.result_table(RESULT, []), 1),
+        (lambda: console.sweep_table(SWEEP), 2),
+        (lambda: console.classes_table(REPORT), 1),
+        (lambda: console.confusion_table(REPORT), 2),
+        (lambda: console.bench_table(BENCH), 2),
+    ],
+    ids=["line", "run", "sweep", "classes", "confusion", "bench"],
+)
+def test_names_and_paths_are_shown_as_they_are(shown: Callable[[], Any], times: int):
+    assert printed(shown()).count(TEXT) == times
+
+
+def test_a_bar_and_a_runs_events_are_shown_as_they_are(monkeypatch: pytest.MonkeyPatch, tmp_path):
+    terminal = Console(**console._PLAIN, force_terminal=True, width=160, file=io.StringIO())
+    monkeypatch.setattr(console, "err", terminal)
+    with console.progress(TEXT) as show:
+        show(1, 2)
+    assert TEXT in terminal.file.getvalue()
+    watcher = console._Watcher(parse_settings({"name": "run", "storage": str(tmp_path), "data": {"path": "x"}}))
+    told = watcher._event({"event": "diagnosis", "epoch": 1, "message": TEXT})
+    assert printed(told).strip() == TEXT
+    switch = watcher._event({"event": "switch", "epoch": 3, "trainable_parameters": 5})
+    assert printed(switch).strip() == "switch after epoch 3: adapters join, 5 parameters train"
