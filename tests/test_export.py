@@ -205,10 +205,7 @@ def test_mistakes_are_told_in_a_sentence(runs, exports, digits, tmp_path):
 
 
 def test_other_classes_are_refused(runs, digits, tmp_path):
-    other = tmp_path / "other"
-    other.mkdir()
-    for file in digits.iterdir():
-        (other / file.name).write_bytes(file.read_bytes())
+    other = shutil.copytree(digits, tmp_path / "other")
     content = json.loads((other / "manifest.json").read_text())
     content["classes"][4] = "four"
     (other / "manifest.json").write_text(json.dumps(content))

@@ -12,6 +12,8 @@ import ray.exceptions
 import torch
 import torch.distributed as dist
 
+from prelora_ray.data.damage import DamagedDataError
+
 _OWN = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RuntimeError, TypeError, ValueError)
 """What code that is wrong, or is given what it cannot take, raises."""
 _SURROUNDINGS = (dist.DistError, torch.AcceleratorError, torch.OutOfMemoryError)
@@ -55,14 +57,16 @@ def _restored(reason: str, step: int | None, is_final: bool, is_repeated: bool) 
 def own_failures(step: Callable[[], int | None]) -> Iterator[None]:
     """Raises WorkerCodeError in place of what the code inside raises by itself; what its surroundings do to it stays as it is.
 
-    A ValueError is a mistake in the settings that was found late, and so final.
+    A ValueError is a mistake in the settings that was found late, and so final; damaged data is the same at every attempt.
     """
     try:
         yield
     except Exception as error:
-        if not is_own(error):
+        is_damage = isinstance(error, DamagedDataError)
+        if not is_damage and not is_own(error):
             raise
-        raise WorkerCodeError(root_cause(error), step(), is_final=type(error) is ValueError) from error
+        reason = str(error) if is_damage else root_cause(error)
+        raise WorkerCodeError(reason, step(), is_final=is_damage or type(error) is ValueError) from error
 
 
 def failures_of(error: BaseException) -> list[WorkerCodeError]:

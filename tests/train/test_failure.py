@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import traceback
 from typing import Any
 
@@ -21,6 +22,7 @@ from prelora_ray.train.failure import WorkerCodeError, failures_of, is_own, root
 from prelora_ray.train.run import TrainError, train
 from prelora_ray.train.step import Stepper
 from prelora_ray.train.worker import train_worker
+from tests.data.test_damage import overwrite
 from tests.runs import settings
 
 SHAPES = "mat1 and mat2 shapes cannot be multiplied (2x3 and 2x3)"
@@ -188,3 +190,15 @@ def test_what_would_fail_alike_is_not_tried_again(digits, storage, monkeypatch, 
             train(run)
         assert str(error.value).startswith(message)
     assert _attempts(str(storage), name) == attempts
+
+
+def test_damaged_data_ends_a_run_at_once_and_is_named(digits, storage, tmp_path):
+    """Whichever of the workers comes upon it; and a word of its name that speaks of a lost peer changes nothing."""
+    data = shutil.copytree(digits, tmp_path / "connection timed out")
+    source = overwrite(data / "train-00000.parquet", 700)
+    run = settings(data, storage, "damaged", 2, checkpoint={"every_seconds": None}, **NEVER_SWITCHES)
+    with pytest.raises(TrainError) as error:
+        train(run)
+    assert f"{data}/train-00000.parquet, row 700 ({source}): the stored image cannot be decoded: " in str(error.value)
+    assert str(error.value).startswith("training failed ") and "\n" not in str(error.value)
+    assert _attempts(str(storage), "damaged") == 1
