@@ -21,9 +21,8 @@ _RATE_SECONDS = 5.0
 
 
 def run_label(settings: Settings) -> str:
-    """The run's folder, as no two runs share one: `/mnt/shared/runs/digits`; an address without what may be secret in it."""
-    scheme, separator, place = f"{absolute(settings.storage).rstrip('/')}/{settings.name}".partition("://")
-    return scheme + separator + place.rpartition("@")[2]
+    """The run's folder, as no two runs share one: `/mnt/shared/runs/digits`."""
+    return f"{absolute(settings.storage).rstrip('/')}/{settings.name}"
 
 
 class WorkerTelemetry:
