@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 from prelora_ray.data.check import check_prepared
-from prelora_ray.run_folder import RunFolder, parse_lines
+from prelora_ray.run_folder import RunFolder
 from prelora_ray.train.checkpoint import Checkpoints, DamagedCheckpointError, OtherSchemaError
 
 
@@ -41,12 +42,14 @@ def _check_records(folder: RunFolder) -> list[str]:
 
 def _parse_each_line(content: bytes) -> None:
     """Raises ValueError where a line is no object; what a killed writer left unfinished is allowed."""
-    for number, line in enumerate(content.splitlines(keepends=True), 1):
+    for number, line in enumerate(content.splitlines(), 1):
         try:
-            objects = parse_lines(line)
+            entry = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"line {number} is no JSON: {error}") from None
-        if not all(isinstance(entry, dict) for entry in objects):
+            if line.endswith(b"}"):
+                raise ValueError(f"line {number} is no JSON: {error}") from None
+            continue
+        if not isinstance(entry, dict):
             raise ValueError(f"line {number} is no object")
 
 
