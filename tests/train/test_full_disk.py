@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from prelora_ray.method.phases import Phase
 from prelora_ray.run_folder import RunFolder, RunRecords
 from prelora_ray.train.checkpoint import Checkpoints, Retention
 from prelora_ray.train.end import End, write_end
+from prelora_ray.train.micro_batch import read_found, write_found
 from prelora_ray.train.notices import STOP_FILE
 from prelora_ray.train.run import TrainError, stop_on_sigterm, train, write_result
 from prelora_ray.train.saver import Saver
@@ -44,6 +46,8 @@ def test_records_wait_for_room_in_their_order(disk, folder, inodes):
         records.progress(epoch=epoch)
         board.epoch(line(epoch, loss=2.0))
     assert not records.flush()
+    write_found(folder, "H100", {Phase.FULL: 64})
+    assert read_found(folder, "H100") == {}  # it is searched again
     disk.free()
     records.progress(epoch=LINES)
     assert records.flush()
