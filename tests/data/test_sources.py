@@ -548,7 +548,12 @@ def test_links(tmp_path):
     (tmp_path / "b").symlink_to(tmp_path / "there" / "b")
     (tmp_path / "a" / "back").symlink_to(tmp_path)
     (tmp_path / "a" / "gone.png").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "a" / "pipe.png")  # to read it would wait for ever
     source = open_source(str(tmp_path))
+    (pipe,) = [item for item in source.items["train"] if item.name == "a/pipe.png"]
+    assert not pipe.stamp
+    with pytest.raises(ValueError, match="a link that leads nowhere or a pipe"):
+        source.reader.read(pipe)
     (gone,) = [item for item in source.items["train"] if item.name == "a/gone.png"]
     with pytest.raises(ValueError, match="a link that leads nowhere"):
         source.reader.read(gone)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -24,7 +25,7 @@ class File:
     path: str
     """Relative to the folder; bytes that are no UTF-8 are surrogates, as `os.fsdecode` makes them."""
     stamp: str
-    """Changes with the file: its size and time of change. Empty where a link leads nowhere."""
+    """Changes with the file: its size and time of change. Empty where there is none to read: a link that leads nowhere, a pipe."""
     at: tuple[str | int, ...] = ()
     """(tar, offset, size) of a member of a tar, whose `path` is the one inside."""
     block: int | None = None
@@ -86,7 +87,7 @@ def _local_files(root: str, relative: str, leave_out: str | None, above: tuple[t
             continue
         try:
             status = entry.stat()
-            yield File(path, f"{status.st_size}-{status.st_mtime_ns}")
+            yield File(path, f"{status.st_size}-{status.st_mtime_ns}" if stat.S_ISREG(status.st_mode) else "")
         except OSError:
             yield File(path, "")
 

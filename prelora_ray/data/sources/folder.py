@@ -25,7 +25,7 @@ class FileReader:
 
     def read(self, item: Item) -> bytes:
         if not item.stamp:
-            raise ValueError("it is a link that leads nowhere")
+            raise ValueError("it is no file, but a link that leads nowhere or a pipe")
         if len(item.at) == 1:
             return Storage(self.root).read_bytes(str(item.at[0]))
         file, offset, size = item.at
