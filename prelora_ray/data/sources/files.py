@@ -25,7 +25,7 @@ class File:
     path: str
     """Relative to the folder; bytes that are no UTF-8 are surrogates, as `os.fsdecode` makes them."""
     stamp: str
-    """Changes with the file: its size and time of change. Empty where there is none to read: a link that leads nowhere, a pipe."""
+    """Changes with the file: its size and time of change. Empty for what cannot be read: a pipe, a link that leads nowhere."""
     at: tuple[str | int, ...] = ()
     """(tar, offset, size) of a member of a tar, whose `path` is the one inside."""
     block: int | None = None
