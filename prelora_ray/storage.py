@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+import pyarrow as pa
 import pyarrow.fs
 
 T = TypeVar("T")
@@ -101,10 +102,14 @@ class Storage:
         self.filesystem.create_dir(self.path, recursive=True)
 
     def exists(self, name: str) -> bool:
+        if self.is_local:
+            return os.path.exists(self.file(name))
         return bool(self.filesystem.get_file_info(self.file(name)).type != pyarrow.fs.FileType.NotFound)
 
     def num_bytes(self, name: str) -> int | None:
         """Size of a file; None where there is none."""
+        if self.is_local:
+            return os.path.getsize(self.file(name)) if os.path.isfile(self.file(name)) else None
         info = self.filesystem.get_file_info(self.file(name))
         return info.size if info.type == pyarrow.fs.FileType.File else None
 
@@ -125,8 +130,14 @@ class Storage:
             return []
         return entries
 
+    def open_file(self, name: str) -> pa.NativeFile:
+        """A file to be read from any position. On a disk its name may be bytes that are no UTF-8, as for all that reads."""
+        if self.is_local:
+            return pa.OSFile(os.fsencode(self.file(name)))
+        return self.filesystem.open_input_file(self.file(name))
+
     def read_bytes(self, name: str) -> bytes:
-        if self.is_local:  # where a name may be bytes that are no UTF-8
+        if self.is_local:
             return Path(self.file(name)).read_bytes()
         with self.filesystem.open_input_stream(self.file(name)) as stream:
             return bytes(stream.read())

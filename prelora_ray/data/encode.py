@@ -37,6 +37,8 @@ bpg dcm exr flif hdr heic heics heif heifs hif jfi jif jls jxl jxr psb svg svgz 
 IMAGE_ENDINGS = frozenset(f".{ending}" for ending in _ENDINGS.split())
 """Endings by which a file claims to be an image, whether or not its format can be read."""
 
+_ENDING = re.compile(r"\.[a-z0-9]*[a-z][a-z0-9]*")
+"""What is behind a dot in `22.05_0` is none."""
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
 _LOSSLESS_SIDE = 64
 _JPEG_SIDE = 65500
@@ -85,7 +87,7 @@ def encode(content: bytes, size: int, quality: int, max_pixels: int) -> bytes:
 def is_image_name(name: str) -> bool:
     """Whether a file claims by its name to be an image, as one without an ending does too."""
     ending = os.path.splitext(name)[1].lower()
-    return not ending or ending in IMAGE_ENDINGS
+    return not _ENDING.fullmatch(ending) or ending in IMAGE_ENDINGS
 
 
 def is_other_file(name: str, content: bytes) -> bool:

@@ -321,6 +321,6 @@ class _RowReader:
         if name not in self._files:
             if len(self._files) >= _OPEN_FILES:
                 self._files.popitem(last=False)[1].close()
-            self._files[name] = pq.ParquetFile(self._folder.filesystem.open_input_file(self._folder.file(name)))
+            self._files[name] = pq.ParquetFile(self._folder.open_file(name))
         self._files.move_to_end(name)
         return self._files[name]

@@ -534,6 +534,23 @@ def test_names_that_are_bytes_and_names_of_two_forms(tmp_path):
     assert source.reader.read(item) == png(99)
 
 
+def test_tars_and_parquet_files_below_names_that_are_bytes(tmp_path):
+    root = os.fsdecode(os.path.join(os.fsencode(tmp_path), b"s\xe9t"))
+    for kind, content in (("tar", tar(numbered("a", "b"))), ("tgz", gzip.compress(tar(numbered("a", "b"))))):
+        folder = os.path.join(root, kind, os.fsdecode(b"d\xe9"))
+        os.makedirs(folder)
+        with open(os.path.join(folder, f"x.{kind}"), "wb") as file:
+            file.write(content)
+    parquet = os.path.join(root, "parquet", os.fsdecode(b"d\xe9"))
+    os.makedirs(parquet)
+    with open(os.path.join(parquet, "x.parquet"), "wb") as file:
+        pq.write_table(pa.table({"image": [png(0), png(1)], "label": [0, 1]}), file)
+    for kind, number in (("tar", 4), ("tgz", 4), ("parquet", 2)):
+        source = open_source(os.path.join(root, kind))
+        assert [source.reader.read(item) for item in source.items["train"]] == [png(i) for i in range(number)]
+        assert all("d\\xe9" in item.name for item in source.items["train"])
+
+
 def test_leftovers_in_an_image_folder_change_nothing(tmp_path):
     write(tmp_path, numbered("a", "b") | {"images.tar": b"zz", "metadata.parquet": b"zz", ".git/x.png": png(1)})
     assert listed(tmp_path) == (
@@ -541,6 +558,22 @@ def test_leftovers_in_an_image_folder_change_nothing(tmp_path):
         {"train": 4},
         {("in no class folder", ".tar"): 1, ("in no class folder", ".parquet"): 1},
     )
+
+
+def test_a_dot_does_not_make_an_ending(tmp_path):
+    write(tmp_path, {f"{name}/22.05_{i}": png(10 * n + i) for n, name in enumerate("ab") for i in range(2)})
+    assert listed(tmp_path) == (("a", "b"), {"train": 4}, {})
+
+
+def test_a_split_whose_labels_are_in_a_table_beside_one_with_class_folders(tmp_path):
+    write(tmp_path, numbered("train/0", "train/1", "val/images") | {"val/labels.csv": b"file,label\n0.png,1\n1.png,0\n"})
+    assert contents(tmp_path)["val"] == [(png(4), "1"), (png(5), "0")]
+
+
+def test_a_number_written_otherwise_is_no_number(tmp_path):
+    (tmp_path / "x.tar").write_bytes(tar({"1.png": png(1), "1.cls": b"01", "2.png": png(2), "2.cls": b"1"}))
+    with pytest.raises(ValueError, match="has labels of several kinds: int, str"):
+        open_source(str(tmp_path))
 
 
 def test_links(tmp_path):

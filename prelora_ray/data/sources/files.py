@@ -65,6 +65,9 @@ def files_below(folder: Storage, leave_out: str | None = None) -> list[File]:
 
 def file_at(folder: Storage, name: str) -> File:
     """A file that must be there."""
+    if folder.is_local:
+        status = os.stat(folder.file(name))
+        return File(name, f"{status.st_size}-{status.st_mtime_ns}")
     info = folder.filesystem.get_file_info(folder.file(name))
     return File(name, f"{info.size}-{info.mtime_ns}")
 
@@ -93,4 +96,6 @@ def _local_files(root: str, relative: str, leave_out: str | None, above: tuple[t
 
 
 def is_folder(folder: Storage) -> bool:
+    if folder.is_local:
+        return os.path.isdir(folder.path)
     return bool(folder.filesystem.get_file_info(folder.path).type == pyarrow.fs.FileType.Directory)

@@ -98,7 +98,8 @@ def open_folders(root: str, files: list[File], splits: Splits, columns: Columns)
         top = layout.top(folder) or ""
         label: Label | None = None
         if table := tables.get(top):
-            label, reason = table.get(file.path), "not in the table of its folder"
+            given, reason = table.get(file.path), "not in the table of its folder"
+            label = None if given is None else str(given)  # as the folders of the other splits name it
         elif (class_folder := layout.class_folder(folder)) is None:
             reason = "in no class folder"
         elif class_folder not in layout.classes:

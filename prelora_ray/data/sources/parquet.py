@@ -54,7 +54,7 @@ def open_parquet(root: str, files: list[File], splits: Splits, columns: Columns)
                 name = next((name for name in _names(file.path, path) if name in stamps), "")
                 named.add(name)
                 stamp = file.stamp + stamps.get(name, "")
-                found.add(split, f"{file.path}/{group}/{row}", _checked(value, f"{root}/{file.path}"), at, block, stamp)
+                found.add(split, f"{file.name}/{group}/{row}", _checked(value, f"{root}/{file.path}"), at, block, stamp)
             block += 1
     for file in files:
         if not file.path.lower().endswith(ENDING) and file.path not in named:
@@ -130,7 +130,7 @@ def _open(root: str, file: str, stamp: str) -> pq.ParquetFile:
     """Raises ValueError where the file is damaged. One with another `stamp` is another file."""
     folder = Storage(root)
     try:
-        return pq.ParquetFile(folder.filesystem.open_input_file(folder.file(file)))
+        return pq.ParquetFile(folder.open_file(file))
     except pa.ArrowInvalid as error:
         raise ValueError(f"{folder}/{file} is no whole Parquet file: {error}") from None
 

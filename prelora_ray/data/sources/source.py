@@ -173,6 +173,11 @@ def _key(label: Label) -> Label:
     return unicodedata.normalize("NFC", label) if isinstance(label, str) else label
 
 
+def is_number(text: str) -> bool:
+    """Whether a label that is written is a number: `7`, and not `07`, which another label may be beside it."""
+    return text.removeprefix("-").isdecimal() and str(int(text)) == text
+
+
 def ending(name: str) -> str:
     """The ending of a file's name, in small letters: `.jpg`; empty where there is none."""
     return posixpath.splitext(printable(name))[1].lower()

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from prelora_ray.data.sources.files import File
-from prelora_ray.data.sources.source import Label
+from prelora_ray.data.sources.source import Label, is_number
 from prelora_ray.storage import Storage
 
 IMAGE_COLUMNS = ("image", "img", "file_name", "filename", "file", "path", "image_path", "image_name", "image_id", "id")
@@ -64,7 +64,7 @@ def read_table(folder: Storage, file: str, columns: Columns) -> dict[str, Label]
             raise ValueError(f"{folder}/{file} gives {name!r} two labels, {found[name]!r} and {label!r}")
     if not found:
         raise ValueError(f"{folder}/{file} has no lines")
-    if all(label.removeprefix("-").isdecimal() and str(int(label)) == label for label in found.values()):
+    if all(map(is_number, found.values())):
         return {name: int(label) for name, label in found.items()}
     return dict(found)
 

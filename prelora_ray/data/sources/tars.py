@@ -94,11 +94,11 @@ def _open(root: str, file: str, stamp: str) -> tuple[Any, int]:
     """The plain tar as a stream that can seek, and its size."""
     folder = Storage(root)
     if not file.lower().endswith(COMPRESSED):
-        stream = folder.filesystem.open_input_file(folder.file(file))
+        stream = folder.open_file(file)
         return stream, stream.size()
     plain = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the cache holds it
     try:
-        with folder.filesystem.open_input_stream(folder.file(file), compression="gzip") as source:
+        with pa.CompressedInputStream(folder.open_file(file), "gzip") as source:
             while piece := source.read(_PIECE):
                 _write(plain, piece, f"{folder}/{file}")
     except (OSError, pa.ArrowException, zlib.error) as error:

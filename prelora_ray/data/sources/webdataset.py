@@ -11,7 +11,7 @@ from prelora_ray.data.encode import IMAGE_ENDINGS, is_image_name
 from prelora_ray.data.sources.class_names import class_names
 from prelora_ray.data.sources.files import File
 from prelora_ray.data.sources.folder import FileReader, add_file, has_class_folders, open_folders
-from prelora_ray.data.sources.source import Found, Label, Source
+from prelora_ray.data.sources.source import Found, Label, Source, is_number
 from prelora_ray.data.sources.splits import SourceSplit, Splits, used_splits
 from prelora_ray.data.sources.table import Columns
 from prelora_ray.data.sources.tars import ENDINGS, members_of_all, read_member, tar_files
@@ -108,7 +108,7 @@ def _label(folder: Storage, files: list[File]) -> Label | None:
                 described = json.loads(text)
                 label = described["label"] if described.get("label") is not None else described["cls"]
             else:
-                label = int(text) if text.lstrip("-").isdecimal() else text
+                label = int(text) if is_number(text) else text
         except KeyError:
             continue
         except (ValueError, TypeError, AttributeError):
