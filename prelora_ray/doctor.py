@@ -8,6 +8,7 @@ from collections.abc import Callable
 from prelora_ray.data.check import check_prepared
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.train.checkpoint import Checkpoints, DamagedCheckpointError, OtherSchemaError
+from prelora_ray.train.notices import STOP_FILE
 
 
 def examine(path: str, on_progress: Callable[[int, int], None] = lambda done, total: None) -> list[str]:
@@ -30,9 +31,11 @@ def _check_records(folder: RunFolder) -> list[str]:
     except Exception as error:  # of YAML, or of a key
         findings.append(f"{folder}/config.yaml cannot be read: {_line(error)}")
     for name in sorted(folder.list_files()):
+        if name == STOP_FILE:
+            continue  # which is empty, and all of it
         try:
             if name.endswith(".json"):
-                folder.read_json(name)
+                json.loads(folder.read_bytes(name))
             elif name.endswith(".jsonl"):
                 _parse_each_line(folder.read_bytes(name))
         except (OSError, ValueError) as error:
@@ -60,7 +63,7 @@ def _check_checkpoints(folder: RunFolder, on_progress: Callable[[int, int], None
     for done, name in enumerate(names, 1):
         try:
             checkpoints.load(name)
-        except (DamagedCheckpointError, OtherSchemaError) as error:
+        except (DamagedCheckpointError, OtherSchemaError, OSError) as error:
             findings.append(f"{folder}: {_line(error)}")
         on_progress(done, len(names))
     return findings

@@ -251,7 +251,7 @@ class OtherSchemaError(ValueError):
 
 
 def _read_manifest(folder: Storage) -> dict[str, Any]:
-    manifest: dict[str, Any] = json.loads(patiently(lambda: folder.read_bytes("manifest.json")))
+    manifest: dict[str, Any] = patiently(lambda: folder.read_json("manifest.json"))
     return manifest
 
 

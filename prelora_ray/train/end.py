@@ -14,12 +14,13 @@ EndKind = Literal["finished", "stop", "preemption", "failed"]
 
 @dataclass(frozen=True)
 class End:
-    """What rank 0 writes as its last act, and the driver goes by."""
+    """What rank 0 writes as its last act, and the driver goes by; or the driver itself, where the workers failed for good."""
 
     end: EndKind
     """All epochs are trained, recorded and saved; asked to stop; nodes are about to go; another try would not help."""
-    epoch: int
-    step: int
+    epoch: int | None = None
+    step: int | None = None
+    """Where rank 0 stood."""
     message: str | None = None
     """Why it failed."""
 

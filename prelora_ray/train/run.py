@@ -9,7 +9,7 @@ import queue
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,7 +30,7 @@ from prelora_ray.storage import Storage
 from prelora_ray.train.check import check_model
 from prelora_ray.train.checkpoint import Checkpoints, checkpoint_name
 from prelora_ray.train.end import FILE as END_FILE
-from prelora_ray.train.end import read_end, remove_end
+from prelora_ray.train.end import End, read_end, remove_end, write_end
 from prelora_ray.train.failure import failures_of, root_cause
 from prelora_ray.train.lock import BEAT_SECONDS, DriverLock
 from prelora_ray.train.model import create_model
@@ -90,15 +90,15 @@ def train(settings: Settings, *, debug: bool = False, callbacks: Sequence[ray.tr
         Checkpoints(folder).check_schema()
         if folder.exists("data.json"):
             folder.read_classes()  # raises, where it is damaged, before Ray starts
+    if folder.exists("result.json"):
+        result = folder.read_json("result.json")
+        logger.info("run %s has finished already; give another --name for a new one", folder)
+        return result
     check_model(settings)
     if settings.model.init_from is not None and before is None:
         load_pretrained(create_model(settings.model, num_classes=1, seed=0), settings.model.init_from)  # raises early
     if not Storage(settings.data.path).exists("manifest.json") and settings.data.source is None:
         read_manifest(Storage(settings.data.path))  # raises, and says how to prepare it
-    if folder.exists("result.json"):
-        result = folder.read_json("result.json")
-        logger.info("run %s has finished already; give another --name for a new one", folder)
-        return result
     for sentence in without_effect(settings):
         logger.warning("%s", sentence)
     with DriverLock(folder) as lock, ray_session(debug=debug) as is_embedded:
@@ -117,7 +117,7 @@ def train(settings: Settings, *, debug: bool = False, callbacks: Sequence[ray.tr
         folder.remove_file(STOP_FILE)
         _start_exporter(settings)
         with stop_on_sigterm(folder):
-            _fit(settings, folder, [*callbacks, Guard(lock.check, BEAT_SECONDS)])
+            _fit(settings, folder, lock.check, callbacks)
         finish(run_label(settings))
         check_finished(folder, settings.train.epochs)
         return write_result(folder)
@@ -189,6 +189,8 @@ def stop_on_sigterm(folder: RunFolder) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
         asks.put(False)
         thread.join()
+        with contextlib.suppress(OSError):  # the next start removes it too
+            folder.remove_file(STOP_FILE)
 
 
 @contextmanager
@@ -254,7 +256,9 @@ def _check_nodes_see(settings: Settings, folder: RunFolder) -> None:
     check_seen_by_all_nodes(reads, writes=[str(folder)] if is_prepared else [data.path, str(folder)])
 
 
-def _fit(settings: Settings, folder: RunFolder, callbacks: Sequence[ray.train.UserCallback]) -> None:
+def _fit(
+    settings: Settings, folder: RunFolder, check_lock: Callable[[], None], callbacks: Sequence[ray.train.UserCallback]
+) -> None:
     workers = settings.workers
     is_elastic = workers.min < workers.max
     for key, value in _RAY_TRAIN.items():
@@ -278,21 +282,26 @@ def _fit(settings: Settings, folder: RunFolder, callbacks: Sequence[ray.train.Us
             storage_path=folder.path if folder.is_local else str(folder),
             failure_config=ray.train.FailureConfig(max_failures=workers.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
-            callbacks=list(callbacks),
+            callbacks=[*callbacks, Guard(check_lock, BEAT_SECONDS)],
         ),
     )
     try:
-        _fit_again_and_again(trainer, folder, workers.max_failures)
+        _fit_again_and_again(trainer, folder, check_lock, workers.max_failures)
     except (SystemExit, KeyboardInterrupt):  # Ray Train's own handler of Ctrl-C ends its workers and exits
         raise InterruptedRunError(f"interrupted; the same command goes on from the last checkpoint in {folder}") from None
     except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
-        raise TrainError(_told(error, workers.max_failures)) from error
+        check_lock()  # where it is lost, that is the reason, and the folder another driver's
+        told = _told(error, workers.max_failures)
+        with contextlib.suppress(OSError):
+            write_end(folder, End("failed", message=told))
+        raise TrainError(told) from error
 
 
-def _fit_again_and_again(trainer: TorchTrainer, folder: RunFolder, max_failures: int) -> None:
+def _fit_again_and_again(trainer: TorchTrainer, folder: RunFolder, check_lock: Callable[[], None], max_failures: int) -> None:
     """Fits; where Ray Train's controller dies or the workers leave nodes that are about to go, goes on with new ones."""
     lost = 0
     while True:
+        check_lock()  # before anything of another driver's is given back or removed
         reserved = [line["reservation"] for line in folder.read_lines("events.jsonl") if "reservation" in line]
         if reserved:
             release(reserved[-1])
@@ -316,7 +325,9 @@ def _told(error: Exception, max_failures: int) -> str:
         if failure.is_final or failure.is_repeated:
             where = "before its first step" if failure.step is None else f"at step {failure.step}"
             return f"training failed {'twice ' if failure.is_repeated else ''}{where}: {failure.reason}"
-    return f"training failed after {max_failures} restarts: {root_cause(error)}"
+    if isinstance(error, ray.train.WorkerGroupError) and max_failures >= 0:
+        return f"training failed after {max_failures} restarts: {root_cause(error)}"
+    return f"training failed: {root_cause(error)}"
 
 
 def _prepare_once(settings: Settings) -> None:

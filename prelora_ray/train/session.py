@@ -24,7 +24,7 @@ from prelora_ray.run_folder import LineWriter, RunFolder, RunRecords, last_attem
 from prelora_ray.storage import Storage
 from prelora_ray.train.checkpoint import Checkpoint, Checkpoints, Retention
 from prelora_ray.train.control import Action, Control
-from prelora_ray.train.end import End, EndKind, write_end
+from prelora_ray.train.end import End, EndKind, remove_end, write_end
 from prelora_ray.train.evaluation import Evaluation
 from prelora_ray.train.feed import Feed, stream_plan, validates
 from prelora_ray.train.lock import CLAIM
@@ -62,6 +62,7 @@ class Session:
         self.checkpoints = Checkpoints(self.folder)
         if self.rank == 0:
             remove_unborn_actors()  # before any worker streams
+            remove_end(self.folder)  # the one of an attempt before, in the same fit
             with contextlib.suppress(OSError):  # it only takes up room
                 self.folder.remove_unfinished(but=(CLAIM, STOP_FILE))  # which the driver may be writing
                 self.checkpoints.remove_unfinished()

@@ -12,7 +12,7 @@ from prelora_ray.config import Settings
 from prelora_ray.method.phases import Phase
 from prelora_ray.monitor.client import Client
 from prelora_ray.monitor.metrics import RunMetrics, WorkerMetrics
-from prelora_ray.storage import absolute
+from prelora_ray.run_folder import RunFolder
 from prelora_ray.train.gpu import Sensors, forward_flops, peak_flops, training_passes
 from prelora_ray.train.saver import Saved
 
@@ -22,7 +22,7 @@ _RATE_SECONDS = 5.0
 
 def run_label(settings: Settings) -> str:
     """The run's folder, as no two runs share one: `/mnt/shared/runs/digits`."""
-    return f"{absolute(settings.storage).rstrip('/')}/{settings.name}"
+    return str(RunFolder.of(settings))
 
 
 class WorkerTelemetry:

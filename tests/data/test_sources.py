@@ -393,7 +393,7 @@ TREES: dict[str, tuple[list[str], tuple[str, ...], dict[str, int], dict[tuple[st
         ["train/a", "train/b", "valid/a", "valid/b", "test/a", "test/b"],
         ("a", "b"),
         {"train": 4, "val": 4},
-        {("of split test, as there is val", ".png"): 4},
+        {("of split test, which is not used", ".png"): 4},
     ),
     "test validates": (["Train/a", "Train/b", "TEST/a"], ("a", "b"), {"train": 4, "val": 2}, {}),
     "a folder of no split": (
@@ -574,6 +574,17 @@ def test_a_number_written_otherwise_is_no_number(tmp_path):
     (tmp_path / "x.tar").write_bytes(tar({"1.png": png(1), "1.cls": b"01", "2.png": png(2), "2.cls": b"1"}))
     with pytest.raises(ValueError, match="has labels of several kinds: int, str"):
         open_source(str(tmp_path))
+
+
+def test_prepared_folders_in_a_bucket_are_no_source(bucket):
+    root = Storage(f"{bucket}/source-with-prepared")
+    for name, content in numbered("a", "b", "out/c").items():
+        root.write_bytes(name, content)
+    (root / "out").write_json("manifest.json", {"schema": 2, "classes": ["a", "b"], "splits": {}})
+    source = open_source(root.uri)
+    assert source.classes == ("a", "b")
+    assert [source.reader.read(item) for item in source.items["train"]] == [png(i) for i in range(4)]
+    assert not source.skipped
 
 
 def test_links(tmp_path):

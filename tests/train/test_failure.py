@@ -18,6 +18,7 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.train import run as driver
+from prelora_ray.train.end import End, read_end
 from prelora_ray.train.failure import WorkerCodeError, failures_of, is_own, root_cause
 from prelora_ray.train.run import TrainError, train
 from prelora_ray.train.step import Stepper
@@ -37,7 +38,7 @@ def raise_in_worker(config: dict[str, Any]) -> None:
         case "lines":
             raise ValueError("a first line\n  and a second")
         case "data":
-            next(iter(ray.data.range(3).map(_fail_on_row).iter_rows()))
+            next(iter(ray.data.range(1).map(_fail_on_row).iter_rows()))  # of several rows any may fail first
         case "one of two":
             if rank == 1:
                 torch.zeros(2, 3) @ torch.zeros(2, 3)
@@ -73,7 +74,7 @@ def test_the_root_cause_of_rays_errors(ray_cluster, tmp_path, kind, workers, tol
     with pytest.raises(ray.train.TrainingFailedError) as error:
         trainer.fit()
     cause = root_cause(error.value)
-    assert cause == told if own else cause.startswith(told)
+    assert cause.startswith(told) and (cause == told or not own)
     assert "\n" not in cause
     failures = error.value.worker_failures.values()
     assert any(is_own(failure) for failure in failures) == own
@@ -189,6 +190,7 @@ def test_what_would_fail_alike_is_not_tried_again(digits, storage, monkeypatch, 
         with pytest.raises(TrainError) as error:
             train(run)
         assert str(error.value).startswith(message)
+        assert read_end(RunFolder.of(run)) == End("failed", message=str(error.value))
     assert _attempts(str(storage), name) == attempts
 
 

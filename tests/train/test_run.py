@@ -27,6 +27,7 @@ from prelora_ray.storage import Storage
 from prelora_ray.sweep.replay import read_record, replay
 from prelora_ray.train.checkpoint import Checkpoints
 from prelora_ray.train.lock import LostRunError, claims, holder
+from prelora_ray.train.notices import STOP_FILE
 from prelora_ray.train.run import TrainError, _check_same_data, train
 from prelora_ray.train.state import TrainState
 from tests.conftest import samples
@@ -73,6 +74,7 @@ def test_stopped_by_sigterm_it_goes_on_where_it_stood(digits, storage, undisturb
     with pytest.raises(InterruptedRunError, match="the same command goes on from epoch"):
         train(run)
     assert f"is being trained by process {os.getpid()} on {socket.gethostname()}" in refusals[0]
+    assert not RunFolder.of(run).exists(STOP_FILE)
     train(run)
     assert_same_bits(final(run), final(undisturbed(2)))
     (restart,) = (line for line in RunFolder.of(run).read_lines("events.jsonl") if line["event"] == "restart")

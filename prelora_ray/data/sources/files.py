@@ -53,6 +53,12 @@ def files_below(folder: Storage, leave_out: str | None = None) -> list[File]:
         selector = pyarrow.fs.FileSelector(folder.path, recursive=True)
         infos = folder.filesystem.get_file_info(selector)
         files = [info for info in infos if info.type == pyarrow.fs.FileType.File]
+        prepared = tuple(
+            f"{path}/"
+            for path in (info.path.removesuffix("/manifest.json") for info in files if info.base_name == "manifest.json")
+            if path != folder.path.rstrip("/") and is_prepared(folder / path[len(folder.path) :].lstrip("/"))
+        )
+        files = [info for info in files if not info.path.startswith(prepared)]
         found = [File(info.path[len(folder.path) :].lstrip("/"), f"{info.size}-{info.mtime_ns}") for info in files]
         within = None if leave_out is None else os.path.relpath(leave_out, folder.path) + "/"
         found = [

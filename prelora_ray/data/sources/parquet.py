@@ -37,7 +37,7 @@ def open_parquet(root: str, files: list[File], splits: Splits, columns: Columns)
     for split, file in shards:
         if split not in used:
             for _ in range(_open(root, file.path, file.stamp).metadata.num_rows):
-                found.skip(f"of split {split}, which is not used" if split else "in no split", "")
+                found.skip_unused(split, "")
             continue
         parquet = _open(root, file.path, file.stamp)
         image, label = columns.choose(parquet.schema_arrow.names, f"{root}/{file.path}")

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from prelora_ray.data.manifest import Split
 from prelora_ray.data.sources.files import printable
-from prelora_ray.data.sources.splits import SourceSplit
+from prelora_ray.data.sources.splits import SourceSplit, used_splits
 
 Label = int | str | bool
 """A label as a source has it: a number, or a class's name."""
@@ -86,6 +86,10 @@ class Found:
         """Something that is left out."""
         self.skipped[reason, ending(name)] += 1
 
+    def skip_unused(self, split: SourceSplit | None, name: str) -> None:
+        """Something of a split that neither trains nor validates, or of none."""
+        self.skip(f"of split {split}, which is not used" if split else "in no split", name)
+
     def source(self, reader: Reader, names: Sequence[str] | None = None) -> Source:
         """What was found, with labels as indices into the classes that occur.
 
@@ -102,24 +106,18 @@ class Found:
 
     def _splits(self) -> dict[Split, list[_Image]]:
         """The images of each split. Those of no split train where no name says `train`."""
-        images = dict(self._images)
-        loose = images.pop(None, [])
-        train = images.get("train") or loose
+        used = used_splits(self._images)
+        for split, images in self._images.items():
+            for name, *_ in images if split not in used else ():
+                self.skip_unused(split, name)
+        train = self._images.get("train" if "train" in used else None)
         if not train:
-            only = f", only to {' and '.join(sorted(map(str, images)))}" if images else ""
+            only = f", only to {' and '.join(sorted(map(str, used)))}" if used else ""
             raise ValueError(f"{self.root!r} has no images to train on{only}")
-        if loose and train is not loose:
-            self._leave_out(loose, "in no split")
-        if loose and train is loose and images:
+        if None in used and len(self._images) > 1:
             self.notes.append("the files whose names are of no split are taken for training")
-        val = images.get("val") or images.get("test") or []
-        if images.get("val") and images.get("test"):
-            self._leave_out(images["test"], "of split test, as there is val")
+        val = self._images.get("val") or self._images.get("test")
         return {"train": train, "val": val} if val else {"train": train}
-
-    def _leave_out(self, images: list[_Image], reason: str) -> None:
-        for name, *_ in images:
-            self.skip(reason, name)
 
     def _classes(
         self, chosen: dict[Split, list[_Image]], names: Sequence[str] | None

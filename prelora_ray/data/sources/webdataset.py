@@ -56,7 +56,7 @@ def open_tars(root: str, beside: list[File], splits: Splits, columns: Columns) -
     for (shard, key), sample in samples.items():
         if (split := _split(splits, shard, key)) not in used:
             for file in sample.images:
-                found.skip(f"of split {split}, which is not used" if split else "in no split", file.path)
+                found.skip_unused(split, file.path)
             continue
         _add(found, folder, shard, key, sample, splits)
     return found.source(FileReader(root), class_names(folder))
