@@ -15,6 +15,7 @@ import json
 import math
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -111,34 +112,39 @@ class Appender:
     """Appends to one file of a run folder.
 
     On a disk what is appended is there once `append` returns; on a full one it waits for room, and so does the file
-    itself. Object stores cannot append: there it gathers in a local file, which `flush` uploads whole.
+    itself. Object stores cannot append: there it gathers in a local file, which `flush` uploads whole. One thread may
+    append while another flushes.
     """
 
     def __init__(self, folder: Storage, name: str) -> None:
         self._folder = folder
         self._name = name
         self._file: IO[bytes] | None = None
+        self._lock = threading.Lock()
         self._pending = b"" if folder.is_local or not folder.exists(name) else folder.read_bytes(name)
-        self._uploaded = True
+        self._num_bytes = 0
+        """In the file."""
+        self._uploaded = len(self._pending)
+        """Bytes of it that are in the bucket."""
 
     def append(self, content: bytes) -> None:
-        self._pending += content
-        self._uploaded = False
-        self._drain()
+        with self._lock:
+            self._pending += content
+            self._drain()
 
     def flush(self) -> bool:
-        """Returns whether all that was appended is there; where it is not, the next flush tries again."""
-        self._drain()
-        if self._pending:
-            return False
-        if self._folder.is_local or self._uploaded:
-            return True
-        assert self._file is not None
-        self._file.seek(0)
-        with contextlib.suppress(OSError):
-            self._folder.write_bytes(self._name, self._file.read())
-            self._uploaded = True
-        return self._uploaded
+        """Returns whether all that was appended before is there; where it is not, the next flush tries again."""
+        with self._lock:
+            self._drain()
+            if self._pending or self._folder.is_local:
+                return not self._pending
+            num_bytes = self._num_bytes
+        if num_bytes != self._uploaded:
+            assert self._file is not None
+            with contextlib.suppress(OSError):
+                self._folder.write_bytes(self._name, os.pread(self._file.fileno(), num_bytes, 0))
+                self._uploaded = num_bytes
+        return num_bytes == self._uploaded
 
     def _drain(self) -> None:
         """Writes as much as there is room for."""
@@ -146,7 +152,9 @@ class Appender:
             if self._file is None:
                 self._file = self._open()
             while self._pending:
-                self._pending = self._pending[self._file.write(self._pending) :]
+                written = self._file.write(self._pending)
+                self._pending = self._pending[written:]
+                self._num_bytes += written
 
     def _open(self) -> IO[bytes]:
         if not self._folder.is_local:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import json
 import os
@@ -27,12 +28,15 @@ _SYNCS_NO_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 
 def patiently(read: Callable[[], T]) -> T:
     """What `read` returns. An OSError may pass, and is raised where it stays for some seconds; a missing file at once."""
+    end = time.monotonic() + sum(_READ_WAITS)
     for wait in _READ_WAITS:
         try:
             return read()
         except FileNotFoundError:
             raise
         except OSError:
+            if time.monotonic() > end:  # the storage's own client has tried again and again
+                raise
             time.sleep(wait)
     return read()
 
@@ -92,7 +96,9 @@ class Storage:
         return isinstance(self.filesystem, pyarrow.fs.LocalFileSystem)
 
     def __truediv__(self, name: str) -> Self:
-        return type(self)(posixpath.join(self.uri, name))
+        below = copy.copy(self)  # a bucket's client is made once: each asks the bucket where it is
+        below.uri, below.path = posixpath.join(self.uri, name), posixpath.join(self.path, name)
+        return below
 
     def file(self, name: str) -> str:
         """Path of a file in the folder, as `filesystem` takes it."""
@@ -100,6 +106,18 @@ class Storage:
 
     def make(self) -> None:
         self.filesystem.create_dir(self.path, recursive=True)
+
+    def wait_until_reachable(self, seconds: float) -> None:
+        """Returns once the storage answers. Raises OSError where it does not within so many seconds."""
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                self.exists("any")
+                return
+            except OSError:
+                if time.monotonic() > end:
+                    raise
+            time.sleep(_READ_WAITS[-1])
 
     def exists(self, name: str) -> bool:
         if self.is_local:

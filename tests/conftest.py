@@ -8,11 +8,9 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import boto3
 import pytest
 import ray
 import torch
-from moto.server import ThreadedMotoServer
 from torch import nn
 
 from prelora_ray.config import Settings
@@ -20,6 +18,7 @@ from prelora_ray.run_folder import RunFolder
 from prelora_ray.torchvision_ops import make_importable
 from prelora_ray.train.run import train
 from tests.disk import Disk
+from tests.proxy import Proxy, s3_server
 from tests.runs import TINY_VIT, settings
 
 make_importable()
@@ -54,20 +53,16 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 
 
 @pytest.fixture(scope="session")
-def bucket() -> Iterator[str]:
-    """URI of a bucket on an S3 server of this machine, which this process and all it starts take for S3."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    os.environ |= {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    boto3.client("s3").create_bucket(Bucket="bucket")
-    yield "s3://bucket"
-    server.stop()
+def proxy() -> Iterator[Proxy]:
+    """The way to an S3 server of this machine, which this process and all it starts take for S3."""
+    with s3_server() as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="session")
+def bucket(proxy: Proxy) -> str:
+    """URI of a bucket."""
+    return "s3://bucket"
 
 
 @pytest.fixture(scope="session")
@@ -113,8 +108,8 @@ def undisturbed(digits: Path, storage: Path) -> Callable[..., Settings]:
 def samples(folder: RunFolder) -> dict[tuple[int, int], list[int]]:
     """Samples of every global batch, sorted: those of the latest attempt at it, over all its workers."""
     batches: dict[tuple[int, int], tuple[int, list[int]]] = {}
-    for path in Path(folder.path).glob("samples-*.jsonl"):
-        for line in folder.read_lines(path.name):
+    for name in folder.list_files():
+        for line in folder.read_lines(name) if name.startswith("samples-") else []:
             place = line["epoch"], line["batch"]
             attempt, ids = batches.get(place, (-1, []))
             if line["attempt"] >= attempt:

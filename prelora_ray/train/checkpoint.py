@@ -102,12 +102,13 @@ class Checkpoints:
         self._base: dict[str, Any] | None = None
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Writes and commits a checkpoint; on return it is whole. Where this fails, nothing of it stays to take up room."""
+        """Writes and commits a checkpoint; on return it is whole. Where this fails, nothing of it stays to fill up a disk."""
         try:
             self._save(checkpoint)
         except BaseException:
-            with contextlib.suppress(OSError):
-                self.folder.remove_folder(checkpoint.name)
+            if self.folder.is_local:  # a bucket may take minutes to say once more that it cannot be reached
+                with contextlib.suppress(OSError):
+                    self.folder.remove_folder(checkpoint.name)
             raise
 
     def _save(self, checkpoint: Checkpoint) -> None:

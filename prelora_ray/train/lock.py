@@ -75,7 +75,7 @@ class DriverLock:
         try:
             self._get_in()
         except BaseException:
-            self._folder.remove_file(self._name)
+            self._withdraw()
             raise
         self._thread.start()
         return self
@@ -84,12 +84,16 @@ class DriverLock:
         self._done.set()
         self._thread.join()
         self.check()
-        self._folder.remove_file(self._name)
+        self._withdraw()
 
     @property
     def check(self) -> Callable[[], None]:
         """Raises LostRunError where another driver has taken over. Any process may call it."""
         return functools.partial(_check, self._folder, self._name)
+
+    def _withdraw(self) -> None:
+        with contextlib.suppress(OSError):  # storage that cannot be reached: others see the claim fall silent
+            self._folder.remove_file(self._name)
 
     def _get_in(self) -> None:
         while True:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
 from collections.abc import Callable
 
@@ -30,17 +32,35 @@ def room_to_grow(workers: WorkerSettings, world_size: int, *, uses_gpu: bool) ->
     return free.get("CPU", 0) >= workers.cpus and free.get("GPU", 0) >= int(uses_gpu)
 
 
+class StopRequest:
+    """Looks for the driver's request beside the loop, as storage that cannot be reached may take its time to say so."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+        self._closed = threading.Event()
+        self.is_there = False
+        threading.Thread(target=self._look, daemon=True).start()
+
+    def close(self) -> None:
+        self._closed.set()
+
+    def _look(self) -> None:
+        while not self.is_there and not self._closed.wait(_LOOK_SECONDS[self._folder.is_local]):
+            with contextlib.suppress(OSError):  # then nothing is known of a request
+                self.is_there = self._folder.exists(STOP_FILE)
+
+
 class Notices:
     """What rank 0 wishes after each step."""
 
     def __init__(self, folder: RunFolder, settings: CheckpointSettings, has_room: Callable[[], bool] = lambda: False) -> None:
         """`has_room`: whether the group is about to grow, which costs what was not saved."""
-        self._folder = folder
+        self._stop_request = StopRequest(folder)
         self._settings = settings
         self._has_room = has_room
         self._had_room = True
         self._room_time = time.monotonic()
-        self._look_time = self._save_time = time.monotonic()
+        self._save_time = time.monotonic()
         self._save_step: int | None = None
 
     def wish(self, step: int, *, is_busy: bool) -> Action:
@@ -50,10 +70,8 @@ class Notices:
             self._save_step = step
         if preemption() is not None:  # at once: on a node that is about to go, Ray Data decodes no more
             return Action.LEAVE
-        if now - self._look_time >= _LOOK_SECONDS[self._folder.is_local]:
-            self._look_time = now
-            if self._folder.exists(STOP_FILE):
-                return Action.STOP
+        if self._stop_request.is_there:
+            return Action.STOP
         settings = self._settings
         grows = False
         if now - self._room_time >= _ROOM_SECONDS and not is_busy:
@@ -64,6 +82,9 @@ class Notices:
         due = settings.every_steps is not None and step - self._save_step >= settings.every_steps
         due |= settings.every_seconds is not None and now - self._save_time >= settings.every_seconds
         return Action.SAVE if (due or grows) and not is_busy else Action.NONE
+
+    def close(self) -> None:
+        self._stop_request.close()
 
     def saved(self, step: int) -> None:
         """A save has begun after `step` steps."""

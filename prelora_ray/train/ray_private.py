@@ -30,6 +30,7 @@ from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.util.placement_group import PlacementGroup
 
+from prelora_ray.train.background import Background
 from prelora_ray.train.failure import WorkerCodeError, failures_of
 
 _SHUTDOWN_SECONDS = 2
@@ -111,21 +112,32 @@ class TorchConfig(ray.train.torch.TorchConfig):
 class Guard(ControllerCallback, WorkerGroupCallback):
     """A callback of Ray Train that ends a fit, workers and all and without another try, once `check` raises.
 
-    Its controller calls `check` every few seconds, and before it starts workers: also where the driver is suspended.
+    Its controller calls `check` every few seconds, and before it starts workers: also where the driver is suspended. While
+    workers train that is done beside, as they wait for the controller, and `check` for storage that cannot be reached.
     """
 
     def __init__(self, check: Callable[[], None], seconds: float) -> None:
         self._check = check
         self._seconds = seconds
         self._time = float("-inf")
+        self._looking = Background()
+        self._raised: Exception | None = None
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
-        if time.monotonic() - self._time >= self._seconds:
-            self._check()
+        if self._raised is not None:
+            raise self._raised
+        if time.monotonic() - self._time >= self._seconds and not self._looking.is_busy:
             self._time = time.monotonic()
+            self._looking.begin(self._look)
 
     def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
         self._check()
+
+    def _look(self) -> None:
+        try:
+            self._check()
+        except Exception as error:
+            self._raised = error
 
 
 class ScalingConfig(ray.train.ScalingConfig):

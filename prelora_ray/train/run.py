@@ -18,7 +18,7 @@ import ray.train
 import ray.train.torch
 import torch
 
-from prelora_ray.config import Settings, flat, with_absolute_paths, without_effect
+from prelora_ray.config import Settings, WorkerSettings, flat, with_absolute_paths, without_effect
 from prelora_ray.data.manifest import Manifest, read_manifest
 from prelora_ray.data.prepare import prepare
 from prelora_ray.errors import InterruptedRunError, WorkError
@@ -119,6 +119,7 @@ def train(settings: Settings, *, debug: bool = False, callbacks: Sequence[ray.tr
         with stop_on_sigterm(folder):
             _fit(settings, folder, lock.check, callbacks)
         finish(run_label(settings))
+        _wait_for_storage(folder, settings.workers)
         check_finished(folder, settings.train.epochs)
         return write_result(folder)
 
@@ -286,7 +287,7 @@ def _fit(
         ),
     )
     try:
-        _fit_again_and_again(trainer, folder, check_lock, workers.max_failures)
+        _fit_again_and_again(trainer, folder, check_lock, workers)
     except (SystemExit, KeyboardInterrupt):  # Ray Train's own handler of Ctrl-C ends its workers and exits
         raise InterruptedRunError(f"interrupted; the same command goes on from the last checkpoint in {folder}") from None
     except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
@@ -297,10 +298,13 @@ def _fit(
         raise TrainError(told) from error
 
 
-def _fit_again_and_again(trainer: TorchTrainer, folder: RunFolder, check_lock: Callable[[], None], max_failures: int) -> None:
+def _fit_again_and_again(
+    trainer: TorchTrainer, folder: RunFolder, check_lock: Callable[[], None], workers: WorkerSettings
+) -> None:
     """Fits; where Ray Train's controller dies or the workers leave nodes that are about to go, goes on with new ones."""
     lost = 0
     while True:
+        _wait_for_storage(folder, workers)
         check_lock()  # before anything of another driver's is given back or removed
         reserved = [line["reservation"] for line in folder.read_lines("events.jsonl") if "reservation" in line]
         if reserved:
@@ -310,13 +314,18 @@ def _fit_again_and_again(trainer: TorchTrainer, folder: RunFolder, check_lock: C
             trainer.fit()
         except ray.exceptions.RayActorError:
             lost += 1
-            if 0 <= max_failures < lost:
+            if 0 <= workers.max_failures < lost:
                 raise
             logger.warning("Ray Train's controller died; another one goes on")
             continue
         end = read_end(folder)
         if end is None or end.end != "preemption":
             return
+
+
+def _wait_for_storage(folder: RunFolder, workers: WorkerSettings) -> None:
+    """An outage of the storage is no reason to end, as far as the workers would wait for each other too."""
+    folder.wait_until_reachable(workers.hang_seconds * PATIENCE / 2)
 
 
 def _told(error: Exception, max_failures: int) -> str:

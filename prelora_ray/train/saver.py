@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import queue
-import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -14,10 +13,10 @@ from typing import Any
 
 import torch
 
+from prelora_ray.train.background import Background
 from prelora_ray.train.checkpoint import Checkpoint, Checkpoints, Retention
 
 logger = logging.getLogger(__name__)
-_BEAT_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -31,21 +30,17 @@ class Saved:
     """Why it failed; None where the checkpoint is committed."""
 
 
-class Saver:
+class Saver(Background):
     """A thread that writes, commits and prunes. What it did waits in `results` for the loop to record."""
 
     def __init__(self, checkpoints: Checkpoints, retention: Retention) -> None:
+        super().__init__()
         self._checkpoints = checkpoints
         self._retention = retention
-        self._thread = threading.Thread()
         self._results: queue.SimpleQueue[Saved] = queue.SimpleQueue()
         self._failed: Checkpoint | None = None
         self.failure: str | None = None
         """Why the last save failed; None where it has not."""
-
-    @property
-    def is_busy(self) -> bool:
-        return self._thread.is_alive()
 
     def start(
         self, take: Callable[[], Checkpoint], seconds: float = math.inf, meanwhile: Callable[[], None] = lambda: None
@@ -58,21 +53,14 @@ class Saver:
         if self.is_busy:
             return False
         self._failed = None  # before another snapshot takes as much memory
-        self._begin(take())
+        self._save(take())
         return True
 
     def retry(self, meanwhile: Callable[[], None] = lambda: None) -> None:
         """Writes once more what could not be written, and waits for it."""
         assert self._failed is not None
-        self._begin(self._failed)
+        self._save(self._failed)
         self.wait(meanwhile=meanwhile)
-
-    def wait(self, seconds: float = math.inf, meanwhile: Callable[[], None] = lambda: None) -> None:
-        """Returns when nothing is being written, or after so many seconds; calls `meanwhile` every second until then."""
-        end = time.monotonic() + seconds
-        while self.is_busy and time.monotonic() < end:
-            self._thread.join(min(_BEAT_SECONDS, max(0.0, end - time.monotonic())))
-            meanwhile()
 
     def results(self) -> list[Saved]:
         """What has been saved, or failed to be, since the last call."""
@@ -81,9 +69,8 @@ class Saver:
             found.append(self._results.get())
         return found
 
-    def _begin(self, checkpoint: Checkpoint) -> None:
-        self._thread = threading.Thread(target=self._write, args=(checkpoint,), daemon=True)
-        self._thread.start()
+    def _save(self, checkpoint: Checkpoint) -> None:
+        self.begin(lambda: self._write(checkpoint))
 
     def _write(self, checkpoint: Checkpoint) -> None:
         start = time.monotonic()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import resource
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, cast
 
@@ -22,6 +24,7 @@ from prelora_ray.method.ranks import rank_choices
 from prelora_ray.method.targets import target_norms
 from prelora_ray.run_folder import LineWriter, RunFolder, RunRecords, last_attempt
 from prelora_ray.storage import Storage
+from prelora_ray.train.background import Background
 from prelora_ray.train.checkpoint import Checkpoint, Checkpoints, Retention
 from prelora_ray.train.control import Action, Control
 from prelora_ray.train.end import End, EndKind, remove_end, write_end
@@ -38,7 +41,7 @@ from prelora_ray.train.state import TrainState
 from prelora_ray.train.step import Stepper
 from prelora_ray.train.telemetry import RunTelemetry, WorkerTelemetry
 from prelora_ray.train.tensorboard import TensorBoardLog
-from prelora_ray.train.watchdog import Watchdog
+from prelora_ray.train.watchdog import PATIENCE, Watchdog
 
 _CHECK_STEPS = 50
 """Steps between looks whether the loss is still finite, each of which waits for the device."""
@@ -61,6 +64,8 @@ class Session:
         self.folder = RunFolder.of(settings)
         self.checkpoints = Checkpoints(self.folder)
         if self.rank == 0:
+            self.folder.wait_until_reachable(settings.workers.hang_seconds * PATIENCE / 2)
+            self.watchdog.beat(patiently=True)
             remove_unborn_actors()  # before any worker streams
             remove_end(self.folder)  # the one of an attempt before, in the same fit
             with contextlib.suppress(OSError):  # it only takes up room
@@ -80,17 +85,16 @@ class Session:
         self.stepper.found_sizes = self._found_sizes()
         self._sums_before = _own_sums(checkpoint.state["sums"] if checkpoint else [], self.rank, world_size)
         self.control = Control()
-        self.notices = Notices(
-            self.folder,
-            settings.checkpoint,
-            lambda: room_to_grow(settings.workers, world_size, uses_gpu=device.type == "cuda"),
-        )
+        self._telling, self._flushing = Background(), Background()
         self.records = RunRecords(self.folder, self.attempt) if self.rank == 0 else None
         self.audit = LineWriter(self.folder, f"samples-{self.rank}.jsonl") if settings.audit_samples else None
         self.telemetry = WorkerTelemetry(settings, len(manifest.classes), self.rank, world_size, device)
         if self.records:
             trunk_epochs = settings.method.window_epochs if settings.checkpoint.keep_trunk else None
             self.saver = Saver(self.checkpoints, Retention(settings.checkpoint.keep, trunk_epochs))
+            uses_gpu = device.type == "cuda"
+            has_room = functools.partial(room_to_grow, settings.workers, world_size, uses_gpu=uses_gpu)
+            self.notices = Notices(self.folder, settings.checkpoint, has_room)
             self._wrote_ranks = False
             self.board = TensorBoardLog(self.folder, self.attempt, self.state.epoch)
             self._record_start(start)
@@ -129,7 +133,7 @@ class Session:
         self.telemetry.step(int((batch.labels >= 0).sum()), self.feed.wait_seconds)
         if self.state.batch % _CHECK_STEPS == 0:
             self.stepper.check_finite()
-        if self.records and self.records.progress_is_due():
+        if self.records and self.records.progress_is_due() and not self._telling.is_busy:
             seconds = time.monotonic() - self._epoch_time
             images = (self.state.batch - self._first_batch) * self.settings.data.batch_size
             loss = self.stepper.local_loss()
@@ -205,27 +209,22 @@ class Session:
             self.board.epoch(line)
             self.run_telemetry.epoch(line)
             self._record_change(decision)
-            with contextlib.suppress(OSError):  # a full disk: the end of another epoch tries again
-                self._write_ranks()
             self._diagnose(line)
         is_last = epoch + 1 == self.settings.train.epochs
         must = is_last or decision.switch is not None or decision.freeze or self._ends_trunk_window(epoch)
         if must:
             self.watchdog.beat(patiently=True)  # rank 0 may have to wait for an earlier save, and the others for rank 0
         if self.records and (must or (epoch + 1) % self.settings.checkpoint.every_epochs == 0):
-            hang_seconds = self.settings.workers.hang_seconds
-            self._save([], math.inf if must else hang_seconds / 2, val_top1=line["val_top1"])
+            patience = self.settings.workers.hang_seconds / 2 if self.saver.failure is None else 0.0
+            self._save([], math.inf if must else patience, val_top1=line["val_top1"])
         if is_last and self.records:
             self._finish_saving()
             self.watchdog.beat(patiently=True)
         elif is_last:
             self.watchdog.end()  # all that is left to do is rank 0's
-        if self.audit:
-            self.audit.flush()
         if self.records:
             self._record_saves()
-            self.records.flush()
-            self.board.flush()
+        self._flush_beside()
         if is_last:
             self.telemetry.send()
         report(self, line, decision)
@@ -233,8 +232,8 @@ class Session:
     def finish(self) -> None:
         """The run has trained all its epochs."""
         if not self.records:
-            return
-        if self.saver.failure is None:
+            self._finish_flushing()
+        elif self.saver.failure is None:
             self._end("finished")
         else:
             self._fail(f"the last epoch could not be saved, which the same command tries again: {self.saver.failure}")
@@ -246,6 +245,8 @@ class Session:
 
     def close(self) -> None:
         self.watchdog.end()
+        if self.records:
+            self.notices.close()
 
     def _find_micro_batch(self, batch: Batch) -> None:
         if self.records:
@@ -255,7 +256,7 @@ class Session:
         if self.records:
             write_found(self.folder, torch.cuda.get_device_name(self.state.device), self.stepper.found_sizes)
             self._event("micro_batch", micro_batch=self.stepper.micro_batch)
-            self.records.flush_events()
+            self._flush_beside()
 
     def _found_sizes(self) -> dict[Phase, int]:
         """The micro-batches that the run found earlier, on a GPU of the same name."""
@@ -275,9 +276,9 @@ class Session:
         if action is Action.SAVE:
             return
         self._finish_saving()
-        if self.audit:
-            self.audit.flush()
-        if self.records:
+        if not self.records:
+            self._finish_flushing()
+        else:
             kind: EndKind = "stop" if action is Action.STOP else "preemption"
             self._event(kind)
             with contextlib.suppress(OSError) if action is Action.STOP else contextlib.nullcontext():
@@ -318,8 +319,12 @@ class Session:
     def _fail(self, message: str) -> None:
         if not self.records:
             return
-        names = self.checkpoints.names()
-        where = f"the last good checkpoint is {self.checkpoints.folder / names[-1]}" if names else "no checkpoint was saved yet"
+        try:
+            names = self.checkpoints.names()
+            newest = self.checkpoints.folder / names[-1] if names else None
+            where = f"the last good checkpoint is {newest}" if newest else "no checkpoint was saved yet"
+        except OSError as error:
+            where = f"its checkpoints cannot be listed ({error})"
         self._event("run_failed", message=f"{message}; {where}")
         with contextlib.suppress(OSError):
             self._end("failed", f"{message}; {where}")
@@ -331,19 +336,39 @@ class Session:
         tells that the record is missing.
         """
         assert self.records
-        tries = 1 if self.saver.failure is not None else _LAST_SAVES  # the save that failed has waited already
-        for tries_left in reversed(range(tries)):
-            try:
-                self._write_ranks()
-                if not self.records.flush():
-                    raise OSError(f"no room for the records in {self.folder}")
-                write_end(self.folder, End(kind, self.state.epoch, self.state.step, message))
+        end = End(kind, self.state.epoch, self.state.step, message)
+        for _ in range(1 if self.saver.failure is not None else _LAST_SAVES):  # the save that failed has waited already
+            if self._finish_flushing(lambda: write_end(self.folder, end)):
                 return
-            except OSError:
-                if not tries_left:
-                    raise
-            self.watchdog.beat()
             time.sleep(self.settings.workers.hang_seconds / _LAST_SAVES)
+        raise OSError(f"no room for the records in {self.folder}, or it cannot be reached")
+
+    def _flush_beside(self) -> None:
+        """Has the run folder hold what was recorded, as soon as it can. What an earlier flush holds up waits for the next."""
+        if not self._flushing.is_busy:
+            self._flushing.begin(self._flush)
+
+    def _finish_flushing(self, then: Callable[[], None] = lambda: None) -> bool:
+        """Returns whether the run folder holds all that was recorded, and `then` has worked after that."""
+        done = []
+
+        def work() -> None:
+            with contextlib.suppress(OSError):
+                if self._flush():
+                    then()
+                    done.append(True)
+
+        self._flushing.wait(meanwhile=self.watchdog.beat)
+        self._flushing.begin(work)
+        self._flushing.wait(meanwhile=self.watchdog.beat)
+        return bool(done)
+
+    def _flush(self) -> bool:
+        """Returns whether the run folder holds all that was recorded."""
+        whole = [self.audit.flush()] if self.audit else []
+        if self.records:
+            whole += [self._write_ranks(), self.records.flush(), self.board.flush()]
+        return all(whole)
 
     def _record_saves(self) -> None:
         assert self.records
@@ -373,8 +398,7 @@ class Session:
             self._event("init_from", message=sentence)
         if self.state.fork is not None:
             self._record_change(self.state.fork)
-        with contextlib.suppress(OSError):
-            self._write_ranks()
+        self._write_ranks()
         self.records.flush_events()
 
     def _record_change(self, decision: Decision) -> None:
@@ -393,12 +417,14 @@ class Session:
         if decision.freeze:
             self._event("freeze", freeze_epoch=phases.frozen_at, **content)
 
-    def _write_ranks(self) -> None:
-        """Writes ranks.json once in an attempt, from what every checkpoint holds too."""
+    def _write_ranks(self) -> bool:
+        """Writes ranks.json once in an attempt, from what every checkpoint holds too; returns whether it is there, if due."""
         ranks = self.state.phases.ranks
         if ranks is not None and not self._wrote_ranks:
-            self.folder.write_json("ranks.json", ranks)
-            self._wrote_ranks = True
+            with contextlib.suppress(OSError):
+                self.folder.write_json("ranks.json", ranks)
+                self._wrote_ranks = True
+        return ranks is None or self._wrote_ranks
 
     def _diagnose(self, line: dict[str, Any]) -> None:
         """Records failure signatures, each once."""
@@ -417,14 +443,9 @@ class Session:
 
     def _progress(self, **content: Any) -> None:
         assert self.records
-        self.records.progress(
-            epoch=self.state.epoch,
-            batch=self.state.batch,
-            batches=self.state.batches,
-            step=self.state.step,
-            phase=self.state.phases.phase,
-            **content,
-        )
+        state = self.state
+        place = {"epoch": state.epoch, "batch": state.batch, "batches": state.batches, "step": state.step}
+        self._telling.begin(functools.partial(self.records.progress, **place, phase=state.phases.phase, **content))
 
 
 def _from_rank_0(content: Any) -> Any:

@@ -58,8 +58,9 @@ class TensorBoardLog:
         changes = {f"norm_change_percent/{family}": change for family, change in (line["change"] or {}).items()}
         self._scalars(line["epoch_end"], {**changes, "loss_change_percent": line["loss_change"]})
 
-    def flush(self) -> None:
-        self._file.flush()
+    def flush(self) -> bool:
+        """Returns whether all that was written is there."""
+        return self._file.flush()
 
     def _scalars(self, step: int, values: dict[str, float | None]) -> None:
         found = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items() if value is not None]

@@ -1,9 +1,10 @@
-"""A run that everything happens to, against one that is left alone: `make chaos`, or
+"""Runs that everything happens to, against one that is left alone: `make chaos`, or
 
     python -m tests.chaos.chaos [--faults N] [--seed N] [--out FILE]
 
-N faults (default 45), as many of each kind, at random moments spread over all three phases; it ends with a table of what
-each cost, and checks that no sample was lost or counted twice, that the switch and the ranks are those of the undisturbed
+One on a disk: N faults (default 45), as many of each kind, at random moments spread over all three phases, and a full disk at
+the switch and at the end. One in a bucket: outages, the longest through all phases. It ends with a table of what each cost,
+and checks that no sample was lost or counted twice, that the switch and the ranks are those of the undisturbed
 run, and that the weights agree.
 """
 
@@ -19,8 +20,9 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,17 +34,41 @@ from prelora_ray.data.prepare import prepare
 from prelora_ray.run_folder import RunFolder, last_attempt
 from prelora_ray.train.checkpoint import Checkpoints
 from prelora_ray.train.run import train
-from tests.chaos.faults import DRAIN_SECONDS, FAULTS, RESTARTING, TAKES_A_NODE, Target
+from tests.chaos.faults import (
+    ANYTIME,
+    AT_END,
+    AT_SWITCH,
+    COSTS_SAVES,
+    DRAIN_SECONDS,
+    FAULTS,
+    IN_BUCKET,
+    RESTARTING,
+    SLOW_BYTES_PER_SECOND,
+    TAKES_A_NODE,
+    Target,
+)
 from tests.chaos.site import WORKERS, Site, read_config, run_folder, wait_for, write_config
 from tests.conftest import samples
+from tests.proxy import Proxy, s3_server
 
 BATCHES = 15
 """Global batches of an epoch."""
+STEPS_PER_SECOND = 12
 STEPS_BETWEEN = 6
 """Fewest steps from one fault's end to the next fault."""
-STEPS = {"node added": 100, "disk full": 40}
+STEPS = {
+    "node added": 100,
+    "disk full": 40,
+    AT_SWITCH: 150,
+    **dict.fromkeys(IN_BUCKET, 60 * STEPS_PER_SECOND),
+    "bucket out for ten minutes": 600 * STEPS_PER_SECOND,
+}
 """Steps set aside for a fault during which the run trains on."""
 STEPS_OTHER = 14
+STEPS_LAST = 150
+"""Steps behind the last fault: a fast machine does many more than were set aside."""
+STEPS_BEFORE = 40
+"""Steps before a moment at which the disk fills up for it."""
 RECOVERY_SECONDS = 150.0
 
 
@@ -77,15 +103,22 @@ def plan(count: int, rng: random.Random) -> list[str]:
 
     A node that is added follows on one that is taken, or it would be no use.
     """
-    each, rest = divmod(count, len(FAULTS))
+    each, rest = divmod(count, len(ANYTIME))
     paired = TAKES_A_NODE | {"node added"}
     taking = [kind for kind in sorted(TAKES_A_NODE) for _ in range(each)]
     rng.shuffle(taking)
     groups = [[kind, "node added"] for kind in taking[:each]] + [[kind] for kind in taking[each:]]
-    others = [kind for kind in FAULTS if kind not in paired]
+    others = [kind for kind in ANYTIME if kind not in paired]
     groups += [[kind] for kind in others * each + rng.choices(others, k=rest)]
     rng.shuffle(groups)
     return [kind for group in groups for kind in group]
+
+
+def bucket_plan() -> list[str]:
+    """The ten minutes lie in the middle, so that they reach from phase full into lora."""
+    before = ["bucket out for a minute", "worker killed", "bucket slow for a minute", "worker killed"]
+    after = ["driver killed", "bucket silent for a minute", "worker killed", "bucket out for a minute"]
+    return [*before, "bucket out for ten minutes", *after]
 
 
 def steps_for(faults: list[str]) -> list[int]:
@@ -96,7 +129,15 @@ def steps_for(faults: list[str]) -> list[int]:
 def epochs_for(faults: list[str]) -> tuple[int, int, int]:
     """Epochs of full, warmup and lora that hold the faults."""
     per_phase = -(-steps_for(faults)[-1] // (3 * BATCHES))
-    return max(3, per_phase), per_phase, per_phase + 1
+    return max(3, per_phase), per_phase, per_phase + STEPS_LAST // BATCHES
+
+
+def with_disk_full_at_the_switch(faults: list[str], epochs: tuple[int, int, int]) -> list[str]:
+    """The faults with another one, before the first that may reach the switch."""
+    start = epochs[0] * BATCHES - STEPS_BEFORE
+    ends = [due + STEPS.get(kind, STEPS_OTHER) for kind, due in zip(faults, steps_for(faults), strict=False)]
+    place = next((place for place, end in enumerate(ends) if end > start), len(faults))
+    return [*faults[:place], AT_SWITCH, *faults[place:]]
 
 
 def position(folder: RunFolder) -> dict[str, Any]:
@@ -115,9 +156,10 @@ def disturb(target: Target, faults: list[str], tell: Callable[[str], None]) -> l
     for kind, after_it, due in zip(faults, [*faults[1:], None], steps_for(faults), strict=False):
         if kind in TAKES_A_NODE and after_it != "node added":
             target.site.add_node(wait=True)  # in its place
-        step = max(due, healed + STEPS_BETWEEN)
-        before = wait_for(functools.partial(_progress, target.folder, step), RECOVERY_SECONDS, f"step {step}, for {kind!r}")
-        time.sleep(target.rng.random())
+        step = target.moments.get(kind) or max(due, healed + STEPS_BETWEEN)
+        before = wait_for(functools.partial(_progress, target, step), RECOVERY_SECONDS, f"step {step}, for {kind!r}")
+        if kind not in target.moments:
+            time.sleep(target.rng.random())
         start = time.time()
         FAULTS[kind](target)
         now = wait_for(functools.partial(_healed, target, kind, before), RECOVERY_SECONDS, f"recovery from {kind!r}")
@@ -134,8 +176,9 @@ def disturb(target: Target, faults: list[str], tell: Callable[[str], None]) -> l
     return costs
 
 
-def _progress(folder: RunFolder, step: int) -> dict[str, Any] | None:
-    now = position(folder)
+def _progress(target: Target, step: int) -> dict[str, Any] | None:
+    now = position(target.folder)
+    assert target.site.driver and target.site.driver.poll() is None, "the run ended before all has happened to it"
     return now if now["step"] >= step else None
 
 
@@ -146,9 +189,11 @@ def _events(folder: RunFolder, event: str) -> list[dict[str, Any]]:
 def _healed(target: Target, kind: str, before: dict[str, Any]) -> dict[str, Any] | None:
     now = position(target.folder)
     restarted = now["attempt"] > before["attempt"]
-    if kind in RESTARTING:
+    if kind in RESTARTING or kind == AT_END:
         return now if restarted else None
     assert not restarted, f"{kind!r} started the group again"
+    if kind not in COSTS_SAVES:
+        return now if now["step"] > before["step"] else None
     failed = [line for line in _events(target.folder, "checkpoint_failed") if line["time"] > before["time"]]
     return now if failed and now["step"] > before["step"] else None
 
@@ -188,8 +233,39 @@ def check(found: Found, costs: list[Cost], folder: RunFolder) -> None:
         assert len(_events(folder, event)) >= sum(cost.kind == kind for cost in costs), f"{kind}: {event} is not on record"
 
 
-def page(costs: list[Cost], found: Found, seconds: float) -> str:
+def page(disk: tuple[list[Cost], Found], bucket: tuple[list[Cost], Found], seconds: float) -> str:
     """The results as a page."""
+    (on_disk, _), (in_bucket, _) = disk, bucket
+    longest = [cost.kind for cost in in_bucket].index("bucket out for ten minutes")
+    begin, after = (cost.phase for cost in in_bucket[longest : longest + 2])
+    kilobytes = SLOW_BYTES_PER_SECOND / 1000
+    versions = f"Python {platform.python_version()}, torch {torch.__version__.split('+')[0]}, Ray {ray.__version__}"
+    return f"""# {len(on_disk) + len(in_bucket)} faults in two runs
+
+    make chaos
+
+A ViT of 3 blocks on scikit-learn's digits in float64, 1 to {WORKERS} workers on nodes of one CPU each, all on one machine of
+{os.cpu_count()} CPU cores; {versions}. Seconds are from the fault to the next trained step:
+for a drained node from the notice, {DRAIN_SECONDS} s before it goes; for a node that is added, from the start of its processes;
+for a disk that is full at the end, from when it fills up. Where they are 0 the run trained on. The undisturbed run trains
+beside it on the same cores, as long as it lasts.
+
+## On a disk: {len(on_disk)} faults
+
+{_table(*disk)}
+
+## In a bucket, behind a proxy: {len(in_bucket)} faults
+
+Off, the proxy ends every connection; silent, it answers nothing; slow, it passes on {kilobytes:g} kB/s a connection.
+The ten minutes began in phase {begin}, and the next fault came in phase {after}.
+
+{_table(*bucket)}
+
+In all {seconds / 60:.0f} minutes.
+"""
+
+
+def _table(costs: list[Cost], found: Found) -> str:
     rows = []
     for kind in FAULTS:
         of_kind = [cost for cost in costs if cost.kind == kind]
@@ -199,17 +275,7 @@ def page(costs: list[Cost], found: Found, seconds: float) -> str:
         middle, most = statistics.median(cost.seconds for cost in of_kind), max(cost.seconds for cost in of_kind)
         again = max(cost.steps_again for cost in of_kind)
         rows.append(f"| {kind} | {counts} | {middle:.1f} | {most:.1f} | {again} |")
-    versions = f"Python {platform.python_version()}, torch {torch.__version__.split('+')[0]}, Ray {ray.__version__}"
-    return f"""# {len(costs)} faults in one run
-
-    python -m tests.chaos.chaos --faults {len(costs)}
-
-A ViT of 3 blocks on scikit-learn's digits in float64, 1 to {WORKERS} workers on nodes of one CPU each, all on one machine of
-{os.cpu_count()} CPU cores; {versions}. Seconds are from the fault to the next trained step: for a
-drained node from the notice, {DRAIN_SECONDS} s before it goes; for a node that is added, from the start of its processes. On a
-full disk the run trains on. The undisturbed run trains beside it on the same cores, as long as it lasts.
-
-| fault | in full | in warmup | in lora | median s | most s | steps done again, most |
+    return f"""| fault | in full | in warmup | in lora | median s | most s | steps done again, most |
 | --- | --- | --- | --- | --- | --- | --- |
 {chr(10).join(rows)}
 
@@ -219,53 +285,92 @@ full disk the run trains on. The undisturbed run trains beside it on the same co
 | samples lost | {found.lost} |
 | samples counted twice | {found.twice} |
 | switch, freeze, ranks | {"differ: " + ", ".join(found.differ) if found.differ else "the same"} |
-| largest relative difference of a tensor of the final weights | {found.difference:.1e} |
-
-In all {seconds / 60:.0f} minutes.
-"""
+| largest relative difference of a tensor of the final weights | {found.difference:.1e} |"""
 
 
-def run(directory: Path, data: Path, faults: list[str], rng: random.Random) -> tuple[list[Cost], Found]:
-    """The undisturbed run and the disturbed one; raises AssertionError where they differ. Prints as it goes."""
-    runs = directory / "runs"
-    runs.mkdir()
-    is_mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(runs)], check=False).returncode == 0
-    if not is_mounted:  # filling a whole disk is more than a test may do
-        print("no file system of its own for the run folder (that takes root): without the fault 'disk full'")
-        faults = [fault for fault in faults if fault != "disk full"]
-    epochs = epochs_for(faults)
-    quiet = directory / "quiet"  # outside the file system that fills up
-    quiet.mkdir()
+@contextmanager
+def small_disk(path: Path) -> Iterator[bool]:
+    """A file system of its own, so that filling it up harms nobody; yields whether there is one, which takes root."""
+    path.mkdir()
+    is_there = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(path)], check=False).returncode == 0
+    try:
+        yield is_there
+    finally:
+        if is_there:
+            subprocess.run(["umount", "-l", str(path)], check=False)
+
+
+def run_on_disk(
+    directory: Path, data: Path, faults: list[str], rng: random.Random, *, at_switch_and_end: bool = True
+) -> tuple[list[Cost], Found]:
+    """Raises AssertionError where the run differs from an undisturbed one. Prints as it goes."""
+    with small_disk(directory / "runs") as can_be_full:
+        if not can_be_full:
+            print("no file system of its own for the run folder (that takes root): without full disks")
+            faults = [fault for fault in faults if fault != "disk full"]
+        epochs, moments = epochs_for(faults), {}
+        if can_be_full and at_switch_and_end:
+            epochs = epochs_for([*faults, AT_SWITCH])
+            faults = [*with_disk_full_at_the_switch(faults, epochs), AT_END]
+            moments[AT_SWITCH] = epochs[0] * BATCHES - STEPS_BEFORE
+            moments[AT_END] = sum(epochs) * BATCHES - STEPS_BEFORE
+        costs, folder, found = _run(directory, data, faults, epochs, rng, moments)
+        if AT_SWITCH in moments:
+            switch = _events(folder, "switch")
+            failed = [line["time"] for line in _events(folder, "checkpoint_failed")]
+            assert min(failed) < switch[0]["time"] < max(failed), "the disk was not full at the switch"
+        return costs, found
+
+
+def run_in_bucket(directory: Path, data: Path, rng: random.Random) -> tuple[list[Cost], Found]:
+    """Raises AssertionError where the run differs from an undisturbed one. Prints as it goes."""
+    faults = bucket_plan()
+    with s3_server() as proxy:
+        costs, _, found = _run(directory, data, faults, epochs_for(faults), rng, {}, proxy)
+        return costs, found
+
+
+def _run(
+    directory: Path,
+    data: Path,
+    faults: list[str],
+    epochs: tuple[int, int, int],
+    rng: random.Random,
+    moments: dict[str, int],
+    proxy: Proxy | None = None,
+) -> tuple[list[Cost], RunFolder, Found]:
+    """The undisturbed run, and the disturbed one with its folder: in `directory`, or in the bucket behind `proxy`."""
     # One worker is the least work; where no fault changes the other's number, as many, so that every bit must agree.
     workers = WORKERS if TAKES_A_NODE.isdisjoint(faults) else 1
+    quiet = directory / "quiet"  # outside the file system that fills up
+    quiet.mkdir()
     plain = read_config(write_config(quiet, "plain", data, epochs, workers=workers))
     beside = ThreadPoolExecutor()
     undisturbed = beside.submit(train, plain)  # on another Ray: this process's
     site = Site(directory)
     try:
-        config = write_config(directory, "disturbed", data, epochs)
+        config = write_config(directory, "disturbed", data, epochs, storage="s3://bucket/runs" if proxy else None)
         folder = run_folder(config)
         site.start_driver(config)
-        costs = disturb(Target(site, config, folder, rng), faults, functools.partial(print, flush=True))
+        target = Target(site, config, folder, rng, moments, proxy)
+        costs = disturb(target, faults, functools.partial(print, flush=True))
         finished = last_attempt(folder.read_lines("epochs.jsonl"), "epoch")
         assert [line["epoch"] for line in finished] == list(range(sum(epochs)))
-        undisturbed.result(timeout=RECOVERY_SECONDS)
+        undisturbed.result(timeout=RECOVERY_SECONDS * 4)
         found = compare(folder, RunFolder.of(plain))
         check(found, costs, folder)
-        return costs, found
+        return costs, folder, found
     except AssertionError:
         print((directory / "driver.log").read_text()[-5000:])
         raise
     finally:
         site.close()
         beside.shutdown(wait=False)
-        if is_mounted:
-            subprocess.run(["umount", "-l", str(runs)], check=False)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--faults", type=int, default=45, help="at least one of each kind")
+    parser.add_argument("--faults", type=int, default=45, help="on the disk; at least one of each kind")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="file for the results as a page")
     options = parser.parse_args()
@@ -274,9 +379,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="chaos") as name:
         directory = Path(name)
         ray.init("local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-        prepare("digits", str(directory / "digits"))
-        costs, found = run(directory, directory / "digits", plan(options.faults, rng), rng)
-    text = page(costs, found, time.monotonic() - start)
+        data = directory / "digits"
+        prepare("digits", str(data))
+        (directory / "disk").mkdir()
+        on_disk = run_on_disk(directory / "disk", data, plan(options.faults, rng), rng)
+        (directory / "bucket").mkdir()
+        in_bucket = run_in_bucket(directory / "bucket", data, rng)
+    text = page(on_disk, in_bucket, time.monotonic() - start)
     print(text)
     if options.out:
         Path(options.out).write_text(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import signal
 import subprocess
@@ -16,9 +17,15 @@ import psutil
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.train.checkpoint import Checkpoints
 from tests.chaos.site import Site, wait_for
+from tests.disk import Disk
+from tests.proxy import Proxy, State
 
 DRAIN_SECONDS = 6
 FULL_SECONDS = 3
+SWITCH_SECONDS = 10
+"""How long the disk is full around the switch."""
+SLOW_BYTES_PER_SECOND = 2e4
+"""A checkpoint takes longer than a worker may hang."""
 
 
 @dataclass
@@ -29,6 +36,10 @@ class Target:
     config: Path
     folder: RunFolder
     rng: random.Random
+    moments: dict[str, int]
+    """Steps at which faults happen that belong to a moment of the run."""
+    proxy: Proxy | None = None
+    """The way to the bucket that holds the run folder; None where it is on a disk."""
 
     def worker(self) -> psutil.Process:
         return self.rng.choice(wait_for(self.site.workers, 30, "a worker"))
@@ -108,17 +119,44 @@ def corrupt_checkpoint(target: Target) -> None:
         worker.kill()
 
 
-def fill_disk(target: Target) -> None:
+def start_two_drivers(target: Target) -> None:
+    """At once, in place of one that was killed: one of them gets in."""
+    target.site.kill_driver()
+    drivers = [target.site.start_driver(target.config) for _ in range(2)]
+    refused = wait_for(lambda: [driver for driver in drivers if driver.poll() is not None], 60, "a driver that is refused")
+    assert [driver.returncode for driver in refused] == [2]
+    target.site.driver = next(driver for driver in drivers if driver not in refused)
+
+
+def fill_disk(target: Target, seconds: float = FULL_SECONDS) -> None:
     """No room for a while on the run folder's own file system, also where the run frees some of it."""
-    filler = Path(target.folder.path).parent / "filler"
-    end = time.monotonic() + FULL_SECONDS
-    with open(filler, "wb", buffering=0) as file:
-        while time.monotonic() < end:
-            try:
-                file.write(bytes(2**16))
-            except OSError:
-                time.sleep(0.01)
-    filler.unlink()
+    disk = Disk(Path(target.folder.path).parent)
+    disk.fill()
+    time.sleep(seconds)
+    disk.free()
+
+
+def fill_disk_at_the_end(target: Target) -> None:
+    """Until the run ends without its last checkpoint; then it is started again."""
+    assert target.site.driver
+    disk = Disk(Path(target.folder.path).parent)
+    disk.fill()
+    assert target.site.driver.wait(timeout=120) == 1
+    disk.free()
+    target.site.start_driver(target.config)
+
+
+def cut_off_bucket(target: Target, seconds: float, state: State = "off") -> None:
+    assert target.proxy
+    with target.proxy.outage(state):
+        time.sleep(seconds)
+
+
+def slow_down_bucket(target: Target, seconds: float) -> None:
+    assert target.proxy
+    target.proxy.bytes_per_second = SLOW_BYTES_PER_SECOND
+    time.sleep(seconds)
+    target.proxy.bytes_per_second = None
 
 
 RESTARTING: dict[str, Callable[[Target], None]] = {
@@ -132,7 +170,19 @@ RESTARTING: dict[str, Callable[[Target], None]] = {
     "node drained": drain_node,
     "node added": add_node,
     "checkpoint damaged": corrupt_checkpoint,
+    "two drivers at once": start_two_drivers,
 }
-"""Faults after which the worker group starts again."""
-FAULTS = RESTARTING | {"disk full": fill_disk}
+"""Faults after which the worker group starts again, as after the last one at the end."""
+ANYTIME = RESTARTING | {"disk full": fill_disk}
+"""What happens at random moments to a run on a disk."""
+AT_SWITCH, AT_END = "disk full at the switch", "disk full at the end"
+IN_BUCKET: dict[str, Callable[[Target], None]] = {
+    "bucket out for a minute": functools.partial(cut_off_bucket, seconds=60),
+    "bucket silent for a minute": functools.partial(cut_off_bucket, seconds=60, state="silent"),
+    "bucket slow for a minute": functools.partial(slow_down_bucket, seconds=60),
+    "bucket out for ten minutes": functools.partial(cut_off_bucket, seconds=600),
+}
+FAULTS = ANYTIME | {AT_SWITCH: functools.partial(fill_disk, seconds=SWITCH_SECONDS), AT_END: fill_disk_at_the_end} | IN_BUCKET
 TAKES_A_NODE = {"raylet killed", "node removed", "node drained"}
+COSTS_SAVES = {name for name in FAULTS if name.startswith("disk full") or name.startswith("bucket out")} - {AT_END}
+"""The run trains on, and saves fail."""

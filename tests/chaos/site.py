@@ -56,7 +56,7 @@ class Site:
         self.nodes.remove(node)
         return node
 
-    def start_driver(self, config: Path) -> None:
+    def start_driver(self, config: Path) -> subprocess.Popen[bytes]:
         self.driver = subprocess.Popen(
             [*COMMAND, "train", str(config)],
             cwd=ROOT,
@@ -64,6 +64,7 @@ class Site:
             stdout=self.log,
             stderr=self.log,
         )
+        return self.driver
 
     def kill_driver(self) -> None:
         if self.driver is not None and self.driver.poll() is None:
@@ -96,6 +97,7 @@ def write_config(
     data: Path,
     epochs: tuple[int, int, int],
     *,
+    storage: str | None = None,
     workers: int = WORKERS,
     hang_seconds: float = HANG_SECONDS,
 ) -> Path:
@@ -103,7 +105,7 @@ def write_config(
     full, warmup, lora = epochs
     content: dict[str, Any] = {
         "name": name,
-        "storage": str(folder / "runs"),
+        "storage": storage or str(folder / "runs"),
         "audit_samples": True,
         "data": {"path": str(data), "batch_size": 96, "cell": 12, "crop_ratio": 1.0, "decoders": 1},
         "model": {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import ray
 
@@ -21,11 +23,16 @@ class Clock:
 
 
 @pytest.fixture
-def clock(monkeypatch) -> Clock:
-    """A clock that the test moves, on a machine whose nodes all stay."""
+def staying(monkeypatch) -> None:
+    """All nodes stay."""
+    monkeypatch.setattr(notices, "preemption", lambda: None)
+
+
+@pytest.fixture
+def clock(monkeypatch, staying) -> Clock:
+    """A clock that the test moves."""
     clock = Clock()
     monkeypatch.setattr(notices, "time", clock)
-    monkeypatch.setattr(notices, "preemption", lambda: None)
     return clock
 
 
@@ -50,13 +57,29 @@ def test_saves_every_so_many_seconds_but_not_while_one_is_being_written(tmp_path
     assert watch.wish(5, is_busy=False) is Action.NONE
 
 
-def test_the_drivers_request_is_seen_within_seconds(tmp_path, clock):
+def test_the_drivers_request_is_seen_within_seconds(tmp_path, staying):
     folder = RunFolder(tmp_path)
     watch = Notices(folder, CheckpointSettings())
-    folder.write_json(STOP_FILE, {})
     assert watch.wish(1, is_busy=False) is Action.NONE
-    clock.now += 3
-    assert watch.wish(2, is_busy=True) is Action.STOP
+    folder.write_json(STOP_FILE, {})
+    end = time.monotonic() + 10
+    while watch.wish(2, is_busy=True) is not Action.STOP:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_bucket_that_cannot_be_reached_holds_up_no_step_and_its_request_is_seen_later(bucket, proxy, staying, monkeypatch):
+    monkeypatch.setattr(notices, "_LOOK_SECONDS", {False: 0.0})
+    folder = RunFolder(f"{bucket}/notices")
+    folder.write_bytes(STOP_FILE, b"")
+    with proxy.outage("silent"):
+        watch = Notices(folder, CheckpointSettings())
+        for step in range(1000):
+            assert watch.wish(step, is_busy=False) is Action.NONE
+    end = time.monotonic() + 30
+    while watch.wish(2, is_busy=True) is not Action.STOP:
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_a_notice_of_preemption_is_obeyed_at_once(tmp_path, clock, monkeypatch):
