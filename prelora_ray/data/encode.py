@@ -40,6 +40,7 @@ IMAGE_ENDINGS = frozenset(f".{ending}" for ending in _ENDINGS.split())
 _ENDING = re.compile(r"\.[a-z0-9]*[a-z][a-z0-9]*")
 """What is behind a dot in `22.05_0` is none."""
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _LOSSLESS_SIDE = 64
 _JPEG_SIDE = 65500
 """Longest side that libjpeg writes."""
@@ -72,8 +73,7 @@ def encode(content: bytes, size: int, quality: int, max_pixels: int) -> bytes:
         raise BadImageError("the file is empty")
     try:
         with _pillow_kept_quiet():
-            image, content = _open(content)
-            _load(image, max_pixels)
+            image, content = _read(content, max_pixels)
             turn = _turn(image)
             if turn is None and min(image.size) <= size and _is_stored_untouched(image, content):
                 return content
@@ -96,7 +96,7 @@ def is_other_file(name: str, content: bytes) -> bool:
         return False
     try:
         with _pillow_kept_quiet():
-            _open(content)
+            _read(content, max_pixels=0)  # of which an image has more: none is decoded
     except Exception as error:  # any other error is one of an image, if a broken one
         return isinstance(error, UnidentifiedImageError)
     return False
@@ -114,20 +114,23 @@ def _pillow_kept_quiet() -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = limit
 
 
-def _open(content: bytes) -> tuple[Image.Image, bytes]:
-    """An image with its header read, and its bytes: those of a JPEG without the metadata, if Pillow fails over that.
+def _read(content: bytes, max_pixels: int) -> tuple[Image.Image, bytes]:
+    """A decoded image, and its bytes: those of a JPEG or PNG without the metadata, if Pillow fails over that.
 
-    Raises UnidentifiedImageError where it is none of a known format.
+    Raises UnidentifiedImageError where it is none of a known format, BadImageError where it has more than `max_pixels`.
     """
     try:
-        return _identify(content), content
+        return _load(_identify(content), max_pixels), content
+    except (BadImageError, MemoryError):
+        raise
     except Exception:
-        if not content.startswith(b"\xff\xd8\xff"):
+        plain, exif = _plain(content)
+        if plain == content:
             raise
-    plain, exif = _plain_jpeg(content)
     image = _identify(plain)
-    image.info["exif"] = exif
-    return image, plain
+    if exif:
+        image.info["exif"] = exif
+    return _load(image, max_pixels), plain
 
 
 def _identify(content: bytes) -> Image.Image:
@@ -154,8 +157,8 @@ def _registers_heif() -> bool:
     return True
 
 
-def _load(image: Image.Image, max_pixels: int) -> None:
-    """Decodes an image, if its header does not forbid it."""
+def _load(image: Image.Image, max_pixels: int) -> Image.Image:
+    """Decodes an image, if its header does not forbid it, and returns it."""
     width, height = image.size
     if width * height > max_pixels:
         raise BadImageError(f"it has {width} x {height} pixels, more than {max_pixels:,}")
@@ -164,6 +167,7 @@ def _load(image: Image.Image, max_pixels: int) -> None:
             raise BadImageError("it holds a preview of an image that cannot be read, as a camera's raw file does")
         _drop_metadata(image)
     image.load()
+    return image
 
 
 def _drop_metadata(image: TiffImageFile) -> None:
@@ -193,6 +197,26 @@ def _jpeg_process(jpeg: bytes) -> int | None:
     """The marker that says how a JPEG is coded: 0xC0 baseline, 0xC1 extended, 0xC2 progressive, 0xC3 lossless."""
     tables = (0xC4, 0xC8, 0xCC)
     return next((marker for marker, _, _ in _segments(jpeg) if 0xC0 <= marker <= 0xCF and marker not in tables), None)
+
+
+def _plain(content: bytes) -> tuple[bytes, bytes]:
+    """A JPEG or PNG without its metadata, and the EXIF that has to be put back; other images as they are."""
+    if content.startswith(b"\xff\xd8\xff"):
+        return _plain_jpeg(content)
+    if content.startswith(_PNG_SIGNATURE):
+        return _plain_png(content), b""
+    return content, b""
+
+
+def _plain_png(png: bytes) -> bytes:
+    """A PNG without its texts and its colour profile. Its EXIF stays."""
+    chunks, at = [_PNG_SIGNATURE], len(_PNG_SIGNATURE)
+    while at < len(png):
+        end = at + 12 + int.from_bytes(png[at : at + 4], "big")
+        if png[at + 4 : at + 8] not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
+            chunks.append(png[at:end])
+        at = end
+    return b"".join(chunks)
 
 
 def _plain_jpeg(jpeg: bytes) -> tuple[bytes, bytes]:

@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import ray.data
+from numpy.typing import NDArray
 
 from prelora_ray.data.draws import Draw, generator
 from prelora_ray.data.encode import BadImageError, encode, is_other_file
@@ -244,13 +245,14 @@ def _count(
         notes.append(f"{copies} images that would have been held out are copies of training images, and train too")
     both = _in_both(tasks, written)
     if both:
-        examples = ", ".join(f"{val.name!r} is {train.name!r}" for val, train in both[:_EXAMPLES])
-        more = ", ..." if len(both) > _EXAMPLES else ""
-        notes.append(
-            f"{len(both)} of {sum(stored['val'])} validation images are among the training images too: {examples}{more}"
-        )
+        examples = _examples(both, lambda item: f"{item.name!r}")
+        notes.append(f"{len(both)} of {sum(stored['val'])} validation images are among the training images too: {examples}")
     if len(both) > settings.max_overlap * sum(stored["val"]):
         raise PrepareError(f"{source!r}: {notes[-1]}; --max-overlap {settings.max_overlap} allows fewer")
+    relabeled = _relabeled(tasks, written)
+    if relabeled:
+        examples = _examples(relabeled, lambda item: f"{item.name!r} of {opened.classes[item.label]!r}")
+        notes.append(f"{len(relabeled)} images are there under another class too: {examples}")
     return Counts(
         seen=sum(map(sum, stored.values())) + sum(skipped.values()),
         classes={split: tuple(numbers) for split, numbers in stored.items()},
@@ -262,15 +264,34 @@ def _count(
 
 def _in_both(tasks: list[ShardTask], written: list[_Written]) -> list[tuple[Item, Item]]:
     """Validation images that are training images too, byte for byte, each with one of these."""
-    digests, items = {}, {}
-    for split in ("train", "val"):
-        of_split = [(task, made) for task, made in zip(tasks, written, strict=True) if task.split == split]
-        digests[split] = np.concatenate([np.frombuffer(made.digests, f">u{_DIGEST_BYTES}") for _, made in of_split])
-        items[split] = [task.items[i] for task, made in of_split for i in made.stored(len(task.items))]
-    _, in_val, in_train = np.intersect1d(digests["val"], digests["train"], return_indices=True)
-    train_of = dict(zip(digests["val"][in_val].tolist(), in_train.tolist(), strict=True))
-    both = np.flatnonzero(np.isin(digests["val"], digests["train"]))
-    return [(items["val"][i], items["train"][train_of[int(digests["val"][i])]]) for i in both]
+    train, train_items = _stored(tasks, written, "train")
+    val, val_items = _stored(tasks, written, "val")
+    _, in_val, in_train = np.intersect1d(val, train, return_indices=True)
+    train_of = dict(zip(val[in_val].tolist(), in_train.tolist(), strict=True))
+    both = np.flatnonzero(np.isin(val, train))
+    return [(val_items[i], train_items[train_of[int(val[i])]]) for i in both]
+
+
+def _relabeled(tasks: list[ShardTask], written: list[_Written]) -> list[tuple[Item, Item]]:
+    """Images of another class than the first that is the same byte for byte, each with that one."""
+    digests, items = _stored(tasks, written, "train", "val")
+    labels = np.array([item.label for item in items])
+    _, first, number = np.unique(digests, return_index=True, return_inverse=True)
+    first_of = first[number]
+    return [(items[i], items[first_of[i]]) for i in np.flatnonzero(labels != labels[first_of])]
+
+
+def _stored(tasks: list[ShardTask], written: list[_Written], *splits: Split) -> tuple[NDArray[np.uint64], list[Item]]:
+    """Digests and items of all images that were stored."""
+    made_of = [(task, made) for task, made in zip(tasks, written, strict=True) if task.split in splits]
+    digests = np.concatenate([np.frombuffer(made.digests, f">u{_DIGEST_BYTES}") for _, made in made_of])
+    return digests, [task.items[i] for task, made in made_of for i in made.stored(len(task.items))]
+
+
+def _examples(pairs: list[tuple[Item, Item]], tell: Callable[[Item], str]) -> str:
+    """The first few pairs of the same image, for a person."""
+    told = [f"{tell(one)} is {tell(other)}" for one, other in pairs[:_EXAMPLES]]
+    return ", ".join([*told, "..."] if len(pairs) > _EXAMPLES else told)
 
 
 def _remove_stale(folder: Storage, shards: set[str]) -> None:

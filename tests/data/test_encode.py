@@ -6,16 +6,17 @@ import base64
 import io
 import struct
 import sys
+import tracemalloc
 import warnings
+import zlib
 
 import numpy as np
 import pytest
 import simplejpeg
-from PIL import Image, ImageOps
-from PIL.PngImagePlugin import PngInfo
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from prelora_ray.data import encode as encode_module
-from prelora_ray.data.augment import read_crop
+from prelora_ray.data.augment import read_crop, undecodable
 from prelora_ray.data.encode import FORMATS, IMAGE_ENDINGS, BadImageError, encode, is_image_name, is_other_file
 
 
@@ -377,12 +378,38 @@ def test_a_bomb_is_refused_before_it_is_decoded(kind, recwarn):
     assert not recwarn.list
 
 
-def test_text_in_a_png_may_be_a_bomb_too():
-    text = PngInfo()
-    text.add_text("comment", "a" * 5_000_000, zip=True)
-    content = saved(RGB, "PNG", pnginfo=text)
-    assert len(content) < 10_000
-    assert "MAX_TEXT_CHUNK" in reason(content)
+def text_bomb(chunk: bytes) -> bytes:
+    """A PNG's chunk of a few KB that says what is 50 MB."""
+    packed = zlib.compress(bytes(50_000_000))
+    content = {"zTXt": b"a\0\0", "iTXt": b"a\0\1\0\0\0", "iCCP": b"a\0\0"}[chunk.decode()] + packed
+    return len(content).to_bytes(4, "big") + chunk + content + zlib.crc32(chunk + content).to_bytes(4, "big")
+
+
+@pytest.mark.parametrize("chunk", [b"zTXt", b"iTXt", b"iCCP"])
+@pytest.mark.parametrize("where", [b"IDAT", b"IEND"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_text_in_a_png_may_be_a_bomb_too(chunk, where, orientation):
+    """The image is read without it, and what training reads has none."""
+    plain = saved(RGB, "PNG", exif=exif((0x0112, SHORT, 1, number(orientation))))
+    at = plain.index(where) - 4
+    bomb = plain[:at] + text_bomb(chunk) + plain[at:]
+    tracemalloc.start()
+    read = encode(bomb, 64, 90, 10**6)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert np.array_equal(np.array(Image.open(io.BytesIO(read))), NOISE if orientation == 1 else np.rot90(NOISE, -1))
+    assert undecodable(read) is None and chunk not in read
+    assert peak < 10_000_000
+    assert "truncated" in reason(bomb[: bomb.index(b"IDAT") + 40])
+    assert not is_other_file("a.txt", bomb)
+
+
+def test_a_file_is_told_to_be_an_image_without_decoding_it(monkeypatch):
+    def fails(image: ImageFile.ImageFile) -> None:
+        raise UnidentifiedImageError
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", fails)
+    assert not is_other_file("a.txt", saved(RGB, "BMP"))
 
 
 def test_the_largest_size_is_the_callers_and_pillow_is_left_as_it_was(monkeypatch, recwarn):

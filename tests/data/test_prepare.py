@@ -149,6 +149,36 @@ def test_refused_requests(tree: Path, tmp_path: Path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_refused_request_leaves_what_is_there(tree: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    prepare(str(tree), str(out))
+    before = contents(out)
+    for source, settings in (
+        (tmp_path / "nowhere", PrepareSettings()),
+        (tree, PrepareSettings(val_fraction=0.01)),
+        (tree, PrepareSettings(train_split="nosuch")),
+    ):
+        with pytest.raises(ValueError, match=r"is no source|is not allowed|leaves no images"):
+            prepare(str(source), str(out), settings)
+        assert contents(out) == before
+
+
+def test_the_same_image_in_two_classes_is_told(tree: Path, tmp_path: Path):
+    for name in ("ape", "Zebra"):
+        for i in range(2):
+            save(tree / name / f"same {i}.png", 200 + i)
+    save(tree / "ape" / "same once more.png", 200)  # in one class twice
+    manifest = prepare(str(tree), str(tmp_path / "out"), PrepareSettings(max_overlap=1))
+    assert manifest.counts.notes[-1].startswith("2 images are there under another class too: '")
+    told = manifest.counts.notes[-1].split(": ", 1)[1].split(", ")
+    for pair in told:
+        one, other = pair.split(" is ")
+        for text in (one, other):
+            name, label = text.split(" of ")
+            assert name.strip("'").split("/")[0] == label.strip("'")
+        assert (tree / one.split("'")[1]).read_bytes() == (tree / other.split("'")[1]).read_bytes()
+
+
 def test_counts_add_up_and_are_kept(tree: Path, tmp_path: Path):
     (tree / "ape" / "cut.jpg").write_bytes(b"no image")
     (tree / "ape" / "raw.dng").write_bytes(b"no image that Pillow knows")
@@ -208,6 +238,11 @@ def test_a_mended_image_is_taken_up(tree: Path, tmp_path: Path):
     assert stored["ape/cut.png"] == whole.read_bytes()
     changed = [name for name, content in contents(out).items() if name.endswith("parquet") and before[name] != content]
     assert len(changed) == 1  # the others were kept
+    for value in (78, 79):  # a good one by another of the same name and size
+        save(tree / "ape" / "good.png", value)
+        prepare(str(tree), str(out), settings)
+        stored = {row["source"]: row["image"] for split in ("train", "val") for row in rows(out, split)}
+        assert stored["ape/good.png"] == (tree / "ape" / "good.png").read_bytes()
 
 
 def test_bad_images_do_not_change_the_bytes(tree: Path, tmp_path: Path):
@@ -223,6 +258,8 @@ def test_what_it_has_written_is_no_source(tree: Path, tmp_path: Path):
         manifest = prepare(str(tree), str(out))
         assert manifest.classes == ("Zebra", "ape", "ünï cödé")
         assert manifest.counts.seen == 31
+    (tree / "out" / "manifest.json").unlink()  # as a killed job leaves it
+    assert prepare(str(tree), str(tree / "out")).counts.seen == 31
     with pytest.raises(ValueError, match="is the source itself"):
         prepare(str(tree), str(tree))
     again = prepare(str(tree / "out"), str(tmp_path / "again"), PrepareSettings(size=5))

@@ -209,6 +209,19 @@ def test_idx(tmp_path, compress: Callable[[bytes], bytes]):
             assert name == str(label)
 
 
+def test_idx_files_as_torchvision_leaves_them(tmp_path):
+    """Some folders down, each beside its gzipped form."""
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    write_idx(raw, labels=[1, 0])
+    for path in list(raw.iterdir()):
+        (raw / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+    assert listed(tmp_path) == (("0", "1"), {"train": 2}, {("no IDX file of these sets", ".gz"): 2})
+    shutil.copytree(raw, tmp_path / "FashionMNIST" / "raw")
+    with pytest.raises(ValueError, match="has IDX files in 'FashionMNIST/raw' and in 'MNIST/raw': give one of these folders"):
+        open_source(str(tmp_path))
+
+
 @pytest.mark.parametrize("column", ["image", "img"])
 @pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("val", ["test-0.parquet", "validation/0.parquet"])
@@ -739,6 +752,33 @@ def test_a_pattern_that_fits_nothing_is_refused(tmp_path):
         open_source(str(tmp_path), Splits(val="nosuch*"))
     with pytest.raises(ValueError, match="--val-split 'test' is not allowed: no image of 'digits'"):
         open_source("digits", Splits(val="test"))
+    with pytest.raises(ValueError, match=rf"--train-split 'nosuch\*' is not allowed: no image of '{tmp_path}', read as image"):
+        open_source(str(tmp_path), Splits(train="nosuch*"))
+    shards, idx_files, imagenet = tmp_path / "shards", tmp_path / "idx", tmp_path / "imagenet"
+    write(shards, {"0.tar": tar({"1.jpg": png(1), "1.cls": b"1", "2.jpg": png(2), "2.cls": b"0"})})
+    (tmp_path / "rows").mkdir()
+    write_parquet(tmp_path / "rows", image=[png(0), png(1)], label=[0, 1])
+    write_idx(idx_files, labels=[0, 1])
+    imagenet.mkdir()
+    write_train_tar(imagenet)
+    for source in (shards, tmp_path / "rows", idx_files, imagenet, "digits"):
+        assert open_source(str(source)).items["train"]
+        with pytest.raises(ValueError, match="--train-split 'nosuch' is not allowed: no image of"):
+            open_source(str(source), Splits(train="nosuch"))
+
+
+@pytest.mark.parametrize("name", ["split", "Usage"])
+def test_a_column_of_splits_is_not_read_and_that_is_told(tmp_path, name):
+    note = f"the column `{name}` is not read: splits are told by the names of files and folders alone"
+    table = f"file,label,{name}\na.png,x,train\nb.png,y,test"
+    write(tmp_path, {"a.png": png(0), "b.png": png(1), "labels.csv": table.encode()})
+    assert open_source(str(tmp_path)).notes == (note,)
+    (tmp_path / "rows").mkdir()
+    write_parquet(tmp_path / "rows", image=[png(0), png(1)], label=[0, 1], **{name: ["train", "test"]})
+    shutil.copy(tmp_path / "rows" / "train.parquet", tmp_path / "rows" / "train-1.parquet")
+    assert open_source(str(tmp_path / "rows")).notes == (note,)
+    chosen = open_source(str(tmp_path / "rows"), columns=Columns(label=name))
+    assert (chosen.classes, chosen.notes) == (("test", "train"), ())
 
 
 def test_a_json_beside_class_folders_in_a_tar_is_no_label(tmp_path):

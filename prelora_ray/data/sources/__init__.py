@@ -29,14 +29,8 @@ def open_source(
     is no such source, it is damaged, or there is nothing to train on in it.
     """
     splits, columns = splits or Splits(), columns or Columns()
-    opened = _open(source, splits, columns, leave_out)
-    if splits.val is not None and "val" not in opened.items:
-        raise ValueError(f"--val-split {splits.val!r} is not allowed: no image of {source!r}, read as {opened.kind}, fits it")
-    return opened
-
-
-def _open(source: str, splits: Splits, columns: Columns, leave_out: str | None) -> Source:
     if source == "digits":
+        splits.check((), "'digits'")
         return open_digits()
     folder = Storage(source)
     source = folder.uri
@@ -44,8 +38,10 @@ def _open(source: str, splits: Splits, columns: Columns, leave_out: str | None) 
         return _open_file(source, splits, columns, leave_out)
     files = files_below(folder, leave_out)
     if is_imagenet(files):
+        splits.check((), f"{source!r}, read as ImageNet,")
         return open_imagenet(source, files)
     if has_idx(files):
+        splits.check((), f"{source!r}, read as IDX files,")
         return open_idx(source, files)
     if has_class_folders(files, splits):
         return open_folders(source, files, splits, columns)

@@ -89,9 +89,13 @@ def open_folders(root: str, files: list[File], splits: Splits, columns: Columns)
     A folder without a file that claims to be an image is no class. A split folder without class folders may have a table of
     its files' labels in it. Raises ValueError where the files are no such tree.
     """
-    found = Found("image folders", root)
+    found = Found("image folders", root, splits)
     layout = Layout.of(files, splits)
-    tables = {top: _table_in(root, files, layout, top, columns) for top, split in layout.splits.items() if split is not None}
+    tables = {
+        top: _table_in(root, files, layout, top, columns, found.notes)
+        for top, split in layout.splits.items()
+        if split is not None
+    }
     left_out: Counter[str] = Counter()
     for file in files:
         folder = posixpath.dirname(file.path)
@@ -133,7 +137,7 @@ def open_folders(root: str, files: list[File], splits: Splits, columns: Columns)
 def open_table(root: str, files: list[File], tables: list[str], splits: Splits, columns: Columns) -> Source:
     """Images and one table of their labels for each split. Raises ValueError where a table is none, or fits no image."""
     folder = Storage(root)
-    found = Found("images and a table of their labels", root)
+    found = Found("images and a table of their labels", root, splits)
     by_split: dict[SourceSplit | None, str] = {}
     for name in tables:
         other = by_split.setdefault(splits.of(name), name)
@@ -146,7 +150,7 @@ def open_table(root: str, files: list[File], tables: list[str], splits: Splits, 
         if split not in used:
             continue
         own = [file for file in images if splits.of(file.path) == split] if split else []
-        labels, missing = match_files(read_table(folder, name, columns), name, own or images)
+        labels, missing = match_files(read_table(folder, name, columns, found.notes), name, own or images)
         for file in images:
             if file.path in labels:
                 add_file(found, split, file, labels[file.path])
@@ -201,7 +205,9 @@ def _split_folders(base: str, folders: list[str], splits: Splits) -> dict[str, S
     return {}
 
 
-def _table_in(root: str, files: list[File], layout: Layout, top: str, columns: Columns) -> dict[str, Label] | None:
+def _table_in(
+    root: str, files: list[File], layout: Layout, top: str, columns: Columns, notes: list[str]
+) -> dict[str, Label] | None:
     """{path: label} by a table in a split's folder without class folders, as tiny-imagenet has it; None where there is none."""
     folder = _join(layout.base, top)
     if sum(name.startswith(f"{folder}/") for name in layout.classes) > 1:
@@ -212,7 +218,7 @@ def _table_in(root: str, files: list[File], layout: Layout, top: str, columns: C
     if len(tables) != 1:
         return None
     images = [file for file in inside if is_image_name(file.path)]
-    return match_files(read_table(Storage(root), tables[0], columns), tables[0], images)[0]
+    return match_files(read_table(Storage(root), tables[0], columns, notes), tables[0], images)[0]
 
 
 def _below(folder: str, base: str) -> str:

@@ -25,21 +25,25 @@ _PREFIX: dict[SourceSplit, str] = {"train": "train", "test": "t10k"}
 
 
 def has_idx(files: list[File]) -> bool:
-    return any(file.path.startswith("train-images") and "idx3" in file.path for file in files)
+    return bool(_folders(files))
 
 
 def open_idx(root: str, files: list[File]) -> Source:
-    """`train-images-idx3-ubyte`, `train-labels-idx1-ubyte`, and the same of `t10k`, which validates.
+    """`train-images-idx3-ubyte`, `train-labels-idx1-ubyte`, and the same of `t10k`, which validates, in one folder.
 
-    Numbers are named by `classnames.txt` in the folder, a line a class. Raises ValueError where a file is missing, damaged,
-    or does not fit its pair.
+    Numbers are named by `classnames.txt` in the source, a line a class. Raises ValueError where a file is missing, damaged,
+    or does not fit its pair, or where several folders have such files.
     """
     found = Found("IDX files", root)
+    folders = _folders(files)
+    if len(folders) > 1:
+        raise ValueError(f"{root!r} has IDX files in {' and in '.join(map(repr, folders))}: give one of these folders")
+    here = [file for file in files if posixpath.dirname(file.path) == folders[0]]
     taken = set()
     for split, prefix in _PREFIX.items():
-        if split == "test" and not any(file.path.startswith(prefix) for file in files):
+        if split == "test" and not any(posixpath.basename(file.path).startswith(prefix) for file in here):
             continue
-        of_images, of_labels = _one(root, files, f"{prefix}-images", 3), _one(root, files, f"{prefix}-labels", 1)
+        of_images, of_labels = _one(root, here, f"{prefix}-images", 3), _one(root, here, f"{prefix}-labels", 1)
         images, labels = (_array(root, file.path, ndim, file.stamp) for file, ndim in ((of_images, 3), (of_labels, 1)))
         if len(images) != len(labels):
             raise ValueError(f"{root!r} has {len(images)} images and {len(labels)} labels of {prefix}")
@@ -63,14 +67,25 @@ class IdxReader:
         return buffer.getvalue()
 
 
+def _folders(files: list[File]) -> list[str]:
+    """The folders that hold training images."""
+    names = [posixpath.split(file.path) for file in files]
+    return sorted({folder for folder, name in names if name.startswith("train-images") and "idx3" in name})
+
+
 def _one(root: str, files: list[File], prefix: str, ndim: int) -> File:
-    """The one file whose name begins with `prefix`."""
-    fitting = [file for file in files if posixpath.basename(file.path).startswith(prefix) and f"idx{ndim}" in file.path]
+    """The one file whose name begins with `prefix`, unpacked where it lies there in both forms, as torchvision leaves it."""
+    fitting = {
+        file.path.removesuffix(".gz"): file
+        for file in reversed(files)
+        if posixpath.basename(file.path).startswith(prefix) and f"idx{ndim}" in posixpath.basename(file.path)
+    }
     if len(fitting) != 1:
         raise ValueError(
             f"{root!r} has {len(fitting) or 'no'} files {prefix}-idx{ndim}-ubyte: there must be one, gzipped or not"
         )
-    return fitting[0]
+    (file,) = fitting.values()
+    return file
 
 
 @functools.lru_cache(maxsize=4)

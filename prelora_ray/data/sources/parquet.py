@@ -27,7 +27,7 @@ def open_parquet(root: str, files: list[File], splits: Splits, columns: Columns)
     Labels are numbers, names or truth values; numbers are named by the files' own metadata, or by `classnames.txt` in the
     folder, a line a class. Raises ValueError where a file is damaged or lacks a column.
     """
-    found = Found("Parquet files", root)
+    found = Found("Parquet files", root, splits)
     names: list[str] | None = None
     block = 0
     named: set[str] = set()
@@ -40,7 +40,7 @@ def open_parquet(root: str, files: list[File], splits: Splits, columns: Columns)
                 found.skip_unused(split, "")
             continue
         parquet = _open(root, file.path, file.stamp)
-        image, label = columns.choose(parquet.schema_arrow.names, f"{root}/{file.path}")
+        image, label = columns.choose(parquet.schema_arrow.names, f"{root}/{file.path}", found.notes)
         _check_images(parquet.schema_arrow.field(image), f"{root}/{file.path}")
         own_names = _class_names(parquet.schema_arrow, label)
         if names not in (None, own_names):

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from prelora_ray.data.manifest import Split
 from prelora_ray.data.sources.files import printable
-from prelora_ray.data.sources.splits import SourceSplit, used_splits
+from prelora_ray.data.sources.splits import SourceSplit, Splits, used_splits
 
 Label = int | str | bool
 """A label as a source has it: a number, or a class's name."""
@@ -63,6 +63,7 @@ class Found:
 
     kind: str
     root: str
+    splits: Splits = field(default_factory=Splits)
     skipped: Counter[tuple[str, str]] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
     _images: dict[SourceSplit | None, list[_Image]] = field(default_factory=dict)
@@ -93,9 +94,10 @@ class Found:
     def source(self, reader: Reader, names: Sequence[str] | None = None) -> Source:
         """What was found, with labels as indices into the classes that occur.
 
-        `names` are those of labels that are numbers. Raises ValueError where there is nothing to train on, or nothing
-        to tell apart.
+        `names` are those of labels that are numbers. Raises ValueError where there is nothing to train on, nothing to
+        tell apart, or nothing that fits a pattern of a split.
         """
+        self.splits.check(self._images, f"{self.root!r}, read as {self.kind},")
         chosen = self._splits()
         classes, index = self._classes(chosen, names)
         items = {

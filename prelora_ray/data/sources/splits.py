@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,6 +46,12 @@ class Splits:
         if len(found) > 1:
             raise ValueError(f"{path!r} names {' and '.join(sorted(found))}: rename it, or give --train-split and --val-split")
         return next(iter(found), None)
+
+    def check(self, there: Container[SourceSplit | None], source: str) -> None:
+        """Raises ValueError where a pattern is given, and its split is not among those that are there."""
+        for option, pattern, split in (("--train-split", self.train, "train"), ("--val-split", self.val, "val")):
+            if pattern is not None and split not in there:
+                raise ValueError(f"{option} {pattern!r} is not allowed: no image of {source} fits it")
 
     def _is_given(self, split: SourceSplit) -> bool:
         """Whether a pattern stands in place of a split's words; with `val` given, nothing else validates."""

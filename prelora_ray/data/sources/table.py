@@ -15,6 +15,7 @@ from prelora_ray.storage import Storage
 
 IMAGE_COLUMNS = ("image", "img", "file_name", "filename", "file", "path", "image_path", "image_name", "image_id", "id")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "class_name", "category", "target", "cls", "wnid", "breed")
+_SPLIT_COLUMNS = ("split", "splits", "subset", "partition", "set", "usage")
 ENDINGS = (".csv", ".tsv")
 
 
@@ -25,12 +26,19 @@ class Columns:
     image: str | None = None
     label: str | None = None
 
-    def choose(self, names: Iterable[str], where: str) -> tuple[str, str]:
-        """The column of images and that of labels. Raises ValueError where there is none, naming the file `where`."""
+    def choose(self, names: Iterable[str], where: str, notes: list[str]) -> tuple[str, str]:
+        """The column of images and that of labels. A column of splits is not read, which is added to `notes`.
+
+        Raises ValueError where one of the two is missing, naming the file `where`.
+        """
         there = list(names)
-        return _choose("image", self.image, IMAGE_COLUMNS, there, where), _choose(
-            "label", self.label, LABEL_COLUMNS, there, where
-        )
+        image = _choose("image", self.image, IMAGE_COLUMNS, there, where)
+        label = _choose("label", self.label, LABEL_COLUMNS, there, where)
+        for name in there:
+            note = f"the column `{name}` is not read: splits are told by the names of files and folders alone"
+            if name.lower() in _SPLIT_COLUMNS and name not in (image, label) and note not in notes:
+                notes.append(note)
+        return image, label
 
 
 def _choose(what: str, given: str | None, usual: Sequence[str], there: Sequence[str], where: str) -> str:
@@ -41,10 +49,10 @@ def _choose(what: str, given: str | None, usual: Sequence[str], there: Sequence[
     raise ValueError(f"{where} has the columns {there}: it needs {needed}; name another with --{what}-column")
 
 
-def read_table(folder: Storage, file: str, columns: Columns) -> dict[str, Label]:
+def read_table(folder: Storage, file: str, columns: Columns, notes: list[str]) -> dict[str, Label]:
     """{file: label} of a table with a heading, or of lines `file <tab> label` without one.
 
-    Raises ValueError where the file is no such table.
+    What a user must be told of it is added to `notes`. Raises ValueError where the file is no such table.
     """
     try:
         text = folder.read_bytes(file).decode("utf-8-sig")
@@ -55,7 +63,7 @@ def read_table(folder: Storage, file: str, columns: Columns) -> dict[str, Label]
         if not all(len(pair) == 2 for pair in pairs):
             raise ValueError(f"{folder}/{file} has a line that is not a file, a tab and a label")
     else:
-        pairs = _pairs(text, f"{folder}/{file}", "\t" if file.lower().endswith(".tsv") else ",", columns)
+        pairs = _pairs(text, f"{folder}/{file}", "\t" if file.lower().endswith(".tsv") else ",", columns, notes)
     found: dict[str, str] = {}
     for name, label in ((name.strip(), label.strip()) for name, label in pairs):
         if not name or not label:
@@ -69,11 +77,11 @@ def read_table(folder: Storage, file: str, columns: Columns) -> dict[str, Label]
     return dict(found)
 
 
-def _pairs(text: str, where: str, delimiter: str, columns: Columns) -> list[list[str]]:
+def _pairs(text: str, where: str, delimiter: str, columns: Columns, notes: list[str]) -> list[list[str]]:
     """[file, label] of each line of a table with a heading."""
     try:
         reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-        image, label = columns.choose(reader.fieldnames or (), where)
+        image, label = columns.choose(reader.fieldnames or (), where, notes)
         return [[row[image] or "", row[label] or ""] for row in reader]
     except csv.Error as error:
         raise ValueError(f"{where} is no whole table: {error}") from None

@@ -37,7 +37,7 @@ def open_tars(root: str, beside: list[File], splits: Splits, columns: Columns) -
     has_labels = any(key in labels for file in files if is_image_name(file.path) for key in _keys(file.path))
     if not has_labels and has_class_folders(files, splits):
         return open_folders(root, files + others, splits, columns)
-    found = Found("WebDataset", root)
+    found = Found("WebDataset", root, splits)
     for file in others:
         found.skip("no tar", file.path)
     samples: dict[tuple[str, str], _Sample] = {}
