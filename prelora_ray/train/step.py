@@ -63,6 +63,7 @@ class Stepper:
     def search(self, batch: Batch) -> None:
         """Finds the largest micro-batch of this phase that fits, over a batch of the run; all workers call it together."""
         state, share = self.state, self.plan.num_slots
+        self._graph = None  # that of the phase before, which holds the memory of a step
         state.network.train()
         inputs = {name: to_device(tensor, state.device) for name, tensor in self._inputs(batch).items()}
 

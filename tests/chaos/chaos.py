@@ -53,7 +53,7 @@ from tests.proxy import Proxy, s3_server
 
 BATCHES = 15
 """Global batches of an epoch."""
-STEPS_PER_SECOND = 12
+STEPS_PER_SECOND = 15
 STEPS_BETWEEN = 6
 """Fewest steps from one fault's end to the next fault."""
 STEPS = {
@@ -117,7 +117,7 @@ def plan(count: int, rng: random.Random) -> list[str]:
 def bucket_plan() -> list[str]:
     """The ten minutes lie in the middle, so that they reach from phase full into lora."""
     before = ["bucket out for a minute", "worker killed", "bucket slow for a minute", "worker killed"]
-    after = ["driver killed", "bucket silent for a minute", "worker killed", "bucket out for a minute"]
+    after = ["driver killed", "bucket silent for a minute", "worker killed"]
     return [*before, "bucket out for ten minutes", *after]
 
 
