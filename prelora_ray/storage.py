@@ -21,6 +21,8 @@ import pyarrow.fs
 T = TypeVar("T")
 _READ_WAITS = (0.1, 0.5, 2.0)
 """Seconds before each further try of a read."""
+_READ_SECONDS = 5.0
+"""After so many a read is not tried again: a bucket's own client does that for 6 s or longer."""
 _TEMPORARY = re.compile(r"(.+)\.[0-9a-f]{32}\.tmp")
 _SYNCS_NO_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 """How a file share says that it cannot."""
@@ -28,14 +30,14 @@ _SYNCS_NO_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 
 def patiently(read: Callable[[], T]) -> T:
     """What `read` returns. An OSError may pass, and is raised where it stays for some seconds; a missing file at once."""
-    end = time.monotonic() + sum(_READ_WAITS)
+    end = time.monotonic() + _READ_SECONDS
     for wait in _READ_WAITS:
         try:
             return read()
         except FileNotFoundError:
             raise
         except OSError:
-            if time.monotonic() > end:  # the storage's own client has tried again and again
+            if time.monotonic() > end:
                 raise
             time.sleep(wait)
     return read()

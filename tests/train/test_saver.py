@@ -10,7 +10,7 @@ import weakref
 import pytest
 
 from prelora_ray.run_folder import RunFolder
-from prelora_ray.train import saver as saver_module
+from prelora_ray.train import background
 from prelora_ray.train.checkpoint import Checkpoint, Checkpoints, Retention
 from prelora_ray.train.saver import Saver
 from tests.train.test_checkpoint import checkpoint
@@ -72,7 +72,7 @@ def test_a_save_beside_a_slow_one_is_skipped_or_waits_with_signs_of_life(checkpo
     may_write = threading.Event()
     save = checkpoints.save
     monkeypatch.setattr(checkpoints, "save", lambda content: (may_write.wait(), save(content)))
-    monkeypatch.setattr(saver_module, "_BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(background, "_BEAT_SECONDS", 0.01)
     saver = Saver(checkpoints, Retention(keep=9))
     start(saver, checkpoint(1))
     for seconds in (0.0, 0.05):
