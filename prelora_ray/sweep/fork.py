@@ -5,10 +5,10 @@ from __future__ import annotations
 from prelora_ray.config import Settings, flat
 from prelora_ray.method.phases import Phase
 from prelora_ray.run_folder import RunFolder, last_attempt
+from prelora_ray.schedule import decide, phase_schedule
 from prelora_ray.sweep.replay import read_record
 from prelora_ray.train.checkpoint import Checkpoints, checkpoint_name
 from prelora_ray.train.lock import DriverLock
-from prelora_ray.train.state import phase_schedule
 
 ATTEMPT = -1
 """Of the lines that a fork takes over from its trunk: the run's own attempts count from 0."""
@@ -25,14 +25,8 @@ def fork(trunk: RunFolder, settings: Settings) -> int:
     """
     _check_same_trunk(trunk, settings)
     record = read_record(str(trunk))
-    schedule = phase_schedule(settings, list(record.epochs[0]["norms"]))
-    verdicts = []
-    for line in record.epochs:
-        decision = schedule.end_epoch(line["epoch"], line["norms"], line["loss"])
-        if decision.verdict is not None:
-            verdicts.append(decision.verdict)
-        if schedule.phase is not Phase.FULL:
-            break
+    schedule = phase_schedule(settings.method, settings.train.ramp_epochs, list(record.epochs[0]["norms"]))
+    verdicts = [decision.verdict for decision in decide(schedule, record.epochs) if decision.verdict is not None]
     epoch = schedule.switched_at
     if epoch is None:
         raise ValueError(f"run {trunk} does not switch with the settings of {settings.name}: see `prelora replay`")

@@ -15,7 +15,8 @@ from prelora_ray.method.adapters import inject
 from prelora_ray.method.phases import count_parameters, freeze_parameters
 from prelora_ray.method.targets import find_targets
 from prelora_ray.run_folder import RunFolder, last_attempt
-from prelora_ray.sweep.replay import Record, ranks_at, replay
+from prelora_ray.schedule import ranks_for
+from prelora_ray.sweep.replay import Record, replay
 from prelora_ray.train.model import create_model
 
 
@@ -76,7 +77,7 @@ def switch_map(
     """A point for each tau and, inside, each zeta; the other settings of the test are `method`'s."""
     never = method.model_copy(update={"tau": 0.0, "zeta": 0.0, "switch_epoch": None})
     verdicts = replay(record, never, ramp_epochs).verdicts
-    norms = record.epochs[0]["norms"]
+    norms = list(record.epochs[0]["norms"])
     switches: dict[int, tuple[int, dict[str, int], float | None, float | None]] = {}
     points = []
     for tau, zeta in itertools.product(taus, zetas):
@@ -86,7 +87,8 @@ def switch_map(
             continue
         epoch = verdict.window.epoch_end
         if epoch not in switches:
-            ranks = ranks_at(method, norms, verdict)
+            assert verdict.module_change is not None, "one window has no change, and no verdict under any limit"
+            ranks = ranks_for(method, verdict.module_change, norms)
             fraction = meaning.trainable_fraction(ranks) if meaning else None
             hours = meaning.hours(epoch, method.warmup_epochs) if meaning else None
             switches[epoch] = epoch, ranks, fraction, hours

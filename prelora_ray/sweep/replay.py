@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from prelora_ray.config import MethodSettings, Settings
-from prelora_ray.method.convergence import ConvergenceTest, Verdict
-from prelora_ray.method.ranks import assign_ranks, match_rank_pattern
+from prelora_ray.method.convergence import Verdict
 from prelora_ray.run_folder import RunFolder, last_attempt
+from prelora_ray.schedule import decide, phase_schedule
 
 
 @dataclass(frozen=True)
@@ -61,27 +61,12 @@ def read_record(source: str) -> Record:
 
 def replay(record: Record, method: MethodSettings, ramp_epochs: int) -> Replay:
     """Where `method` would have switched the recorded run, and with which ranks."""
-    test = ConvergenceTest(method.tau, method.zeta, method.windows, method.window_epochs, method.norm_statistic, ramp_epochs)
-    verdicts: list[Verdict] = []
-    for line in record.epochs:
-        verdict = test.end_epoch(line["epoch"], line["norms"], line["loss"])
-        if verdict is not None:
-            verdicts.append(verdict)
-        completed = line["epoch"] + 1
-        forced = method.switch_epoch is not None and completed == method.switch_epoch
-        if forced or (method.switch_epoch is None and verdict is not None and verdict.converged):
-            last = verdicts[-1] if verdicts else None
-            ranks = ranks_at(method, line["norms"], last)
-            return Replay(last.window.index if last else None, completed, ranks, None, verdicts)
-    return Replay(None, None, None, _reason(method, len(record.epochs), verdicts), verdicts)
-
-
-def ranks_at(method: MethodSettings, norms: dict[str, float], verdict: Verdict | None) -> dict[str, int]:
-    """Ranks that a switch at a verdict gives the modules of `norms`."""
-    if method.rank_pattern is not None:
-        return match_rank_pattern(method.rank_pattern, norms)
-    assert verdict is not None and verdict.module_change is not None, "settings ask for two windows before a switch"
-    return assign_ranks(verdict.module_change, method.r_min, method.r_max, method.normalize, method.floor_percent)
+    schedule = phase_schedule(method.model_copy(update={"enabled": True}), ramp_epochs, list(record.epochs[0]["norms"]))
+    verdicts = [decision.verdict for decision in decide(schedule, record.epochs) if decision.verdict is not None]
+    if schedule.switched_at is None:
+        return Replay(None, None, None, _reason(method, len(record.epochs), verdicts), verdicts)
+    window = verdicts[-1].window.index if verdicts else None
+    return Replay(window, schedule.switched_at, schedule.ranks, None, verdicts)
 
 
 def _reason(method: MethodSettings, num_epochs: int, verdicts: list[Verdict]) -> str:

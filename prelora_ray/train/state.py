@@ -18,10 +18,9 @@ from prelora_ray.method.adapters import (
     peft_config,
     peft_state_dict,
 )
-from prelora_ray.method.convergence import ConvergenceTest
-from prelora_ray.method.phases import Decision, Phase, PhaseSchedule, freeze_parameters
-from prelora_ray.method.ranks import assign_ranks, match_rank_pattern
+from prelora_ray.method.phases import Decision, Phase, freeze_parameters
 from prelora_ray.method.targets import find_targets
+from prelora_ray.schedule import phase_schedule
 from prelora_ray.train.checkpoint import Checkpoint
 from prelora_ray.train.model import compile_blocks, create_model, drop_path_modules
 from prelora_ray.train.optim import OptimizerState, build_optimizer, optimizer_state
@@ -65,7 +64,7 @@ class TrainState:
             keep_residual_in_bf16(self.model)
         self.drop_path = drop_path_modules(self.model)
         self.targets = find_targets(self.model, settings.method.targets)
-        self.phases = phase_schedule(settings, [target.name for target in self.targets])
+        self.phases = phase_schedule(settings.method, settings.train.ramp_epochs, [target.name for target in self.targets])
         self.epoch = 0
         """Epochs done."""
         self.batch = 0
@@ -262,18 +261,3 @@ def _load_weights(model: nn.Module, settings: Settings, checkpoint: Checkpoint) 
         targets = find_targets(model, settings.method.targets)
         inject(model, targets, ranks, settings.method.scaling, settings.train.seed)
         load_peft_state_dict(model, checkpoint.adapter)
-
-
-def phase_schedule(settings: Settings, names: list[str]) -> PhaseSchedule:
-    """The schedule of phases that the settings describe, for target modules of these names."""
-    method = settings.method
-    test = ConvergenceTest(
-        method.tau, method.zeta, method.windows, method.window_epochs, method.norm_statistic, settings.train.ramp_epochs
-    )
-
-    def assign(change: dict[str, float]) -> dict[str, int]:
-        if method.rank_pattern is not None:
-            return match_rank_pattern(method.rank_pattern, names)
-        return assign_ranks(change, method.r_min, method.r_max, method.normalize, method.floor_percent)
-
-    return PhaseSchedule(test, assign, method.warmup_epochs, method.switch_epoch, method.enabled)

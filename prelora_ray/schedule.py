@@ -1,0 +1,38 @@
+"""The schedule of phases that settings describe, and what it decides over a record: for the run, a fork, a replay alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from prelora_ray.config import MethodSettings
+from prelora_ray.method.convergence import ConvergenceTest
+from prelora_ray.method.phases import Decision, Phase, PhaseSchedule
+from prelora_ray.method.ranks import assign_ranks, match_rank_pattern
+
+
+def phase_schedule(method: MethodSettings, ramp_epochs: int, names: Sequence[str]) -> PhaseSchedule:
+    """`ramp_epochs`: of the learning rate, before which no verdict is taken. `names`: of the target modules."""
+    test = ConvergenceTest(method.tau, method.zeta, method.windows, method.window_epochs, method.norm_statistic, ramp_epochs)
+
+    def assign(change: dict[str, float]) -> dict[str, int]:
+        return ranks_for(method, change, names)
+
+    return PhaseSchedule(test, assign, method.warmup_epochs, method.switch_epoch, method.enabled)
+
+
+def ranks_for(method: MethodSettings, change: dict[str, float], names: Sequence[str]) -> dict[str, int]:
+    """Rank by module name, where the modules' norms changed by so many percent over the last step."""
+    if method.rank_pattern is not None:
+        return match_rank_pattern(method.rank_pattern, names)
+    return assign_ranks(change, method.r_min, method.r_max, method.normalize, method.floor_percent)
+
+
+def decide(schedule: PhaseSchedule, epochs: Iterable[dict[str, Any]]) -> list[Decision]:
+    """The decisions over lines of norms.jsonl, one an epoch, up to the one with which the run leaves phase full."""
+    decisions = []
+    for line in epochs:
+        decisions.append(schedule.end_epoch(line["epoch"], line["norms"], line["loss"]))
+        if schedule.phase is not Phase.FULL:
+            break
+    return decisions
