@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from prelora_ray.config import MethodSettings, Section, Settings
+from prelora_ray.errors import one_line
 from prelora_ray.storage import without_keys
 
 SectionT = TypeVar("SectionT", bound=Section)
@@ -109,7 +110,7 @@ def _apply(content: dict[str, Any], override: str) -> None:
     try:
         section[last] = _parse_yaml(value)
     except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ValueError(f"--set {override!r} is not allowed: the value is not YAML: {reason}") from None
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 
 from prelora_ray.data.check import check_prepared
+from prelora_ray.errors import one_line
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.train.checkpoint import Checkpoints, DamagedCheckpointError, OtherSchemaError
 from prelora_ray.train.notices import STOP_FILE
@@ -29,7 +30,7 @@ def _check_records(folder: RunFolder) -> list[str]:
     try:
         folder.read_settings()
     except Exception as error:  # of YAML, or of a key
-        findings.append(f"{folder}/config.yaml cannot be read: {_line(error)}")
+        findings.append(f"{folder}/config.yaml cannot be read: {one_line(error)}")
     for name in sorted(folder.list_files()):
         if name == STOP_FILE:
             continue  # which is empty, and all of it
@@ -39,7 +40,7 @@ def _check_records(folder: RunFolder) -> list[str]:
             elif name.endswith(".jsonl"):
                 _parse_each_line(folder.read_bytes(name))
         except (OSError, ValueError) as error:
-            findings.append(f"{folder}/{name} cannot be read: {_line(error)}")
+            findings.append(f"{folder}/{name} cannot be read: {one_line(error)}")
     return findings
 
 
@@ -64,10 +65,6 @@ def _check_checkpoints(folder: RunFolder, on_progress: Callable[[int, int], None
         try:
             checkpoints.load(name)
         except (DamagedCheckpointError, OtherSchemaError, OSError) as error:
-            findings.append(f"{folder}: {_line(error)}")
+            findings.append(f"{folder}: {one_line(error)}")
         on_progress(done, len(names))
     return findings
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -25,6 +25,7 @@ import yaml
 
 from prelora_ray.config import Settings
 from prelora_ray.config_file import parse_settings
+from prelora_ray.errors import one_line
 from prelora_ray.storage import Storage
 
 
@@ -42,7 +43,7 @@ class RunFolder(Storage):
         try:
             content = yaml.safe_load(self.read_bytes("config.yaml"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise self._damaged("config.yaml", " ".join(str(error).split())) from None
+            raise self._damaged("config.yaml", one_line(error)) from None
         if not isinstance(content, dict):
             raise self._damaged("config.yaml", "it holds no settings")
         return parse_settings(content)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, UnidentifiedImageError
 
 from prelora_ray.data.draws import Draw, generator
+from prelora_ray.errors import one_line
 
 FORMATS = ("JPEG", "PNG")
 """What `prepare` stores; no other decoder of Pillow's gets to see a stored image."""
@@ -138,7 +139,7 @@ def undecodable(encoded: bytes) -> str | None:
     except UnidentifiedImageError:
         return "it is no JPEG or PNG"
     except Exception as error:  # what a decoder raises over broken bytes is anything
-        return " ".join(str(error).split()) or type(error).__name__
+        return one_line(error)
     return None
 
 

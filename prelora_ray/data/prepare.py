@@ -31,7 +31,7 @@ from prelora_ray.data.manifest import SCHEMA_VERSION, Counts, Manifest, Shard, S
 from prelora_ray.data.sources import Columns, Item, Reader, Source, Splits, open_source
 from prelora_ray.data.sources.source import ending
 from prelora_ray.data.stream import quiet_data_context
-from prelora_ray.errors import WorkError
+from prelora_ray.errors import WorkError, one_line
 from prelora_ray.storage import Storage
 
 _SHARDS_PER_BUFFER = 8
@@ -357,7 +357,7 @@ class ShardTask:
                 if is_other_file(item.name, content):
                     other.append(i)
                 else:
-                    bad.append((i, " ".join(str(error).split()) or type(error).__name__))
+                    bad.append((i, one_line(error)))
                 continue
             digests.append(hashlib.blake2b(content, digest_size=_DIGEST_BYTES).digest())
             rows.append((encoded, item.label, item.name))

@@ -18,7 +18,7 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 from prelora_ray.config import Settings
-from prelora_ray.errors import InterruptedRunError, WorkError
+from prelora_ray.errors import InterruptedRunError, WorkError, one_line
 from prelora_ray.run_folder import RunFolder, last_attempt
 from prelora_ray.storage import Storage
 from prelora_ray.sweep.cost import straight_hours
@@ -148,7 +148,7 @@ def _trial(config: dict[str, Any], plan: Plan) -> None:
     try:
         _train_or_go_on(plan, setting, was_stopped=was_stopped)
     except Exception as error:
-        write_note(plan, setting, message=" ".join(str(error).split()) or type(error).__name__)
+        write_note(plan, setting, message=one_line(error))
         raise
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch._subclasses import fake_tensor
 
 from prelora_ray.config import MethodSettings, ModelSettings, Settings
+from prelora_ray.errors import one_line
 from prelora_ray.method.adapters import inject, peft_config, peft_state_dict
 from prelora_ray.method.phases import Phase, freeze_parameters
 from prelora_ray.method.ranks import check_ranks, match_rank_pattern
@@ -118,7 +119,7 @@ def _try_phase(model: nn.Module, settings: Settings, format_: Format, phase: Pha
                 peft_config(model)
                 peft_state_dict(model)
     except Exception as error:  # whatever a model that was made for other things raises
-        raise ValueError(f"{told}: phase {phase} fails with {type(error).__name__}: {_one_line(error)}") from error
+        raise ValueError(f"{told}: phase {phase} fails with {type(error).__name__}: {one_line(error)}") from error
     for output in outputs:
         if not _are_logits(output):
             raise ValueError(
@@ -138,7 +139,3 @@ def example_images(settings: ModelSettings, dtype: torch.dtype) -> torch.Tensor:
 
 def _are_logits(output: Any) -> bool:
     return isinstance(output, torch.Tensor) and output.shape == (_IMAGES, _CLASSES)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

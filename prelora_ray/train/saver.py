@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from prelora_ray.errors import one_line
 from prelora_ray.train.background import Background
 from prelora_ray.train.checkpoint import Checkpoint, Checkpoints, Retention
 
@@ -79,7 +80,7 @@ class Saver(Background):
             with _beside_training(checkpoint):
                 self._checkpoints.save(checkpoint)
         except OSError as failure:  # a full disk, an unreachable bucket: training goes on, and the next save tries again
-            error = f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
+            error = f"{type(failure).__name__}: {one_line(failure)[:300]}"
         except BaseException:
             logger.exception("saving failed")
             error = "an error of the program, see the worker's log"
