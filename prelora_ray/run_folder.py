@@ -187,7 +187,7 @@ class RunRecords:
         self._folder = folder
         self._attempt = attempt
         self._writers = {name: LineWriter(folder, f"{name}.jsonl") for name in ("events", "norms", "windows", "epochs")}
-        self._progress_time = 0.0
+        self._progress_time = float("-inf")
 
     def event(self, event: str, **content: Any) -> None:
         self._writers["events"].write(attempt=self._attempt, time=time.time(), event=event, **content)
@@ -202,11 +202,15 @@ class RunRecords:
         self._writers["epochs"].write(attempt=self._attempt, **content)
 
     def progress_is_due(self) -> bool:
-        return time.monotonic() - self._progress_time >= (1.0 if self._folder.is_local else 15.0)
+        """Whether it is time to tell where the run is; then not again for a while."""
+        now = time.monotonic()
+        is_due = now - self._progress_time >= (1.0 if self._folder.is_local else 15.0)
+        if is_due:
+            self._progress_time = now
+        return is_due
 
     def progress(self, **content: Any) -> None:
         """Replaces progress.json, which says where the run is right now."""
-        self._progress_time = time.monotonic()
         with contextlib.suppress(OSError):  # on a full disk the next one will tell
             self._folder.write_json("progress.json", _finite({"attempt": self._attempt, "time": time.time(), **content}))
 
@@ -216,8 +220,7 @@ class RunRecords:
 
     def flush(self) -> bool:
         """Returns whether all that was recorded is there."""
-        whole = [writer.flush() for writer in self._writers.values()]
-        return all(whole)
+        return all(writer.flush() for writer in self._writers.values())  # where one fails, the others would too
 
 
 def _encoded(line: dict[str, Any]) -> bytes:

@@ -43,6 +43,22 @@ def patiently(read: Callable[[], T]) -> T:
     return read()
 
 
+def once_reachable(reach: Callable[[], T], seconds: float, meanwhile: Callable[[], None] = lambda: None) -> T:
+    """What `reach` returns, tried again after each OSError, which is raised once so many seconds have passed.
+
+    Calls `meanwhile` before each further try.
+    """
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return reach()
+        except OSError:
+            if time.monotonic() > end:
+                raise
+        meanwhile()
+        time.sleep(_READ_WAITS[-1])
+
+
 def absolute(path: str | os.PathLike[str]) -> str:
     """A local path (``~/x``, ``file:///x``, or from the current folder) from the root on, which any process takes for the same
     place; the URI of a bucket as it is."""
@@ -108,18 +124,6 @@ class Storage:
 
     def make(self) -> None:
         self.filesystem.create_dir(self.path, recursive=True)
-
-    def wait_until_reachable(self, seconds: float) -> None:
-        """Returns once the storage answers. Raises OSError where it does not within so many seconds."""
-        end = time.monotonic() + seconds
-        while True:
-            try:
-                self.exists("any")
-                return
-            except OSError:
-                if time.monotonic() > end:
-                    raise
-            time.sleep(_READ_WAITS[-1])
 
     def exists(self, name: str) -> bool:
         if self.is_local:

@@ -47,11 +47,11 @@ class Proxy:
         self._listener.close()
 
     def _switch(self, state: State) -> None:
+        if state != "on":
+            self._is_on.clear()
         self._state = state
         if state == "on":
             self._is_on.set()
-            return
-        self._is_on.clear()
         if state == "off":
             for connection in list(self._open):
                 with contextlib.suppress(OSError):  # it has ended
@@ -65,9 +65,9 @@ class Proxy:
 
     def _serve(self, client: socket.socket) -> None:
         with client, contextlib.suppress(OSError), socket.create_connection(self._server) as server:
+            self._open |= {client, server}
             if self._state == "off":
                 return
-            self._open |= {client, server}
             back = threading.Thread(target=self._pass_on, args=(server, client), daemon=True)
             back.start()
             self._pass_on(client, server)
@@ -79,8 +79,8 @@ class Proxy:
             while content := source.recv(_CHUNK_BYTES):
                 if self._state == "silent":
                     self._is_on.wait()
-                if self.bytes_per_second is not None:
-                    time.sleep(len(content) / self.bytes_per_second)
+                rate = self.bytes_per_second
+                time.sleep(len(content) / rate if rate else 0.0)
                 target.sendall(content)
         for side in (source, target):
             with contextlib.suppress(OSError):
@@ -101,6 +101,8 @@ def s3_server() -> Iterator[Proxy]:
         "AWS_DEFAULT_REGION": "us-east-1",
     }
     boto3.client("s3").create_bucket(Bucket="bucket")
-    yield proxy
-    proxy.close()
-    server.stop()
+    try:
+        yield proxy
+    finally:
+        proxy.close()
+        server.stop()

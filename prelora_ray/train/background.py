@@ -29,6 +29,6 @@ class Background:
     def wait(self, seconds: float = math.inf, meanwhile: Callable[[], None] = lambda: None) -> None:
         """Returns when nothing is under way, or after so many seconds; calls `meanwhile` every second until then."""
         end = time.monotonic() + seconds
-        while self._thread is not None and self._thread.is_alive() and time.monotonic() < end:
+        while self._thread is not None and self.is_busy and time.monotonic() < end:
             self._thread.join(min(_BEAT_SECONDS, max(0.0, end - time.monotonic())))
             meanwhile()

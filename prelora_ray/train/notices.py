@@ -18,8 +18,6 @@ STOP_FILE = "stop.json"
 """The driver's request to stop."""
 _LOOK_SECONDS = {True: 0.2, False: 3.0}
 """Between looks for the driver's request, by whether the run folder is on a disk or in a bucket that has to be asked."""
-
-
 _ROOM_SECONDS = 1.0
 """Between looks for room to grow: Ray Train, which then starts the group again, looks every 5 s."""
 

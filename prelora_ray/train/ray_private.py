@@ -113,7 +113,7 @@ class Guard(ControllerCallback, WorkerGroupCallback):
     """A callback of Ray Train that ends a fit, workers and all and without another try, once `check` raises.
 
     Its controller calls `check` every few seconds, and before it starts workers: also where the driver is suspended. While
-    workers train that is done beside, as they wait for the controller, and `check` for storage that cannot be reached.
+    workers train, `check` runs in a thread: it may wait for storage, and the controller must not, as the workers wait for it.
     """
 
     def __init__(self, check: Callable[[], None], seconds: float) -> None:

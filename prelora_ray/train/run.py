@@ -26,7 +26,7 @@ from prelora_ray.monitor.client import finish
 from prelora_ray.monitor.exporter import start_exporter
 from prelora_ray.nodes import check_seen_by_all_nodes
 from prelora_ray.run_folder import RunFolder
-from prelora_ray.storage import Storage
+from prelora_ray.storage import Storage, once_reachable
 from prelora_ray.train.check import check_model
 from prelora_ray.train.checkpoint import Checkpoints, checkpoint_name
 from prelora_ray.train.end import FILE as END_FILE
@@ -48,7 +48,7 @@ from prelora_ray.train.ray_private import (
 )
 from prelora_ray.train.result import summarize
 from prelora_ray.train.telemetry import run_label
-from prelora_ray.train.watchdog import PATIENCE
+from prelora_ray.train.watchdog import OUTAGE_PATIENCE, PATIENCE
 from prelora_ray.train.worker import train_worker
 
 logger = logging.getLogger(__name__)
@@ -324,8 +324,8 @@ def _fit_again_and_again(
 
 
 def _wait_for_storage(folder: RunFolder, workers: WorkerSettings) -> None:
-    """An outage of the storage is no reason to end, as far as the workers would wait for each other too."""
-    folder.wait_until_reachable(workers.hang_seconds * PATIENCE / 2)
+    """An outage of the storage is no reason to end."""
+    once_reachable(lambda: folder.exists("config.yaml"), workers.hang_seconds * OUTAGE_PATIENCE)
 
 
 def _told(error: Exception, max_failures: int) -> str:

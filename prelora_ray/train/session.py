@@ -23,7 +23,7 @@ from prelora_ray.method.phases import Decision, Phase, count_parameters
 from prelora_ray.method.ranks import rank_choices
 from prelora_ray.method.targets import target_norms
 from prelora_ray.run_folder import LineWriter, RunFolder, RunRecords, last_attempt
-from prelora_ray.storage import Storage
+from prelora_ray.storage import Storage, once_reachable
 from prelora_ray.train.background import Background
 from prelora_ray.train.checkpoint import Checkpoint, Checkpoints, Retention
 from prelora_ray.train.control import Action, Control
@@ -41,12 +41,12 @@ from prelora_ray.train.state import TrainState
 from prelora_ray.train.step import Stepper
 from prelora_ray.train.telemetry import RunTelemetry, WorkerTelemetry
 from prelora_ray.train.tensorboard import TensorBoardLog
-from prelora_ray.train.watchdog import PATIENCE, Watchdog
+from prelora_ray.train.watchdog import OUTAGE_PATIENCE, Watchdog
 
 _CHECK_STEPS = 50
 """Steps between looks whether the loss is still finite, each of which waits for the device."""
 _LAST_SAVES = 10
-"""How often the end of a run tries to save."""
+"""How often the end of a run tries to save, where a try takes no time."""
 
 
 class StoppedError(Exception):
@@ -61,11 +61,13 @@ class Session:
         self.settings = settings
         context = ray.train.get_context()
         self.rank, world_size = context.get_world_rank(), context.get_world_size()
-        self.folder = RunFolder.of(settings)
+        self.folder = once_reachable(
+            lambda: _reached(RunFolder.of(settings)),
+            settings.workers.hang_seconds * OUTAGE_PATIENCE,
+            lambda: self.watchdog.beat(patiently=True),
+        )
         self.checkpoints = Checkpoints(self.folder)
         if self.rank == 0:
-            self.folder.wait_until_reachable(settings.workers.hang_seconds * PATIENCE / 2)
-            self.watchdog.beat(patiently=True)
             remove_unborn_actors()  # before any worker streams
             remove_end(self.folder)  # the one of an attempt before, in the same fit
             with contextlib.suppress(OSError):  # it only takes up room
@@ -133,7 +135,7 @@ class Session:
         self.telemetry.step(int((batch.labels >= 0).sum()), self.feed.wait_seconds)
         if self.state.batch % _CHECK_STEPS == 0:
             self.stepper.check_finite()
-        if self.records and self.records.progress_is_due() and not self._telling.is_busy:
+        if self.records and self.records.progress_is_due():
             seconds = time.monotonic() - self._epoch_time
             images = (self.state.batch - self._first_batch) * self.settings.data.batch_size
             loss = self.stepper.local_loss()
@@ -232,7 +234,7 @@ class Session:
     def finish(self) -> None:
         """The run has trained all its epochs."""
         if not self.records:
-            self._finish_flushing()
+            self._finish_audit()
         elif self.saver.failure is None:
             self._end("finished")
         else:
@@ -277,7 +279,7 @@ class Session:
             return
         self._finish_saving()
         if not self.records:
-            self._finish_flushing()
+            self._finish_audit()
         else:
             kind: EndKind = "stop" if action is Action.STOP else "preemption"
             self._event(kind)
@@ -309,9 +311,8 @@ class Session:
         if not self.records:
             return
         self.saver.wait(meanwhile=self.watchdog.beat)
-        for _ in range(_LAST_SAVES):
-            if self.saver.failure is None:
-                break
+        end = time.monotonic() + self.settings.workers.hang_seconds
+        while self.saver.failure is not None and time.monotonic() < end:
             time.sleep(self.settings.workers.hang_seconds / _LAST_SAVES)
             self.saver.retry(self.watchdog.beat)
         self._record_saves()
@@ -335,40 +336,56 @@ class Session:
         Raises OSError where there is no room even so: the attempt has failed. Where no other one is to follow, the driver
         tells that the record is missing.
         """
-        assert self.records
         end = End(kind, self.state.epoch, self.state.step, message)
-        for _ in range(1 if self.saver.failure is not None else _LAST_SAVES):  # the save that failed has waited already
-            if self._finish_flushing(lambda: write_end(self.folder, end)):
-                return
-            time.sleep(self.settings.workers.hang_seconds / _LAST_SAVES)
-        raise OSError(f"no room for the records in {self.folder}, or it cannot be reached")
+        self._finish_flushing(lambda: write_end(self.folder, end))
+
+    def _finish_audit(self) -> None:
+        """Of a worker that records nothing else."""
+        with contextlib.suppress(OSError):  # no reason to train again
+            self._finish_flushing()
 
     def _flush_beside(self) -> None:
         """Has the run folder hold what was recorded, as soon as it can. What an earlier flush holds up waits for the next."""
         if not self._flushing.is_busy:
             self._flushing.begin(self._flush)
 
-    def _finish_flushing(self, then: Callable[[], None] = lambda: None) -> bool:
-        """Returns whether the run folder holds all that was recorded, and `then` has worked after that."""
-        done = []
+    def _finish_flushing(self, then: Callable[[], None] = lambda: None) -> None:
+        """Returns once the run folder holds all that was recorded, and `then` has worked after that.
+
+        Tries as long as for a last save, and raises OSError where that is in vain.
+        """
+        hang_seconds = self.settings.workers.hang_seconds
+        has_waited = self.records is not None and self.saver.failure is not None  # for the last save
+        end = time.monotonic() + (0.0 if has_waited else hang_seconds)
+        self._flushing.wait(meanwhile=self.watchdog.beat)
+        while (failure := self._try_to_finish(then)) is not None:
+            if not isinstance(failure, OSError) or time.monotonic() > end:
+                raise failure
+            self.watchdog.beat()
+            time.sleep(hang_seconds / _LAST_SAVES)
+
+    def _try_to_finish(self, then: Callable[[], None]) -> Exception | None:
+        """Why it failed; None where it has not."""
+        failures: list[Exception] = []
 
         def work() -> None:
-            with contextlib.suppress(OSError):
-                if self._flush():
-                    then()
-                    done.append(True)
+            try:
+                if not self._flush():
+                    raise OSError(f"no room for the records in {self.folder}, or it cannot be reached")
+                then()
+            except Exception as failure:
+                failures.append(failure)
 
-        self._flushing.wait(meanwhile=self.watchdog.beat)
         self._flushing.begin(work)
         self._flushing.wait(meanwhile=self.watchdog.beat)
-        return bool(done)
+        return failures[0] if failures else None
 
     def _flush(self) -> bool:
         """Returns whether the run folder holds all that was recorded."""
-        whole = [self.audit.flush()] if self.audit else []
+        flushes = [self.audit.flush] if self.audit else []
         if self.records:
-            whole += [self._write_ranks(), self.records.flush(), self.board.flush()]
-        return all(whole)
+            flushes += [self._write_ranks, self.records.flush, self.board.flush]
+        return all(flush() for flush in flushes)  # where one fails, the others would too
 
     def _record_saves(self) -> None:
         assert self.records
@@ -445,7 +462,14 @@ class Session:
         assert self.records
         state = self.state
         place = {"epoch": state.epoch, "batch": state.batch, "batches": state.batches, "step": state.step}
-        self._telling.begin(functools.partial(self.records.progress, **place, phase=state.phases.phase, **content))
+        if not self._telling.is_busy:
+            self._telling.begin(functools.partial(self.records.progress, **place, phase=state.phases.phase, **content))
+
+
+def _reached(folder: RunFolder) -> RunFolder:
+    """The folder, once it answers."""
+    folder.exists("config.yaml")
+    return folder
 
 
 def _from_rank_0(content: Any) -> Any:

@@ -10,6 +10,8 @@ import time
 
 PATIENCE = 10
 """How many times longer than a step's limit a start, a compilation or a last save may take."""
+OUTAGE_PATIENCE = PATIENCE // 2
+"""How many times a step's limit an attempt's start, and the driver between two, wait for storage that cannot be reached."""
 
 
 class Watchdog:

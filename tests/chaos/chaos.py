@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import itertools
 import os
 import platform
 import random
@@ -42,7 +41,8 @@ from tests.chaos.faults import (
     DRAIN_SECONDS,
     FAULTS,
     IN_BUCKET,
-    RESTARTING,
+    KILLED_IN_OUTAGE,
+    RESTARTS,
     SLOW_BYTES_PER_SECOND,
     TAKES_A_NODE,
     Target,
@@ -54,6 +54,7 @@ from tests.proxy import Proxy, s3_server
 BATCHES = 15
 """Global batches of an epoch."""
 STEPS_PER_SECOND = 15
+"""Of a run during an outage, at the most."""
 STEPS_BETWEEN = 6
 """Fewest steps from one fault's end to the next fault."""
 STEPS = {
@@ -62,6 +63,7 @@ STEPS = {
     AT_SWITCH: 150,
     **dict.fromkeys(IN_BUCKET, 60 * STEPS_PER_SECOND),
     "bucket out for ten minutes": 600 * STEPS_PER_SECOND,
+    KILLED_IN_OUTAGE: 14,
 }
 """Steps set aside for a fault during which the run trains on."""
 STEPS_OTHER = 14
@@ -69,6 +71,8 @@ STEPS_LAST = 150
 """Steps behind the last fault: a fast machine does many more than were set aside."""
 STEPS_BEFORE = 40
 """Steps before a moment at which the disk fills up for it."""
+STEPS_BEYOND = 120
+"""The most that a fault ends behind the steps set aside for it."""
 RECOVERY_SECONDS = 150.0
 
 
@@ -116,28 +120,19 @@ def plan(count: int, rng: random.Random) -> list[str]:
 
 def bucket_plan() -> list[str]:
     """The ten minutes lie in the middle, so that they reach from phase full into lora."""
-    before = ["bucket out for a minute", "worker killed", "bucket slow for a minute", "worker killed"]
-    after = ["driver killed", "bucket silent for a minute", "worker killed"]
+    before = ["bucket out for a minute", "worker killed", "bucket slow for a minute", KILLED_IN_OUTAGE]
+    after = ["driver killed", "bucket silent for a minute", KILLED_IN_OUTAGE]
     return [*before, "bucket out for ten minutes", *after]
 
 
-def steps_for(faults: list[str]) -> list[int]:
-    """Steps of the run before each fault, and in all."""
-    return list(itertools.accumulate((STEPS.get(kind, STEPS_OTHER) for kind in faults), initial=STEPS_BETWEEN))
+def _steps(kind: str) -> int:
+    return STEPS.get(kind, STEPS_OTHER)
 
 
 def epochs_for(faults: list[str]) -> tuple[int, int, int]:
     """Epochs of full, warmup and lora that hold the faults."""
-    per_phase = -(-steps_for(faults)[-1] // (3 * BATCHES))
+    per_phase = -(-(STEPS_BETWEEN + sum(map(_steps, faults))) // (3 * BATCHES))
     return max(3, per_phase), per_phase, per_phase + STEPS_LAST // BATCHES
-
-
-def with_disk_full_at_the_switch(faults: list[str], epochs: tuple[int, int, int]) -> list[str]:
-    """The faults with another one, before the first that may reach the switch."""
-    start = epochs[0] * BATCHES - STEPS_BEFORE
-    ends = [due + STEPS.get(kind, STEPS_OTHER) for kind, due in zip(faults, steps_for(faults), strict=False)]
-    place = next((place for place, end in enumerate(ends) if end > start), len(faults))
-    return [*faults[:place], AT_SWITCH, *faults[place:]]
 
 
 def position(folder: RunFolder) -> dict[str, Any]:
@@ -152,17 +147,21 @@ def position(folder: RunFolder) -> dict[str, Any]:
 def disturb(target: Target, faults: list[str], tell: Callable[[str], None]) -> list[Cost]:
     """Lets the faults happen to a run that is under way, each once the one before is healed, and waits for the run's end."""
     costs: list[Cost] = []
-    healed = 0
-    for kind, after_it, due in zip(faults, [*faults[1:], None], steps_for(faults), strict=False):
-        if kind in TAKES_A_NODE and after_it != "node added":
+    waiting, due, healed = list(faults), STEPS_BETWEEN, 0
+    while waiting:
+        kind = _next(waiting, healed, target.moments)
+        if kind in TAKES_A_NODE and waiting[:1] != ["node added"]:
             target.site.add_node(wait=True)  # in its place
         step = target.moments.get(kind) or max(due, healed + STEPS_BETWEEN)
+        due += _steps(kind)
         before = wait_for(functools.partial(_progress, target, step), RECOVERY_SECONDS, f"step {step}, for {kind!r}")
         if kind not in target.moments:
             time.sleep(target.rng.random())
         start = time.time()
         FAULTS[kind](target)
         now = wait_for(functools.partial(_healed, target, kind, before), RECOVERY_SECONDS, f"recovery from {kind!r}")
+        if kind == AT_SWITCH:
+            assert start < _events(target.folder, "switch")[-1]["time"] < time.time(), "the disk was not full at the switch"
         again, seconds = 0, 0.0
         if now["attempt"] > before["attempt"]:
             again = _events(target.folder, "restart")[-1]["steps_again"]
@@ -174,6 +173,15 @@ def disturb(target: Target, faults: list[str], tell: Callable[[str], None]) -> l
     assert target.site.driver
     assert target.site.driver.wait(timeout=RECOVERY_SECONDS + len(faults) * 10) == 0, "the run ends by itself"
     return costs
+
+
+def _next(waiting: list[str], healed: int, moments: dict[str, int]) -> str:
+    """Takes the fault that comes next: the one for the switch before any that may reach it."""
+    kind = waiting[0]
+    if AT_SWITCH in waiting and healed + _steps(kind) + STEPS_BEYOND > moments[AT_SWITCH]:
+        kind = AT_SWITCH
+    waiting.remove(kind)
+    return kind
 
 
 def _progress(target: Target, step: int) -> dict[str, Any] | None:
@@ -189,7 +197,7 @@ def _events(folder: RunFolder, event: str) -> list[dict[str, Any]]:
 def _healed(target: Target, kind: str, before: dict[str, Any]) -> dict[str, Any] | None:
     now = position(target.folder)
     restarted = now["attempt"] > before["attempt"]
-    if kind in RESTARTING or kind == AT_END:
+    if kind in RESTARTS:
         return now if restarted else None
     assert not restarted, f"{kind!r} started the group again"
     if kind not in COSTS_SAVES:
@@ -310,24 +318,18 @@ def run_on_disk(
             faults = [fault for fault in faults if fault != "disk full"]
         epochs, moments = epochs_for(faults), {}
         if can_be_full and at_switch_and_end:
-            epochs = epochs_for([*faults, AT_SWITCH])
-            faults = [*with_disk_full_at_the_switch(faults, epochs), AT_END]
+            faults = [*faults, AT_SWITCH, AT_END]
+            epochs = epochs_for(faults)
             moments[AT_SWITCH] = epochs[0] * BATCHES - STEPS_BEFORE
             moments[AT_END] = sum(epochs) * BATCHES - STEPS_BEFORE
-        costs, folder, found = _run(directory, data, faults, epochs, rng, moments)
-        if AT_SWITCH in moments:
-            switch = _events(folder, "switch")
-            failed = [line["time"] for line in _events(folder, "checkpoint_failed")]
-            assert min(failed) < switch[0]["time"] < max(failed), "the disk was not full at the switch"
-        return costs, found
+        return _run(directory, data, faults, epochs, rng, moments)
 
 
 def run_in_bucket(directory: Path, data: Path, rng: random.Random) -> tuple[list[Cost], Found]:
     """Raises AssertionError where the run differs from an undisturbed one. Prints as it goes."""
     faults = bucket_plan()
     with s3_server() as proxy:
-        costs, _, found = _run(directory, data, faults, epochs_for(faults), rng, {}, proxy)
-        return costs, found
+        return _run(directory, data, faults, epochs_for(faults), rng, {}, proxy)
 
 
 def _run(
@@ -338,8 +340,8 @@ def _run(
     rng: random.Random,
     moments: dict[str, int],
     proxy: Proxy | None = None,
-) -> tuple[list[Cost], RunFolder, Found]:
-    """The undisturbed run, and the disturbed one with its folder: in `directory`, or in the bucket behind `proxy`."""
+) -> tuple[list[Cost], Found]:
+    """The undisturbed run and the disturbed one: in `directory`, or in the bucket behind `proxy`."""
     # One worker is the least work; where no fault changes the other's number, as many, so that every bit must agree.
     workers = WORKERS if TAKES_A_NODE.isdisjoint(faults) else 1
     quiet = directory / "quiet"  # outside the file system that fills up
@@ -359,7 +361,7 @@ def _run(
         undisturbed.result(timeout=RECOVERY_SECONDS * 4)
         found = compare(folder, RunFolder.of(plain))
         check(found, costs, folder)
-        return costs, folder, found
+        return costs, found
     except AssertionError:
         print((directory / "driver.log").read_text()[-5000:])
         raise

@@ -22,6 +22,8 @@ from tests.proxy import Proxy, State
 
 DRAIN_SECONDS = 6
 FULL_SECONDS = 3
+OUTAGE_SECONDS = 20
+"""Less than an attempt's start waits."""
 SWITCH_SECONDS = 10
 """How long the disk is full around the switch."""
 SLOW_BYTES_PER_SECOND = 2e4
@@ -152,6 +154,14 @@ def cut_off_bucket(target: Target, seconds: float, state: State = "off") -> None
         time.sleep(seconds)
 
 
+def kill_worker_in_outage(target: Target) -> None:
+    """The next attempt begins before the bucket is back, and waits for it."""
+    assert target.proxy
+    with target.proxy.outage():
+        kill_worker(target)
+        time.sleep(OUTAGE_SECONDS)
+
+
 def slow_down_bucket(target: Target, seconds: float) -> None:
     assert target.proxy
     target.proxy.bytes_per_second = SLOW_BYTES_PER_SECOND
@@ -172,17 +182,20 @@ RESTARTING: dict[str, Callable[[Target], None]] = {
     "checkpoint damaged": corrupt_checkpoint,
     "two drivers at once": start_two_drivers,
 }
-"""Faults after which the worker group starts again, as after the last one at the end."""
 ANYTIME = RESTARTING | {"disk full": fill_disk}
 """What happens at random moments to a run on a disk."""
+KILLED_IN_OUTAGE = "worker killed, bucket out"
 AT_SWITCH, AT_END = "disk full at the switch", "disk full at the end"
 IN_BUCKET: dict[str, Callable[[Target], None]] = {
     "bucket out for a minute": functools.partial(cut_off_bucket, seconds=60),
     "bucket silent for a minute": functools.partial(cut_off_bucket, seconds=60, state="silent"),
     "bucket slow for a minute": functools.partial(slow_down_bucket, seconds=60),
     "bucket out for ten minutes": functools.partial(cut_off_bucket, seconds=600),
+    KILLED_IN_OUTAGE: kill_worker_in_outage,
 }
 FAULTS = ANYTIME | {AT_SWITCH: functools.partial(fill_disk, seconds=SWITCH_SECONDS), AT_END: fill_disk_at_the_end} | IN_BUCKET
 TAKES_A_NODE = {"raylet killed", "node removed", "node drained"}
+RESTARTS = {*RESTARTING, AT_END, KILLED_IN_OUTAGE}
+"""The worker group starts again."""
 COSTS_SAVES = {name for name in FAULTS if name.startswith("disk full") or name.startswith("bucket out")} - {AT_END}
 """The run trains on, and saves fail."""

@@ -69,7 +69,7 @@ def test_the_drivers_request_is_seen_within_seconds(tmp_path, staying):
 
 
 def test_a_bucket_that_cannot_be_reached_holds_up_no_step_and_its_request_is_seen_later(bucket, proxy, staying, monkeypatch):
-    monkeypatch.setattr(notices, "_LOOK_SECONDS", {False: 0.0})
+    monkeypatch.setattr(notices, "_LOOK_SECONDS", {True: 0.2, False: 0.0})
     folder = RunFolder(f"{bucket}/notices")
     folder.write_bytes(STOP_FILE, b"")
     with proxy.outage("silent"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ import pytest
 import ray.train
 
 from prelora_ray.config import Settings
-from prelora_ray.run_folder import RunFolder
+from prelora_ray.run_folder import LineWriter, RunFolder
 from prelora_ray.train.lock import DriverLock
 from prelora_ray.train.run import train
 from tests.proxy import Proxy
@@ -57,5 +58,28 @@ def test_a_bucket_that_is_out_through_all_phases_costs_only_saves(
 
 def test_what_failed_is_told_though_the_lock_cannot_be_given_back(bucket: str, proxy: Proxy) -> None:
     folder = RunFolder(f"{bucket}/lock-out")
-    with pytest.raises(ValueError, match="the reason"), DriverLock(folder), proxy.outage():
-        raise ValueError("the reason")
+    with contextlib.ExitStack() as outage:
+
+        def fail() -> None:
+            with DriverLock(folder):
+                outage.enter_context(proxy.outage())
+                raise ValueError("the reason")
+
+        with pytest.raises(ValueError, match="the reason"):
+            fail()
+
+
+def test_lines_that_an_outage_held_up_are_there_after_it(bucket: str, proxy: Proxy) -> None:
+    folder = RunFolder(f"{bucket}/lines")
+    writer = LineWriter(folder, "a.jsonl")
+    writer.write(number=0)
+    assert writer.flush()
+    with proxy.outage():
+        writer.write(number=1)
+        assert not writer.flush()
+    writer.write(number=2)
+    assert writer.flush()
+    another = LineWriter(folder, "a.jsonl")
+    another.write(number=3)
+    assert another.flush()
+    assert [line["number"] for line in folder.read_lines("a.jsonl")] == [0, 1, 2, 3]
