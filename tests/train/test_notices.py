@@ -104,3 +104,20 @@ def test_room_is_that_of_one_more_worker(ray_cluster):
     assert not room_to_grow(WorkerSettings(max=2, cpus=free + 1), 1, uses_gpu=False)
     assert not room_to_grow(WorkerSettings(max=2, cpus=free), 2, uses_gpu=False)
     assert not room_to_grow(WorkerSettings(max=2, cpus=free), 1, uses_gpu=True)
+
+
+def test_storage_that_fails_is_asked_for_the_request_again(tmp_path, staying, monkeypatch):
+    folder = RunFolder(tmp_path)
+    failures = [OSError("out"), OSError("out")]
+
+    def exists(name: str) -> bool:
+        if failures:
+            raise failures.pop()
+        return True
+
+    monkeypatch.setattr(folder, "exists", exists)
+    watch = Notices(folder, CheckpointSettings())
+    end = time.monotonic() + 10
+    while watch.wish(1, is_busy=False) is not Action.STOP:
+        assert time.monotonic() < end
+        time.sleep(0.01)
