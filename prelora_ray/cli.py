@@ -67,10 +67,7 @@ def train(
     console.out.print(console.result_table(result, last_attempt(folder.read_lines("epochs.jsonl"), "epoch")))
     if result["ranks"]:
         console.out.print("ranks: " + ", ".join(f"{count} modules of {rank}" for rank, count in result["ranks"].items()))
-    console.out.print(
-        f"switch after epoch {result['switch_epoch']}, freeze after epoch {result['freeze_epoch']}, "
-        f"top-1 {result['val_top1']:.1%} (best {result['best_val_top1']:.1%}), {result['seconds']:,.0f} s"
-    )
+    console.out.print(console.result_line(result))
     for line in folder.read_lines("events.jsonl"):
         if line["event"] == "diagnosis":
             console.out.print(line["message"])

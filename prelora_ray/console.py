@@ -198,6 +198,15 @@ def result_table(result: dict[str, Any], epochs: list[dict[str, Any]]) -> Table:
     return table
 
 
+def result_line(result: dict[str, Any]) -> str:
+    changes = [
+        f"no {change}" if (epoch := result[f"{change}_epoch"]) is None else f"{change} after epoch {epoch}"
+        for change in ("switch", "freeze")
+    ]
+    accuracy = f"top-1 {result['val_top1']:.1%} (best {result['best_val_top1']:.1%})"
+    return ", ".join([*changes, accuracy, f"{result['seconds']:,.0f} s"])
+
+
 def sweep_table(result: dict[str, Any]) -> Table:
     """A sweep's settings, the best first, each with the run that it stands for; `*` marks the Pareto front."""
     head, rows = sweep_rows(result)

@@ -65,3 +65,8 @@ def test_a_bar_and_a_runs_events_are_shown_as_they_are(monkeypatch: pytest.Monke
     assert printed(told).strip() == TEXT
     switch = watcher._event({"event": "switch", "epoch": 3, "trainable_parameters": 5})
     assert printed(switch).strip() == "switch after epoch 3: adapters join, 5 parameters train"
+
+
+def test_a_run_that_never_switched_or_froze_is_told_as_that():
+    result = {"switch_epoch": 3, "freeze_epoch": None, "val_top1": 0.5, "best_val_top1": 0.625, "seconds": 1234.4}
+    assert console.result_line(result) == "switch after epoch 3, no freeze, top-1 50.0% (best 62.5%), 1,234 s"
