@@ -30,12 +30,13 @@ class Told(ray.train.UserCallback):
         self.path.write_text(str(metrics[0]["epoch"]))
 
     def wait_for(self, epoch: int) -> None:
-        end = time.monotonic() + 100
+        end = time.monotonic() + 200
         while not self.path.exists() or int(self.path.read_text() or -1) < epoch:
             assert time.monotonic() < end
             time.sleep(0.01)
 
 
+@pytest.mark.timeout(600)
 def test_a_bucket_that_is_out_through_all_phases_costs_only_saves(
     bucket: str, proxy: Proxy, digits: Path, tmp_path: Path, undisturbed: Callable[..., Settings]
 ) -> None:
