@@ -19,10 +19,10 @@ import time
 import torch
 
 from prelora_ray.config_file import parse_settings
+from prelora_ray.engine.state import TrainState
+from prelora_ray.fault_tolerance.checkpoint import Checkpoints, Retention
+from prelora_ray.fault_tolerance.saver import Saver
 from prelora_ray.storage import Storage
-from prelora_ray.train.checkpoint import Checkpoints, Retention
-from prelora_ray.train.saver import Saver
-from prelora_ray.train.state import TrainState
 
 _ROUNDS = 5
 

@@ -24,13 +24,13 @@ from ray import cloudpickle
 from prelora_ray.bench.machine import describe
 from prelora_ray.config_file import parse_settings
 from prelora_ray.data import stream
+from prelora_ray.data.batch import Pass, StreamPlan
 from prelora_ray.data.manifest import Manifest, Shard
 from prelora_ray.data.prepare import PrepareSettings
 from prelora_ray.data.prepare import plan as plan_tasks
 from prelora_ray.data.sources import Columns, Splits
 from prelora_ray.data.sources.files import File
 from prelora_ray.data.sources.folder import open_folders
-from prelora_ray.data.stream import Pass, StreamPlan
 from prelora_ray.train.feed import stream_plan
 
 SIZES = {"imagenet-1k": 1_281_167, "imagenet-21k": 14_197_122}

@@ -175,7 +175,7 @@ def evaluate(
 ) -> None:
     """Evaluate a trained model on a prepared validation set."""
     from prelora_ray import console
-    from prelora_ray.evaluate import evaluate as run
+    from prelora_ray.inference.evaluate import evaluate as run
     from prelora_ray.train.run import ray_session
 
     with ray_session(debug=_debug), console.progress("images") as show:
@@ -205,7 +205,7 @@ def export(
 ) -> None:
     """Export a run's model for timm, PEFT and ONNX, each loaded back and compared with the run's own."""
     from prelora_ray import console
-    from prelora_ray.export import export as run
+    from prelora_ray.inference.export import export as run
 
     exported = run(source, out, data)
     if as_json:

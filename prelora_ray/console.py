@@ -22,7 +22,7 @@ from prelora_ray.sweep.replay import Replay
 
 if TYPE_CHECKING:
     from prelora_ray.data.manifest import Manifest
-    from prelora_ray.evaluate import Report
+    from prelora_ray.inference.evaluate import Report
     from prelora_ray.sweep.map import Point
 
 _PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False, "soft_wrap": True}

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 from prelora_ray.data.check import check_prepared
 from prelora_ray.errors import one_line
+from prelora_ray.fault_tolerance.checkpoint import Checkpoints, DamagedCheckpointError, OtherSchemaError
+from prelora_ray.fault_tolerance.notices import STOP_FILE
 from prelora_ray.run_folder import RunFolder
-from prelora_ray.train.checkpoint import Checkpoints, DamagedCheckpointError, OtherSchemaError
-from prelora_ray.train.notices import STOP_FILE
 
 
 def examine(path: str, on_progress: Callable[[int, int], None] = lambda done, total: None) -> list[str]:

@@ -15,8 +15,9 @@ import torch
 
 from prelora_ray.config import Settings
 from prelora_ray.config_file import parse_settings
+from prelora_ray.engine.snapshot import Snapshot, checkpoint_name
+from prelora_ray.fault_tolerance.checkpoint import Checkpoints
 from prelora_ray.run_folder import RunFolder
-from prelora_ray.train.checkpoint import Checkpoint, Checkpoints, checkpoint_name
 
 TINY_VIT = {"patch_size": 2, "embed_dim": 16, "depth": 3, "num_heads": 2}
 SWITCH, FREEZE, EPOCHS = 3, 5, 7
@@ -46,12 +47,12 @@ def settings(digits: Path, storage: Path, name: str, workers: int, **sections: d
     return parse_settings({"name": name, "storage": str(storage), "audit_samples": True, **content})
 
 
-def final(run: Settings) -> Checkpoint:
+def final(run: Settings) -> Snapshot:
     checkpoints = Checkpoints(RunFolder.of(run))
     return checkpoints.load(checkpoints.names()[-1])
 
 
-def assert_same_bits(one: Checkpoint, other: Checkpoint) -> None:
+def assert_same_bits(one: Snapshot, other: Snapshot) -> None:
     assert one.state == other.state
     for part in ("model", "base", "adapter"):
         ours, theirs = getattr(one, part), getattr(other, part)

@@ -15,9 +15,9 @@ import pytest
 
 from prelora_ray.config import with_absolute_paths
 from prelora_ray.config_file import load_settings
+from prelora_ray.fault_tolerance.ray_private import keep_token_private
 from prelora_ray.method.convergence import percent_change
 from prelora_ray.run_folder import RunFolder
-from prelora_ray.train.ray_private import keep_token_private
 from tests.command import COMMAND, ROOT, prelora, prelora_here
 from tests.runs import TINY_VIT
 

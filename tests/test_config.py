@@ -8,8 +8,8 @@ from PIL import Image
 
 from prelora_ray.config import with_absolute_paths, without_effect
 from prelora_ray.config_file import load_settings, parse_settings, read_named
+from prelora_ray.engine.check import check_model
 from prelora_ray.torchvision_ops import make_importable
-from prelora_ray.train.check import check_model
 
 make_importable()
 

@@ -12,8 +12,8 @@ from rich.console import Console
 
 from prelora_ray import console
 from prelora_ray.config_file import parse_settings
-from prelora_ray.evaluate import Report
-from prelora_ray.train.evaluation import Evaluation
+from prelora_ray.engine.evaluation import Evaluation
+from prelora_ray.inference.evaluate import Report
 
 TEXT = "runs/[old]/:x: [/bold] [red]"
 REPORT = Report(Evaluation(loss=1.0, top1=0.5, top5=1.0, images=2), (TEXT, "b"), torch.tensor([[0, 1], [1, 0]]))

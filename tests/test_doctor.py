@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from prelora_ray.config_file import parse_settings
+from prelora_ray.fault_tolerance.checkpoint import Checkpoints
 from prelora_ray.run_folder import LineWriter, RunFolder
-from prelora_ray.train.checkpoint import Checkpoints
 from tests.command import prelora_here
-from tests.train.test_checkpoint import checkpoint
+from tests.engine.test_checkpoint import checkpoint
 
 NEWEST = "checkpoints/00002-000000"
 

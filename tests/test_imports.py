@@ -3,86 +3,69 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent / "prelora_ray"
 MAY_IMPORT = {
-    "method": {"method"},
-    "data/draws.py": set(),
-    "data/order.py": {"data/draws.py"},
-    "data": {"data", "storage.py", "errors.py"},
     "errors.py": set(),
     "storage.py": set(),
-    "torchvision_ops.py": set(),
-    "config.py": {"method", "storage.py"},
     "nodes.py": set(),
+    "json_output.py": set(),
+    "torchvision_ops.py": set(),
+    "method": {"method"},
+    "kernels": {"kernels"},
+    "config.py": {"method", "storage.py"},
     "config_file.py": {"config.py", "storage.py", "errors.py"},
     "run_folder.py": {"config.py", "config_file.py", "storage.py", "errors.py"},
     "schedule.py": {"method", "config.py"},
-    "kernels": {"kernels"},
-    "monitor": {"monitor"},
+    "data/draws.py": set(),
+    "data/order.py": {"data/draws.py"},
+    "data": {"data", "storage.py", "errors.py"},
+    "engine": {
+        *("engine", "method", "kernels", "data/batch.py", "data/draws.py", "data/mixing.py"),
+        *("schedule.py", "config.py", "storage.py", "errors.py", "torchvision_ops.py"),
+    },
+    "fault_tolerance": {
+        *("fault_tolerance", "engine/optim.py", "engine/snapshot.py", "data/damage.py"),
+        *("run_folder.py", "config.py", "storage.py", "errors.py"),
+    },
+    "monitor": {"monitor", "engine/flops.py", "fault_tolerance/saver.py", "method", "run_folder.py", "config.py"},
     "train": {
-        "train",
-        "nodes.py",
-        "kernels",
-        "method",
-        "schedule.py",
-        "data",
-        "monitor",
-        "config.py",
-        "config_file.py",
-        "run_folder.py",
-        "storage.py",
-        "errors.py",
-        "torchvision_ops.py",
+        *("train", "fault_tolerance", "monitor", "engine", "method", "data"),
+        *("run_folder.py", "config.py", "config_file.py", "storage.py", "errors.py", "nodes.py"),
     },
-    "trained.py": {"train", "config.py", "run_folder.py", "storage.py"},
-    "evaluate.py": {"trained.py", "train", "data", "nodes.py", "storage.py"},
-    "doctor.py": {"train", "data", "run_folder.py", "errors.py"},
-    "export.py": {"trained.py", "method", "data", "storage.py", "errors.py", "torchvision_ops.py"},
+    "inference": {
+        *("inference", "fault_tolerance/checkpoint.py", "engine", "method", "data"),
+        *("run_folder.py", "config.py", "storage.py", "errors.py", "nodes.py", "torchvision_ops.py"),
+    },
     "sweep": {
-        "sweep",
-        "train",
-        "method",
-        "schedule.py",
-        "config.py",
-        "config_file.py",
-        "run_folder.py",
-        "storage.py",
-        "errors.py",
+        *("sweep", "train", "fault_tolerance", "engine", "method"),
+        *("schedule.py", "run_folder.py", "config.py", "config_file.py", "storage.py", "errors.py"),
     },
-    "report": {"report", "config.py", "run_folder.py", "storage.py"},
-    "bench": {"bench", "train", "method", "data", "errors.py", "config.py", "config_file.py", "run_folder.py", "storage.py"},
-    "bench/commands.py": {"bench", "console.py", "errors.py", "json_output.py", "storage.py"},
-    "json_output.py": set(),
-    "console.py": {"config.py", "data", "run_folder.py", "sweep", "report", "evaluate.py"},
+    "report": {"report", "run_folder.py", "config.py", "storage.py"},
+    "doctor.py": {"fault_tolerance", "data", "run_folder.py", "errors.py"},
+    "bench": {
+        *("bench", "train", "engine", "method", "data"),
+        *("run_folder.py", "config.py", "config_file.py", "storage.py", "errors.py"),
+    },
+    "bench/commands.py": {"bench", "console.py", "json_output.py", "storage.py", "errors.py"},
+    "console.py": {"report", "sweep", "inference", "data", "run_folder.py", "config.py"},
     "cli.py": {
-        "console.py",
-        "config.py",
-        "config_file.py",
-        "run_folder.py",
-        "errors.py",
-        "nodes.py",
-        "evaluate.py",
-        "export.py",
-        "doctor.py",
-        "data",
-        "train",
-        "sweep",
-        "report",
-        "bench",
-        "json_output.py",
-        "storage.py",
+        *("console.py", "json_output.py", "bench", "doctor.py", "report", "sweep", "inference", "train", "data"),
+        *("run_folder.py", "config.py", "config_file.py", "storage.py", "errors.py", "nodes.py"),
     },
     "__main__.py": {"cli.py"},
     "__init__.py": set(),
 }
+"""Lower layers first; what each may import, itself included."""
 METHOD_LIBRARIES = {"torch", "hashlib", "itertools", "math", "re", "collections", "dataclasses", "enum", "typing", "__future__"}
 
 
-def room(path: Path) -> str:
+def layer(path: Path) -> str:
     """The most exact entry of MAY_IMPORT for a file."""
     name = path.relative_to(ROOT).as_posix()
     return name if name in MAY_IMPORT else name.split("/")[0]
@@ -106,7 +89,7 @@ def file_of(module: str) -> Path | None:
 
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_nothing_imports_upwards(path: Path):
-    allowed = MAY_IMPORT[room(path)]
+    allowed = MAY_IMPORT[layer(path)]
     for module in imported(path):
         target = file_of(module) if module.startswith("prelora_ray.") else None
         if target is None:
@@ -119,3 +102,35 @@ def test_the_method_is_plain_torch():
     for path in (ROOT / "method").glob("*.py"):
         outside = {name.split(".")[0] for name in imported(path)} - {"prelora_ray"}
         assert outside <= METHOD_LIBRARIES, path
+
+
+def test_the_engine_knows_no_ray():
+    run = subprocess.run(
+        [sys.executable, "-c", _IMPORT_ENGINE], cwd=ROOT.parent, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert run.stdout.split() == ["no", "ray"], run.stdout + run.stderr
+
+
+_IMPORT_ENGINE = """
+import importlib, pkgutil, sys
+import prelora_ray.engine
+for module in pkgutil.iter_modules(prelora_ray.engine.__path__):
+    importlib.import_module("prelora_ray.engine." + module.name)
+print("ray" if "ray" in sys.modules else "no ray")
+"""
+
+
+def test_no_circles():
+    imports = {path: {file_of(module) for module in imported(path) if module.startswith("prelora_ray.")} - {None, path}
+               for path in ROOT.rglob("*.py")}  # fmt: skip
+    done: set[Path] = set()
+
+    def visit(path: Path, trail: list[Path]) -> None:
+        assert path not in trail, " -> ".join(p.relative_to(ROOT).as_posix() for p in [*trail[trail.index(path) :], path])
+        if path not in done:
+            for other in imports[path]:
+                visit(other, [*trail, path])
+            done.add(path)
+
+    for path in imports:
+        visit(path, [])

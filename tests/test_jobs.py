@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from prelora_ray.fault_tolerance.checkpoint import Checkpoints
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
-from prelora_ray.train.checkpoint import Checkpoints
 from tests.chaos.site import wait_for
 
 ROOT = Path(__file__).parent.parent

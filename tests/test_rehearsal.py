@@ -21,14 +21,14 @@ from ray import cloudpickle
 from benchmarks.rehearsal import SIZES, NoImages, made_up_plan
 from prelora_ray.config_file import parse_settings
 from prelora_ray.data import stream
+from prelora_ray.data.batch import Batch, Pass, StreamPlan
 from prelora_ray.data.prepare import PrepareSettings
 from prelora_ray.data.prepare import plan as plan_tasks
 from prelora_ray.data.sources import Item, Source
 from prelora_ray.data.sources.folder import FileReader
-from prelora_ray.data.stream import Batch, Pass, StreamPlan
-from prelora_ray.train.session import Session
-from prelora_ray.train.state import TrainState
-from prelora_ray.train.step import Stepper
+from prelora_ray.engine.state import TrainState
+from prelora_ray.engine.step import Stepper
+from prelora_ray.train.attempt import Session
 from tests.runs import TINY_VIT
 
 WORLD_SIZE = 8

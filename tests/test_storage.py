@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from prelora_ray.fault_tolerance.checkpoint import Checkpoints
+from prelora_ray.fault_tolerance.resume_point import find_start
 from prelora_ray.run_folder import LineWriter, RunFolder, RunRecords
 from prelora_ray.storage import Storage, absolute, without_keys
-from prelora_ray.train.checkpoint import Checkpoints
-from prelora_ray.train.start import find_start
 from tests.command import prelora_here
 
 

@@ -22,9 +22,11 @@ from prelora_ray.bench.machine import describe
 from prelora_ray.config import Settings
 from prelora_ray.config_file import parse_settings
 from prelora_ray.data.augment import Augmenter
+from prelora_ray.data.batch import Pass
 from prelora_ray.data.manifest import Manifest, read_manifest
 from prelora_ray.data.prepare import PrepareSettings, prepare
-from prelora_ray.data.stream import Pass, read_encoded, stream_batches
+from prelora_ray.data.rows import read_encoded
+from prelora_ray.data.stream import stream_batches
 from prelora_ray.storage import Storage
 from prelora_ray.train.feed import stream_plan
 from prelora_ray.train.run import ray_session

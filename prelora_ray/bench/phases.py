@@ -20,13 +20,13 @@ from torch import nn
 from prelora_ray.bench.machine import copy_rate, describe, forget, matrix_rate, seconds_per_call
 from prelora_ray.config import ModelSettings, Settings
 from prelora_ray.config_file import parse_settings
+from prelora_ray.data.batch import Batch, StreamPlan
 from prelora_ray.data.manifest import Manifest, Shard
-from prelora_ray.data.stream import Batch, StreamPlan
+from prelora_ray.engine.flops import forward_flops, training_passes
+from prelora_ray.engine.state import TrainState
+from prelora_ray.engine.step import Stepper
 from prelora_ray.method.phases import Decision, Phase, count_parameters
 from prelora_ray.train.feed import stream_plan
-from prelora_ray.train.gpu import forward_flops, training_passes
-from prelora_ray.train.state import TrainState
-from prelora_ray.train.step import Stepper
 
 logger = logging.getLogger(__name__)
 

@@ -20,17 +20,18 @@ from prelora_ray.bench.images import write_images
 from prelora_ray.bench.machine import describe, seconds_per_call
 from prelora_ray.config import Settings
 from prelora_ray.config_file import parse_settings
+from prelora_ray.data.batch import Pass
 from prelora_ray.data.manifest import read_manifest
 from prelora_ray.data.prepare import prepare
-from prelora_ray.data.stream import Pass, stream_batches
+from prelora_ray.data.stream import stream_batches
+from prelora_ray.engine.check import check_model
+from prelora_ray.engine.state import TrainState
+from prelora_ray.engine.step import Stepper
 from prelora_ray.errors import WorkError
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
-from prelora_ray.train.check import check_model
 from prelora_ray.train.feed import stream_plan
 from prelora_ray.train.run import ray_session, train
-from prelora_ray.train.state import TrainState
-from prelora_ray.train.step import Stepper
 
 _LOOP_BATCHES = 12
 """In an epoch of `bench loop`."""

@@ -12,87 +12,27 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 import ray.data
 from ray.data.block import BlockMetadata
 
-from prelora_ray.data.augment import Augmentation, Augmenter, Pixels, undecodable
-from prelora_ray.data.damage import DamagedDataError, check_shard, damaged_image
-from prelora_ray.data.manifest import Manifest, Shard, Split
-from prelora_ray.data.order import Ids, Order, max_worker_cells, worker_cells
+from prelora_ray.data.augment import Augmenter, Pixels, undecodable
+from prelora_ray.data.batch import Batch, Pass, StreamPlan
+from prelora_ray.data.damage import DamagedDataError, damaged_image
+from prelora_ray.data.manifest import Split
+from prelora_ray.data.rows import RowReader
 from prelora_ray.storage import Storage
 
 if TYPE_CHECKING:
-    import torch  # readers and decoders do without, which saves each of them seconds and memory
+    import torch
 
-_OPEN_FILES = 32
 _LEAST_STORE_BYTES = 256 * 2**20
 _RELEASE_SECONDS = 5.0
-
-
-@dataclass(frozen=True)
-class Batch:
-    """This worker's slice of one global batch: its cells, padded to the same n slots on every worker."""
-
-    split: Split
-    epoch: int
-    batch: int
-    images: torch.Tensor
-    """(n, image_size, image_size, 3), uint8."""
-    labels: torch.Tensor
-    """(n,), int64, -1 where a slot is empty."""
-    ids: Ids
-    """(n,): sample ids, -1 where a slot is empty."""
-
-
-@dataclass(frozen=True)
-class StreamPlan:
-    """What a worker streams: everything that the read task and the decoders need, and nothing that is open."""
-
-    path: str
-    manifest: Manifest
-    orders: dict[Split, Order]
-    augmentation: Augmentation
-    seed: int
-    crop_ratio: float
-    rank: int
-    world_size: int
-
-    @property
-    def _order(self) -> Order:
-        """Any of the orders: all of them have the same cells."""
-        return next(iter(self.orders.values()))
-
-    @property
-    def cells(self) -> range:
-        """Cells of every batch that this worker serves."""
-        return worker_cells(self.rank, self.world_size, self._order.num_cells)
-
-    @property
-    def num_slots(self) -> int:
-        return max_worker_cells(self.world_size, self._order.num_cells) * self._order.cell
-
-    @property
-    def batches_per_block(self) -> int:
-        """A block costs tens of milliseconds on its way, so small images travel several batches to a block."""
-        rows = min(2048, max(128, 6_400_000 // self.augmentation.image_size**2))
-        return max(1, rows // self.num_slots)
-
-
-class Pass(NamedTuple):
-    """The rest of one split's epoch, from a batch on."""
-
-    split: Split
-    epoch: int
-    first_batch: int = 0
 
 
 def stream_batches(plan: StreamPlan, schedule: Sequence[Pass], decoders: int) -> Iterator[Batch]:
@@ -151,18 +91,6 @@ def _store_bytes(plan: StreamPlan, decoders: int) -> int:
     return max(_LEAST_STORE_BYTES, 8 * decoders * block)
 
 
-def read_encoded(path: str, shards: Sequence[Shard], count: int) -> list[bytes]:
-    """The first `count` encoded images of a split, without Ray. Raises DamagedDataError where one cannot be decoded."""
-    reader = _RowReader(path, tuple(shards))
-    ids = np.arange(min(count, sum(sum(shard.row_groups) for shard in shards)))
-    reader.expect(ids)
-    images = cast("list[bytes]", reader.take(ids)[0].to_pylist())
-    for sample, image in enumerate(images):
-        if (reason := undecodable(image)) is not None:
-            raise damaged_image(Storage(path), shards, sample, reason)
-    return images
-
-
 def quiet_data_context() -> ray.data.DataContext:
     """This process's settings of Ray Data, with its progress bars and messages off."""
     context = ray.data.DataContext.get_current()
@@ -196,7 +124,7 @@ def _read(plan: StreamPlan, schedule: Sequence[Pass]) -> Iterator[pa.Table]:
 
 
 def _read_slices(plan: StreamPlan, schedule: Sequence[Pass]) -> Iterator[pa.Table]:
-    readers = {split: _RowReader(plan.path, plan.manifest.splits[split]) for split in plan.orders}
+    readers = {split: RowReader(plan.path, plan.manifest.splits[split]) for split in plan.orders}
     for split, epoch, first_batch in schedule:
         order, reader = plan.orders[split], readers[split]
         ids_of_epoch = order.epoch(epoch)
@@ -267,60 +195,3 @@ class _Decode:
                 raise
             shards = self._plan.manifest.splits[split]
             raise damaged_image(Storage(self._plan.path), shards, sample, reason) from None
-
-
-class _RowReader:
-    """Rows of one split by id. A row group is read once an epoch, and dropped after its last row."""
-
-    def __init__(self, path: str, shards: tuple[Shard, ...]) -> None:
-        self._folder = Storage(path)
-        self._groups = [(shard, i) for shard in shards for i in range(len(shard.row_groups))]
-        self._start = np.concatenate([[0], np.cumsum([rows for shard in shards for rows in shard.row_groups])])
-        self._files: OrderedDict[str, pq.ParquetFile] = OrderedDict()
-        self._open: dict[int, tuple[pa.Array, pa.Array]] = {}
-        self._left = np.zeros(len(self._groups), np.int64)
-
-    def expect(self, ids: Ids) -> None:
-        """Announces all ids, in any order, that `take` will be asked for until the next call."""
-        self._left = np.bincount(self._group(ids), minlength=len(self._groups))
-        self._open = {}
-
-    def take(self, ids: Ids) -> tuple[pa.Array, pa.Array]:
-        """Images (large_binary) and labels (int64) of `ids`, in their order."""
-        groups = self._group(ids)
-        positions, images, labels = [], [pa.array([], pa.large_binary())], [pa.array([], pa.int64())]
-        for group in np.unique(groups):
-            if group not in self._open:
-                self._open[group] = self._read(int(group))
-            where = np.flatnonzero(groups == group)
-            rows = pa.array(ids[where] - self._start[group])
-            images.append(self._open[group][0].take(rows))
-            labels.append(self._open[group][1].take(rows))
-            positions.append(where)
-            self._left[group] -= len(where)
-            if self._left[group] <= 0:
-                del self._open[group]
-        back = pa.array(np.argsort(np.concatenate(positions))) if positions else pa.array([], pa.int64())
-        return pa.concat_arrays(images).take(back), pa.concat_arrays(labels).take(back)
-
-    def _group(self, ids: Ids) -> Ids:
-        return np.searchsorted(self._start, ids, "right") - 1
-
-    def _read(self, group: int) -> tuple[pa.Array, pa.Array]:
-        """Raises DamagedDataError where the shard is not what its manifest says; any other error may pass."""
-        shard, index = self._groups[group]
-        try:
-            table = self._file(shard.file).read_row_group(index, columns=["image", "label"])
-            images = table["image"].combine_chunks().cast(pa.large_binary())
-            return images, table["label"].combine_chunks().cast(pa.int64())
-        except Exception:
-            check_shard(self._folder, shard, self._folder.read_bytes(shard.file))
-            raise
-
-    def _file(self, name: str) -> pq.ParquetFile:
-        if name not in self._files:
-            if len(self._files) >= _OPEN_FILES:
-                self._files.popitem(last=False)[1].close()
-            self._files[name] = pq.ParquetFile(self._folder.open_file(name))
-        self._files.move_to_end(name)
-        return self._files[name]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from prelora_ray.config import Settings, flat
+from prelora_ray.engine.snapshot import checkpoint_name
+from prelora_ray.fault_tolerance.checkpoint import Checkpoints
+from prelora_ray.fault_tolerance.lock import DriverLock
 from prelora_ray.method.phases import Phase
 from prelora_ray.run_folder import RunFolder, last_attempt
 from prelora_ray.schedule import decide, phase_schedule
 from prelora_ray.sweep.replay import read_record
-from prelora_ray.train.checkpoint import Checkpoints, checkpoint_name
-from prelora_ray.train.lock import DriverLock
 
 ATTEMPT = -1
 """Of the lines that a fork takes over from its trunk: the run's own attempts count from 0."""

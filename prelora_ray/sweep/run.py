@@ -19,6 +19,8 @@ from ray.tune.search.optuna import OptunaSearch
 
 from prelora_ray.config import Settings
 from prelora_ray.errors import InterruptedRunError, WorkError, one_line
+from prelora_ray.fault_tolerance.lock import HeldRunError
+from prelora_ray.fault_tolerance.ray_private import let_trials_be_stopped, release, release_groups_of_dead_actors
 from prelora_ray.run_folder import RunFolder, last_attempt
 from prelora_ray.storage import Storage
 from prelora_ray.sweep.cost import straight_hours
@@ -27,8 +29,6 @@ from prelora_ray.sweep.outcome import outcome
 from prelora_ray.sweep.replay import read_record
 from prelora_ray.sweep.result import is_finished, read_notes, summarize_sweep, write_note
 from prelora_ray.sweep.settings import Plan, Range, Setting, SweepSettings, without_effect
-from prelora_ray.train.lock import HeldRunError
-from prelora_ray.train.ray_private import let_trials_be_stopped, release, release_groups_of_dead_actors
 from prelora_ray.train.run import ray_session, train
 
 logger = logging.getLogger(__name__)

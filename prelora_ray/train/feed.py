@@ -10,9 +10,10 @@ import torch
 
 from prelora_ray.config import Settings
 from prelora_ray.data.augment import Augmentation
+from prelora_ray.data.batch import Batch, Pass, StreamPlan
 from prelora_ray.data.manifest import Manifest, Split
 from prelora_ray.data.order import Order
-from prelora_ray.data.stream import Batch, Pass, StreamPlan, stream_batches
+from prelora_ray.data.stream import stream_batches
 
 
 class Feed:

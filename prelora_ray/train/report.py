@@ -12,7 +12,7 @@ import ray.train
 from prelora_ray.method.phases import Decision
 
 if TYPE_CHECKING:
-    from prelora_ray.train.session import Session
+    from prelora_ray.train.attempt import Session
 
 
 def report(session: Session, line: dict[str, Any], decision: Decision) -> None:

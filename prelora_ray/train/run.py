@@ -21,23 +21,19 @@ import torch
 from prelora_ray.config import Settings, WorkerSettings, flat, with_absolute_paths, without_effect
 from prelora_ray.data.manifest import Manifest, read_manifest
 from prelora_ray.data.prepare import prepare
+from prelora_ray.engine.check import check_model
+from prelora_ray.engine.model import create_model
+from prelora_ray.engine.precision import check_precision
+from prelora_ray.engine.pretrained import load_pretrained
+from prelora_ray.engine.snapshot import checkpoint_name
 from prelora_ray.errors import InterruptedRunError, WorkError
-from prelora_ray.monitor.client import finish
-from prelora_ray.monitor.exporter import start_exporter
-from prelora_ray.nodes import check_seen_by_all_nodes
-from prelora_ray.run_folder import RunFolder
-from prelora_ray.storage import Storage, once_reachable
-from prelora_ray.train.check import check_model
-from prelora_ray.train.checkpoint import Checkpoints, checkpoint_name
-from prelora_ray.train.end import FILE as END_FILE
-from prelora_ray.train.end import End, read_end, remove_end, write_end
-from prelora_ray.train.failure import failures_of, root_cause
-from prelora_ray.train.lock import BEAT_SECONDS, DriverLock
-from prelora_ray.train.model import create_model
-from prelora_ray.train.notices import STOP_FILE
-from prelora_ray.train.precision import check_precision
-from prelora_ray.train.pretrained import load_pretrained
-from prelora_ray.train.ray_private import (
+from prelora_ray.fault_tolerance.checkpoint import Checkpoints
+from prelora_ray.fault_tolerance.end import FILE as END_FILE
+from prelora_ray.fault_tolerance.end import End, read_end, remove_end, write_end
+from prelora_ray.fault_tolerance.failure import failures_of, root_cause
+from prelora_ray.fault_tolerance.lock import BEAT_SECONDS, DriverLock
+from prelora_ray.fault_tolerance.notices import STOP_FILE
+from prelora_ray.fault_tolerance.ray_private import (
     Guard,
     JobConfig,
     ScalingConfig,
@@ -46,9 +42,14 @@ from prelora_ray.train.ray_private import (
     keep_token_private,
     release,
 )
+from prelora_ray.fault_tolerance.watchdog import OUTAGE_PATIENCE, PATIENCE
+from prelora_ray.monitor.client import finish
+from prelora_ray.monitor.exporter import start_exporter
+from prelora_ray.monitor.telemetry import run_label
+from prelora_ray.nodes import check_seen_by_all_nodes
+from prelora_ray.run_folder import RunFolder
+from prelora_ray.storage import Storage, once_reachable
 from prelora_ray.train.result import summarize
-from prelora_ray.train.telemetry import run_label
-from prelora_ray.train.watchdog import OUTAGE_PATIENCE, PATIENCE
 from prelora_ray.train.worker import train_worker
 
 logger = logging.getLogger(__name__)

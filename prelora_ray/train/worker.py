@@ -6,11 +6,11 @@ from contextlib import closing
 from typing import Any
 
 from prelora_ray.config_file import parse_settings
-from prelora_ray.train.failure import own_failures
-from prelora_ray.train.micro_batch import MemoryShortageError
-from prelora_ray.train.precision import PrecisionError, check_precision
-from prelora_ray.train.session import Session, StoppedError
-from prelora_ray.train.step import NonFiniteLossError
+from prelora_ray.engine.micro_batch import MemoryShortageError
+from prelora_ray.engine.precision import PrecisionError, check_precision
+from prelora_ray.engine.step import NonFiniteLossError
+from prelora_ray.fault_tolerance.failure import own_failures
+from prelora_ray.train.attempt import Session, StoppedError
 
 
 def train_worker(config: dict[str, Any]) -> None:

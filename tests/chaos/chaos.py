@@ -24,14 +24,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
 import torch
 
 from prelora_ray.data.prepare import prepare
+from prelora_ray.fault_tolerance.checkpoint import Checkpoints
 from prelora_ray.run_folder import RunFolder, last_attempt
-from prelora_ray.train.checkpoint import Checkpoints
 from prelora_ray.train.run import train
 from tests.chaos.faults import (
     ANYTIME,
@@ -67,8 +67,8 @@ STEPS = {
 }
 """Steps set aside for a fault during which the run trains on."""
 STEPS_OTHER = 14
-STEPS_LAST = 150
-"""Steps behind the last fault: a fast machine does many more than were set aside."""
+STEPS_LAST = {"disk": 150, "bucket": 1500}
+"""Steps behind the last fault: a fast machine does many more than were set aside, and a bucket is told of them every 15 s."""
 STEPS_BEFORE = 40
 """Steps before a moment at which the disk fills up for it."""
 STEPS_BEYOND = 120
@@ -131,10 +131,10 @@ def _steps(kind: str) -> int:
     return STEPS.get(kind, STEPS_OTHER)
 
 
-def epochs_for(faults: list[str]) -> tuple[int, int, int]:
+def epochs_for(faults: list[str], place: Literal["disk", "bucket"] = "disk") -> tuple[int, int, int]:
     """Epochs of full, warmup and lora that hold the faults."""
     per_phase = -(-(STEPS_BETWEEN + sum(map(_steps, faults))) // (3 * BATCHES))
-    return max(3, per_phase), per_phase, per_phase + STEPS_LAST // BATCHES
+    return max(3, per_phase), per_phase, per_phase + STEPS_LAST[place] // BATCHES
 
 
 def position(folder: RunFolder) -> dict[str, Any]:
@@ -331,7 +331,7 @@ def run_in_bucket(directory: Path, data: Path, rng: random.Random) -> tuple[list
     """Raises AssertionError where the run differs from an undisturbed one. Prints as it goes."""
     faults = bucket_plan()
     with s3_server() as proxy:
-        return _run(directory, data, faults, epochs_for(faults), rng, {}, proxy)
+        return _run(directory, data, faults, epochs_for(faults, "bucket"), rng, {}, proxy)
 
 
 def _run(

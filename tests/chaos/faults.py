@@ -14,8 +14,8 @@ from pathlib import Path
 
 import psutil
 
+from prelora_ray.fault_tolerance.checkpoint import Checkpoints
 from prelora_ray.run_folder import RunFolder
-from prelora_ray.train.checkpoint import Checkpoints
 from tests.chaos.site import Site, wait_for
 from tests.disk import Disk
 from tests.proxy import Proxy, State

@@ -18,9 +18,9 @@ import ray
 import yaml
 
 from prelora_ray.monitor.exporter import start_exporter
+from prelora_ray.monitor.telemetry import run_label
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.train.run import train
-from prelora_ray.train.telemetry import run_label
 from tests.chaos.site import wait_for
 from tests.runs import Killer, settings
 

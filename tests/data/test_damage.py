@@ -12,9 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from prelora_ray.config_file import parse_settings
+from prelora_ray.data.batch import Pass
 from prelora_ray.data.damage import DamagedDataError
 from prelora_ray.data.manifest import parse_manifest, read_manifest
-from prelora_ray.data.stream import Pass, read_encoded, stream_batches
+from prelora_ray.data.rows import read_encoded
+from prelora_ray.data.stream import stream_batches
 from prelora_ray.errors import WorkError
 from prelora_ray.storage import Storage
 from prelora_ray.train.feed import stream_plan

@@ -13,9 +13,10 @@ import pytest
 
 from prelora_ray.config import Settings
 from prelora_ray.config_file import parse_settings
+from prelora_ray.data.batch import Batch, Pass
 from prelora_ray.data.manifest import read_manifest
 from prelora_ray.data.mixing import Mixing, mix, normalize, plan_mixing, soft_targets
-from prelora_ray.data.stream import Batch, Pass, stream_batches
+from prelora_ray.data.stream import stream_batches
 from prelora_ray.storage import Storage
 from prelora_ray.train.feed import stream_plan
 

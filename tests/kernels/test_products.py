@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from prelora_ray.engine.model import compile_blocks
+from prelora_ray.engine.precision import use_products
 from prelora_ray.kernels.fp8 import Fp8FrozenLinear, fp8_mlp
 from prelora_ray.kernels.gelu import gelu_quantize, gelu_quantize_backward
 from prelora_ray.kernels.merged import FrozenLinear, merged_linear
@@ -14,8 +16,6 @@ from prelora_ray.kernels.rows import quantize
 from prelora_ray.method.adapters import inject, lora_layers
 from prelora_ray.method.phases import freeze_parameters
 from prelora_ray.method.targets import find_targets
-from prelora_ray.train.model import compile_blocks
-from prelora_ray.train.precision import use_products
 
 SCALING = 2.0
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

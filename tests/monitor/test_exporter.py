@@ -18,9 +18,9 @@ from prelora_ray.config_file import parse_settings
 from prelora_ray.monitor.client import Client
 from prelora_ray.monitor.exporter import KEEP_SECONDS, NAME, NAMESPACE, SILENT_SECONDS, Board, Exporter, serve, start_exporter
 from prelora_ray.monitor.metrics import RunMetrics, WorkerMetrics
+from prelora_ray.monitor.telemetry import run_label
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.train.run import train
-from prelora_ray.train.telemetry import run_label
 from tests.chaos.site import wait_for
 from tests.runs import EPOCHS, settings
 

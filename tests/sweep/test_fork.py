@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from prelora_ray.fault_tolerance.checkpoint import Checkpoints
+from prelora_ray.fault_tolerance.lock import DriverLock, HeldRunError
 from prelora_ray.method.phases import Phase
 from prelora_ray.run_folder import RunFolder, last_attempt
 from prelora_ray.sweep.fork import fork
-from prelora_ray.train.checkpoint import Checkpoints
-from prelora_ray.train.lock import DriverLock, HeldRunError
 from prelora_ray.train.run import train
 from tests.runs import EPOCHS, FREEZE, SWITCH, assert_same_bits, final, settings
 

@@ -10,14 +10,14 @@ import pytest
 import ray
 import yaml
 
+from prelora_ray.fault_tolerance.checkpoint import Checkpoints
+from prelora_ray.fault_tolerance.ray_private import release_groups_of_dead_actors
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.sweep.cost import pareto_front
 from prelora_ray.sweep.outcome import outcome
 from prelora_ray.sweep.replay import Record, read_record
 from prelora_ray.sweep.run import sweep
 from prelora_ray.sweep.settings import Plan, SweepSettings, load_sweep, without_effect
-from prelora_ray.train.checkpoint import Checkpoints
-from prelora_ray.train.ray_private import release_groups_of_dead_actors
 from prelora_ray.train.run import train
 from tests.chaos.site import wait_for
 from tests.runs import assert_same_bits, final, settings

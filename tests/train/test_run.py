@@ -19,17 +19,17 @@ import torch
 from prelora_ray.config import Settings
 from prelora_ray.data.manifest import read_manifest, write_manifest
 from prelora_ray.data.prepare import prepare
+from prelora_ray.engine.state import TrainState
 from prelora_ray.errors import InterruptedRunError
+from prelora_ray.fault_tolerance.checkpoint import Checkpoints
+from prelora_ray.fault_tolerance.lock import LostRunError, claims, holder
+from prelora_ray.fault_tolerance.notices import STOP_FILE
 from prelora_ray.method.adapters import merged_state_dict
 from prelora_ray.method.phases import Phase
 from prelora_ray.run_folder import RunFolder, last_attempt
 from prelora_ray.storage import Storage
 from prelora_ray.sweep.replay import read_record, replay
-from prelora_ray.train.checkpoint import Checkpoints
-from prelora_ray.train.lock import LostRunError, claims, holder
-from prelora_ray.train.notices import STOP_FILE
 from prelora_ray.train.run import TrainError, _check_same_data, train
-from prelora_ray.train.state import TrainState
 from tests.conftest import samples
 from tests.runs import EPOCHS, FREEZE, SWITCH, Killer, assert_same_bits, children, final, settings, wait_inside
 

@@ -1,6 +1,6 @@
 import pytest
 
-from prelora_ray.train.session import _own_sums
+from prelora_ray.train.attempt import _own_sums
 
 SUMS = [[1.5, 8.0], [2.25, 12.0], [4.0, 4.0]]
 """Loss sum and images of three workers."""

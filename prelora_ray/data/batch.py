@@ -1,0 +1,70 @@
+"""What a worker gets of each global batch, and what it takes to stream it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from prelora_ray.data.augment import Augmentation
+from prelora_ray.data.manifest import Manifest, Split
+from prelora_ray.data.order import Ids, Order, max_worker_cells, worker_cells
+
+if TYPE_CHECKING:
+    import torch  # readers and decoders do without, which saves each of them seconds and memory
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This worker's slice of one global batch: its cells, padded to the same n slots on every worker."""
+
+    split: Split
+    epoch: int
+    batch: int
+    images: torch.Tensor
+    """(n, image_size, image_size, 3), uint8."""
+    labels: torch.Tensor
+    """(n,), int64, -1 where a slot is empty."""
+    ids: Ids
+    """(n,): sample ids, -1 where a slot is empty."""
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """What a worker streams: everything that the read task and the decoders need, and nothing that is open."""
+
+    path: str
+    manifest: Manifest
+    orders: dict[Split, Order]
+    augmentation: Augmentation
+    seed: int
+    crop_ratio: float
+    rank: int
+    world_size: int
+
+    @property
+    def _order(self) -> Order:
+        """Any of the orders: all of them have the same cells."""
+        return next(iter(self.orders.values()))
+
+    @property
+    def cells(self) -> range:
+        """Cells of every batch that this worker serves."""
+        return worker_cells(self.rank, self.world_size, self._order.num_cells)
+
+    @property
+    def num_slots(self) -> int:
+        return max_worker_cells(self.world_size, self._order.num_cells) * self._order.cell
+
+    @property
+    def batches_per_block(self) -> int:
+        """A block costs tens of milliseconds on its way, so small images travel several batches to a block."""
+        rows = min(2048, max(128, 6_400_000 // self.augmentation.image_size**2))
+        return max(1, rows // self.num_slots)
+
+
+class Pass(NamedTuple):
+    """The rest of one split's epoch, from a batch on."""
+
+    split: Split
+    epoch: int
+    first_batch: int = 0

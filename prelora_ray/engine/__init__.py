@@ -1,0 +1,1 @@
+"""One process's training: model, phases, optimizer, steps. It knows no Ray, and no file of a run."""

@@ -1,0 +1,141 @@
+"""What a run will do to its model, tried before Ray starts: on tensors that have shapes and number formats, and no values."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses import fake_tensor
+
+from prelora_ray.config import MethodSettings, ModelSettings, Settings
+from prelora_ray.engine.model import create_model, drop_path_modules, set_drop_path
+from prelora_ray.engine.optim import build_optimizer
+from prelora_ray.engine.precision import Format, autocast, keep_residual_in_bf16, phase_format, use_products
+from prelora_ray.errors import one_line
+from prelora_ray.method.adapters import inject, peft_config, peft_state_dict
+from prelora_ray.method.phases import Phase, freeze_parameters
+from prelora_ray.method.ranks import check_ranks, match_rank_pattern
+from prelora_ray.method.targets import Target, find_targets
+
+_IMAGES, _CLASSES = 2, 10
+
+
+def check_model(settings: Settings) -> list[Target]:
+    """Takes the model through every phase of a run, and returns its target modules.
+
+    Raises ValueError where the model, its targets or the ranks do not fit each other; where it makes other things of
+    images than a row of logits each; where a phase cannot train it; and where a target's layer is used by its weight
+    alone, so that an adapter on it would have no effect.
+    """
+    method = settings.method
+    format_ = phase_format(settings.train.precision, Phase.FULL, torch.device("cuda"))  # fp8 has no kernels for such tensors
+    with torch.device("meta"):
+        model = create_model(settings.model, _CLASSES, seed=0)
+    model.to(torch.float64 if format_ == "fp64" else torch.float32)
+    try:
+        targets = find_targets(model, method.targets)
+    except ValueError as error:
+        raise ValueError(f"model.name = {settings.model.name!r} is not allowed: {error}") from None
+    ranks = _largest_ranks(method, targets)
+    with _without_values():
+        model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))  # on a CPU, as autocast wants a device
+        if settings.train.residual == "bf16":
+            keep_residual_in_bf16(model)
+        called = _calls(model, targets)
+        _try_phase(model, settings, format_, Phase.FULL)
+        if by_weight := sorted({target.linear for target in targets} - called):
+            raise ValueError(
+                f"model.name = {settings.model.name!r} is not allowed: it uses {by_weight[0]} by its weight alone, so no "
+                "adapter can be put on it"
+            )
+        if method.enabled:
+            inject(model, targets, ranks, method.scaling)
+            _try_phase(model, settings, format_, Phase.WARMUP)
+            try:
+                freeze_parameters(model, targets, method.freeze)
+            except ValueError as error:
+                raise ValueError(f"method.freeze = {method.freeze!r} is not allowed: {error}") from None
+            _try_phase(model, settings, format_, Phase.LORA)
+    return targets
+
+
+@contextmanager
+def _without_values() -> Iterator[None]:
+    """Tensors inside have no values; what an operation that cannot be says is in its error, and not in the log too."""
+    log = logging.getLogger(fake_tensor.__name__)
+    was_disabled, log.disabled = log.disabled, True
+    try:
+        with fake_tensor.FakeTensorMode():
+            yield
+    finally:
+        log.disabled = was_disabled
+
+
+def _largest_ranks(method: MethodSettings, targets: list[Target]) -> dict[str, int]:
+    """Rank by module name: the given one, or the largest that the rule gives."""
+    names = [target.name for target in targets]
+    if method.rank_pattern is None:
+        if method.enabled and method.r_max > (smallest := min(target.max_rank for target in targets)):
+            raise ValueError(
+                f"method.r_max = {method.r_max} is not allowed: the model's smallest weight has rank {smallest} at most"
+            )
+        return dict.fromkeys(names, method.r_max)
+    try:
+        ranks = match_rank_pattern(method.rank_pattern, names)
+        check_ranks(ranks, targets)
+    except ValueError as error:
+        raise ValueError(f"method.rank_pattern: {error}") from None
+    return ranks
+
+
+def _calls(model: nn.Module, targets: list[Target]) -> set[str]:
+    """Names of the targets' layers, each of which comes in once it is called."""
+    called: set[str] = set()
+    for name in {target.linear for target in targets}:
+        model.get_submodule(name).register_forward_hook(lambda *_, name=name: called.add(name))
+    return called
+
+
+def _try_phase(model: nn.Module, settings: Settings, format_: Format, phase: Phase) -> None:
+    """What a phase does to a model: a step, an evaluation, a checkpoint."""
+    told = f"model.name = {settings.model.name!r} is not allowed with options {settings.model.options}"
+    try:
+        for layer in use_products(model, format_, settings.train.adapters):
+            layer.refresh()
+        branches = drop_path_modules(model)
+        set_drop_path(branches, torch.ones(len(branches), _IMAGES))
+        images = example_images(settings.model, next(model.parameters()).dtype)
+        with autocast(format_, images.device):
+            outputs = [model.train()(images), model.eval()(images)]
+        if all(_are_logits(output) for output in outputs):
+            F.cross_entropy(outputs[0].double(), torch.zeros(_IMAGES, dtype=torch.long)).backward()
+            build_optimizer(model, settings)
+            if phase is not Phase.FULL:
+                peft_config(model)
+                peft_state_dict(model)
+    except Exception as error:  # whatever a model that was made for other things raises
+        raise ValueError(f"{told}: phase {phase} fails with {type(error).__name__}: {one_line(error)}") from error
+    for output in outputs:
+        if not _are_logits(output):
+            raise ValueError(
+                f"{told}: of {_IMAGES} images it must make {(_IMAGES, _CLASSES)} logits for {_CLASSES} classes, and makes "
+                f"{tuple(output.shape) if isinstance(output, torch.Tensor) else f'a {type(output).__name__}'}"
+            )
+    idle = [name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None]
+    if idle and settings.workers.max > 1:  # DDP waits for each gradient
+        raise ValueError(f"{told} on several workers: no logit depends on its {idle[0]}")
+    model.zero_grad()
+
+
+def example_images(settings: ModelSettings, dtype: torch.dtype) -> torch.Tensor:
+    """Two images as the model takes them."""
+    return torch.zeros(_IMAGES, *settings.input_shape, dtype=dtype)
+
+
+def _are_logits(output: Any) -> bool:
+    return isinstance(output, torch.Tensor) and output.shape == (_IMAGES, _CLASSES)

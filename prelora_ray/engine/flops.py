@@ -1,0 +1,39 @@
+"""Operations that a model asks of a GPU, and the most that a GPU does of them."""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from prelora_ray.config import ModelSettings
+from prelora_ray.engine.model import create_model
+from prelora_ray.method.phases import Phase
+
+_PEAK_FLOPS = {
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "L40S": 362e12,
+    "A10G": 70e12,
+    "V100": 125e12,
+}
+"""Dense bf16 products (V100: fp16) by the vendor's data sheets, operations a second."""
+
+
+def peak_flops(name: str) -> float | None:
+    """Peak rate of bf16 products of a GPU of this name, as the driver tells it; None where it is not known."""
+    return next((peak for model, peak in _PEAK_FLOPS.items() if model in name), None)
+
+
+def forward_flops(settings: ModelSettings, num_classes: int) -> float:
+    """Operations of one image's forward through the model without adapters."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        create_model(settings, num_classes, seed=0)(torch.empty(1, *settings.input_shape))
+    return float(counter.get_total_flops())
+
+
+def training_passes(phase: Phase) -> int:
+    """How many forwards' worth of operations training takes: the backward is two, and one where the base is frozen."""
+    return 2 if phase is Phase.LORA else 3

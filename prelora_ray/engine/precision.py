@@ -1,0 +1,129 @@
+"""Which number format a phase computes in, and what that means for the model."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from types import MethodType
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from prelora_ray.engine.model import Mlp, gelu_mlps
+from prelora_ray.kernels.fp8 import MULTIPLE, Adapter, Fp8FrozenLinear, fp8_mlp
+from prelora_ray.kernels.merged import FrozenLinear, FrozenProduct, merged_linear
+from prelora_ray.method.adapters import LoraLinear, Product, lora_layers
+from prelora_ray.method.phases import Phase
+
+Format = Literal["fp64", "fp32", "bf16", "fp8"]
+_FP8_CAPABILITY = (8, 9)
+"""The first NVIDIA GPUs with products of e4m3: Ada; Hopper is (9, 0)."""
+
+
+class PrecisionError(ValueError):
+    """The hardware does not have the format that the settings ask for."""
+
+
+def phase_format(precision: Literal["auto"] | Format, phase: Phase, device: torch.device) -> Format:
+    """The format of a phase's products. `fp8` is for a frozen base, so for phase lora; bf16 stands in front of it."""
+    if precision == "auto":
+        return "bf16" if device.type == "cuda" else "fp32"
+    if precision == "fp8" and phase is not Phase.LORA:
+        return "bf16"
+    return precision
+
+
+def check_precision(precision: Literal["auto"] | Format, device: torch.device) -> None:
+    """Raises PrecisionError where the device has not what the setting asks for."""
+    if precision != "fp8":
+        return
+    found = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < _FP8_CAPABILITY:
+        raise PrecisionError(
+            f"train.precision = 'fp8' is not allowed on {found}: it needs an NVIDIA GPU of the Ada or Hopper generation or "
+            "later; use bf16"
+        )
+
+
+def autocast(format_: Format, device: torch.device) -> AbstractContextManager[Any]:
+    """The context that the model is called in."""
+    return torch.autocast(device.type, torch.bfloat16) if format_ in ("bf16", "fp8") else nullcontext()
+
+
+def use_products(model: nn.Module, format_: Format, adapters: Literal["plain", "merged"]) -> list[LoraLinear]:
+    """Has the linear layers of the blocks computed as the settings say.
+
+    Returns those that want a `refresh` before each forward.
+    """
+    layers = lora_layers(model).values()
+    widths: dict[torch.Size, int] = {}
+    for layer in layers:
+        width = math.ceil(layer.rank / MULTIPLE) * MULTIPLE
+        widths[layer.weight.shape] = max(width, widths.get(layer.weight.shape, 0))
+    holding = []
+    for layer in layers:
+        layer.product = _product(layer, format_, adapters, widths[layer.weight.shape])
+        if isinstance(layer.product, FrozenProduct):
+            holding.append(layer)
+    for module in model.get_submodule("blocks").modules():
+        vars(module).pop("forward", None)  # as the call before this one may have left it
+    if format_ == "fp8":
+        for module in model.get_submodule("blocks").modules():
+            if type(module) is nn.Linear and _fits_fp8(module):
+                module.product = Fp8FrozenLinear(module.weight, module.bias, width=0)
+                module.product.refresh(module.weight, *_adapter(module))
+                module.forward = MethodType(_linear_forward, module)  # type: ignore[method-assign]
+        for mlp in gelu_mlps(model):
+            if all(isinstance(getattr(layer, "product", None), Fp8FrozenLinear) for layer in (mlp.fc1, mlp.fc2)):
+                mlp.forward = MethodType(_mlp_forward, mlp)
+    return holding
+
+
+def _linear_forward(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    a, b, scaling = _adapter(linear)
+    y: torch.Tensor = linear.product(x, linear.weight, linear.bias, a, b, scaling)  # type: ignore[operator]
+    return y
+
+
+def _mlp_forward(mlp: Mlp, x: torch.Tensor) -> torch.Tensor:
+    return fp8_mlp(x, mlp.fc1.product, _adapter(mlp.fc1), mlp.fc2.product, _adapter(mlp.fc2))
+
+
+def _adapter(layer: nn.Linear | LoraLinear) -> Adapter:
+    """A, B and s of a layer, of rank 0 where it has no adapter."""
+    if isinstance(layer, LoraLinear):
+        return *layer.fused(), layer.scaling
+    return layer.weight.new_zeros(0, layer.in_features), layer.weight.new_zeros(layer.out_features, 0), 0.0
+
+
+def _fits_fp8(layer: nn.Linear | LoraLinear) -> bool:
+    is_frozen = not layer.weight.requires_grad
+    return is_frozen and layer.in_features % MULTIPLE == 0 and layer.out_features % MULTIPLE == 0
+
+
+def _product(layer: LoraLinear, format_: Format, adapters: Literal["plain", "merged"], width: int) -> Product | None:
+    if adapters == "plain" and format_ != "fp8":
+        return None
+    dtype = {"fp64": torch.float64, "fp32": torch.float32}.get(format_, torch.bfloat16)
+    if layer.weight.requires_grad:
+        return partial(merged_linear, dtype=dtype)
+    if format_ == "fp8" and _fits_fp8(layer):
+        return Fp8FrozenLinear(layer.weight, layer.bias, width)
+    return FrozenLinear(layer.weight, layer.bias, width, dtype)
+
+
+def keep_residual_in_bf16(model: nn.Module) -> None:
+    """Has the blocks of a timm Vision Transformer hand their residual stream on in bfloat16, wherever autocast is on.
+
+    Norms still compute in float32. A step reads and writes the stream several times, so half its bytes are time.
+    """
+    blocks = model.get_submodule("blocks")
+    blocks.register_forward_pre_hook(lambda _, inputs: (_narrow(inputs[0]), *inputs[1:]))
+    for block in blocks.children():  # a layer scale, float32, would widen it again
+        block.register_forward_hook(lambda _, __, output: _narrow(output))
+
+
+def _narrow(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.bfloat16) if torch.is_autocast_enabled(x.device.type) else x

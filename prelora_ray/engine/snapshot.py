@@ -1,0 +1,41 @@
+"""A run at one moment, in memory: what a checkpoint is written from, and read into."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from prelora_ray.engine.optim import OptimizerState
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass
+class Snapshot:
+    """All that a run needs to go on."""
+
+    state: dict[str, Any]
+    """JSON: "epoch" and "batch" (the position), and what the training state adds."""
+    model: Tensors
+    """The model's own tensors, by timm's names, less those in `base`."""
+    optimizer: OptimizerState
+    base: Tensors = field(default_factory=dict)
+    """Frozen tensors; empty too where the run folder holds them already."""
+    refers_to_base: bool = False
+    """Whether the checkpoint is whole only with the frozen tensors."""
+    adapter: Tensors = field(default_factory=dict)
+    """Adapters in PEFT's names."""
+    adapter_config: dict[str, Any] | None = None
+
+    val_top1: float | None = None
+    """Accuracy of the epoch that it ends, where it ends one that was validated."""
+
+    @property
+    def name(self) -> str:
+        return checkpoint_name(self.state["epoch"], self.state["batch"])
+
+
+def checkpoint_name(epoch: int, batch: int) -> str:
+    return f"{epoch:05d}-{batch:06d}"

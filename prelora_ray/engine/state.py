@@ -1,0 +1,263 @@
+"""What a run is at a moment: model, phase, optimizer, position. What a checkpoint holds, and how phases change it."""
+
+from __future__ import annotations
+
+import gc
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from prelora_ray.config import Settings
+from prelora_ray.engine.model import compile_blocks, create_model, drop_path_modules
+from prelora_ray.engine.optim import OptimizerState, build_optimizer, optimizer_state
+from prelora_ray.engine.precision import Format, autocast, keep_residual_in_bf16, phase_format, use_products
+from prelora_ray.engine.pretrained import load_pretrained
+from prelora_ray.engine.snapshot import Snapshot
+from prelora_ray.method.adapters import (
+    base_state_dict,
+    inject,
+    load_peft_state_dict,
+    peft_config,
+    peft_state_dict,
+)
+from prelora_ray.method.phases import Decision, Phase, freeze_parameters
+from prelora_ray.method.targets import find_targets
+from prelora_ray.schedule import phase_schedule
+
+SWITCH_TOLERANCE = 1e-5
+"""Largest change of a logit that injecting adapters may make, in float32."""
+_STEP_BYTES = 4
+"""Of AdamW's count of steps, a float32 for each parameter."""
+
+
+class TrainState:
+    """Model, phases, optimizer and position of a run, the same on every worker.
+
+    `network` is what a step calls: the model in DDP, or the model itself with one worker. It is built
+    anew at each change of phase, for what trains.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        num_classes: int,
+        batches: int,
+        device: torch.device,
+        world_size: int,
+        checkpoint: Snapshot | None = None,
+    ) -> None:
+        """The state of a checkpoint, or of a run that begins. `batches` is the number of global batches in an epoch."""
+        self.settings = settings
+        self.batches = batches
+        self.device = device
+        self.world_size = world_size
+        dtype = torch.float64 if settings.train.precision == "fp64" else torch.float32
+        self.model = create_model(settings.model, num_classes, settings.train.seed).to(device, dtype)
+        self.pretrained_notes: list[str] = []
+        """What `load_pretrained` tells."""
+        if settings.model.init_from is not None and checkpoint is None:
+            self.pretrained_notes = load_pretrained(self.model, settings.model.init_from)
+        if settings.train.residual == "bf16":
+            keep_residual_in_bf16(self.model)
+        self.drop_path = drop_path_modules(self.model)
+        self.targets = find_targets(self.model, settings.method.targets)
+        self.phases = phase_schedule(settings.method, settings.train.ramp_epochs, [target.name for target in self.targets])
+        self.epoch = 0
+        """Epochs done."""
+        self.batch = 0
+        """Global batches done in the epoch after."""
+        self.best_val_top1 = 0.0
+        self.fork: Decision | None = None
+        """The change of phase that the checkpoint of a trunk has yet to go through, where a fork begins with one."""
+        self.logit_change: float | None = None
+        """Largest change of a logit at the last change of phase: what another number format and other products make of it."""
+        self.network: nn.Module = self.model
+        if checkpoint is not None:
+            self._load(checkpoint)
+        self._rebuild(checkpoint.optimizer if checkpoint is not None else {})
+        if self.fork is not None:
+            self.apply(self.fork)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.epoch * self.batches + self.batch
+
+    @property
+    def switch_step(self) -> int | None:
+        """Optimizer steps done at the switch."""
+        return None if self.phases.switched_at is None else self.phases.switched_at * self.batches
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    @property
+    def format(self) -> Format:
+        """Number format of the products in the phase that the run is in."""
+        return phase_format(self.settings.train.precision, self.phases.phase, self.device)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """What the network is called in."""
+        return autocast(self.format, self.device)
+
+    @property
+    def uses_cuda_graph(self) -> bool:
+        """One GPU alone: several would have to capture their exchange of gradients too."""
+        return self.device.type == "cuda" and self.world_size == 1 and self.settings.train.cuda_graph
+
+    def _compiles(self) -> bool:
+        compiles = self.settings.train.compile
+        return self.device.type == "cuda" if compiles == "auto" else compiles
+
+    def apply(self, decision: Decision) -> None:
+        """Moves model, optimizer and network on to the phase that a decision begins."""
+        if decision.switch is None and not decision.freeze:
+            return
+        moments = optimizer_state(self.model, self.optimizer)
+        before = self._probe(self._format_built)
+        if decision.switch is not None:
+            exact = self._probe("fp32")
+            self._inject(decision.switch)
+            change = (self._probe("fp32") - exact).abs().max().item()
+            if not change <= SWITCH_TOLERANCE:
+                raise RuntimeError(f"injecting the adapters changed a logit by {change}, and must not change any")
+        if decision.freeze:
+            freeze_parameters(self.model, self.targets, self.settings.method.freeze)
+        self._rebuild(moments)
+        self.logit_change = (self._probe(self.format) - before).abs().max().item()
+
+    def refresh(self) -> None:
+        """Brings up to date what products hold of weights that a step changes: in front of each step and each evaluation."""
+        for layer in self._holding:
+            layer.refresh()
+
+    def snapshot(self, sums: list[list[float]], *, holds_base: bool, val_top1: float | None = None) -> Snapshot:
+        """What rank 0 saves: copies on the device, which training does not change any more.
+
+        `sums`: the epoch's sums so far of every worker, empty at an epoch's end. `holds_base`: whether the run
+        folder has the frozen tensors already.
+        """
+        model, base, adapter = self._saved_tensors()
+        switched = self.phases.phase is not Phase.FULL
+        moments = optimizer_state(self.model, self.optimizer)
+        return Snapshot(
+            state={
+                "epoch": self.epoch,
+                "batch": self.batch,
+                "best_val_top1": self.best_val_top1,
+                "phases": self.phases.state_dict(),
+                "sums": sums,
+            },
+            model=_copied(model),
+            optimizer={name: _copied(entry) for name, entry in moments.items()},
+            base={} if holds_base else _copied(base),
+            refers_to_base=self.phases.phase is Phase.LORA,
+            adapter=_copied(adapter),
+            adapter_config=peft_config(self.model) if switched else None,
+            val_top1=val_top1,
+        )
+
+    def snapshot_bytes(self) -> int:
+        """What the largest snapshot of this phase takes on the device: with the frozen base, and moments of all that trains."""
+        saved = sum(tensor.nbytes for part in self._saved_tensors() for tensor in part.values())
+        return saved + self.moment_bytes()
+
+    def moment_bytes(self) -> int:
+        """What AdamW's state takes on the device: two moments of all that trains, and a count of steps each."""
+        return sum(2 * parameter.nbytes + _STEP_BYTES for parameter in self.model.parameters() if parameter.requires_grad)
+
+    def _saved_tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """The model's own tensors that train or are no parameters, those that phase lora has frozen, and the adapters'."""
+        model = base_state_dict(self.model)
+        frozen: set[str] = set()
+        if self.phases.phase is Phase.LORA:
+            frozen = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
+        base = {name: tensor for name, tensor in model.items() if name in frozen}
+        own = {name: tensor for name, tensor in model.items() if name not in frozen}
+        return own, base, {} if self.phases.phase is Phase.FULL else peft_state_dict(self.model)
+
+    def _load(self, checkpoint: Snapshot) -> None:
+        """Position, phase and weights of a checkpoint."""
+        self.epoch, self.batch = checkpoint.state["epoch"], checkpoint.state["batch"]
+        self.best_val_top1 = checkpoint.state["best_val_top1"]
+        self.phases.load_state_dict(checkpoint.state["phases"])
+        _load_weights(self.model, self.settings, checkpoint)
+        is_frozen = self.phases.phase is Phase.LORA
+        if self.phases.ranks is not None and not checkpoint.adapter:
+            self.fork = Decision(switch=self.phases.ranks, freeze=is_frozen)
+        elif is_frozen:
+            freeze_parameters(self.model, self.targets, self.settings.method.freeze)
+
+    def _inject(self, ranks: dict[str, int]) -> None:
+        inject(self.model, self.targets, ranks, self.settings.method.scaling, self.settings.train.seed)
+
+    def _rebuild(self, moments: OptimizerState) -> None:
+        self.optimizer = build_optimizer(self.model, self.settings, moments, capturable=self.uses_cuda_graph)
+        self._build_network()
+
+    def _build_network(self) -> None:
+        """Wraps the model in DDP for what trains now.
+
+        DDP orders its buckets anew after its first backward, which changes the order of sums from
+        then on. One step with zero weights puts that behind every run, resumed or not, so that both
+        sum alike ever after.
+        """
+        self.network = self.model
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        gc.collect()  # an old DDP keeps its hooks on the parameters until it is gone
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()  # once a phase: the replays of a CUDA graph allocate nothing
+        self._format_built = self.format
+        self._holding = use_products(self.model, self.format, self.settings.train.adapters)
+        if self._compiles():
+            compile_blocks(self.model)
+        if self.world_size == 1:
+            return
+        self.network = DistributedDataParallel(
+            self.model,
+            device_ids=[self.device] if self.device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
+        image = torch.zeros(1, *self.settings.model.input_shape, device=self.device, dtype=self.dtype)
+        self.network.train()
+        with torch.compiler.set_stance("force_eager"), self.autocast():  # or one image would be compiled by itself
+            logits = self.network(image)
+        (logits.sum() * 0).backward()
+        self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def _probe(self, format_: Format) -> torch.Tensor:
+        """Logits of two fixed images in a number format, computed without compiling anything for them."""
+        images = torch.randn(2, *self.settings.model.input_shape, generator=torch.Generator().manual_seed(0))
+        self.model.eval()
+        self.refresh()
+        with torch.compiler.set_stance("force_eager"), autocast(format_, self.device):
+            logits: torch.Tensor = self.model(images.to(self.device, self.dtype))
+        return logits.to(self.dtype)
+
+
+def _copied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def restore_model(settings: Settings, num_classes: int, checkpoint: Snapshot) -> nn.Module:
+    """A checkpoint's model with its adapters, on the CPU, for whoever does not train it."""
+    model = create_model(settings.model, num_classes, settings.train.seed)
+    _load_weights(model, settings, checkpoint)
+    return model
+
+
+def _load_weights(model: nn.Module, settings: Settings, checkpoint: Snapshot) -> None:
+    model.load_state_dict(checkpoint.base | checkpoint.model)
+    if checkpoint.adapter:
+        ranks = checkpoint.state["phases"]["ranks"]
+        targets = find_targets(model, settings.method.targets)
+        inject(model, targets, ranks, settings.method.scaling, settings.train.seed)
+        load_peft_state_dict(model, checkpoint.adapter)

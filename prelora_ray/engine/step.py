@@ -1,0 +1,204 @@
+"""One optimizer step over a global batch, and evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from prelora_ray.data.batch import Batch, StreamPlan
+from prelora_ray.data.mixing import Mixing, MixPlan, mix, normalize, plan_mixing, soft_targets, to_device
+from prelora_ray.engine.cuda_graph import CudaGraph
+from prelora_ray.engine.evaluation import Evaluation, Evaluator, all_reduce
+from prelora_ray.engine.micro_batch import find_micro_batch, micro_batch_sizes
+from prelora_ray.engine.model import draw_drop_path, set_drop_path
+from prelora_ray.engine.optim import set_learning_rate
+from prelora_ray.engine.state import TrainState
+from prelora_ray.method.phases import Phase
+
+
+class NonFiniteLossError(RuntimeError):
+    """Loss or gradient is no finite number: going on would only spoil the weights."""
+
+
+class Stepper:
+    """Takes a worker's slice of each global batch through the model, and keeps the epoch's sums on the device."""
+
+    def __init__(self, state: TrainState, plan: StreamPlan) -> None:
+        self.state = state
+        self.plan = plan
+        augment = state.settings.augment
+        self.mixing = Mixing(augment.mixup, augment.cutmix, augment.mix_probability, augment.label_smoothing)
+        self.num_classes = len(plan.manifest.classes)
+        self._sums = torch.zeros(2, dtype=torch.float64, device=state.device)
+        self._bad_step = torch.full((), -1, device=state.device)
+        self.found_sizes: dict[Phase, int] = {}
+        """What `search` found, by phase."""
+        self.begin_epoch()
+
+    def begin_epoch(self, sums: Sequence[float] = (0, 0)) -> None:
+        """Begins to sum anew, from this worker's `sums` where the epoch was begun before."""
+        self._sums.copy_(torch.tensor(sums, dtype=self._sums.dtype))
+        self._bad_step.fill_(-1)
+        self.learning_rate = 0.0
+
+    @property
+    def micro_batch(self) -> int:
+        """Images that this worker takes through the model at once."""
+        size, share = self.state.settings.train.micro_batch, self.plan.num_slots
+        if size == "auto":
+            size = self.found_sizes.get(self.state.phases.phase, share)
+        return share if size is None else min(size, share)
+
+    @property
+    def wants_search(self) -> bool:
+        """Whether the largest micro-batch of this phase is to be found first."""
+        is_auto = self.state.settings.train.micro_batch == "auto" and self.state.device.type == "cuda"
+        return is_auto and self.state.phases.phase not in self.found_sizes
+
+    def search(self, batch: Batch) -> None:
+        """Finds the largest micro-batch of this phase that fits, over a batch of the run; all workers call it together."""
+        state, share = self.state, self.plan.num_slots
+        self._graph = None  # that of the phase before, which holds the memory of a step
+        state.network.train()
+        inputs = {name: to_device(tensor, state.device) for name, tensor in self._inputs(batch).items()}
+
+        def backward(size: int) -> None:
+            self._add_gradients(inputs, range(0, min(2 * size, share), size), exchanges=False)
+
+        sizes = micro_batch_sizes(share, self.plan.orders["train"].cell)
+        self.found_sizes[state.phases.phase] = find_micro_batch(state, sizes, backward)
+
+    def train(self, batch: Batch) -> None:
+        """One optimizer step. The gradient is the mean over the global batch, whoever serves which part."""
+        state = self.state
+        self.learning_rate = set_learning_rate(state.optimizer, state.settings, state.step, state.batches, state.switch_step)
+        state.network.train()
+        inputs = {name: to_device(tensor, state.device) for name, tensor in self._inputs(batch).items()}
+        if not state.uses_cuda_graph:
+            self._step(inputs)
+            return
+        if self._graph is None or self._graph_of is not state.optimizer:  # a change of phase builds a new one
+            self._graph, self._graph_of = CudaGraph(self._step), state.optimizer
+        self._graph(inputs)
+
+    _graph: CudaGraph | None = None
+    _graph_of: torch.optim.Optimizer | None = None
+
+    def _inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """All that a step depends on but the state, as tensors on the CPU."""
+        state, settings = self.state, self.state.settings
+        order = self.plan.orders["train"]
+        key = (settings.train.seed, batch.epoch, batch.batch, self.plan.cells, order.cell)
+        inputs = {
+            "images": batch.images,
+            "labels": batch.labels,
+            # DDP takes the mean over workers, so that is undone.
+            "scale": torch.tensor(state.world_size / order.batch_size(batch.batch), dtype=state.dtype),
+            "step": torch.tensor(state.step),
+        }
+        if self.mixing.is_on:
+            plan = plan_mixing(self.mixing, *key, batch.ids, settings.model.image_size)
+            inputs |= {"partner": plan.partner, "weight": plan.weight, "box": plan.box}
+        if state.drop_path:
+            inputs["drop_path"] = draw_drop_path(state.drop_path, *key, len(batch.ids)).float()
+        return inputs
+
+    def _step(self, inputs: dict[str, torch.Tensor]) -> None:
+        state = self.state
+        self._sums += self._add_gradients(inputs, range(0, self.plan.num_slots, self.micro_batch), exchanges=True)
+        norm = self._clip()
+        self._bad_step.copy_(torch.where((self._bad_step < 0) & ~norm.isfinite(), inputs["step"], self._bad_step))
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+
+    def _add_gradients(self, inputs: dict[str, torch.Tensor], starts: range, *, exchanges: bool) -> torch.Tensor:
+        """Takes the micro-batches that begin at `starts` through the model and back; sum of their losses, and their images.
+
+        `exchanges`: whether workers exchange their gradients, after the last of them.
+        """
+        state = self.state
+        state.refresh()
+        sums = torch.zeros_like(self._sums)
+        drop_path = inputs.get("drop_path")
+        for start in starts:
+            micro = slice(start, start + starts.step)
+            labels = inputs["labels"][micro]
+            images = self._normalize(inputs["images"][micro])
+            targets = soft_targets(labels, self.num_classes, self.mixing.label_smoothing, state.dtype)
+            if self.mixing.is_on:
+                plan = MixPlan(inputs["partner"][micro] - start, inputs["weight"][micro], inputs["box"][micro])
+                images, targets = mix(images, targets, plan)
+            set_drop_path(state.drop_path, None if drop_path is None else drop_path[:, micro])
+            waits = isinstance(state.network, DistributedDataParallel) and not (exchanges and start == starts[-1])
+            with state.network.no_sync() if waits else nullcontext():  # type: ignore[operator]
+                with state.autocast():
+                    logits = state.network(images)
+                losses = -(targets * F.log_softmax(logits.to(targets.dtype), dim=-1)).sum(-1)
+                filled = labels >= 0
+                loss = torch.where(filled, losses, 0).sum()
+                (loss * inputs["scale"]).backward()
+            sums += torch.stack([loss.detach(), filled.sum()])
+        return sums
+
+    def check_finite(self) -> None:
+        """Raises NonFiniteLossError where a step since `begin_epoch` had a gradient that is not finite.
+
+        The gradient is the same on every worker, so all raise alike.
+        """
+        step = int(self._bad_step)
+        if step >= 0:
+            epoch, batch = divmod(step, self.state.batches)
+            raise NonFiniteLossError(
+                f"the loss is not finite at step {step} (epoch {epoch}, batch {batch}) in phase {self.state.phases.phase}"
+            )
+
+    def local_loss(self) -> float:
+        """Mean training loss of this worker's images since `begin_epoch`; waits for the device."""
+        loss, count = self._sums.tolist()
+        return float(loss / count) if count else 0.0
+
+    def worker_sums(self) -> list[list[float]]:
+        """Loss sum and images since the epoch's begin of every worker, by rank; all workers call it together."""
+        if self.state.world_size == 1:
+            return [self._sums.tolist()]
+        gathered = [torch.empty_like(self._sums) for _ in range(self.state.world_size)]
+        dist.all_gather(gathered, self._sums)
+        return [sums.tolist() for sums in gathered]
+
+    def epoch_sums(self) -> tuple[float, int]:
+        """Sum of the training losses since `begin_epoch` and number of images, over all workers."""
+        loss, count = all_reduce(self._sums).tolist()
+        return loss, int(count)
+
+    def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
+        """Accuracy and loss over all workers' slices, every image counted once."""
+        state = self.state
+        state.model.eval()
+        state.refresh()
+
+        def predict(images: torch.Tensor) -> torch.Tensor:
+            with state.autocast():
+                logits: torch.Tensor = state.model(self._normalize(images))
+            return logits
+
+        evaluator = Evaluator(self.num_classes, state.device)
+        for _ in evaluator.run(predict, batches, self.micro_batch):
+            pass
+        return evaluator.result()
+
+    def _normalize(self, images: torch.Tensor) -> torch.Tensor:
+        return normalize(images, *self.state.settings.normalization, self.state.dtype)
+
+    def _clip(self) -> torch.Tensor:
+        """Clips the gradient and returns the norm that it had."""
+        parameters = [parameter for parameter in self.state.model.parameters() if parameter.grad is not None]
+        limit = self.state.settings.train.clip_norm
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if limit is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        return norm

@@ -1,0 +1,57 @@
+"""Where an attempt begins, and what became of the one before."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from prelora_ray.engine.snapshot import Snapshot
+from prelora_ray.fault_tolerance.checkpoint import Checkpoints
+from prelora_ray.fault_tolerance.lock import holder
+from prelora_ray.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Start:
+    """What rank 0 finds in the run folder and tells the other workers."""
+
+    attempt: int
+    checkpoint: str | None
+    """Name of the checkpoint to go on from; None begins the run."""
+    damaged: dict[str, str]
+    """A sentence for each newer checkpoint that is damaged, by name."""
+    cause: str | None
+    """Why the attempt before ended: `preemption`, `stop`, `driver` (it died) or `failure`."""
+    seconds: float | None
+    """Since the attempt before last told where it was."""
+    last_step: int
+    """Steps that the attempt before had done, as far as it told."""
+    world_size: int | None
+    """Workers of the attempt before."""
+
+
+def find_start(folder: RunFolder, checkpoints: Checkpoints) -> tuple[Start, Snapshot | None]:
+    checkpoint, damaged = checkpoints.newest()
+    events = folder.read_lines("events.jsonl")
+    attempt = 1 + max((line["attempt"] for line in events if "attempt" in line), default=-1)
+    last = [line for line in events if line.get("attempt") == attempt - 1]
+    cause = None
+    if last:
+        ends = {"preemption": "preemption", "stop": "stop"}
+        cause = next((ends[line["event"]] for line in reversed(last) if line["event"] in ends), None)
+        cause = cause or ("driver" if _driver_started(folder) > last[-1]["time"] else "failure")
+    try:
+        progress = folder.read_json("progress.json")
+        seconds, last_step = time.time() - progress["time"], progress["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        seconds, last_step = None, 0
+    sizes = [line["world_size"] for line in last if line["event"] in ("run_started", "restart")]
+    name = checkpoint.name if checkpoint else None
+    return Start(attempt, name, damaged, cause, seconds, last_step, sizes[-1] if sizes else None), checkpoint
+
+
+def _driver_started(folder: RunFolder) -> float:
+    try:
+        return float((holder(folder) or {}).get("since", 0.0))
+    except (OSError, ValueError, TypeError):
+        return 0.0

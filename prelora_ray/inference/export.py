@@ -1,0 +1,189 @@
+"""A run's model in the forms that other tools load, each loaded back and compared before it is handed over."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs
+import safetensors.torch
+import torch
+from torch import nn
+
+from prelora_ray.data.augment import Augmentation, Augmenter
+from prelora_ray.data.manifest import read_manifest
+from prelora_ray.data.mixing import normalize
+from prelora_ray.data.rows import read_encoded
+from prelora_ray.errors import WorkError
+from prelora_ray.inference.load import RunModel, TrainedModel, load_run_model, load_trained
+from prelora_ray.method.adapters import base_state_dict, lora_layers, merged_state_dict, peft_config, peft_state_dict
+from prelora_ray.storage import Storage
+from prelora_ray.torchvision_ops import make_importable
+
+make_importable()
+
+import timm  # noqa: E402
+from timm.models import save_for_hf  # noqa: E402
+
+TOLERANCE = 1e-4
+"""Largest difference of a logit between the run's own model and an exported one, in float32."""
+_IMAGES = 64
+
+
+class ExportError(WorkError):
+    """An exported model does not compute what the run's own does."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    path: str
+    forms: tuple[str, ...]
+    """The folders inside `path`: `timm`, `onnx`, and `adapter` once the run has adapters."""
+    max_abs_diff: dict[str, float]
+    """Largest difference of a logit by form."""
+    images: int
+    """Real images over which the forms were compared."""
+
+
+def export(source: str, out: str, data: str | None = None) -> Exported:
+    """Exports the newest checkpoint of a run, or a checkpoint of it, into the new folder `out`.
+
+    Each form is loaded back by the tool it is for and compared with the run's own model over
+    validation images of `data`, by default those that the run was trained with; `out` appears only if
+    all agree.
+
+    Raises ValueError where `source`, `out` or `data` will not do, ExportError where a form differs.
+    """
+    target = Storage(out)
+    if target.list_files() or target.list_folders():
+        raise ValueError(f"{out!r} is not empty: name a new folder")
+    run = load_run_model(source)
+    images = _real_images(run, data or run.settings.data.path)
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory, "export")
+        _write_timm(run, root / "timm", merged_state_dict(run.module))
+        if lora_layers(run.module):
+            _write_timm(run, root / "adapter" / "base", base_state_dict(run.module))
+            _write_adapter(run, root / "adapter")
+        _write_onnx(run, root / "onnx", root / "timm", images[:2])
+        (root / "README.md").write_text(_readme(run, root))
+        forms = tuple(sorted(path.name for path in root.iterdir() if path.is_dir()))
+        differences = {form: _difference(run, load_trained(str(root / form)), images) for form in forms}
+        worst = max(differences, key=lambda form: differences[form])
+        if not differences[worst] <= TOLERANCE:
+            raise ExportError(f"the {worst} form differs from the run's model by {differences[worst]:.3g} in a logit")
+        if target.is_local:
+            Path(target.path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copytree(root, target.path, dirs_exist_ok=True)
+        else:
+            pyarrow.fs.copy_files(str(root), target.path, destination_filesystem=target.filesystem)
+    return Exported(out, forms, differences, len(images))
+
+
+def _real_images(run: RunModel, path: str) -> torch.Tensor:
+    """The first validation images, normalised, (n, channels, size, size)."""
+    prepared = run.preprocessing
+    augmentation = Augmentation(prepared.image_size, prepared.mean, prepared.std)
+    augmenter = Augmenter(augmentation, seed=0, crop_ratio=prepared.crop_ratio)
+    encoded = read_encoded(path, read_manifest(Storage(path)).splits["val"], _IMAGES)
+    pixels = torch.stack([torch.from_numpy(augmenter.evaluate(content)) for content in encoded])
+    return normalize(pixels, prepared.mean, prepared.std)
+
+
+@torch.no_grad()
+def _difference(run: RunModel, exported: TrainedModel, images: torch.Tensor) -> float:
+    return float((run.module(images) - exported.module(images)).abs().max())
+
+
+def _write_timm(run: RunModel, path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """A folder as timm writes it for Hugging Face: config.json and model.safetensors."""
+    model = _plain_model(run)
+    model.load_state_dict(tensors)
+    prepared, settings = run.preprocessing, run.settings
+    save_for_hf(
+        model,
+        str(path),
+        model_config={"label_names": list(run.classes), "pretrained_cfg": {"tag": settings.name}},  # not timm's own weights
+        safe_serialization=True,
+        data_config={
+            "input_size": settings.model.input_shape,
+            "mean": prepared.mean,
+            "std": prepared.std,
+            "crop_pct": prepared.crop_ratio,
+            "interpolation": "bicubic",
+        },
+    )
+
+
+def _plain_model(run: RunModel) -> nn.Module:
+    """timm's own model, with nothing of ours in it."""
+    settings = run.settings.model
+    model: nn.Module = timm.create_model(
+        settings.name, num_classes=len(run.classes), img_size=settings.image_size, **copy.deepcopy(settings.options)
+    )
+    return model
+
+
+def _write_adapter(run: RunModel, path: Path) -> None:
+    tensors = {name: tensor.contiguous() for name, tensor in peft_state_dict(run.module).items()}
+    safetensors.torch.save_file(tensors, path / "adapter_model.safetensors")
+    config: dict[str, Any] = {"base_model_name_or_path": "base", **peft_config(run.module)}
+    (path / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def _write_onnx(run: RunModel, path: Path, merged: Path, example: torch.Tensor) -> None:
+    model = _plain_model(run)
+    model.load_state_dict(safetensors.torch.load_file(merged / "model.safetensors"))
+    path.mkdir()
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch's own, on its way through itself
+        torch.onnx.export(
+            model.eval(),
+            (example,),
+            str(path / "model.onnx"),
+            input_names=["pixels"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            dynamo=True,
+            verbose=False,
+        )
+    shutil.copy(merged / "config.json", path / "config.json")
+
+
+def _readme(run: RunModel, root: Path) -> str:
+    settings, prepared = run.settings, run.preprocessing
+    options = "".join(f", {key}={value!r}" for key, value in settings.model.options.items())
+    adapter = """
+The adapters and the base that they go on:
+
+    from peft import PeftModel
+    model = PeftModel.from_pretrained(timm.create_model("local-dir:adapter/base", pretrained=True), "adapter")
+"""
+    channels, size, _ = settings.model.input_shape
+    kind = "RGB" if channels == 3 else "grey values (Pillow's mode `L`)"
+    return f"""# {settings.name}
+
+{settings.model.name} for {len(run.classes)} classes, trained by prelora_ray; checkpoint {run.checkpoint} of its run. Images are
+{kind} of {size} x {size} pixels in 0..1, normalised with mean {prepared.mean} and standard
+deviation {prepared.std}; evaluation keeps the centre {prepared.crop_ratio:g} of the shorter side, with bicubic
+interpolation. The classes are `label_names` in `timm/config.json`.
+
+The merged model:
+
+    import timm
+    model = timm.create_model("local-dir:timm", pretrained=True)
+    model = timm.create_model(
+        {settings.model.name!r}, num_classes={len(run.classes)}, img_size={size}{options},
+        checkpoint_path="timm/model.safetensors",
+    )
+{adapter if (root / "adapter").exists() else ""}
+ONNX, with images (n, {channels}, {size}, {size}) as `pixels`:
+
+    import onnxruntime
+    (logits,) = onnxruntime.InferenceSession("onnx/model.onnx").run(["logits"], {{"pixels": images}})
+"""

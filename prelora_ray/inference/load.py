@@ -1,0 +1,151 @@
+"""A trained model, wherever it lies: a run folder, one of its checkpoints, or what `export` wrote.
+
+An export is a folder of three forms, each of which is a trained model by itself:
+
+    timm/      config.json, model.safetensors                  the merged model, as timm writes it for Hugging Face
+    adapter/   adapter_config.json, adapter_model.safetensors  the adapters in PEFT's layout, once a run has them,
+               base/ with config.json, model.safetensors       and the timm model that they go on
+    onnx/      config.json, model.onnx                         the merged model; input `pixels`, output `logits`
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from prelora_ray.config import Settings
+from prelora_ray.engine.snapshot import Snapshot
+from prelora_ray.engine.state import restore_model
+from prelora_ray.fault_tolerance.checkpoint import Checkpoints, DamagedCheckpointError
+from prelora_ray.run_folder import RunFolder
+from prelora_ray.storage import Storage
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What becomes of an image before the model takes it."""
+
+    image_size: int
+    mean: tuple[float, ...]
+    """Of each channel that the model takes: three, or one, which is the grey value."""
+    std: tuple[float, ...]
+    crop_ratio: float
+    """Share of the shorter side in the centre crop."""
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    module: nn.Module
+    """Normalised float32 images (n, channels, image_size, image_size) to logits (n, classes), in evaluation mode."""
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    data: str | None
+    """The prepared folder that it was trained on, where that is known."""
+
+
+@dataclass(frozen=True)
+class RunModel(TrainedModel):
+    """A model from a run folder: the timm model with its adapters, which are not merged."""
+
+    settings: Settings
+    checkpoint: str
+    """Name of the checkpoint that it was read from."""
+
+
+def load_trained(source: str) -> TrainedModel:
+    """Loads a run's newest checkpoint, a checkpoint, an exported folder or one of its forms, on the CPU.
+
+    Raises ValueError where `source` is none of these, or is not whole.
+    """
+    folder = Storage(source)
+    if folder.exists("config.yaml") or folder.exists("state.json"):
+        return load_run_model(source)
+    if not folder.is_local:
+        raise ValueError(f"{source!r} is no run folder or checkpoint; copy an exported model to a disk first")
+    path = Path(folder.path)
+    for kind, load in {"timm": _load_timm, "adapter": _load_adapter, "onnx": _load_onnx}.items():
+        marker = {"timm": "model.safetensors", "adapter": "adapter_config.json", "onnx": "model.onnx"}[kind]
+        for at in (path / kind, path):
+            if (at / marker).exists():
+                try:
+                    return load(at)
+                except Exception as error:  # whatever a damaged or foreign file makes a reader raise
+                    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                    raise ValueError(f"{str(at)!r} is no exported model: {reason}") from error
+    raise ValueError(f"{source!r} is no trained model: give a run folder, one of its checkpoints, or an exported model")
+
+
+def load_run_model(source: str) -> RunModel:
+    """Loads a run's newest whole checkpoint, or the checkpoint whose folder is given.
+
+    Raises ValueError where `source` is no run or checkpoint, or no checkpoint is whole.
+    """
+    folder = RunFolder(source)
+    name = None
+    if folder.exists("state.json"):
+        name = folder.uri.rstrip("/").rsplit("/", 1)[-1]
+        folder = RunFolder(str(Storage(folder.uri.rstrip("/").rsplit("/", 2)[0])))
+    settings = folder.read_settings()
+    checkpoints = Checkpoints(folder)
+    try:
+        checkpoint = checkpoints.newest()[0] if name is None else checkpoints.load(name)
+    except DamagedCheckpointError as error:
+        raise ValueError(f"{source!r}: {error}") from None
+    if checkpoint is None:
+        raise ValueError(f"{source!r} has no whole checkpoint yet")
+    return _run_model(settings, folder.read_classes(), checkpoint)
+
+
+def _run_model(settings: Settings, classes: tuple[str, ...], checkpoint: Snapshot) -> RunModel:
+    data = settings.data
+    model = restore_model(settings, len(classes), checkpoint).float().eval()
+    preprocessing = Preprocessing(settings.model.image_size, *settings.normalization, data.crop_ratio)
+    return RunModel(model, classes, preprocessing, data.path, settings, checkpoint.name)
+
+
+def _load_timm(path: Path) -> TrainedModel:
+    import timm
+
+    model = timm.create_model(f"local-dir:{path}", pretrained=True)
+    return TrainedModel(model.eval(), *_description(path), data=None)
+
+
+def _load_adapter(path: Path) -> TrainedModel:
+    import timm
+    from peft import PeftModel
+
+    base = timm.create_model(f"local-dir:{path / 'base'}", pretrained=True)
+    return TrainedModel(PeftModel.from_pretrained(base, str(path)).eval(), *_description(path / "base"), data=None)
+
+
+def _load_onnx(path: Path) -> TrainedModel:
+    return TrainedModel(OnnxModel(str(path / "model.onnx")), *_description(path), data=None)
+
+
+def _description(path: Path) -> tuple[tuple[str, ...], Preprocessing]:
+    config: dict[str, Any] = json.loads((path / "config.json").read_text())
+    inputs = config["pretrained_cfg"]
+    preprocessing = Preprocessing(inputs["input_size"][-1], tuple(inputs["mean"]), tuple(inputs["std"]), inputs["crop_pct"])
+    return tuple(config["label_names"]), preprocessing
+
+
+class OnnxModel(nn.Module):
+    """An ONNX file on the CPU. It is opened where it is first called, as an open one cannot travel to a Ray task."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = path
+        self._session: Any = None
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if self._session is None:
+            import onnxruntime
+
+            self._session = onnxruntime.InferenceSession(self.path, providers=["CPUExecutionProvider"])
+        (logits,) = self._session.run(["logits"], {"pixels": images.cpu().numpy()})
+        return torch.from_numpy(logits).to(images.device)

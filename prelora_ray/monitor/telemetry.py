@@ -1,0 +1,142 @@
+"""What a worker tells the cluster's exporter of a run."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import Any
+
+import torch
+
+from prelora_ray.config import Settings
+from prelora_ray.engine.flops import forward_flops, peak_flops, training_passes
+from prelora_ray.fault_tolerance.saver import Saved
+from prelora_ray.method.phases import Phase
+from prelora_ray.monitor.client import Client
+from prelora_ray.monitor.metrics import RunMetrics, WorkerMetrics
+from prelora_ray.monitor.sensors import Sensors
+from prelora_ray.run_folder import RunFolder
+
+_RATE_SECONDS = 5.0
+"""What images_per_second is the mean over, at least."""
+
+
+def run_label(settings: Settings) -> str:
+    """The run's folder, as no two runs share one: `/mnt/shared/runs/digits`."""
+    return str(RunFolder.of(settings))
+
+
+class WorkerTelemetry:
+    """A worker's own measurements. Costs some microseconds a step, and a message a second."""
+
+    def __init__(self, settings: Settings, num_classes: int, rank: int, world_size: int, device: torch.device) -> None:
+        self._labels = run_label(settings), str(rank)
+        self._world_size = world_size
+        self._device = device
+        watches_gpu = settings.monitor.enabled and device.type == "cuda"
+        self._sensors = Sensors(device) if watches_gpu else None
+        peak = peak_flops(torch.cuda.get_device_name(device)) if watches_gpu else None
+        self._mfu_per_rate = forward_flops(settings.model, num_classes) / peak if peak else None
+        """MFU for each forward a second."""
+        self._metrics = WorkerMetrics()
+        self._client = Client(self._labels[0], str(rank), self._metrics, enabled=settings.monitor.enabled)
+
+    def begin_epoch(self, phase: Phase) -> None:
+        self._phase = phase
+        self._last = time.monotonic()
+        self._waited = 0.0
+        self._recent = deque([(self._last, 0)])
+        self._images_per_second = 0.0
+        labels = (*self._labels, phase)
+        self._images = self._metrics.images.labels(*labels)
+        self._rate = self._metrics.images_per_second.labels(*labels)
+        self._steps = self._metrics.step_seconds.labels(*labels)
+        self._wait = self._metrics.data_wait_seconds.labels(*labels)
+
+    def step(self, images: int, waited: float) -> None:
+        """A step on so many images has ended. `waited`: seconds of waiting for data since the epoch's begin."""
+        now = time.monotonic()
+        self._images.inc(images)
+        self._steps.observe(now - self._last)
+        self._wait.inc(waited - self._waited)
+        self._last, self._waited = now, waited
+        self._recent.append((now, self._recent[-1][1] + images))
+        while len(self._recent) > 2 and now - self._recent[1][0] >= _RATE_SECONDS:
+            self._recent.popleft()
+        (begin, before), (end, after) = self._recent[0], self._recent[-1]
+        self._images_per_second = (after - before) / (end - begin)
+        if self._client.is_due:
+            self.send()
+
+    def send(self) -> None:
+        self._rate.set(self._images_per_second)
+        if self._mfu_per_rate is not None:
+            forwards = self._images_per_second * training_passes(self._phase)
+            self._metrics.mfu.labels(*self._labels, self._phase).set(forwards * self._mfu_per_rate)
+        if self._sensors is not None and (read := self._sensors.read()) is not None:
+            used, watts = read
+            self._metrics.gpu_utilization.labels(*self._labels).set(used)
+            self._metrics.gpu_power.labels(*self._labels).set(watts)
+        if self._device.type == "cuda":
+            for kind, value in (
+                ("allocated", torch.cuda.memory_allocated()),
+                ("reserved", torch.cuda.memory_reserved()),
+                ("peak", torch.cuda.max_memory_allocated()),
+            ):
+                self._metrics.gpu_memory_bytes.labels(*self._labels, self._phase, kind).set(value)
+        self._client.send(self._world_size)
+
+
+class RunTelemetry:
+    """What rank 0 knows of the run."""
+
+    def __init__(self, settings: Settings, world_size: int, events: list[dict[str, Any]]) -> None:
+        self._run = run_label(settings)
+        self._world_size = world_size
+        self._metrics = RunMetrics()
+        self._client = Client(self._run, "run", self._metrics, enabled=settings.monitor.enabled)
+        self._metrics.world_size.labels(self._run).set(world_size)
+        for kind, limit in (("tau", settings.method.tau), ("zeta", settings.method.zeta)):
+            self._metrics.threshold.labels(self._run, kind).set(limit)
+        for line in events:
+            if line["event"] == "restart":
+                self._metrics.restarts.labels(self._run, line["cause"]).inc()
+            elif line["event"] == "diagnosis":
+                self.diagnosis(line["signature"])
+
+    def state(self, phase: str, epoch: int, ranks: dict[str, int] | None) -> None:
+        """The phase that trains now, completed epochs, and the ranks once there are any."""
+        for other in Phase:
+            self._metrics.phase_info.labels(self._run, other.value).set(other == phase)
+        self._metrics.epoch.labels(self._run).set(epoch)
+        for module, rank in (ranks or {}).items():
+            self._metrics.adapter_rank.labels(self._run, module).set(rank)
+
+    def progress(self, loss: float) -> None:
+        self._metrics.loss.labels(self._run).set(loss)
+        if self._client.is_due:
+            self._client.send(self._world_size)
+
+    def epoch(self, line: dict[str, Any]) -> None:
+        """A line of epochs.jsonl."""
+        self._metrics.loss.labels(self._run).set(line["loss"])
+        self._metrics.learning_rate.labels(self._run).set(line["learning_rate"])
+        self._metrics.trainable_parameters.labels(self._run).set(line["trainable_parameters"])
+        if line["val_top1"] is not None:
+            self._metrics.val_top1.labels(self._run).set(line["val_top1"])
+        self._client.send(self._world_size)
+
+    def window(self, line: dict[str, Any]) -> None:
+        """A line of windows.jsonl."""
+        for family, change in (line["change"] or {}).items():
+            self._metrics.norm_change.labels(self._run, family).set(change)
+        if line["loss_change"] is not None:
+            self._metrics.loss_change.labels(self._run).set(line["loss_change"])
+
+    def saved(self, saved: Saved) -> None:
+        if saved.error is None:
+            self._metrics.checkpoint_seconds.labels(self._run).set(saved.seconds)
+            self._metrics.checkpoint_time.labels(self._run).set(time.time())
+
+    def diagnosis(self, signature: str) -> None:
+        self._metrics.diagnosis.labels(self._run, signature).set(1)

@@ -1,0 +1,60 @@
+import pytest
+
+from prelora_ray.config import ModelSettings, Settings
+from prelora_ray.config_file import parse_settings
+from prelora_ray.engine.flops import forward_flops, peak_flops, training_passes
+from prelora_ray.method.phases import Phase
+from prelora_ray.train.run import _settle_gpu
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("Quadro P400", None),
+    ],
+)
+def test_peaks_are_the_data_sheets(name, teraflops):
+    assert peak_flops(name) == (None if teraflops is None else teraflops * 1e12)
+
+
+def test_a_vit_base_takes_35_gflops():
+    """17.6 G multiplications and additions (arXiv 2012.12877, table 5), each two operations."""
+    assert forward_flops(ModelSettings(name="vit_base_patch16_224"), 1000) == pytest.approx(2 * 17.6e9, rel=0.01)
+
+
+def test_grey_images_save_two_thirds_of_the_patch_embedding():
+    rgb, grey = (
+        forward_flops(ModelSettings(name="vit_base_patch16_224", options={"in_chans": channels}), 1000) for channels in (3, 1)
+    )
+    assert rgb - grey == 2 * 14**2 * 768 * 16**2 * 2
+
+
+def test_a_frozen_base_saves_one_product_of_three():
+    assert [training_passes(phase) for phase in Phase] == [3, 3, 2]
+
+
+@pytest.mark.parametrize(
+    ("asked", "kept", "gpus", "comes_to"),
+    [
+        ("auto", None, 2, True),
+        ("auto", None, 1, False),
+        ("auto", "auto", 2, True),
+        ("auto", True, 0, True),
+        ("auto", False, 2, False),
+        (True, None, 0, True),
+        (True, False, 0, True),
+        (False, True, 2, False),
+    ],
+)
+def test_auto_takes_gpus_that_are_there_and_then_what_the_run_has(asked, kept, gpus, comes_to):
+    """`kept`: what the run folder holds of an earlier start of the run, None before the first; two workers at least."""
+
+    def run(gpu: bool | str) -> Settings:
+        return parse_settings({"name": "run", "data": {"path": "x"}, "workers": {"min": 2, "max": 2, "gpu": gpu}})
+
+    settled = _settle_gpu(run(asked), None if kept is None else run(kept), gpus)
+    assert settled == run(comes_to)

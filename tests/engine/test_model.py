@@ -1,0 +1,65 @@
+import numpy as np
+import timm
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from prelora_ray.config import ModelSettings
+from prelora_ray.engine.model import (
+    compile_blocks,
+    create_model,
+    draw_drop_path,
+    drop_path_modules,
+    set_drop_path,
+)
+from tests.runs import TINY_VIT
+
+TINY = ModelSettings(name="vit_tiny_patch16_224", image_size=8, options=TINY_VIT)
+
+
+def test_the_model_is_timms_own():
+    model = create_model(TINY, num_classes=10, seed=3)
+    torch.manual_seed(3)
+    plain = timm.create_model("vit_tiny_patch16_224", img_size=8, num_classes=10, **TINY_VIT)
+    images = torch.randn(4, 3, 8, 8)
+    assert torch.equal(model.eval()(images), plain.eval()(images))
+    assert not torch.equal(create_model(TINY, 10, seed=4).head.weight, plain.head.weight)
+
+
+def test_drop_path_against_a_branch_left_out():
+    model = create_model(TINY.model_copy(update={"drop_path": 0.5}), num_classes=10, seed=0).train()
+    modules = drop_path_modules(model)
+    assert [module.drop_prob for module in modules] == [0.25, 0.25, 0.5, 0.5]  # the first block has none
+    images = torch.randn(2, 3, 8, 8)
+    set_drop_path(modules, torch.tensor([[1.0, 1.0], [1.0, 1.0], [1.0, 0.0], [1.0, 0.0]]))
+    both = model(images)
+    set_drop_path(modules, None)
+    whole = model(images)
+    model.blocks[2] = torch.nn.Identity()
+    without = model(images)
+    torch.testing.assert_close(both[0], whole[0])
+    torch.testing.assert_close(both[1], without[1])
+
+
+def test_drop_path_masks_belong_to_cells():
+    modules = drop_path_modules(create_model(TINY.model_copy(update={"drop_path": 0.5}), 10, 0))
+    whole = draw_drop_path(modules, 1, 2, 3, range(6), 4, 24)
+    part = draw_drop_path(modules, 1, 2, 3, [4, 5], 4, 12)
+    assert torch.equal(part[:, :8], whole[:, 16:])
+    assert torch.equal(part[:, 8:], torch.ones(4, 4).double())
+    many = torch.cat([draw_drop_path(modules, 1, 2, batch, range(6), 4, 24) for batch in range(200)], dim=1)
+    assert np.allclose(many.mean(1), 1, atol=0.06)  # scaled by 1 / keep
+    assert set(many[2].tolist()) == {0.0, 2.0}
+
+
+def test_blocks_stay_whole_for_several_workers(tmp_path):
+    """torch would cut what it compiles for DDP where gradients fill a mebibyte."""
+    model = create_model(ModelSettings(name="vit_tiny_patch16_224", image_size=32, options={"depth": 2}), 10, 0)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        compile_blocks(model, backend="aot_eager")
+        torch._dynamo.utils.counters.clear()
+        DistributedDataParallel(model)(torch.randn(2, 3, 32, 32)).sum().backward()
+    finally:
+        dist.destroy_process_group()
+    assert torch._dynamo.utils.counters["aot_autograd"]["total"] == 1

@@ -1,0 +1,103 @@
+import math
+
+import pytest
+import torch
+
+from prelora_ray.config_file import parse_settings
+from prelora_ray.engine.model import create_model
+from prelora_ray.engine.optim import build_optimizer, learning_rate, optimizer_state, set_learning_rate
+from prelora_ray.method.adapters import inject
+from prelora_ray.method.phases import freeze_parameters
+from prelora_ray.method.targets import find_targets
+from tests.engine.test_model import TINY
+
+
+def settings(**train):
+    return parse_settings(
+        {
+            "name": "x",
+            "data": {"path": "x"},
+            "train": {"epochs": 10, "ramp_epochs": 2, "learning_rate": 0.1, "final_learning_rate_scale": 0.1, **train},
+            "method": {"adapter_learning_rate_scale": 3, "adapter_ramp_steps": 4, "windows": 2},
+        }
+    )
+
+
+@pytest.fixture
+def model():
+    return create_model(TINY, num_classes=10, seed=0)
+
+
+def train_a_step(model, optimizer):
+    model(torch.randn(4, 3, 8, 8)).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_what_is_decayed(model):
+    inject(model, find_targets(model), {"blocks.0.attn.key": 4})
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = {g["name"]: g for g in build_optimizer(model, settings(weight_decay=0.3)).param_groups}
+    assert {name: group["weight_decay"] for name, group in groups.items()} == {"decay": 0.3, "no_decay": 0, "adapter": 0}
+    in_group = {name: {names[id(p)] for p in group["params"]} for name, group in groups.items()}
+    assert in_group["adapter"] == {"blocks.0.attn.qkv.lora_A.key", "blocks.0.attn.qkv.lora_B.key"}
+    assert {"cls_token", "pos_embed", "norm.weight", "head.bias", "blocks.1.mlp.fc1.bias"} <= in_group["no_decay"]
+    assert {"patch_embed.proj.weight", "head.weight", "blocks.1.mlp.fc1.weight"} <= in_group["decay"]
+    assert sum(map(len, in_group.values())) == len(names)
+
+
+def test_hand_over_keeps_moments_of_what_goes_on_and_drops_the_frozen(model):
+    optimizer = build_optimizer(model, settings())
+    train_a_step(model, optimizer)
+    before = {name: dict(entry) for name, entry in optimizer_state(model, optimizer).items()}
+    targets = [target for target in find_targets(model) if target.name == "blocks.0.mlp.fc1"]
+    inject(model, targets, {"blocks.0.mlp.fc1": 4})
+    warmup = build_optimizer(model, settings(), before)
+    assert set(optimizer_state(model, warmup)) == set(before)
+    train_a_step(model, warmup)
+    moved = optimizer_state(model, warmup)
+    freeze_parameters(model, targets, "adapted")
+    lora = build_optimizer(model, settings(), moved)
+    kept = optimizer_state(model, lora)
+    assert set(moved) - set(kept) == {"blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc1.bias"}
+    for name, entry in kept.items():
+        assert all(torch.equal(value, moved[name][key]) for key, value in entry.items())
+    assert kept["head.weight"]["step"] == 2
+    assert kept["blocks.0.mlp.fc1.lora_A.fc1"]["step"] == 1
+
+
+def test_going_on_from_a_state_is_going_on(model):
+    """A hand-over to the same parameters gives the bits that an optimizer left alone gives."""
+    import copy
+
+    other = copy.deepcopy(model)
+    for network, rebuild in ((model, False), (other, True)):
+        torch.manual_seed(1)
+        optimizer = build_optimizer(network, settings())
+        for _ in range(3):
+            train_a_step(network, optimizer)
+            if rebuild:
+                optimizer = build_optimizer(network, settings(), optimizer_state(network, optimizer))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_schedule_by_hand():
+    run = settings()  # 10 epochs of 5 steps: a ramp of 10, then 40 of cosine from 0.1 to 0.01
+    assert learning_rate(run, 0, 5) == pytest.approx(0.01)
+    assert learning_rate(run, 9, 5) == pytest.approx(0.1)
+    assert learning_rate(run, 10, 5) == pytest.approx(0.1)
+    assert learning_rate(run, 30, 5) == pytest.approx(0.055)
+    assert learning_rate(run, 20, 5) == pytest.approx(0.01 + 0.09 * (0.5 + 0.5 * math.cos(math.pi / 4)))
+    assert learning_rate(run, 50, 5) == pytest.approx(0.01)
+
+
+def test_adapters_rise_after_the_switch(model):
+    inject(model, find_targets(model), {"blocks.0.attn.key": 4})
+    optimizer = build_optimizer(model, settings())
+    rates = []
+    for step in (20, 21, 23, 24):
+        rate = set_learning_rate(optimizer, settings(), step, 5, switch_step=20)
+        by_name = {group["name"]: group["lr"] for group in optimizer.param_groups}
+        assert by_name["decay"] == by_name["no_decay"] == rate
+        rates.append(by_name["adapter"] / rate)
+    assert rates == pytest.approx([0.75, 1.5, 3, 3])

@@ -1,0 +1,126 @@
+"""The state of a run: checked at the switch, copied for a save, and built anew so that it sums as before."""
+
+from __future__ import annotations
+
+import copy
+from multiprocessing import set_forkserver_preload
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import start_processes
+
+from prelora_ray.config_file import parse_settings
+from prelora_ray.engine.snapshot import Snapshot
+from prelora_ray.engine.state import TrainState
+from prelora_ray.method import adapters
+from prelora_ray.method.phases import Decision, Phase
+from prelora_ray.train import state as state_module
+from tests.runs import TINY_VIT, assert_same_bits
+
+CPU = torch.device("cpu")
+
+
+def train_state(options=TINY_VIT, world_size: int = 1, checkpoint: Snapshot | None = None) -> TrainState:
+    settings = parse_settings(
+        {
+            "name": "state",
+            "data": {"path": "x", "batch_size": 8, "cell": 4},
+            "model": {"name": "vit_tiny_patch16_224", "image_size": 8, "options": options},
+            "train": {"epochs": 20, "ramp_epochs": 0},
+        }
+    )
+    return TrainState(settings, 10, 1, CPU, world_size, checkpoint)
+
+
+def switch(state: TrainState) -> Decision:
+    state.phases.ranks = {target.name: 4 for target in state.targets}
+    state.phases.phase, state.phases.switched_at = Phase.WARMUP, 0
+    return Decision(switch=state.phases.ranks)
+
+
+def freeze(state: TrainState) -> Decision:
+    state.phases.phase, state.phases.frozen_at = Phase.LORA, 0
+    return Decision(freeze=True)
+
+
+def train_a_step(state: TrainState, seed: int) -> dict[str, torch.Tensor]:
+    """One step on images drawn by a seed; its gradients."""
+    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+    state.network.train()
+    state.network(images).square().sum().backward()
+    gradients = {name: p.grad.clone() for name, p in state.model.named_parameters() if p.grad is not None}
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    return gradients
+
+
+@pytest.mark.parametrize("value", [0.01, torch.nan])
+def test_a_switch_that_changes_an_output_is_an_error(monkeypatch, value):
+    def inject(model, *args):
+        adapters.inject(model, *args)
+        for b in adapters.lora_layers(model)["blocks.2.mlp.fc1"].lora_B.values():
+            b.data.fill_(value)
+
+    monkeypatch.setattr(state_module, "inject", inject)
+    state = train_state()
+    with pytest.raises(RuntimeError, match="injecting the adapters changed a logit by"):
+        state.apply(switch(state))
+
+
+@pytest.mark.parametrize("phase", Phase)
+def test_nothing_changes_a_snapshot(phase):
+    state = train_state()
+    for reached, change in ((Phase.WARMUP, switch), (Phase.LORA, freeze)):
+        if phase in (reached, Phase.LORA):
+            state.apply(change(state))
+    train_a_step(state, seed=0)
+    snapshot = state.snapshot([], holds_base=False)
+    kept = copy.deepcopy(snapshot)
+    assert bool(kept.base) == (phase is Phase.LORA) and bool(kept.adapter) == (phase is not Phase.FULL)
+    train_a_step(state, seed=1)
+    moments = [tensor for entry in state.optimizer.state.values() for tensor in entry.values()]
+    with torch.no_grad():
+        for tensor in (*state.model.state_dict().values(), *moments):
+            tensor.fill_(7)  # in place, what is frozen too
+    state.phases.end_epoch(0, {target.name: 1.0 for target in state.targets}, 1.0)
+    assert_same_bits(snapshot, kept)
+
+
+def test_a_snapshot_leaves_out_the_base_that_the_run_folder_holds():
+    state = train_state()
+    state.apply(switch(state))
+    assert not state.snapshot([], holds_base=False).base  # it still trains
+    state.apply(freeze(state))
+    whole, rest = (state.snapshot([], holds_base=held) for held in (False, True))
+    frozen = {name for name, parameter in state.model.named_parameters() if not parameter.requires_grad}
+    assert set(whole.base) == frozen and not rest.base
+    assert set(whole.model) == set(rest.model) and not frozen & set(rest.model)
+    assert whole.refers_to_base and rest.refers_to_base
+
+
+WIDE = {"patch_size": 2, "embed_dim": 192, "depth": 2, "num_heads": 2}
+"""3.6 MB of parameters, which DDP sums in one bucket at first, and in two from its second step on."""
+
+
+def go_on_as_if_undisturbed(rank: int, folder: Path) -> None:
+    """What one of three workers does: with two, a sum is the same in either order."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
+    state = train_state(WIDE, world_size=3)
+    train_a_step(state, rank)
+    resumed = train_state(WIDE, world_size=3, checkpoint=state.snapshot([], holds_base=False))
+    expected, found = (train_a_step(each, 3 + rank) for each in (state, resumed))
+    assert expected.keys() == found.keys() == dict(state.model.named_parameters()).keys()
+    different = [name for name, gradient in expected.items() if not torch.equal(gradient, found[name])]
+    assert not different
+    assert_same_bits(state.snapshot([], holds_base=False), resumed.snapshot([], holds_base=False))
+    assert len(state.network._get_ddp_logging_data()["rebuilt_bucket_sizes"].split(",")) > 1
+    dist.destroy_process_group()
+
+
+def test_a_state_built_anew_sums_gradients_as_the_one_before(tmp_path):
+    """To the bit, over several buckets, though DDP arranges them anew after its first backward."""
+    set_forkserver_preload([__name__])  # torch is imported once for all three
+    start_processes(go_on_as_if_undisturbed, (tmp_path,), nprocs=3, start_method="forkserver")

@@ -1,0 +1,194 @@
+"""One step against a statement of its own: the gradient of the mean loss over the global batch, in float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from prelora_ray.config import Settings
+from prelora_ray.config_file import parse_settings
+from prelora_ray.data.batch import Batch
+from prelora_ray.data.manifest import Manifest, Shard
+from prelora_ray.data.mixing import Mixing, plan_mixing
+from prelora_ray.engine.model import draw_drop_path, set_drop_path
+from prelora_ray.engine.state import TrainState
+from prelora_ray.engine.step import NonFiniteLossError, Stepper
+from prelora_ray.method.phases import Decision, Phase
+from prelora_ray.train.feed import stream_plan
+from tests.runs import TINY_VIT
+
+MANIFEST = Manifest(
+    tuple("0123456789"),
+    {"train": (Shard("t", (21,), 0, ""),), "val": (Shard("v", (21,), 0, ""),)},
+    bad=0,
+    settings={},
+)
+
+
+def settings(
+    tmp_path: Path, channels: int = 3, augment: dict[str, float] | None = None, drop_path: float = 0.0, **train
+) -> Settings:
+    options = {**TINY_VIT, "in_chans": channels}
+    return parse_settings(
+        {
+            "name": "step",
+            "data": {"path": str(tmp_path), "batch_size": 24, "cell": 4},
+            "model": {"name": "vit_tiny_patch16_224", "image_size": 8, "options": options, "drop_path": drop_path},
+            "augment": augment or {},
+            "train": {"precision": "fp64", "epochs": 20, "ramp_epochs": 0, "clip_norm": None, **train},
+        }
+    )
+
+
+def stepper(settings: Settings) -> Stepper:
+    plan = stream_plan(settings, MANIFEST, 0, 1)
+    return Stepper(TrainState(settings, 10, 1, torch.device("cpu"), 1), plan)
+
+
+def batch(ids: np.ndarray) -> Batch:
+    rng = np.random.default_rng(0)
+    images = torch.from_numpy(rng.integers(0, 256, (len(ids), 8, 8, 3), np.uint8))
+    labels = torch.from_numpy(np.where(ids >= 0, rng.integers(0, 10, len(ids)), -1))
+    return Batch("train", 0, 0, images, labels, ids)
+
+
+IDS = np.array([*range(11), -1, *range(11, 14), -1, *range(14, 17), -1, *range(17, 21)])  # 21 of 24 slots
+
+
+def gradients_of_a_step(step: Stepper, content: Batch) -> dict[str, torch.Tensor]:
+    gradients: dict[str, torch.Tensor] = {}
+    step.state.optimizer.register_step_pre_hook(
+        lambda *_: gradients.update({n: p.grad.clone() for n, p in step.state.model.named_parameters()})
+    )
+    step.train(content)
+    return gradients
+
+
+@pytest.mark.parametrize(("micro_batch", "channels"), [(None, 3), (4, 3), (8, 3), (16, 3), (8, 1)])
+def test_gradient_is_the_mean_over_the_global_batch(tmp_path, micro_batch, channels):
+    step = stepper(settings(tmp_path, channels, micro_batch=micro_batch))
+    reference = stepper(settings(tmp_path, channels)).state.model
+    content = batch(IDS)
+    gradients = gradients_of_a_step(step, content)
+    filled = torch.from_numpy(IDS >= 0)
+    mean = torch.tensor((0.485, 0.456, 0.406), dtype=torch.float64)
+    std = torch.tensor((0.229, 0.224, 0.225), dtype=torch.float64)
+    pixels = ((content.images[filled].double() / 255 - mean) / std).permute(0, 3, 1, 2)
+    if channels == 1:
+        grey = np.stack([Image.fromarray(image.numpy()).convert("L") for image in content.images[filled]])
+        pixels = (torch.from_numpy(grey)[:, None].double() / 255 - mean.mean()) / std.mean()
+    loss = F.cross_entropy(reference(pixels), content.labels[filled])
+    loss.backward()
+    for name, parameter in reference.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-6, atol=1e-9)
+    assert step.epoch_sums() == (pytest.approx(21 * loss.item(), rel=1e-6), 21)
+
+
+@pytest.mark.parametrize("micro_batch", [None, 4, 8, 16])
+def test_mixing_label_smoothing_and_drop_path_are_the_same_in_every_micro_batch(tmp_path, micro_batch):
+    """Image by image, and the loss as torch's own cross entropy has it."""
+    augment = {"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1}
+    run = settings(tmp_path, augment=augment, drop_path=0.5, micro_batch=micro_batch)
+    step, reference, content = stepper(run), stepper(run).state, batch(IDS)
+    gradients = gradients_of_a_step(step, content)
+
+    key = (run.train.seed, 0, 0, range(6), 4)
+    plan = plan_mixing(Mixing(0.8, 1.0), *key, IDS, 8)
+    images = step._normalize(content.images)
+    mixed = plan.weight.view(-1, 1, 1, 1) * images + (1 - plan.weight).view(-1, 1, 1, 1) * images[plan.partner]
+    cuts = [(slot, box) for slot, box in enumerate(plan.box.tolist()) if any(box)]
+    for slot, (top, left, bottom, right) in cuts:
+        mixed[slot] = images[slot]
+        mixed[slot, :, top:bottom, left:right] = images[plan.partner[slot], :, top:bottom, left:right]
+    scales = draw_drop_path(reference.drop_path, *key, 24).float()  # as the step sends them to the device
+    assert 4 < len(cuts) < 20 and (scales[:, 4:] == 0).any(1).all()  # both kinds of mixing, and every branch left out
+
+    filled = torch.from_numpy(IDS >= 0)
+    set_drop_path(reference.drop_path, scales[:, filled])
+    logits = reference.model.train()(mixed[filled])
+    own, partners = (
+        F.cross_entropy(logits, labels[filled], label_smoothing=0.1, reduction="none")
+        for labels in (content.labels, content.labels[plan.partner])
+    )
+    weight = plan.weight[filled]
+    loss = (weight * own + (1 - weight) * partners).mean()
+    loss.backward()
+    for name, parameter in reference.model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-12, atol=1e-12)
+    assert step.epoch_sums() == (pytest.approx(21 * loss.item(), rel=1e-12), 21)
+
+
+def test_evaluation_counts_every_filled_slot_once(tmp_path):
+    step = stepper(settings(tmp_path, micro_batch=8))
+    content = batch(IDS)
+    result = step.evaluate([content, content])
+    filled = torch.from_numpy(IDS >= 0)
+    logits = step.state.model.eval()(step._normalize(content.images))[filled]
+    labels = content.labels[filled]
+    assert result.images == 42
+    assert result.top1 == pytest.approx((logits.argmax(1) == labels).double().mean().item())
+    ranks = (logits > logits.gather(1, labels[:, None])).sum(1)
+    assert result.top5 == pytest.approx((ranks < 5).double().mean().item())
+    assert result.loss == pytest.approx(F.cross_entropy(logits, labels).item())
+
+
+def test_clipping_against_torch(tmp_path):
+    step = stepper(settings(tmp_path, clip_norm=0.01))
+    norms = []
+    step.state.optimizer.register_step_pre_hook(
+        lambda *_: norms.append(torch.stack([p.grad.norm() for p in step.state.model.parameters()]).norm().item())
+    )
+    step.train(batch(IDS))
+    assert norms == [pytest.approx(0.01, rel=1e-3)]
+
+
+def test_merged_adapters_train_as_the_plain_ones_do(tmp_path):
+    """Through both changes of phase, in float64: what is held of the weights is brought up to date at every step."""
+    trained, losses = [], []
+    for adapters in ("plain", "merged"):
+        step = stepper(settings(tmp_path, adapters=adapters, learning_rate=0.01, micro_batch=8))
+        state = step.state
+        ranks = {target.name: 2 << i % 3 for i, target in enumerate(state.targets)}
+        for phase, decision in {
+            Phase.FULL: Decision(),
+            Phase.WARMUP: Decision(switch=ranks),
+            Phase.LORA: Decision(freeze=True),
+        }.items():
+            state.phases.phase, state.phases.switched_at = phase, 0
+            state.apply(decision)
+            for _ in range(3):
+                step.train(batch(IDS))
+        trained.append(dict(state.model.named_parameters()))
+        losses.append(step.evaluate([batch(IDS)]).loss)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-9)
+    for name, plain in trained[0].items():
+        torch.testing.assert_close(trained[1][name], plain, rtol=0, atol=1e-9)
+        assert "lora_" not in name or trained[1][name].abs().max() > 0
+
+
+def test_a_loss_that_is_not_finite_names_its_step_and_phase(tmp_path):
+    step = stepper(settings(tmp_path))
+    step.train(batch(IDS))
+    step.check_finite()
+    step.state.batch = 1
+    with torch.no_grad():
+        step.state.model.head.bias[0] = torch.nan
+    step.train(batch(IDS))
+    step.train(batch(IDS))
+    with pytest.raises(NonFiniteLossError, match=r"not finite at step 1 .*phase full"):
+        step.check_finite()
+
+
+def test_a_gradient_that_overflows_is_not_finite_either(tmp_path):
+    step = stepper(settings(tmp_path))
+    with torch.no_grad():
+        step.state.model.head.weight *= 1e160  # the squares of its gradients are beyond float64
+    gradients = gradients_of_a_step(step, batch(IDS))
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+    with pytest.raises(NonFiniteLossError, match=r"not finite at step 0 .*phase full"):
+        step.check_finite()

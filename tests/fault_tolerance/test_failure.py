@@ -1,0 +1,206 @@
+"""What a user is told of a failure, and which are tried again: with Ray's own errors, and whole runs that fail."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import traceback
+from typing import Any
+
+import pytest
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+from prelora_ray.engine.step import Stepper
+from prelora_ray.fault_tolerance.end import End, read_end
+from prelora_ray.fault_tolerance.failure import WorkerCodeError, failures_of, is_own, root_cause
+from prelora_ray.run_folder import RunFolder
+from prelora_ray.train import run as driver
+from prelora_ray.train.run import TrainError, train
+from prelora_ray.train.worker import train_worker
+from tests.data.test_damage import overwrite
+from tests.runs import settings
+
+SHAPES = "mat1 and mat2 shapes cannot be multiplied (2x3 and 2x3)"
+NEVER_SWITCHES = {"train": {"epochs": 2}, "method": {"enabled": False}}
+
+
+def raise_in_worker(config: dict[str, Any]) -> None:
+    total, rank = torch.zeros(3), ray.train.get_context().get_world_rank()
+    match config["kind"]:
+        case "shapes":
+            torch.zeros(2, 3) @ torch.zeros(2, 3)
+        case "lines":
+            raise ValueError("a first line\n  and a second")
+        case "data":
+            next(iter(ray.data.range(1).map(_fail_on_row).iter_rows()))  # of several rows any may fail first
+        case "one of two":
+            if rank == 1:
+                torch.zeros(2, 3) @ torch.zeros(2, 3)
+            dist.all_reduce(total)
+        case "death":
+            dist.all_reduce(total)
+            if rank == 1:
+                os._exit(1)
+            dist.all_reduce(total)
+
+
+def _fail_on_row(row: dict[str, Any]) -> dict[str, Any]:
+    raise RuntimeError(f"row {row['id']} is bad:\nit has no colour")
+
+
+@pytest.mark.parametrize(
+    ("kind", "workers", "told", "own"),
+    [
+        ("shapes", 1, f"RuntimeError: {SHAPES}", True),
+        ("lines", 1, "ValueError: a first line and a second", True),
+        ("data", 1, "RuntimeError: row 0 is bad: it has no colour", True),
+        ("one of two", 2, f"RuntimeError: {SHAPES}", True),
+        ("death", 2, "ActorDiedError: The actor died unexpectedly before finishing this task.", False),
+    ],
+)
+def test_the_root_cause_of_rays_errors(ray_cluster, tmp_path, kind, workers, told, own):
+    trainer = ray.train.torch.TorchTrainer(
+        raise_in_worker,
+        train_loop_config={"kind": kind},
+        scaling_config=ray.train.ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 0.5}),
+        run_config=ray.train.RunConfig(storage_path=str(tmp_path)),
+    )
+    with pytest.raises(ray.train.TrainingFailedError) as error:
+        trainer.fit()
+    cause = root_cause(error.value)
+    assert cause.startswith(told) and (cause == told or not own)
+    assert "\n" not in cause
+    failures = error.value.worker_failures.values()
+    assert any(is_own(failure) for failure in failures) == own
+
+
+def test_what_lost_peers_full_disks_and_devices_raise_is_not_the_codes_own():
+    for error in (
+        OSError(5, "Input/output error"),
+        OSError(28, "No space left on device"),
+        MemoryError(),
+        dist.DistNetworkError("the store is gone"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        torch.AcceleratorError("CUDA error: an illegal memory access"),
+        RuntimeError("[.../gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:21396."),
+        RuntimeError("NCCL Error 2: unhandled system error"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        ray.exceptions.ObjectLostError("00", None, ""),
+    ):
+        assert not is_own(error), error
+
+
+LOST_PEER = RuntimeError("[.../gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:21396.")
+DEATH = WorkerHealthCheckFailedError("A worker health check failed.", ray.exceptions.ActorDiedError())
+
+
+def test_of_several_workers_failures_the_one_that_caused_the_others_is_told():
+    own = WorkerCodeError(f"RuntimeError: {SHAPES}", 3)
+    assert root_cause(ray.train.WorkerGroupError("", {0: LOST_PEER, 1: own})) == own.reason
+    assert root_cause(ray.train.WorkerGroupError("", {0: LOST_PEER, 1: DEATH})).startswith("ActorDiedError: The actor died")
+    assert failures_of(ray.train.WorkerGroupError("", {0: LOST_PEER, 1: own})) == [own]
+    assert failures_of(ray.train.WorkerGroupError("", {0: own, 1: DEATH})) == []  # its peer's death may be why it failed
+
+
+def test_no_traceback_is_told(ray_cluster):
+    @ray.remote(num_cpus=0)
+    def fail() -> None:
+        raise TypeError("in a task")
+
+    with pytest.raises(TypeError) as error:
+        ray.get(fail.remote())
+    assert root_cause(error.value) == "TypeError: in a task"
+    assert is_own(error.value)
+    try:
+        {}["colour"]
+    except KeyError:
+        quoted = RuntimeError(f"a loader failed, with its own\n{traceback.format_exc()}")
+    assert root_cause(quoted) == "KeyError: 'colour'"
+
+
+def test_a_failure_travels_between_processes():
+    failure = pickle.loads(pickle.dumps(WorkerCodeError("RuntimeError: x", 3, is_final=True, is_repeated=True)))
+    assert (str(failure), failure.step, failure.is_final, failure.is_repeated) == ("RuntimeError: x", 3, True, True)
+
+
+def fail_as_named(config: dict[str, Any]) -> None:
+    """The worker, whose start or step 3 raises what the run's name asks for."""
+    train_step = Stepper.train
+    name, folder = config["settings"]["name"], config["settings"]["storage"]
+    if name == "fails-at-its-start":
+        config["settings"]["model"]["options"] = {"embed_dim": "wide"}
+
+    def step(stepper: Stepper, batch: Any) -> None:
+        if stepper.state.step == 3:
+            match name:
+                case "fails-alike":
+                    torch.zeros(2, 3) @ torch.zeros(2, 3)
+                case "fails-by-settings":
+                    raise ValueError("model.colour = 'red' is not allowed: it must be blue")
+                case "fails-for-want-of-a-disk" if _attempts(folder, name) <= 3:
+                    raise OSError(5, "Input/output error")
+                case "fails-otherwise" if _attempts(folder, name) <= 2:
+                    raise RuntimeError(f"attempt {_attempts(folder, name)}")
+        train_step(stepper, batch)
+
+    Stepper.train = step
+    try:
+        train_worker(config)
+    finally:
+        Stepper.train = train_step
+
+
+def _attempts(storage: str, name: str) -> int:
+    events = RunFolder(f"{storage}/{name}").read_lines("events.jsonl")
+    return sum(line["event"] in ("run_started", "restart") for line in events)
+
+
+@pytest.mark.parametrize(
+    ("name", "workers", "attempts", "message"),
+    [
+        ("fails-alike", 2, 2, f"training failed twice at step 3: RuntimeError: {SHAPES}"),
+        (
+            "fails-by-settings",
+            1,
+            1,
+            "training failed at step 3: ValueError: model.colour = 'red' is not allowed: it must be blue",
+        ),
+        (
+            "fails-at-its-start",
+            1,
+            0,
+            "training failed before its first step: ValueError: model.name = ",
+        ),
+        ("fails-for-want-of-a-disk", 1, 4, None),
+        ("fails-otherwise", 1, 3, None),
+    ],
+)
+def test_what_would_fail_alike_is_not_tried_again(digits, storage, monkeypatch, name, workers, attempts, message):
+    run = settings(digits, storage, name, workers, checkpoint={"every_seconds": None}, **NEVER_SWITCHES)
+    monkeypatch.setattr(driver, "train_worker", fail_as_named)
+    if message is None:
+        assert train(run)["restarts"] == attempts - 1
+    else:
+        with pytest.raises(TrainError) as error:
+            train(run)
+        assert str(error.value).startswith(message)
+        assert read_end(RunFolder.of(run)) == End("failed", message=str(error.value))
+    assert _attempts(str(storage), name) == attempts
+
+
+def test_damaged_data_ends_a_run_at_once_and_is_named(digits, storage, tmp_path):
+    """Whichever of the workers comes upon it; and a word of its name that speaks of a lost peer changes nothing."""
+    data = shutil.copytree(digits, tmp_path / "connection timed out")
+    source = overwrite(data / "train-00000.parquet", 700)
+    run = settings(data, storage, "damaged", 2, checkpoint={"every_seconds": None}, **NEVER_SWITCHES)
+    with pytest.raises(TrainError) as error:
+        train(run)
+    assert f"{data}/train-00000.parquet, row 700 ({source}): the stored image cannot be decoded: " in str(error.value)
+    assert str(error.value).startswith("training failed ") and "\n" not in str(error.value)
+    assert _attempts(str(storage), "damaged") == 1

@@ -1,0 +1,233 @@
+"""What is exported from each phase, loaded by timm, PEFT and onnxruntime alone; and evaluation of all of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pyarrow.parquet as pq
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from prelora_ray.config_file import parse_settings
+from prelora_ray.data.damage import DamagedDataError
+from prelora_ray.data.manifest import read_manifest
+from prelora_ray.engine.state import TrainState
+from prelora_ray.fault_tolerance.checkpoint import Checkpoints
+from prelora_ray.inference.evaluate import evaluate
+from prelora_ray.inference.export import ExportError, export
+from prelora_ray.inference.load import load_run_model
+from prelora_ray.method.phases import Decision
+from prelora_ray.run_folder import RunFolder
+from prelora_ray.storage import Storage
+from prelora_ray.train.run import train
+from tests.data.test_damage import overwrite
+from tests.runs import EPOCHS, FREEZE, SWITCH, TINY_VIT, settings
+
+CHANNELS = {"full": 3, "warmup": 1, "lora": 3}
+"""Of the images that the run of each phase takes; 1 is their grey value."""
+
+
+def make_run(folder: Path, digits: Path, phase: str) -> Path:
+    """A run that stands in `phase`, with adapters that do something."""
+    options = {**TINY_VIT, "in_chans": CHANNELS[phase]}
+    settings = parse_settings(
+        {
+            "name": phase,
+            "storage": str(folder),
+            "data": {"path": str(digits), "batch_size": 96, "cell": 12, "mean": [0.3], "std": [0.4], "crop_ratio": 1},
+            "model": {"name": "vit_tiny_patch16_224", "image_size": 8, "options": options},
+            "method": {"r_min": 2, "r_max": 8},
+        }
+    )
+    manifest = read_manifest(Storage(str(digits)))
+    state = TrainState(settings, 10, 1, torch.device("cpu"), 1)
+    if phase != "full":
+        names = [target.name for target in state.targets if target.layer != 1]
+        ranks = {name: (2, 4, 8)[i % 3] for i, name in enumerate(names)}
+        state.phases.load_state_dict({**state.phases.state_dict(), "phase": "warmup", "switch_epoch": 1, "ranks": ranks})
+        state.apply(Decision(switch=ranks))
+    if phase == "lora":
+        state.phases.load_state_dict({**state.phases.state_dict(), "phase": "lora", "freeze_epoch": 2})
+        state.apply(Decision(freeze=True))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in state.model.named_parameters():
+            if "lora_B" in name or name.startswith("head"):
+                parameter.normal_(std=0.2)
+    state.epoch = 3
+    run = RunFolder.of(settings)
+    run.make()
+    run.write_settings(settings)
+    run.write_json("data.json", {"classes": list(manifest.classes), "fingerprint": manifest.fingerprint})
+    Checkpoints(run).save(state.snapshot([], holds_base=False))
+    return folder / phase
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, digits) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    return {phase: make_run(folder, digits, phase) for phase in CHANNELS}
+
+
+@pytest.fixture(scope="module")
+def exports(runs, tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("exports")
+    for phase, run in runs.items():
+        export(str(run), str(folder / phase))
+    return {phase: folder / phase for phase in CHANNELS}
+
+
+@pytest.fixture(scope="module")
+def validation(digits) -> tuple[torch.Tensor, torch.Tensor]:
+    """All validation images as normalised grey values, and their labels, from scikit-learn's own arrays."""
+    shards = read_manifest(Storage(str(digits))).splits["val"]
+    rows = [int(row["source"]) for shard in shards for row in pq.read_table(digits / shard.file).to_pylist()]
+    content = load_digits()
+    pixels = torch.from_numpy((content.images[rows] * 255 / 16).round()).float()
+    return ((pixels / 255 - 0.3) / 0.4)[:, None], torch.from_numpy(content.target[rows])
+
+
+@pytest.mark.parametrize("phase", CHANNELS)
+@torch.no_grad()
+def test_timm_peft_and_onnxruntime_compute_what_the_run_does(runs, exports, validation, phase):
+    images = validation[0].repeat(1, CHANNELS[phase], 1, 1)
+    expected = load_run_model(str(runs[phase])).module(images)
+    out = exports[phase]
+    forms = {
+        "hugging face folder": timm.create_model(f"local-dir:{out}/timm", pretrained=True).eval()(images),
+        "checkpoint": timm.create_model(
+            "vit_tiny_patch16_224",
+            num_classes=10,
+            img_size=8,
+            checkpoint_path=str(out / "timm/model.safetensors"),
+            **{**TINY_VIT, "in_chans": CHANNELS[phase]},
+        ).eval()(images),
+        "onnx": torch.from_numpy(
+            onnxruntime.InferenceSession(str(out / "onnx/model.onnx")).run(["logits"], {"pixels": images.numpy()})[0]
+        ),
+    }
+    if phase != "full":
+        base = timm.create_model(f"local-dir:{out}/adapter/base", pretrained=True).eval()
+        assert (base(images) - expected).abs().max() > 1e-2, "the adapters do something"
+        forms["peft"] = PeftModel.from_pretrained(base, str(out / "adapter")).eval()(images)
+    else:
+        assert not (out / "adapter").exists()
+    for form, logits in forms.items():
+        assert (logits - expected).abs().max() <= 1e-4, form
+
+
+@pytest.mark.parametrize("phase", ["warmup", "lora"])
+def test_the_configuration_is_that_of_the_run(exports, phase):
+    config, channels = json.loads((exports[phase] / "timm/config.json").read_text()), CHANNELS[phase]
+    assert config["label_names"] == [str(digit) for digit in range(10)]
+    assert config["pretrained_cfg"]["mean"] == [0.3] * channels
+    assert config["pretrained_cfg"]["input_size"] == [channels, 8, 8]
+    assert f"images (n, {channels}, 8, 8) as `pixels`" in (exports[phase] / "README.md").read_text()
+    transform = timm.data.create_transform(
+        **timm.data.resolve_data_config({}, model=timm.create_model(f"local-dir:{exports[phase]}/timm", pretrained=False))
+    )
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, channels), np.uint8).squeeze()
+    expected = (torch.from_numpy(pixels).view(8, 8, channels).permute(2, 0, 1) / 255 - 0.3) / 0.4
+    torch.testing.assert_close(transform(Image.fromarray(pixels)), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("phase", "form"),
+    [
+        ("lora", "run"),
+        ("lora", "timm"),
+        ("lora", "adapter"),
+        ("lora", "onnx"),
+        ("warmup", "checkpoint"),
+        ("warmup", "export"),
+    ],
+)
+def test_evaluation_against_scikit_learns_own_arrays(runs, exports, digits, validation, phase, form):
+    images, labels = validation
+    run, out = runs[phase], exports[phase]
+    source = {"run": run, "checkpoint": run / "checkpoints/00003-000000", "export": out}.get(form, out / form)
+    report = evaluate(str(source), None if form in ("run", "checkpoint") else str(digits))
+    with torch.no_grad():
+        logits = load_run_model(str(run)).module(images.repeat(1, CHANNELS[phase], 1, 1))
+    best = logits.argsort(1, descending=True)
+    assert report.evaluation.images == len(labels)
+    assert report.evaluation.top1 == pytest.approx((best[:, 0] == labels).double().mean().item())
+    assert report.evaluation.top5 == pytest.approx((best[:, :5] == labels[:, None]).any(1).double().mean().item())
+    assert report.evaluation.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    confusion = torch.zeros(10, 10, dtype=torch.int64)
+    for label, guess in zip(labels, best[:, 0], strict=True):
+        confusion[label, guess] += 1
+    assert torch.equal(report.confusion, confusion)
+    assert report.class_top1[3] == pytest.approx(confusion[3, 3].item() / (labels == 3).sum().item())
+
+
+@pytest.mark.parametrize(
+    ("start", "source"), [(".", "checkpoints/{}"), ("checkpoints", "{}"), ("checkpoints/{}", "."), (".", ".")]
+)
+def test_a_run_is_found_from_inside_it(runs, monkeypatch, start, source):
+    (name,) = Checkpoints(RunFolder(runs["lora"])).names()
+    monkeypatch.chdir(runs["lora"] / start.format(name))
+    assert load_run_model(source.format(name)).checkpoint == name
+
+
+def test_a_form_that_differs_fails_and_leaves_nothing(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "prelora_ray.inference.export.merged_state_dict", lambda model: load_run_model(str(runs["full"])).module.state_dict()
+    )
+    with pytest.raises(ExportError, match=r"the (onnx|timm) form differs from the run's model by"):
+        export(str(runs["lora"]), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_mistakes_are_told_in_a_sentence(runs, exports, digits, tmp_path):
+    with pytest.raises(ValueError, match="is not empty: name a new folder"):
+        export(str(runs["lora"]), str(exports["lora"]))
+    with pytest.raises(ValueError, match=r"is no run folder: it has no config\.yaml"):
+        export(str(tmp_path), str(tmp_path / "out"))
+    with pytest.raises(ValueError, match="is no trained model: give a run folder"):
+        evaluate(str(tmp_path))
+    with pytest.raises(ValueError, match="does not know its data: name a prepared folder"):
+        evaluate(str(exports["lora"]))
+    with pytest.raises(ValueError, match="is no prepared folder"):
+        evaluate(str(runs["lora"]), str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match="is no exported model"):
+        evaluate(str(tmp_path), str(digits))
+
+
+def test_other_classes_are_refused(runs, digits, tmp_path):
+    other = shutil.copytree(digits, tmp_path / "other")
+    content = json.loads((other / "manifest.json").read_text())
+    content["classes"][4] = "four"
+    (other / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"class 4 is 'four' in .* was trained with '4'"):
+        evaluate(str(runs["lora"]), str(other))
+
+
+def test_an_image_that_does_not_decode_is_named(runs, digits, tmp_path):
+    data = shutil.copytree(digits, tmp_path / "data")
+    source = overwrite(data / "val-00000.parquet", 7)
+    for work in (lambda: evaluate(str(runs["full"]), str(data)), lambda: export(str(runs["full"]), "out", str(data))):
+        with pytest.raises(DamagedDataError) as error:
+            work()
+        assert str(error.value).startswith(f"{data}/val-00000.parquet, row 7 ({source}): the stored image cannot be decoded: ")
+
+
+@pytest.mark.slow
+def test_a_run_on_grey_values_by_two_workers(digits, tmp_path):
+    run = settings(digits, tmp_path, "grey", 2, model={"options": {**TINY_VIT, "in_chans": 1}}, data={"mean": [0.3]})
+    result = train(run)
+    assert (result["switch_epoch"], result["freeze_epoch"], result["epochs"]) == (SWITCH, FREEZE, EPOCHS)
+    done = export(str(tmp_path / "grey"), str(tmp_path / "out"))
+    assert done.forms == ("adapter", "onnx", "timm")
+    for source in (tmp_path / "grey", tmp_path / "out"):
+        assert evaluate(str(source), str(digits)).evaluation.top1 == pytest.approx(result["val_top1"])
