@@ -20,8 +20,8 @@ import torch
 
 from prelora_ray.config_file import parse_settings
 from prelora_ray.engine.state import TrainState
+from prelora_ray.fault_tolerance.async_checkpointer import AsyncCheckpointer
 from prelora_ray.fault_tolerance.checkpoint import Checkpoints, Retention
-from prelora_ray.fault_tolerance.saver import Saver
 from prelora_ray.storage import Storage
 
 _ROUNDS = 5
@@ -50,7 +50,7 @@ def main(model: str, batch: int) -> None:
     blocked, longest, slowed, written = [], [], [], []
     with tempfile.TemporaryDirectory() as directory:
         checkpoints = Checkpoints(Storage(directory))
-        saver = Saver(checkpoints, Retention(keep=1))
+        saver = AsyncCheckpointer(checkpoints, Retention(keep=1))
         for round_ in range(_ROUNDS):
             state.epoch = round_
             start = time.perf_counter()

@@ -31,7 +31,7 @@ from prelora_ray.data.prepare import plan as plan_tasks
 from prelora_ray.data.sources import Columns, Splits
 from prelora_ray.data.sources.files import File
 from prelora_ray.data.sources.folder import open_folders
-from prelora_ray.train.feed import stream_plan
+from prelora_ray.train.batch_stream import stream_plan
 
 SIZES = {"imagenet-1k": 1_281_167, "imagenet-21k": 14_197_122}
 """Training images."""

@@ -33,7 +33,7 @@ MAY_IMPORT = {
         *("fault_tolerance", "engine/optim.py", "engine/snapshot.py", "data/damage.py"),
         *("run_folder.py", "config.py", "storage.py", "errors.py"),
     },
-    "monitor": {"monitor", "engine/flops.py", "fault_tolerance/saver.py", "method", "run_folder.py", "config.py"},
+    "monitor": {"monitor", "engine/flops.py", "fault_tolerance/async_checkpointer.py", "method", "run_folder.py", "config.py"},
     "train": {
         *("train", "fault_tolerance", "monitor", "engine", "method", "data"),
         *("run_folder.py", "config.py", "config_file.py", "storage.py", "errors.py", "nodes.py"),

@@ -27,8 +27,9 @@ from prelora_ray.data.prepare import plan as plan_tasks
 from prelora_ray.data.sources import Item, Source
 from prelora_ray.data.sources.folder import FileReader
 from prelora_ray.engine.state import TrainState
-from prelora_ray.engine.step import Stepper
-from prelora_ray.train.attempt import Session
+from prelora_ray.engine.step import TrainStep
+from prelora_ray.method.phases import Phase
+from prelora_ray.train.epoch_meter import EpochMeter
 from tests.runs import TINY_VIT
 
 WORLD_SIZE = 8
@@ -91,19 +92,15 @@ def step(plan: StreamPlan) -> Callable[[], object]:
     state = TrainState(settings, 1000, plan.orders["train"].num_batches, torch.device("cpu"), world_size=1)
     slots = plan.num_slots
     batch = Batch("train", 0, 0, torch.zeros(slots, 8, 8, 3, dtype=torch.uint8), torch.zeros(slots).long(), np.arange(slots))
-    stepper = Stepper(state, plan)
+    stepper = TrainStep(state, plan)
     return lambda: stepper._inputs(batch)
 
 
 def end_of_epoch(plan: StreamPlan) -> Callable[[], object]:
-    """A session's sums over the epoch, with a loop that has taken all batches."""
-    session = Session.__new__(Session)
-    session.plan = plan
-    session._epoch_time, session._first_batch = 0.0, 0
-    session.state = cast(Any, SimpleNamespace(batches=plan.orders["train"].num_batches))
-    session.feed = cast(Any, SimpleNamespace(wait_seconds=0.0))
-    session.stepper = cast(Any, SimpleNamespace(check_finite=lambda: None, epoch_sums=lambda: (1.0, 1)))
-    return session.mean_loss
+    """What is counted at the end of an epoch, with a loop that has taken all batches."""
+    state = cast(Any, SimpleNamespace(phases=SimpleNamespace(phase=Phase.FULL), batch=0))
+    meter = EpochMeter(state, plan, cast(Any, SimpleNamespace(wait_seconds=0.0)))
+    return lambda: meter.end_training(1.0, 1)
 
 
 @pytest.mark.parametrize("part", [step, end_of_epoch])

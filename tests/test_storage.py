@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from prelora_ray.fault_tolerance.checkpoint import Checkpoints
-from prelora_ray.fault_tolerance.resume_point import find_start
+from prelora_ray.fault_tolerance.resume_point import find_resume_point
 from prelora_ray.run_folder import LineWriter, RunFolder, RunRecords
 from prelora_ray.storage import Storage, absolute, without_keys
 from tests.command import prelora_here
@@ -125,7 +125,7 @@ def test_events_of_an_attempt_that_dies_soon_are_there(folder):
     records.epoch(epoch=0)
     records.flush_events()
     assert [line["event"] for line in RunFolder(folder).read_lines("events.jsonl")] == ["run_started"]
-    start, _ = find_start(RunFolder(folder), Checkpoints(RunFolder(folder)))
+    start, _ = find_resume_point(RunFolder(folder), Checkpoints(RunFolder(folder)))
     assert start.attempt == 1
 
 

@@ -28,7 +28,7 @@ from prelora_ray.data.prepare import PrepareSettings, prepare
 from prelora_ray.data.rows import read_encoded
 from prelora_ray.data.stream import stream_batches
 from prelora_ray.storage import Storage
-from prelora_ray.train.feed import stream_plan
+from prelora_ray.train.batch_stream import stream_plan
 from prelora_ray.train.run import ray_session
 
 _STORED = 512

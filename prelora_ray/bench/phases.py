@@ -24,9 +24,9 @@ from prelora_ray.data.batch import Batch, StreamPlan
 from prelora_ray.data.manifest import Manifest, Shard
 from prelora_ray.engine.flops import forward_flops, training_passes
 from prelora_ray.engine.state import TrainState
-from prelora_ray.engine.step import Stepper
+from prelora_ray.engine.step import TrainStep
 from prelora_ray.method.phases import Decision, Phase, count_parameters
-from prelora_ray.train.feed import stream_plan
+from prelora_ray.train.batch_stream import stream_plan
 
 logger = logging.getLogger(__name__)
 
@@ -170,7 +170,7 @@ class _Bench:
         settings = _settings(self.options, changes)
         plan = _plan(settings, self.options.batch)
         state = TrainState(settings, _NUM_CLASSES, 10**6, self.device, world_size=1)
-        stepper, batch = Stepper(state, plan), self._batch()
+        stepper, batch = TrainStep(state, plan), self._batch()
         if wanted[0] is Phase.FULL:
             yield self._measure(names[Phase.FULL], lambda: stepper.train(batch), state.model, phase=Phase.FULL)
         ranks = _ranks([t.name for t in state.targets if t.layer >= first_share * len(state.model.blocks)])  # type: ignore[arg-type]

@@ -26,11 +26,11 @@ from prelora_ray.data.prepare import prepare
 from prelora_ray.data.stream import stream_batches
 from prelora_ray.engine.check import check_model
 from prelora_ray.engine.state import TrainState
-from prelora_ray.engine.step import Stepper
+from prelora_ray.engine.step import TrainStep
 from prelora_ray.errors import WorkError
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
-from prelora_ray.train.feed import stream_plan
+from prelora_ray.train.batch_stream import stream_plan
 from prelora_ray.train.run import ray_session, train
 
 _LOOP_BATCHES = 12
@@ -76,7 +76,7 @@ def _bare_rate(settings: Settings, device: torch.device) -> float:
     plan = stream_plan(settings, manifest, rank=0, world_size=1)
     kept = list(stream_batches(plan, [Pass("train", 0)], decoders=1))
     state = TrainState(settings, len(manifest.classes), plan.orders["train"].num_batches, device, world_size=1)
-    stepper, batches = Stepper(state, plan), itertools.cycle(kept)
+    stepper, batches = TrainStep(state, plan), itertools.cycle(kept)
     for _ in range(6):
         stepper.train(next(batches))
     seconds = len(kept) * seconds_per_call(lambda: stepper.train(next(batches)), device, calls=len(kept))

@@ -115,7 +115,7 @@ class TrainState:
 
     def apply(self, decision: Decision) -> None:
         """Moves model, optimizer and network on to the phase that a decision begins."""
-        if decision.switch is None and not decision.freeze:
+        if not decision.begins_phase:
             return
         moments = optimizer_state(self.model, self.optimizer)
         before = self._probe(self._format_built)

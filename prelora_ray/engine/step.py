@@ -25,7 +25,7 @@ class NonFiniteLossError(RuntimeError):
     """Loss or gradient is no finite number: going on would only spoil the weights."""
 
 
-class Stepper:
+class TrainStep:
     """Takes a worker's slice of each global batch through the model, and keeps the epoch's sums on the device."""
 
     def __init__(self, state: TrainState, plan: StreamPlan) -> None:

@@ -12,7 +12,7 @@ from prelora_ray.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
-class Start:
+class ResumePoint:
     """What rank 0 finds in the run folder and tells the other workers."""
 
     attempt: int
@@ -30,7 +30,7 @@ class Start:
     """Workers of the attempt before."""
 
 
-def find_start(folder: RunFolder, checkpoints: Checkpoints) -> tuple[Start, Snapshot | None]:
+def find_resume_point(folder: RunFolder, checkpoints: Checkpoints) -> tuple[ResumePoint, Snapshot | None]:
     checkpoint, damaged = checkpoints.newest()
     events = folder.read_lines("events.jsonl")
     attempt = 1 + max((line["attempt"] for line in events if "attempt" in line), default=-1)
@@ -47,7 +47,7 @@ def find_start(folder: RunFolder, checkpoints: Checkpoints) -> tuple[Start, Snap
         seconds, last_step = None, 0
     sizes = [line["world_size"] for line in last if line["event"] in ("run_started", "restart")]
     name = checkpoint.name if checkpoint else None
-    return Start(attempt, name, damaged, cause, seconds, last_step, sizes[-1] if sizes else None), checkpoint
+    return ResumePoint(attempt, name, damaged, cause, seconds, last_step, sizes[-1] if sizes else None), checkpoint
 
 
 def _driver_started(folder: RunFolder) -> float:

@@ -37,6 +37,10 @@ class Decision:
     freeze: bool = False
     """Whether phase lora begins now."""
 
+    @property
+    def begins_phase(self) -> bool:
+        return self.switch is not None or self.freeze
+
 
 class PhaseSchedule:
     """Decides at the end of every epoch whether the run switches or freezes.

@@ -10,7 +10,7 @@ import torch
 
 from prelora_ray.config import Settings
 from prelora_ray.engine.flops import forward_flops, peak_flops, training_passes
-from prelora_ray.fault_tolerance.saver import Saved
+from prelora_ray.fault_tolerance.async_checkpointer import Saved
 from prelora_ray.method.phases import Phase
 from prelora_ray.monitor.client import Client
 from prelora_ray.monitor.metrics import RunMetrics, WorkerMetrics

@@ -5,23 +5,21 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray.train
 
+from prelora_ray.engine.state import TrainState
 from prelora_ray.method.phases import Decision
 
-if TYPE_CHECKING:
-    from prelora_ray.train.attempt import Session
 
+def report(line: dict[str, Any], decision: Decision, state: TrainState, pointer: dict[str, Any] | None) -> None:
+    """Reports an epoch (its line of epochs.jsonl) to Ray Train, with a tiny checkpoint that holds `pointer`, where it is given.
 
-def report(session: Session, line: dict[str, Any], decision: Decision) -> None:
-    """Reports an epoch (its line of epochs.jsonl), the last one from rank 0 with a tiny checkpoint that points to ours.
-
-    Ray's result has metrics where some report carried a checkpoint. One with each epoch would have Ray write to the run
-    folder each time, and end the attempt where the disk is full.
+    Ray's result has metrics where some report carried a checkpoint, so the last epoch has one, which points to ours. One
+    with each epoch would have Ray write to the run folder each time, and end the attempt where the disk is full.
     """
-    phases, method = session.state.phases, session.settings.method
+    phases, method, verdict = state.phases, state.settings.method, decision.verdict
     metrics = {
         **line,
         "trainable_fraction": line["trainable_parameters"] / line["parameters"],
@@ -30,18 +28,15 @@ def report(session: Session, line: dict[str, Any], decision: Decision) -> None:
         "freeze_epoch": phases.frozen_at,
         "tau": method.tau,
         "zeta": method.zeta,
-        "norm_change": decision.verdict and decision.verdict.family_change,
-        "loss_change": decision.verdict and decision.verdict.loss_change,
-        "converged": decision.verdict and decision.verdict.converged,
+        "norm_change": verdict and verdict.family_change,
+        "loss_change": verdict and verdict.loss_change,
+        "converged": verdict and verdict.converged,
         "ranks": phases.ranks and _summary(list(phases.ranks.values())),
     }
-    is_last = session.state.epoch == session.settings.train.epochs
-    if session.rank != 0 or not is_last or session.saver.failure is not None:
+    if pointer is None:
         ray.train.report(metrics)
         return
     with tempfile.TemporaryDirectory() as directory:
-        names = session.checkpoints.names()
-        pointer = {"run": str(session.folder), "checkpoint": names[-1] if names else None}
         Path(directory, "pointer.json").write_text(json.dumps(pointer))
         ray.train.report(metrics, ray.train.Checkpoint.from_directory(directory))
 

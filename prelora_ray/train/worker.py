@@ -10,7 +10,7 @@ from prelora_ray.engine.micro_batch import MemoryShortageError
 from prelora_ray.engine.precision import PrecisionError, check_precision
 from prelora_ray.engine.step import NonFiniteLossError
 from prelora_ray.fault_tolerance.failure import own_failures
-from prelora_ray.train.attempt import Session, StoppedError
+from prelora_ray.train.attempt import StoppedError, WorkerAttempt
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -20,21 +20,21 @@ def train_worker(config: dict[str, Any]) -> None:
     holds the run's settings.
     """
     with own_failures(lambda: None):
-        session = Session(parse_settings(config["settings"]))
-    with closing(session), own_failures(lambda: session.state.step):
+        attempt = WorkerAttempt(parse_settings(config["settings"]))
+    with closing(attempt), own_failures(lambda: attempt.state.step):
         try:
-            check_precision(session.settings.train.precision, session.state.device)
-            for epoch in range(session.state.epoch, session.settings.train.epochs):
-                session.begin_epoch()
-                for batch in session.feed.take("train", epoch):
-                    session.step(batch)
-                loss = session.mean_loss()
-                validation = session.validate(epoch)
-                decision = session.decide(epoch, loss)
-                session.end_epoch(epoch, loss, validation, decision)
-            session.finish()
+            check_precision(attempt.settings.train.precision, attempt.state.device)
+            for epoch in range(attempt.state.epoch, attempt.settings.train.epochs):
+                attempt.begin_epoch()
+                for batch in attempt.stream.take("train", epoch):
+                    attempt.step(batch)
+                loss = attempt.mean_loss()
+                validation = attempt.validate(epoch)
+                decision = attempt.decide(epoch, loss)
+                attempt.end_epoch(epoch, validation, decision)
+            attempt.finish()
         except StoppedError:
             pass
         except (NonFiniteLossError, PrecisionError, MemoryShortageError) as error:
             # The same on every worker and on every retry, so no retry helps.
-            session.fail(str(error))
+            attempt.fail(str(error))

@@ -19,7 +19,7 @@ from prelora_ray.data.rows import read_encoded
 from prelora_ray.data.stream import stream_batches
 from prelora_ray.errors import WorkError
 from prelora_ray.storage import Storage
-from prelora_ray.train.feed import stream_plan
+from prelora_ray.train.batch_stream import stream_plan
 from tests.command import prelora_here
 
 SHARD, ROW = "val-00000.parquet", 7

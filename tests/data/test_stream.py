@@ -18,7 +18,7 @@ from prelora_ray.data.manifest import read_manifest
 from prelora_ray.data.mixing import Mixing, mix, normalize, plan_mixing, soft_targets
 from prelora_ray.data.stream import stream_batches
 from prelora_ray.storage import Storage
-from prelora_ray.train.feed import stream_plan
+from prelora_ray.train.batch_stream import stream_plan
 
 PASSES = [Pass("train", 0), Pass("val", 0), Pass("train", 1), Pass("train", 2), Pass("val", 2)]
 Cells = dict[tuple[str, int, int, int], tuple[bytes, ...]]

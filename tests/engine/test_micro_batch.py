@@ -11,10 +11,10 @@ from prelora_ray.data.batch import Batch
 from prelora_ray.data.manifest import Manifest, Shard
 from prelora_ray.engine.micro_batch import MemoryShortageError, bytes_to_spare, micro_batch_sizes
 from prelora_ray.engine.state import TrainState
-from prelora_ray.engine.step import Stepper
+from prelora_ray.engine.step import TrainStep
 from prelora_ray.method.phases import Decision, Phase
 from prelora_ray.run_folder import RunFolder
-from prelora_ray.train.feed import stream_plan
+from prelora_ray.train.batch_stream import stream_plan
 from prelora_ray.train.found_sizes import FILE, read_found, write_found
 from tests.runs import TINY_VIT
 
@@ -75,7 +75,7 @@ def test_a_step_leaves_room_for_a_snapshot_in_every_phase(tmp_path):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU takes the whole share: there is nothing to search")
 def test_the_largest_that_fits_is_found_and_changes_no_gradient():
-    def stepper(micro_batch: object) -> Stepper:
+    def stepper(micro_batch: object) -> TrainStep:
         settings = parse_settings(
             {
                 "name": "x",
@@ -87,7 +87,7 @@ def test_the_largest_that_fits_is_found_and_changes_no_gradient():
         shard = Shard("x", (256,), 0, "")
         manifest = Manifest(tuple("0123456789"), {"train": (shard,), "val": (shard,)}, 0, {})
         state = TrainState(settings, 10, 100, torch.device("cuda"), 1)
-        return Stepper(state, stream_plan(settings, manifest, 0, 1))
+        return TrainStep(state, stream_plan(settings, manifest, 0, 1))
 
     rng = np.random.default_rng(0)
     images = torch.from_numpy(rng.integers(0, 256, (256, 224, 224, 3), np.uint8))

@@ -17,9 +17,9 @@ from prelora_ray.data.manifest import Manifest, Shard
 from prelora_ray.data.mixing import Mixing, plan_mixing
 from prelora_ray.engine.model import draw_drop_path, set_drop_path
 from prelora_ray.engine.state import TrainState
-from prelora_ray.engine.step import NonFiniteLossError, Stepper
+from prelora_ray.engine.step import NonFiniteLossError, TrainStep
 from prelora_ray.method.phases import Decision, Phase
-from prelora_ray.train.feed import stream_plan
+from prelora_ray.train.batch_stream import stream_plan
 from tests.runs import TINY_VIT
 
 MANIFEST = Manifest(
@@ -45,9 +45,9 @@ def settings(
     )
 
 
-def stepper(settings: Settings) -> Stepper:
+def stepper(settings: Settings) -> TrainStep:
     plan = stream_plan(settings, MANIFEST, 0, 1)
-    return Stepper(TrainState(settings, 10, 1, torch.device("cpu"), 1), plan)
+    return TrainStep(TrainState(settings, 10, 1, torch.device("cpu"), 1), plan)
 
 
 def batch(ids: np.ndarray) -> Batch:
@@ -60,7 +60,7 @@ def batch(ids: np.ndarray) -> Batch:
 IDS = np.array([*range(11), -1, *range(11, 14), -1, *range(14, 17), -1, *range(17, 21)])  # 21 of 24 slots
 
 
-def gradients_of_a_step(step: Stepper, content: Batch) -> dict[str, torch.Tensor]:
+def gradients_of_a_step(step: TrainStep, content: Batch) -> dict[str, torch.Tensor]:
     gradients: dict[str, torch.Tensor] = {}
     step.state.optimizer.register_step_pre_hook(
         lambda *_: gradients.update({n: p.grad.clone() for n, p in step.state.model.named_parameters()})

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
-from prelora_ray.engine.step import Stepper
+from prelora_ray.engine.step import TrainStep
 from prelora_ray.fault_tolerance.end import End, read_end
 from prelora_ray.fault_tolerance.failure import WorkerCodeError, failures_of, is_own, root_cause
 from prelora_ray.run_folder import RunFolder
@@ -131,12 +131,12 @@ def test_a_failure_travels_between_processes():
 
 def fail_as_named(config: dict[str, Any]) -> None:
     """The worker, whose start or step 3 raises what the run's name asks for."""
-    train_step = Stepper.train
+    train_step = TrainStep.train
     name, folder = config["settings"]["name"], config["settings"]["storage"]
     if name == "fails-at-its-start":
         config["settings"]["model"]["options"] = {"embed_dim": "wide"}
 
-    def step(stepper: Stepper, batch: Any) -> None:
+    def step(stepper: TrainStep, batch: Any) -> None:
         if stepper.state.step == 3:
             match name:
                 case "fails-alike":
@@ -149,11 +149,11 @@ def fail_as_named(config: dict[str, Any]) -> None:
                     raise RuntimeError(f"attempt {_attempts(folder, name)}")
         train_step(stepper, batch)
 
-    Stepper.train = step
+    TrainStep.train = step
     try:
         train_worker(config)
     finally:
-        Stepper.train = train_step
+        TrainStep.train = train_step
 
 
 def _attempts(storage: str, name: str) -> int:

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from prelora_ray.fault_tolerance.async_checkpointer import AsyncCheckpointer
 from prelora_ray.fault_tolerance.checkpoint import Checkpoints, Retention
 from prelora_ray.fault_tolerance.end import End, write_end
 from prelora_ray.fault_tolerance.notices import STOP_FILE
-from prelora_ray.fault_tolerance.saver import Saver
 from prelora_ray.method.phases import Phase
 from prelora_ray.monitor.tensorboard import TensorBoardLog
 from prelora_ray.run_folder import RunFolder, RunRecords
@@ -60,7 +60,7 @@ def test_records_wait_for_room_in_their_order(disk, folder, inodes):
 
 def test_a_failed_save_leaves_no_part_of_itself(disk, folder):
     """The model's tensors have room, and the optimizer's have not."""
-    saver = Saver(Checkpoints(folder), Retention(keep=1))
+    saver = AsyncCheckpointer(Checkpoints(folder), Retention(keep=1))
     saver.start(lambda: checkpoint(1))
     saver.wait()
     large = checkpoint(2)

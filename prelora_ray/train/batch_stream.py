@@ -16,7 +16,7 @@ from prelora_ray.data.order import Order
 from prelora_ray.data.stream import stream_batches
 
 
-class Feed:
+class BatchStream:
     """The stream of batches, taken split by split, with the time that was spent waiting for it."""
 
     def __init__(

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from prelora_ray.train.feed import share_of_decoders
+from prelora_ray.train.batch_stream import share_of_decoders
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ class Saved:
     """Why it failed; None where the checkpoint is committed."""
 
 
-class Saver(Background):
+class AsyncCheckpointer(Background):
     """A thread that writes, commits and prunes. What it did waits in `results` for the loop to record."""
 
     def __init__(self, checkpoints: Checkpoints, retention: Retention) -> None:

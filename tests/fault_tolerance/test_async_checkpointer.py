@@ -10,8 +10,8 @@ import weakref
 import pytest
 
 from prelora_ray.engine.snapshot import Snapshot
+from prelora_ray.fault_tolerance.async_checkpointer import AsyncCheckpointer
 from prelora_ray.fault_tolerance.checkpoint import Checkpoints, Retention
-from prelora_ray.fault_tolerance.saver import Saver
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.train import background
 from tests.engine.test_checkpoint import checkpoint
@@ -22,7 +22,7 @@ def checkpoints(tmp_path) -> Checkpoints:
     return Checkpoints(RunFolder(tmp_path))
 
 
-def start(saver: Saver, content: Snapshot) -> None:
+def start(saver: AsyncCheckpointer, content: Snapshot) -> None:
     assert saver.start(lambda: content)
 
 
@@ -30,7 +30,7 @@ def test_training_goes_on_while_it_writes_and_only_what_is_whole_counts(checkpoi
     may_write = threading.Event()
     save = checkpoints.save
     monkeypatch.setattr(checkpoints, "save", lambda content: (may_write.wait(), save(content)))
-    saver = Saver(checkpoints, Retention(keep=1))
+    saver = AsyncCheckpointer(checkpoints, Retention(keep=1))
     start(saver, checkpoint(1))
     assert saver.is_busy
     assert checkpoints.newest() == (None, {})
@@ -42,7 +42,7 @@ def test_training_goes_on_while_it_writes_and_only_what_is_whole_counts(checkpoi
 
 
 def test_a_failed_save_leaves_the_older_checkpoints_and_the_next_one_tries_again(checkpoints, tmp_path):
-    saver = Saver(checkpoints, Retention(keep=1))
+    saver = AsyncCheckpointer(checkpoints, Retention(keep=1))
     start(saver, checkpoint(1))
     saver.wait()
     (tmp_path / "checkpoints" / "00002-000000").write_text("in the way")
@@ -59,7 +59,7 @@ def test_a_failed_save_leaves_the_older_checkpoints_and_the_next_one_tries_again
 
 
 def test_what_failed_is_written_once_there_is_room(checkpoints, tmp_path):
-    saver = Saver(checkpoints, Retention(keep=1))
+    saver = AsyncCheckpointer(checkpoints, Retention(keep=1))
     (tmp_path / "checkpoints").write_text("in the way")
     start(saver, checkpoint(1, batch=4))
     saver.wait()
@@ -74,7 +74,7 @@ def test_a_save_beside_a_slow_one_is_skipped_or_waits_with_signs_of_life(checkpo
     save = checkpoints.save
     monkeypatch.setattr(checkpoints, "save", lambda content: (may_write.wait(), save(content)))
     monkeypatch.setattr(background, "_BEAT_SECONDS", 0.01)
-    saver = Saver(checkpoints, Retention(keep=9))
+    saver = AsyncCheckpointer(checkpoints, Retention(keep=9))
     start(saver, checkpoint(1))
     for seconds in (0.0, 0.05):
         assert not saver.start(lambda: pytest.fail("a second snapshot takes memory"), seconds)
@@ -92,7 +92,7 @@ def test_a_save_beside_a_slow_one_is_skipped_or_waits_with_signs_of_life(checkpo
 
 
 def test_what_failed_is_let_go_before_another_snapshot_takes_as_much_memory(checkpoints, tmp_path):
-    saver = Saver(checkpoints, Retention(keep=1))
+    saver = AsyncCheckpointer(checkpoints, Retention(keep=1))
     (tmp_path / "checkpoints").write_text("in the way")
     content = checkpoint(1)
     kept = weakref.ref(content)
@@ -114,7 +114,7 @@ def test_old_checkpoints_that_cannot_be_removed_are_no_failed_save(checkpoints, 
         raise OSError("Read-only file system")
 
     monkeypatch.setattr(checkpoints, "prune", prune)
-    saver = Saver(checkpoints, Retention(keep=1))
+    saver = AsyncCheckpointer(checkpoints, Retention(keep=1))
     start(saver, checkpoint(1))
     saver.wait()
     assert (saver.failure, [saved.error for saved in saver.results()]) == (None, [None])
@@ -122,7 +122,7 @@ def test_old_checkpoints_that_cannot_be_removed_are_no_failed_save(checkpoints, 
 
 
 def test_an_unreadable_older_checkpoint_does_not_stop_a_save(checkpoints, tmp_path):
-    saver = Saver(checkpoints, Retention(keep=1))
+    saver = AsyncCheckpointer(checkpoints, Retention(keep=1))
     start(saver, checkpoint(1))
     saver.wait()
     shutil.copytree(tmp_path / "checkpoints" / "00001-000000", tmp_path / "checkpoints" / "00000-000007")

@@ -1,0 +1,78 @@
+"""What an epoch took on this worker, from its first batch here until all of it is a line of epochs.jsonl."""
+
+from __future__ import annotations
+
+import resource
+import time
+from typing import Any
+
+import torch
+
+from prelora_ray.data.batch import StreamPlan
+from prelora_ray.engine.evaluation import Evaluation
+from prelora_ray.engine.state import TrainState
+from prelora_ray.method.phases import count_parameters
+from prelora_ray.train.batch_stream import BatchStream
+
+
+class EpochMeter:
+    """Measures one epoch of one attempt, which may begin inside it. Validation counts in `seconds` alone."""
+
+    def __init__(self, state: TrainState, plan: StreamPlan, stream: BatchStream) -> None:
+        self.phase = state.phases.phase
+        """What the epoch is trained in."""
+        self._state = state
+        self._plan = plan
+        self._stream = stream
+        self._first_batch = state.batch
+        self._waited = stream.wait_seconds
+        self._start = time.monotonic()
+
+    @property
+    def wait_seconds(self) -> float:
+        """Seconds spent waiting for data since the begin."""
+        return self._stream.wait_seconds - self._waited
+
+    def images_per_second(self) -> float:
+        """Of all workers together, so far."""
+        images = (self._state.batch - self._first_batch) * self._state.settings.data.batch_size
+        return images / (time.monotonic() - self._start)
+
+    def end_training(self, loss: float, images: int) -> float:
+        """All batches are trained. `loss`, `images`: sums over all workers and the whole epoch. Returns the mean loss."""
+        self._loss, self._images = loss / images, images
+        self._train_seconds = time.monotonic() - self._start
+        self._train_wait_seconds = self.wait_seconds
+        self._images_here = self._plan.orders["train"].rows_from(self._first_batch)
+        return self._loss
+
+    def line(self, validation: Evaluation | None, learning_rate: float) -> dict[str, Any]:
+        """The epoch's line of epochs.jsonl."""
+        state = self._state
+        trainable, parameters = count_parameters(state.model)
+        return {
+            "epoch": state.epoch,
+            "phase": self.phase.value,
+            "loss": self._loss,
+            "val_loss": validation and validation.loss,
+            "val_top1": validation and validation.top1,
+            "val_top5": validation and validation.top5,
+            "images_per_second": self._images_here / self._train_seconds,
+            "images": self._images,
+            "train_seconds": self._train_seconds,
+            "seconds": time.monotonic() - self._start,
+            "data_wait_seconds": self._train_wait_seconds,
+            "peak_memory_bytes": _peak_memory_bytes(state.device),
+            "trainable_parameters": trainable,
+            "parameters": parameters,
+            "gradient_bytes": trainable * state.dtype.itemsize if state.world_size > 1 else 0,
+            "learning_rate": learning_rate,
+            "world_size": state.world_size,
+        }
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
+    """On a GPU the most that was allocated since the phase was built; on a CPU the most that the process ever held."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

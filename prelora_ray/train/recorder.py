@@ -1,0 +1,268 @@
+"""What an attempt leaves in the run folder, and tells TensorBoard and Prometheus."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from prelora_ray.config import Settings
+from prelora_ray.data.batch import Batch
+from prelora_ray.engine.state import TrainState
+from prelora_ray.fault_tolerance.async_checkpointer import Saved
+from prelora_ray.fault_tolerance.background import Background
+from prelora_ray.fault_tolerance.end import End, EndKind, write_end
+from prelora_ray.fault_tolerance.ray_private import reservation
+from prelora_ray.fault_tolerance.resume_point import ResumePoint
+from prelora_ray.fault_tolerance.watchdog import Watchdog
+from prelora_ray.method.convergence import Verdict
+from prelora_ray.method.diagnosis import diagnose
+from prelora_ray.method.phases import Decision, Phase, count_parameters
+from prelora_ray.method.ranks import rank_choices
+from prelora_ray.monitor.telemetry import RunTelemetry
+from prelora_ray.monitor.tensorboard import TensorBoardLog
+from prelora_ray.run_folder import LineWriter, RunFolder, RunRecords, last_attempt
+from prelora_ray.train.found_sizes import write_found
+
+_LAST_FLUSHES = 10
+"""How often the end of an attempt tries to write its records, where a try takes no time."""
+
+
+class Recorder:
+    """Of a worker other than rank 0: with `audit_samples` it records its samples, and nothing else."""
+
+    def __init__(self, folder: RunFolder, settings: Settings, rank: int, attempt: int, watchdog: Watchdog) -> None:
+        self._folder = folder
+        self._settings = settings
+        self._attempt = attempt
+        self._watchdog = watchdog
+        self._audit = LineWriter(folder, f"samples-{rank}.jsonl") if settings.audit_samples else None
+        self._flushing = Background()
+
+    @property
+    def wants_progress(self) -> bool:
+        """Whether it is time to tell where the run is."""
+        return False
+
+    def samples(self, batch: Batch) -> None:
+        if self._audit:
+            ids = [int(i) for i in batch.ids if i >= 0]
+            self._audit.write(attempt=self._attempt, epoch=batch.epoch, batch=batch.batch, samples=ids)
+
+    def epoch_begins(self) -> None:
+        """An epoch, or the rest of one, is about to be trained."""
+
+    def progress(self, loss: float, images_per_second: float) -> None:
+        """Where the run is. `loss`: of this worker's images since the epoch's begin."""
+
+    def micro_batch(self, size: int, found: dict[Phase, int]) -> None:
+        """The largest micro-batch of the phase has been found."""
+
+    def saved(self, results: Iterable[Saved]) -> None:
+        """What became of saves."""
+
+    def norms(self, epoch: int, phase: Phase, loss: float, norms: dict[str, float]) -> None:
+        """What the test sees of an epoch."""
+
+    def window(self, phase: Phase, verdict: Verdict) -> None:
+        """A window has ended."""
+
+    def epoch(self, line: dict[str, Any], decision: Decision) -> None:
+        """An epoch has ended, and the decision behind it is applied."""
+
+    def leaves(self, kind: EndKind) -> None:
+        """The attempt is about to end because it was asked to."""
+
+    def failed(self, message: str) -> None:
+        """The run fails for good."""
+
+    def flush_beside(self) -> None:
+        """Has the run folder hold what was recorded, as soon as it can. What an earlier flush holds up waits for the next."""
+        if not self._flushing.is_busy:
+            self._flushing.begin(self._flush)
+
+    def finish(self, kind: EndKind, seconds: float, message: str | None = None) -> None:
+        """Tries for so many seconds to have the run folder hold all that was recorded, and then how the attempt ended.
+
+        Raises OSError on rank 0 where that is in vain: the attempt has failed. Where no other one is to follow, the driver
+        tells that the record is missing.
+        """
+        with contextlib.suppress(OSError):  # samples are no reason to train again
+            self._finish_flushing(seconds)
+
+    def _finish_flushing(self, seconds: float, then: Callable[[], None] = lambda: None) -> None:
+        """Returns once the run folder holds all that was recorded, and `then` has worked after that."""
+        end = time.monotonic() + seconds
+        self._flushing.wait(meanwhile=self._watchdog.beat)
+        while (failure := self._try_to_finish(then)) is not None:
+            if not isinstance(failure, OSError) or time.monotonic() > end:
+                raise failure
+            self._watchdog.beat()
+            time.sleep(self._settings.workers.hang_seconds / _LAST_FLUSHES)
+
+    def _try_to_finish(self, then: Callable[[], None]) -> Exception | None:
+        """Why it failed; None where it has not."""
+        failures: list[Exception] = []
+
+        def work() -> None:
+            try:
+                if not self._flush():
+                    raise OSError(f"no room for the records in {self._folder}, or it cannot be reached")
+                then()
+            except Exception as failure:
+                failures.append(failure)
+
+        self._flushing.begin(work)
+        self._flushing.wait(meanwhile=self._watchdog.beat)
+        return failures[0] if failures else None
+
+    def _flush(self) -> bool:
+        """Returns whether the run folder holds all that was recorded."""
+        return self._audit is None or self._audit.flush()
+
+
+class RankZeroRecorder(Recorder):
+    """Of rank 0: all records of the run."""
+
+    def __init__(
+        self, folder: RunFolder, settings: Settings, point: ResumePoint, state: TrainState, watchdog: Watchdog
+    ) -> None:
+        super().__init__(folder, settings, 0, point.attempt, watchdog)
+        self._state = state
+        self._records = RunRecords(folder, point.attempt)
+        self._telling = Background()
+        self._wrote_ranks = False
+        self._found_sizes: dict[Phase, int] = {}
+        self._board = TensorBoardLog(folder, point.attempt, state.epoch)
+        self._begin(point)
+        done = last_attempt(folder.read_lines("epochs.jsonl"), "epoch")
+        self._epochs = [line for line in done if line["epoch"] < state.epoch]
+        events = folder.read_lines("events.jsonl")
+        self._diagnosed = {line["signature"] for line in events if line["event"] == "diagnosis"}
+        self._telemetry = RunTelemetry(settings, state.world_size, events)
+
+    def _begin(self, point: ResumePoint) -> None:
+        for message in point.damaged.values():
+            self._event("checkpoint_damaged", message=message)
+        world_size = self._state.world_size
+        content: dict[str, Any] = {"world_size": world_size, "reservation": reservation()}
+        if point.attempt == 0:
+            self._event("run_started", seed=self._settings.train.seed, **content)
+        else:
+            lost = max(0, point.last_step - self._state.step)
+            self._event("restart", cause=point.cause, seconds=point.seconds, steps_again=lost, **content)
+            if point.world_size != world_size:
+                self._event("resize", world_size=world_size, before=point.world_size)
+        for sentence in self._state.pretrained_notes:
+            self._event("init_from", message=sentence)
+        if self._state.fork is not None:
+            self._change(self._state.fork)
+        self._write_ranks()
+        self._records.flush_events()
+
+    @property
+    def wants_progress(self) -> bool:
+        return self._records.progress_is_due()
+
+    def epoch_begins(self) -> None:
+        phases = self._state.phases
+        self._telemetry.state(phases.phase, self._state.epoch, phases.ranks)
+
+    def progress(self, loss: float, images_per_second: float) -> None:
+        state = self._state
+        place = {"epoch": state.epoch, "batch": state.batch, "batches": state.batches, "step": state.step}
+        content = {**place, "phase": state.phases.phase, "loss": loss, "images_per_second": images_per_second}
+        if not self._telling.is_busy:
+            self._telling.begin(functools.partial(self._records.progress, **content))
+        self._telemetry.progress(loss)
+
+    def micro_batch(self, size: int, found: dict[Phase, int]) -> None:
+        self._event("micro_batch", micro_batch=size)
+        self._found_sizes = dict(found)
+        self.flush_beside()
+
+    def saved(self, results: Iterable[Saved]) -> None:
+        for saved in results:
+            self._telemetry.saved(saved)
+            if saved.error is None:
+                self._event("checkpoint", checkpoint=saved.name, seconds=saved.seconds)
+            else:
+                self._event("checkpoint_failed", checkpoint=saved.name, seconds=saved.seconds, message=saved.error)
+
+    def norms(self, epoch: int, phase: Phase, loss: float, norms: dict[str, float]) -> None:
+        self._records.norms(epoch=epoch, phase=phase, loss=loss, norms=norms)
+
+    def window(self, phase: Phase, verdict: Verdict) -> None:
+        line = verdict.record()
+        self._records.window(phase=phase, **line)
+        self._board.window(line)
+        self._telemetry.window(line)
+        self._event("window", **{key: line[key] for key in ("window", "converged", "in_ramp")})
+
+    def epoch(self, line: dict[str, Any], decision: Decision) -> None:
+        self._records.epoch(**line)
+        self._board.epoch(line)
+        self._telemetry.epoch(line)
+        self._change(decision)
+        self._diagnose(line)
+
+    def leaves(self, kind: EndKind) -> None:
+        self._event(kind)
+
+    def failed(self, message: str) -> None:
+        self._event("run_failed", message=message)
+
+    def finish(self, kind: EndKind, seconds: float, message: str | None = None) -> None:
+        end = End(kind, self._state.epoch, self._state.step, message)
+        self._finish_flushing(seconds, lambda: write_end(self._folder, end))
+
+    def _change(self, decision: Decision) -> None:
+        if not decision.begins_phase:
+            return
+        phases = self._state.phases
+        trainable, parameters = count_parameters(self._state.model)
+        content: dict[str, Any] = {
+            "trainable_parameters": trainable,
+            "parameters": parameters,
+            "format": self._state.format,
+            "logit_change": self._state.logit_change,
+        }
+        if decision.switch is not None:
+            self._event("switch", switch_epoch=phases.switched_at, **content)
+        if decision.freeze:
+            self._event("freeze", freeze_epoch=phases.frozen_at, **content)
+
+    def _diagnose(self, line: dict[str, Any]) -> None:
+        """Records failure signatures, each once."""
+        method = self._settings.method
+        self._epochs.append(line)
+        for finding in diagnose(self._epochs, self._state.phases.ranks, len(rank_choices(method.r_min, method.r_max))):
+            if finding.signature not in self._diagnosed:
+                self._diagnosed.add(finding.signature)
+                self._event("diagnosis", **asdict(finding))
+                self._telemetry.diagnosis(finding.signature)
+
+    def _event(self, event: str, **content: Any) -> None:
+        state = self._state
+        self._records.event(event, epoch=state.epoch, step=state.step, phase=state.phases.phase, **content)
+
+    def _flush(self) -> bool:
+        if self._found_sizes:
+            write_found(self._folder, torch.cuda.get_device_name(self._state.device), self._found_sizes)
+            self._found_sizes = {}
+        flushes = [super()._flush, self._write_ranks, self._records.flush, self._board.flush]
+        return all(flush() for flush in flushes)  # where one fails, the others would too
+
+    def _write_ranks(self) -> bool:
+        """Writes ranks.json once in an attempt, from what every checkpoint holds too; returns whether it is there, if due."""
+        ranks = self._state.phases.ranks
+        if ranks is not None and not self._wrote_ranks:
+            with contextlib.suppress(OSError):
+                self._folder.write_json("ranks.json", ranks)
+                self._wrote_ranks = True
+        return ranks is None or self._wrote_ranks
