@@ -54,7 +54,7 @@ def _shards(split: str, images: int, rows: int = 2048, group: int = 31) -> tuple
     return tuple(shards)
 
 
-class NoImages(stream._RowReader):
+class NoImages(stream.RowReader):
     """Row groups of rows that hold nothing."""
 
     def _read(self, group: int) -> tuple[pa.Array, pa.Array]:
@@ -126,7 +126,7 @@ PARTS: dict[str, Callable[[int], dict[str, Any]]] = {
 
 
 def main(sizes: list[str], parts: list[str]) -> None:
-    stream._RowReader = NoImages  # type: ignore[misc]
+    stream.RowReader = NoImages  # type: ignore[misc]
     rows = [{"name": size, **{part: PARTS[part](SIZES[size]) for part in parts}} for size in sizes]
     print(json.dumps({"benchmark": "rehearsal", **describe(torch.device("cpu")), "rows": rows}, indent=1))
 

@@ -11,7 +11,7 @@ from prelora_ray.config_file import parse_settings
 from prelora_ray.fault_tolerance.checkpoint import Checkpoints
 from prelora_ray.run_folder import LineWriter, RunFolder
 from tests.command import prelora_here
-from tests.engine.test_checkpoint import checkpoint
+from tests.fault_tolerance.test_checkpoint import checkpoint
 
 NEWEST = "checkpoints/00002-000000"
 

@@ -75,7 +75,7 @@ def calls(function: Callable[[], object]) -> int:
 
 @pytest.fixture
 def imagenet(monkeypatch: pytest.MonkeyPatch) -> StreamPlan:
-    monkeypatch.setattr(stream, "_RowReader", NoImages)
+    monkeypatch.setattr(stream, "RowReader", NoImages)
     return plan_of(SIZES["imagenet-1k"])
 
 

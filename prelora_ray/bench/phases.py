@@ -25,7 +25,7 @@ from prelora_ray.data.manifest import Manifest, Shard
 from prelora_ray.engine.flops import forward_flops, training_passes
 from prelora_ray.engine.state import TrainState
 from prelora_ray.engine.step import TrainStep
-from prelora_ray.method.phases import Decision, Phase, count_parameters
+from prelora_ray.method.phases import Phase, count_parameters
 from prelora_ray.train.batch_stream import stream_plan
 
 logger = logging.getLogger(__name__)
@@ -174,13 +174,11 @@ class _Bench:
         if wanted[0] is Phase.FULL:
             yield self._measure(names[Phase.FULL], lambda: stepper.train(batch), state.model, phase=Phase.FULL)
         ranks = _ranks([t.name for t in state.targets if t.layer >= first_share * len(state.model.blocks)])  # type: ignore[arg-type]
-        state.phases.phase, state.phases.switched_at, state.phases.ranks = Phase.WARMUP, 0, ranks
-        state.apply(Decision(switch=ranks))
+        state.enter(Phase.WARMUP, ranks)
         forget(self.device)
         if Phase.WARMUP in wanted:
             yield self._measure(names[Phase.WARMUP], lambda: stepper.train(batch), state.model, phase=Phase.WARMUP)
-        state.phases.phase, state.phases.frozen_at = Phase.LORA, 0
-        state.apply(Decision(freeze=True))
+        state.enter(Phase.LORA)
         forget(self.device)
         if Phase.LORA in wanted:
             yield self._measure(names[Phase.LORA], lambda: stepper.train(batch), state.model, phase=Phase.LORA)

@@ -113,6 +113,10 @@ class TrainState:
         compiles = self.settings.train.compile
         return self.device.type == "cuda" if compiles == "auto" else compiles
 
+    def enter(self, phase: Phase, ranks: dict[str, int] | None = None) -> None:
+        """Goes on in a later phase now, whatever the test says; from full on with these ranks by module name."""
+        self.apply(self.phases.enter(phase, ranks, self.epoch))
+
     def apply(self, decision: Decision) -> None:
         """Moves model, optimizer and network on to the phase that a decision begins."""
         if not decision.begins_phase:
@@ -151,6 +155,7 @@ class TrainState:
                 "best_val_top1": self.best_val_top1,
                 "phases": self.phases.state_dict(),
                 "sums": sums,
+                "fork": False,
             },
             model=_copied(model),
             optimizer={name: _copied(entry) for name, entry in moments.items()},
@@ -187,7 +192,8 @@ class TrainState:
         self.phases.load_state_dict(checkpoint.state["phases"])
         _load_weights(self.model, self.settings, checkpoint)
         is_frozen = self.phases.phase is Phase.LORA
-        if self.phases.ranks is not None and not checkpoint.adapter:
+        # A checkpoint that does not say so is a fork where it has ranks and no adapter yet.
+        if checkpoint.state.get("fork", self.phases.ranks is not None and not checkpoint.adapter):
             self.fork = Decision(switch=self.phases.ranks, freeze=is_frozen)
         elif is_frozen:
             freeze_parameters(self.model, self.targets, self.settings.method.freeze)

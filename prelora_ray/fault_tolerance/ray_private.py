@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import ray
@@ -28,6 +27,7 @@ from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from ray.util.placement_group import PlacementGroup
 
 from prelora_ray.fault_tolerance.background import Background
@@ -66,7 +66,7 @@ class JobConfig(ray.job_config.JobConfig):
 
 
 class TorchTrainer(ray.train.torch.TorchTrainer):
-    """Ray Train's, which does not try again what would fail alike.
+    """Ray Train's, which does not try again what would fail alike, and counts on no node that is about to go.
 
     It has no actor that shares out datasets: every worker streams its own part, and a start is sooner.
     """
@@ -75,9 +75,10 @@ class TorchTrainer(ray.train.torch.TorchTrainer):
         return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, DatasetsCallback)]
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
-        return super()._initialize_and_run_controller(
-            **{**arguments, "failure_policy": FailurePolicy(self.run_config.failure_config)}
-        )
+        own: dict[str, Any] = {"failure_policy": FailurePolicy(self.run_config.failure_config)}
+        if self.scaling_config.elasticity_enabled:
+            own["scaling_policy"] = ScalingPolicy(self.scaling_config)
+        return super()._initialize_and_run_controller(**{**arguments, **own})
 
 
 class FailurePolicy(DefaultFailurePolicy):
@@ -140,55 +141,43 @@ class Guard(ControllerCallback, WorkerGroupCallback):
             self._raised = error
 
 
-class ScalingConfig(ray.train.ScalingConfig):
+class ScalingPolicy(ElasticScalingPolicy):
     """Ray Train's, with no more workers in a new group than have room on the nodes that are to stay.
 
-    Ray counts a node that is about to go as room until it is gone, though it starts nothing on it; and
-    it counts nodes every 20 s, in which time it waits for those that are gone. What it asks of an
-    autoscaler stays as it is.
+    Ray counts a node that is about to go as room until it is gone, though it starts nothing on it; and it counts nodes every
+    20 s, in which time it waits for those that are gone. What it asks of an autoscaler stays as it is.
     """
 
-    @property
-    def max_workers(self) -> int:
-        most = super().max_workers
-        if self.min_workers == most or not ray.is_initialized() or ray.get_runtime_context().get_actor_id() is None:
-            return most  # only the controller, which is an actor, decides on sizes
-        _count_nodes()
-        running = _group_to_count_for()
-        if running is None:
-            return most
+    def __init__(self, scaling_config: ray.train.ScalingConfig) -> None:
+        super().__init__(scaling_config)
+        self._running = 0
+        """Size of the group that runs."""
+        self._looked = float("-inf")
+
+    def make_decision_for_non_running_worker_group(self) -> Any:
+        self._running = 0
+        return super().make_decision_for_non_running_worker_group()
+
+    def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
+        self._running = worker_group_state.num_workers
+        return super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
+
+    def _count_possible_workers(self, reserved_resources: Any) -> int:
+        """A notice must not make Ray shrink a running group: the group commits a checkpoint and leaves by itself."""
+        self._count_nodes()
+        config = self.scaling_config
         leaving = ray._private.state.state.get_draining_nodes()
-        needed = {name: amount for name, amount in self._resources_per_worker_not_none.items() if amount}
+        needed = {name: amount for name, amount in config._resources_per_worker_not_none.items() if amount}
         staying = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
         room = sum(min(int(node.get(name, 0) // amount) for name, amount in needed.items()) for node in staying)
-        return max(self.min_workers, min(most, room), running)
+        possible: int = super()._count_possible_workers(reserved_resources)
+        return min(possible, max(config.min_workers, room, self._running))
 
-
-def _group_to_count_for() -> int | None:
-    """Size of the running group, 0 for a new one, for which Ray counts the room at this moment; None where it does not count.
-
-    A notice must not make Ray shrink a running group: the group commits a checkpoint and leaves by itself.
-    """
-    is_counting = False
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        name = frame.f_code.co_name
-        is_counting = is_counting or name == "_count_possible_workers"
-        if is_counting and name == "make_decision_for_running_worker_group":
-            return int(frame.f_locals["worker_group_state"].num_workers)
-        frame = frame.f_back
-    return 0 if is_counting else None
-
-
-_counted = float("-inf")
-
-
-def _count_nodes() -> None:
-    """Has Ray's autoscaling coordinator look at the cluster now, without waiting for it."""
-    global _counted
-    if time.monotonic() - _counted > _COUNT_SECONDS:
-        _counted = time.monotonic()
-        get_or_create_autoscaling_coordinator().get_reserved_resources.remote("none", recompute=True)
+    def _count_nodes(self) -> None:
+        """Has Ray's autoscaling coordinator look at the cluster now, without waiting for it."""
+        if time.monotonic() - self._looked > _COUNT_SECONDS:
+            self._looked = time.monotonic()
+            get_or_create_autoscaling_coordinator().get_reserved_resources.remote("none", recompute=True)
 
 
 def let_trials_be_stopped() -> None:

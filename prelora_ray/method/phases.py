@@ -84,6 +84,17 @@ class PhaseSchedule:
             self.phase, self.frozen_at = Phase.LORA, completed
         return Decision(verdict, switch, freeze)
 
+    def enter(self, phase: Phase, ranks: dict[str, int] | None, completed: int) -> Decision:
+        """Goes on in a later phase after `completed` epochs, whatever the test says; from full on with these `ranks`."""
+        switches = self.phase is Phase.FULL and phase is not Phase.FULL
+        freezes = self.phase is not Phase.LORA and phase is Phase.LORA
+        if switches:
+            self.ranks, self.switched_at = ranks, completed
+        if freezes:
+            self.frozen_at = completed
+        self.phase = phase
+        return Decision(switch=ranks if switches else None, freeze=freezes)
+
     def _switches(self, completed: int, verdict: Verdict | None) -> bool:
         if self._switch_epoch is not None:
             return completed == self._switch_epoch

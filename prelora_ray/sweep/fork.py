@@ -54,7 +54,7 @@ def fork(trunk: RunFolder, settings: Settings) -> int:
         event = {**before, "event": "fork", "epoch": epoch, "trunk": str(trunk)}
         folder.write_lines("events.jsonl", [{**event, "time": time} for time in (min(times), max(times))])
         checkpoint = kept.load(name)
-        checkpoint.state["phases"] = schedule.state_dict()
+        checkpoint.state |= {"phases": schedule.state_dict(), "fork": True}
         own.save(checkpoint)
     return epoch
 

@@ -36,7 +36,6 @@ from prelora_ray.fault_tolerance.notices import STOP_FILE
 from prelora_ray.fault_tolerance.ray_private import (
     Guard,
     JobConfig,
-    ScalingConfig,
     TorchConfig,
     TorchTrainer,
     keep_token_private,
@@ -272,7 +271,7 @@ def _fit(
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"settings": settings.model_dump(mode="json")},
-        scaling_config=ScalingConfig(
+        scaling_config=ray.train.ScalingConfig(
             num_workers=(workers.min, workers.max) if is_elastic else workers.max,
             elastic_resize_monitor_interval_s=_RESIZE_LOOK_SECONDS,
             use_gpu=use_gpu,

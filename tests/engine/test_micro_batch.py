@@ -12,7 +12,7 @@ from prelora_ray.data.manifest import Manifest, Shard
 from prelora_ray.engine.micro_batch import MemoryShortageError, bytes_to_spare, micro_batch_sizes
 from prelora_ray.engine.state import TrainState
 from prelora_ray.engine.step import TrainStep
-from prelora_ray.method.phases import Decision, Phase
+from prelora_ray.method.phases import Phase
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.train.batch_stream import stream_plan
 from prelora_ray.train.found_sizes import FILE, read_found, write_found
@@ -54,13 +54,8 @@ def test_a_step_leaves_room_for_a_snapshot_in_every_phase(tmp_path):
     )
     state = TrainState(settings, 10, 1, torch.device("cpu"), 1)
     ranks = {target.name: 2 for target in state.targets}
-    for phase, decision in (
-        (Phase.FULL, Decision()),
-        (Phase.WARMUP, Decision(switch=ranks)),
-        (Phase.LORA, Decision(freeze=True)),
-    ):
-        state.phases.phase = phase
-        state.apply(decision)
+    for phase in Phase:
+        state.enter(phase, ranks)
         state.optimizer.state.clear()
         expected, before = state.snapshot_bytes(), bytes_to_spare(state, 10**9)
         state.model(torch.randn(2, 3, 8, 8)).sum().backward()

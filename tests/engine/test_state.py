@@ -12,11 +12,11 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
 from prelora_ray.config_file import parse_settings
+from prelora_ray.engine import state as state_module
 from prelora_ray.engine.snapshot import Snapshot
 from prelora_ray.engine.state import TrainState
 from prelora_ray.method import adapters
-from prelora_ray.method.phases import Decision, Phase
-from prelora_ray.train import state as state_module
+from prelora_ray.method.phases import Phase
 from tests.runs import TINY_VIT, assert_same_bits
 
 CPU = torch.device("cpu")
@@ -34,15 +34,8 @@ def train_state(options=TINY_VIT, world_size: int = 1, checkpoint: Snapshot | No
     return TrainState(settings, 10, 1, CPU, world_size, checkpoint)
 
 
-def switch(state: TrainState) -> Decision:
-    state.phases.ranks = {target.name: 4 for target in state.targets}
-    state.phases.phase, state.phases.switched_at = Phase.WARMUP, 0
-    return Decision(switch=state.phases.ranks)
-
-
-def freeze(state: TrainState) -> Decision:
-    state.phases.phase, state.phases.frozen_at = Phase.LORA, 0
-    return Decision(freeze=True)
+def enter(state: TrainState, phase: Phase) -> None:
+    state.enter(phase, {target.name: 4 for target in state.targets})
 
 
 def train_a_step(state: TrainState, seed: int) -> dict[str, torch.Tensor]:
@@ -66,15 +59,13 @@ def test_a_switch_that_changes_an_output_is_an_error(monkeypatch, value):
     monkeypatch.setattr(state_module, "inject", inject)
     state = train_state()
     with pytest.raises(RuntimeError, match="injecting the adapters changed a logit by"):
-        state.apply(switch(state))
+        enter(state, Phase.WARMUP)
 
 
 @pytest.mark.parametrize("phase", Phase)
 def test_nothing_changes_a_snapshot(phase):
     state = train_state()
-    for reached, change in ((Phase.WARMUP, switch), (Phase.LORA, freeze)):
-        if phase in (reached, Phase.LORA):
-            state.apply(change(state))
+    enter(state, phase)
     train_a_step(state, seed=0)
     snapshot = state.snapshot([], holds_base=False)
     kept = copy.deepcopy(snapshot)
@@ -90,9 +81,9 @@ def test_nothing_changes_a_snapshot(phase):
 
 def test_a_snapshot_leaves_out_the_base_that_the_run_folder_holds():
     state = train_state()
-    state.apply(switch(state))
+    enter(state, Phase.WARMUP)
     assert not state.snapshot([], holds_base=False).base  # it still trains
-    state.apply(freeze(state))
+    enter(state, Phase.LORA)
     whole, rest = (state.snapshot([], holds_base=held) for held in (False, True))
     frozen = {name for name, parameter in state.model.named_parameters() if not parameter.requires_grad}
     assert set(whole.base) == frozen and not rest.base

@@ -18,7 +18,7 @@ from prelora_ray.data.mixing import Mixing, plan_mixing
 from prelora_ray.engine.model import draw_drop_path, set_drop_path
 from prelora_ray.engine.state import TrainState
 from prelora_ray.engine.step import NonFiniteLossError, TrainStep
-from prelora_ray.method.phases import Decision, Phase
+from prelora_ray.method.phases import Phase
 from prelora_ray.train.batch_stream import stream_plan
 from tests.runs import TINY_VIT
 
@@ -154,13 +154,8 @@ def test_merged_adapters_train_as_the_plain_ones_do(tmp_path):
         step = stepper(settings(tmp_path, adapters=adapters, learning_rate=0.01, micro_batch=8))
         state = step.state
         ranks = {target.name: 2 << i % 3 for i, target in enumerate(state.targets)}
-        for phase, decision in {
-            Phase.FULL: Decision(),
-            Phase.WARMUP: Decision(switch=ranks),
-            Phase.LORA: Decision(freeze=True),
-        }.items():
-            state.phases.phase, state.phases.switched_at = phase, 0
-            state.apply(decision)
+        for phase in Phase:
+            state.enter(phase, ranks)
             for _ in range(3):
                 step.train(batch(IDS))
         trained.append(dict(state.model.named_parameters()))

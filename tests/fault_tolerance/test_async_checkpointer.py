@@ -10,11 +10,11 @@ import weakref
 import pytest
 
 from prelora_ray.engine.snapshot import Snapshot
+from prelora_ray.fault_tolerance import background
 from prelora_ray.fault_tolerance.async_checkpointer import AsyncCheckpointer
 from prelora_ray.fault_tolerance.checkpoint import Checkpoints, Retention
 from prelora_ray.run_folder import RunFolder
-from prelora_ray.train import background
-from tests.engine.test_checkpoint import checkpoint
+from tests.fault_tolerance.test_checkpoint import checkpoint
 
 
 @pytest.fixture

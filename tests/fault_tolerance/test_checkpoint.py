@@ -18,7 +18,7 @@ from prelora_ray.fault_tolerance.checkpoint import (
     Retention,
     copy_in_pieces,
 )
-from prelora_ray.method.phases import Decision
+from prelora_ray.method.phases import Phase
 from prelora_ray.storage import Storage
 
 
@@ -261,8 +261,7 @@ def test_in_phase_lora_a_checkpoint_costs_what_trains(tmp_path):
         }
     )
     state = TrainState(settings, 10, 1, torch.device("cpu"), 1)
-    state.phases.load_state_dict(state.phases.state_dict() | {"phase": "lora"})
-    state.apply(Decision(switch={target.name: 8 for target in state.targets}, freeze=True))
+    state.enter(Phase.LORA, {target.name: 8 for target in state.targets})
     state.model(torch.randn(2, 3, 32, 32)).sum().backward()
     state.optimizer.step()
     checkpoints = Checkpoints(Storage(tmp_path))

@@ -9,7 +9,7 @@ from prelora_ray.fault_tolerance.checkpoint import Checkpoints
 from prelora_ray.fault_tolerance.end import FILE, End, read_end, remove_end, write_end
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.train.run import TrainError, check_finished
-from tests.engine.test_checkpoint import checkpoint
+from tests.fault_tolerance.test_checkpoint import checkpoint
 
 EPOCHS = 12
 

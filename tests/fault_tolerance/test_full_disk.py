@@ -21,7 +21,7 @@ from prelora_ray.run_folder import RunFolder, RunRecords
 from prelora_ray.train.found_sizes import read_found, write_found
 from prelora_ray.train.run import TrainError, stop_on_sigterm, train, write_result
 from tests.disk import Disk
-from tests.engine.test_checkpoint import checkpoint
+from tests.fault_tolerance.test_checkpoint import checkpoint
 from tests.monitor.test_tensorboard import line, read
 from tests.runs import EPOCHS, SWITCH, assert_same_bits, final, settings
 

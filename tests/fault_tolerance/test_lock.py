@@ -16,15 +16,15 @@ from typing import Any
 
 import pytest
 
+from prelora_ray.fault_tolerance import lock
 from prelora_ray.fault_tolerance.lock import DriverLock, HeldRunError, LostRunError, claims, holder
 from prelora_ray.run_folder import RunFolder
-from prelora_ray.train import lock
 
 STARTERS, ROUNDS = 8, 10
 HOLDER = """
 import socket, sys, time
 from prelora_ray.run_folder import RunFolder
-from prelora_ray.train import lock
+from prelora_ray.fault_tolerance import lock
 
 folder, host, clock = sys.argv[1:]
 lock.BEAT_SECONDS = 0.1

@@ -8,10 +8,10 @@ import pytest
 import ray
 
 from prelora_ray.config import CheckpointSettings, WorkerSettings
+from prelora_ray.fault_tolerance import notices
 from prelora_ray.fault_tolerance.control import Action
 from prelora_ray.fault_tolerance.notices import STOP_FILE, Notices, room_to_grow
 from prelora_ray.run_folder import RunFolder
-from prelora_ray.train import notices
 
 
 class Clock:

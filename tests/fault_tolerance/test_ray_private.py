@@ -9,19 +9,22 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import ray
+import ray.train
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 from ray.data._internal.execution.node_trackers import get_or_create_actor_location_tracker
 from ray.data._internal.stats import STATS_ACTOR_NAME, STATS_ACTOR_NAMESPACE
-from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision
 
+from prelora_ray.fault_tolerance import ray_private
 from prelora_ray.fault_tolerance.ray_private import (
     _DATA_ACTORS,
+    FailurePolicy,
     JobConfig,
-    ScalingConfig,
+    ScalingPolicy,
+    TorchTrainer,
     release_groups_of_dead_actors,
     remove_unborn_actors,
 )
-from prelora_ray.train import ray_private
 from tests.chaos.site import wait_for
 
 
@@ -43,11 +46,15 @@ def test_workers_import_from_where_the_driver_does(monkeypatch, tmp_path):
 
 @ray.remote(num_cpus=0)
 class Controller:
-    """Stands where Ray Train's controller does: in an actor, and asks for sizes from functions of the same names."""
+    """Stands where Ray Train's controller does: it asks the policy for sizes, with all of the cluster reserved for its run."""
 
     def __init__(self) -> None:
-        ray_private._count_nodes = lambda: None
-        self.config = ScalingConfig(num_workers=(1, 6), resources_per_worker={"CPU": 1})
+        config = ray.train.ScalingConfig(
+            num_workers=(1, 6), resources_per_worker={"CPU": 1}, elastic_resize_monitor_interval_s=0
+        )
+        self.policy = ScalingPolicy(config)
+        self.policy._maybe_send_resource_request = lambda: None
+        self.policy._get_reserved_resources = lambda: {node["NodeID"]: node["Resources"] for node in ray.nodes()}
 
     def give_notice(self) -> None:
         """As if the cluster's only node were about to go."""
@@ -55,27 +62,25 @@ class Controller:
         ray._private.state.state.get_draining_nodes = lambda: {node["NodeID"]: 0}
 
     def asked_of_the_autoscaler(self) -> int:
-        return self.config.max_workers
+        return self.policy._get_num_workers_for_resource_request()
 
     def new_group(self) -> int:
-        return self._count_possible_workers()
+        return self.policy.make_decision_for_non_running_worker_group().num_workers
 
     def running_group(self, num_workers: int) -> int:
-        return self.make_decision_for_running_worker_group(SimpleNamespace(num_workers=num_workers))
-
-    def make_decision_for_running_worker_group(self, worker_group_state: SimpleNamespace) -> int:
-        return self._count_possible_workers()
-
-    def _count_possible_workers(self) -> int:
-        return self.config.max_workers
+        """The size that a group of so many is to have."""
+        state = SimpleNamespace(num_workers=num_workers, start_time=0.0)
+        decision = self.policy.make_decision_for_running_worker_group(state, None)
+        return num_workers if isinstance(decision, NoopDecision) else decision.num_workers
 
 
 def test_a_new_group_has_room_for_each_worker_and_a_notice_shrinks_no_running_one(ray_cluster):
     controller = Controller.remote()
     assert ray.get(controller.new_group.remote()) == 4  # the cluster's CPUs
+    assert ray.get(controller.running_group.remote(2)) == 4
     ray.get(controller.give_notice.remote())
-    assert ray.get(controller.new_group.remote()) == 1
     assert [ray.get(controller.running_group.remote(size)) for size in (1, 2, 3)] == [1, 2, 3]
+    assert ray.get(controller.new_group.remote()) == 1
     assert ray.get(controller.asked_of_the_autoscaler.remote()) == 6
     ray.kill(controller)
 
@@ -161,9 +166,19 @@ def test_ray_names_its_actors_as_we_do():
         assert set(_DATA_ACTORS) & set(create.__code__.co_consts)
 
 
-def test_ray_decides_on_sizes_where_we_look():
-    decide = ElasticScalingPolicy.make_decision_for_running_worker_group.__code__
-    assert "worker_group_state" in decide.co_varnames
-    assert "_count_possible_workers" in decide.co_names
-    assert "max_workers" in ElasticScalingPolicy._count_possible_workers.__code__.co_names
-    assert "max_workers" in ElasticScalingPolicy._get_num_workers_for_resource_request.__code__.co_names
+def test_a_trainer_has_our_policies(monkeypatch):
+    """They go in where Ray Train makes its own."""
+    given = {}
+    monkeypatch.setattr(
+        ray.train.torch.TorchTrainer, "_initialize_and_run_controller", lambda _, **arguments: given.update(arguments)
+    )
+    elastic = ray.train.ScalingConfig(num_workers=(1, 2))
+    TorchTrainer(print, scaling_config=elastic)._initialize_and_run_controller(scaling_policy=None, failure_policy=None)
+    assert (type(given["scaling_policy"]), type(given["failure_policy"])) == (ScalingPolicy, FailurePolicy)
+    TorchTrainer(print)._initialize_and_run_controller(scaling_policy="fixed", failure_policy=None)
+    assert given["scaling_policy"] == "fixed"
+
+
+def test_ray_train_counts_in_the_function_that_we_override():
+    for decide in ("make_decision_for_running_worker_group", "make_decision_for_non_running_worker_group"):
+        assert "_count_possible_workers" in getattr(ElasticScalingPolicy, decide).__code__.co_names

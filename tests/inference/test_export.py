@@ -25,7 +25,7 @@ from prelora_ray.fault_tolerance.checkpoint import Checkpoints
 from prelora_ray.inference.evaluate import evaluate
 from prelora_ray.inference.export import ExportError, export
 from prelora_ray.inference.load import load_run_model
-from prelora_ray.method.phases import Decision
+from prelora_ray.method.phases import Phase
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
 from prelora_ray.train.run import train
@@ -53,11 +53,7 @@ def make_run(folder: Path, digits: Path, phase: str) -> Path:
     if phase != "full":
         names = [target.name for target in state.targets if target.layer != 1]
         ranks = {name: (2, 4, 8)[i % 3] for i, name in enumerate(names)}
-        state.phases.load_state_dict({**state.phases.state_dict(), "phase": "warmup", "switch_epoch": 1, "ranks": ranks})
-        state.apply(Decision(switch=ranks))
-    if phase == "lora":
-        state.phases.load_state_dict({**state.phases.state_dict(), "phase": "lora", "freeze_epoch": 2})
-        state.apply(Decision(freeze=True))
+        state.enter(Phase(phase), ranks)
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in state.model.named_parameters():
