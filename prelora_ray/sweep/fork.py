@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prelora_ray.config import Settings, flat
 from prelora_ray.engine.snapshot import checkpoint_name
+from prelora_ray.errors import UserError
 from prelora_ray.fault_tolerance.checkpoint import Checkpoints
 from prelora_ray.fault_tolerance.lock import DriverLock
 from prelora_ray.method.phases import Phase
@@ -21,7 +22,7 @@ def fork(trunk: RunFolder, settings: Settings) -> int:
     `train` then goes on from there, to the same weights. Does nothing where the folder has been made
     before. The trunk is any run that kept its checkpoints (`checkpoint.keep_trunk`).
 
-    Raises ValueError where the trunk was run with other settings than those of the method, never
+    Raises UserError where the trunk was run with other settings than those of the method, never
     switches with these, or has no checkpoint at the switch; HeldRunError where another driver is making the folder.
     """
     _check_same_trunk(trunk, settings)
@@ -30,7 +31,7 @@ def fork(trunk: RunFolder, settings: Settings) -> int:
     verdicts = [decision.verdict for decision in decide(schedule, record.epochs) if decision.verdict is not None]
     epoch = schedule.switched_at
     if epoch is None:
-        raise ValueError(f"run {trunk} does not switch with the settings of {settings.name}: see `prelora replay`")
+        raise UserError(f"run {trunk} does not switch with the settings of {settings.name}: see `prelora replay`")
     folder = RunFolder.of(settings)
     name = checkpoint_name(epoch, 0)
     own = Checkpoints(folder)
@@ -38,7 +39,7 @@ def fork(trunk: RunFolder, settings: Settings) -> int:
         return epoch
     kept = Checkpoints(trunk)
     if name not in kept.names():
-        raise ValueError(
+        raise UserError(
             f"run {trunk} has no checkpoint of epoch {epoch}, where {settings.name} forks from it: "
             "train it with checkpoint.keep_trunk: true"
         )
@@ -63,7 +64,7 @@ def _check_same_trunk(trunk: RunFolder, settings: Settings) -> None:
     ours, theirs = flat(settings), flat(trunk.read_settings())
     for key in ours | theirs:
         if key.startswith(_OF_TRUNK) and key not in _WITHOUT_EFFECT and ours.get(key) != theirs.get(key):
-            raise ValueError(
+            raise UserError(
                 f"{key} = {ours.get(key)!r} is not allowed in a fork: its trunk {trunk} was run with {theirs.get(key)!r}"
             )
 

@@ -164,7 +164,7 @@ class Plan:
     def __init__(self, sweep: SweepSettings, base: Settings) -> None:
         """`base`: the recipe's settings with the sweep's overrides.
 
-        Paths become absolute, as trials run in folders of their own. Raises ValueError where the space
+        Paths become absolute, as trials run in folders of their own. Raises UserError where the space
         holds a setting that is not allowed.
         """
         self.sweep = sweep
@@ -220,7 +220,7 @@ class Plan:
 
 
 def load_sweep(path: str, overrides: list[str], *, name: str | None = None, storage: str | None = None) -> Plan:
-    """Reads a sweep's file and the recipe that it names. Raises ValueError as `load_settings` does."""
+    """Reads a sweep's file and the recipe that it names. Raises UserError as `load_settings` does."""
     sweep = parse_section(SweepSettings, read_named(path, overrides, name=name, storage=storage))
     base = load_settings(
         Path(path).parent / sweep.recipe, [f"{key}={json.dumps(value)}" for key, value in sweep.overrides.items()]
