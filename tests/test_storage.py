@@ -197,5 +197,5 @@ def test_no_command_takes_an_address_that_holds_keys(arguments, name):
 
 
 def test_an_address_of_an_unknown_kind_is_a_users_mistake():
-    with pytest.raises(UserError, match="^'foo://x' is no folder or bucket: Unrecognized filesystem type"):
+    with pytest.raises(UserError, match=r"^'foo://x' is no folder or bucket: Unrecognized filesystem type"):
         Storage("foo://x")

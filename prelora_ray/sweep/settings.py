@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from prelora_ray.config import Address, Count, FolderName, Section, Settings, Whole, with_absolute_paths
+from prelora_ray.config import Address, Count, FolderName, MethodSettings, Section, Settings, Whole, acts, with_absolute_paths
 from prelora_ray.config_file import load_settings, parse_section, parse_settings, read_named
 
 Setting = dict[str, Any]
@@ -31,12 +31,10 @@ OF_THE_TEST = (
     "rank_floor_percent",
 )
 """Keys of the method that decide when a run switches and with which ranks, and nothing after."""
-_AFTER = (
-    *("warmup_epochs", "rank_pattern", "scaling", "freeze"),
-    *("adapter_learning_rate_scale", "adapter_ramp_steps", "adapter_weight_decay"),
+SEARCHABLE = tuple(
+    f"method.{name}" for name in MethodSettings.model_fields if acts(f"method.{name}") == "switch" and name != "enabled"
 )
-SEARCHABLE = tuple(f"method.{key}" for key in (*OF_THE_TEST, *_AFTER))
-"""Keys that all trials of one trunk may differ in."""
+"""Keys that all trials of one trunk may differ in: those of the method that act from the switch on."""
 
 
 class Range(Section):

@@ -18,7 +18,7 @@ import ray.train
 import ray.train.torch
 import torch
 
-from prelora_ray.config import Settings, WorkerSettings, flat, with_absolute_paths, without_effect
+from prelora_ray.config import Settings, WorkerSettings, acts, flat, with_absolute_paths, without_effect
 from prelora_ray.data.manifest import Manifest, read_manifest
 from prelora_ray.data.prepare import prepare
 from prelora_ray.engine.check import check_model
@@ -53,13 +53,6 @@ from prelora_ray.train.result import summarize
 from prelora_ray.train.worker import train_worker
 
 logger = logging.getLogger(__name__)
-
-_MAY_CHANGE = {
-    *("storage", "audit_samples", "workers", "checkpoint", "monitor"),
-    *("data.path", "data.source", "data.decoders", "train.micro_batch"),
-}
-"""Keys that may differ when a run is resumed: they do not change what the run computes."""
-
 
 _RAY_TRAIN = {
     "HEALTH_CHECK_INTERVAL_S": "0.25",  # the controller takes up one report a look, and an epoch may be short
@@ -353,7 +346,7 @@ def _check_unchanged(before: Settings, now: Settings, folder: RunFolder) -> None
     """Raises UserError where a run is resumed with settings that would make another run of it."""
     old, new = (flat(settings) for settings in (before, now))
     for key in sorted(old | new):
-        if old.get(key) == new.get(key) or any(key == may or key.startswith(may + ".") for may in _MAY_CHANGE):
+        if old.get(key) == new.get(key) or acts(key) == "never":
             continue
         told = f"{key} = {new.get(key)!r} is not allowed: run {folder} was begun with {old.get(key)!r}"
         if key == "train.epochs" and now.train.epochs > before.train.epochs:
