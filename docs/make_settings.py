@@ -4,13 +4,16 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from prelora_ray.config import Settings
+from prelora_ray.config import Settings, acts
 from prelora_ray.sweep.settings import AshaSettings, SweepSettings
 
 HEAD = """# Settings
 
 Every key of a recipe, with its default. `--set key.path=value` changes one on the command line. Written by
 `python docs/make_settings.py`.
+
+Keys that do not act on the result may change when a run is resumed. A fork may differ from its trunk in those, and in
+keys that act from the switch on.
 
 """
 SWEEP_HEAD = """
@@ -19,19 +22,24 @@ SWEEP_HEAD = """
 Every key of a sweep ([sweeps.md](sweeps.md)).
 
 """
-TABLE = """| key | default | meaning |
+TABLE = """| key | default | acts | meaning |
+| --- | --- | --- | --- |
+"""
+SWEEP_TABLE = """| key | default | meaning |
 | --- | --- | --- |
 """
+ACTS = {"always": "from the start", "switch": "from the switch on", "never": "not on the result"}
 
 
-def rows(section: type[BaseModel], prefix: str = "") -> list[str]:
+def rows(section: type[BaseModel], prefix: str = "", *, tell_acts: bool = False) -> list[str]:
     found = []
     for name, field in section.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            found += rows(field.annotation, f"{prefix}{name}.")
+            found += rows(field.annotation, f"{prefix}{name}.", tell_acts=tell_acts)
             continue
         default = "required" if field.is_required() else f"`{_yaml(field.get_default(call_default_factory=True))}`"
-        found.append(f"| `{prefix}{name}` | {default} | {' '.join((field.description or '').split())} |")
+        when = f" {ACTS[acts(prefix + name)]} |" if tell_acts else ""
+        found.append(f"| `{prefix}{name}` | {default} |{when} {' '.join((field.description or '').split())} |")
     return found
 
 
@@ -43,8 +51,8 @@ def _yaml(value: object) -> str:
 
 def reference() -> str:
     sweep = rows(SweepSettings) + rows(AshaSettings, "asha.")
-    tables = [TABLE + "\n".join(found) + "\n" for found in (rows(Settings), sweep)]
-    return HEAD + tables[0] + SWEEP_HEAD + tables[1]
+    run = rows(Settings, tell_acts=True)
+    return HEAD + TABLE + "\n".join(run) + "\n" + SWEEP_HEAD + SWEEP_TABLE + "\n".join(sweep) + "\n"
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from prelora_ray.bench import commands as bench
-from prelora_ray.errors import InterruptedRunError, WorkError
+from prelora_ray.errors import InterruptedRunError, UserError, WorkError
 from prelora_ray.json_output import Json, print_json
 
 if TYPE_CHECKING:
@@ -261,7 +261,7 @@ def replay(
         _replay_map(source, record, method, ramp, taus, zetas, picture, as_json)
         return
     if picture is not None:
-        raise ValueError(f"--picture {picture} is not allowed: it takes several values of --tau or --zeta, such as 0.1:10:30")
+        raise UserError(f"--picture {picture} is not allowed: it takes several values of --tau or --zeta, such as 0.1:10:30")
     result = run(record, method, ramp)
     if as_json:
         print_json({key: getattr(result, key) for key in ("switch_window", "switch_epoch", "ranks", "reason")})
@@ -317,7 +317,7 @@ def _numbers(option: str, text: str) -> list[float]:
             raise ValueError(text)
         return values
     except (ValueError, ZeroDivisionError):
-        raise ValueError(
+        raise UserError(
             f"{option} {text} is not allowed: give a number of 0 or more, several such as 0.25,0.5,1, or 0.1:10:30 for 30 "
             "from 0.1 to 10"
         ) from None
@@ -363,23 +363,20 @@ def doctor(
 
 
 def main() -> None:
-    """Runs the command. Exit status 0; 1 the work failed; 2 the request was wrong; 130 interrupted."""
+    """Runs the command. Exit status 0; 1 the work failed; 2 the request was wrong; 130 interrupted.
+
+    Any other error is the program's own: it comes out with its traceback, and exit status 1.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("prelora_ray").setLevel(logging.INFO)
     if "--debug" in sys.argv:  # wherever it stands
         sys.argv = [sys.argv[0], "--debug", *(argument for argument in sys.argv[1:] if argument != "--debug")]
     try:
         app()
-    except (KeyboardInterrupt, ValueError, RuntimeError, OSError) as error:
+    except (UserError, WorkError, OSError, InterruptedRunError, KeyboardInterrupt) as error:
         if _debug:
             raise
-        if isinstance(error, (KeyboardInterrupt, InterruptedRunError)):
-            print(f"prelora: {error or 'interrupted'}", file=sys.stderr)
-            sys.exit(130)
-        if isinstance(error, ValueError):
-            print(f"prelora: {error}", file=sys.stderr)
+        print(f"prelora: {'interrupted' if isinstance(error, KeyboardInterrupt) else error}", file=sys.stderr)
+        if isinstance(error, UserError):
             sys.exit(2)
-        if isinstance(error, (WorkError, OSError)):
-            print(f"prelora: {error}", file=sys.stderr)
-            sys.exit(1)
-        raise
+        sys.exit(1 if isinstance(error, (WorkError, OSError)) else 130)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -28,6 +29,17 @@ def _for_each_channel(values: tuple[float, ...]) -> tuple[float, ...]:
 
 
 ForEachChannel = AfterValidator(_for_each_channel)
+
+
+@dataclass(frozen=True)
+class Acts:
+    """Marks a key, or a section for the keys in it, with when it acts on what a run computes; `acts` tells.
+
+    `always` is from the start on, and needs no mark; `switch` is from the switch on, so that forks of one trunk may differ
+    in it; `never` is speed, place and watching, which may change whenever a run is resumed.
+    """
+
+    when: Literal["always", "switch", "never"]
 
 
 class Section(BaseModel):
@@ -66,7 +78,7 @@ class ModelSettings(Section):
     """Further arguments of `timm.create_model`, such as `patch_size` or `depth`; `in_chans: 1` takes images as grey values."""
     init_from: Address | None = None
     """A timm checkpoint that the run starts from, a file or an address in a bucket; null draws the weights."""
-    allow_download: bool = False
+    allow_download: Annotated[bool, Acts("never")] = False
     """Whether a name that fetches from a hub, such as `hf-hub:...`, may be used."""
 
     @model_validator(mode="after")
@@ -145,9 +157,9 @@ _POLICY = re.compile(
 
 
 class DataSettings(Section):
-    path: Address
+    path: Annotated[Address, Acts("never")]
     """The prepared folder."""
-    source: Address | None = None
+    source: Annotated[Address | None, Acts("never")] = None
     """What to prepare into `path` on first use: `digits`, or whatever `prelora prepare` takes."""
     batch_size: Count = 1024
     """Images in a global batch, over all workers."""
@@ -155,7 +167,7 @@ class DataSettings(Section):
     """Images in a cell, the group that is never split between workers or micro-batches, and inside which images are mixed."""
     shuffle_row_groups: Count = 16
     """Row groups whose rows are shuffled together."""
-    decoders: Count | Literal["auto"] = "auto"
+    decoders: Annotated[Count | Literal["auto"], Acts("never")] = "auto"
     """Decoding processes of each worker; auto is its share of the node's CPUs, which the GPUs of the node share."""
     mean: Annotated[tuple[Share, ...], ForEachChannel] = (0.485, 0.456, 0.406)
     """Mean of each channel, in 0..1; one value, such as [0.5], stands for all three. With in_chans 1 their average counts."""
@@ -189,7 +201,7 @@ class TrainSettings(Section):
     precision: Literal["auto", "fp64", "fp32", "bf16", "fp8"] = "auto"
     """Number format of the products; auto is bf16 on GPUs and fp32 on CPUs. fp8 is bf16 before phase lora and e4m3 in it. What
     trains is float32 (fp64: float64)."""
-    adapters: Literal["plain", "merged"] = "merged"
+    adapters: Annotated[Literal["plain", "merged"], Acts("switch")] = "merged"
     """How an adapted layer is computed: base and adapters apart, or as one product of the merged weights, as fp8 always is."""
     residual: Literal["fp32", "bf16"] = "fp32"
     """Number format of the residual stream between the blocks, where the products are bf16 or fp8."""
@@ -197,11 +209,14 @@ class TrainSettings(Section):
     """Whether the model's blocks go through torch.compile; auto does on GPUs."""
     cuda_graph: bool = True
     """Whether a single GPU worker replays its step as one CUDA graph, which frees small models from launch costs."""
-    micro_batch: Count | Literal["auto"] | None = None
+    micro_batch: Annotated[Count | Literal["auto"] | None, Acts("never")] = None
     """Most images that a worker takes through the model at once, a multiple of `data.cell`; null takes its whole share, and so
     does auto on a CPU. On a GPU auto finds the most that fits, once for each phase, and notes it in the run folder."""
     validate_every: Count = 1
     """Epochs between validations; the last epoch is always validated."""
+
+
+_Family = Literal["query", "key", "value", "proj", "fc1", "fc2"]
 
 
 class MethodSettings(Section):
@@ -235,7 +250,7 @@ class MethodSettings(Section):
     """Ranks given by hand instead of by the rule: {regular expression on module names: rank}; rank 0 is no adapter."""
     scaling: Positive = 2.0
     """s in W + s B A, which is lora_alpha / rank."""
-    targets: tuple[Literal["query", "key", "value", "proj", "fc1", "fc2"], ...] = FAMILIES  # type: ignore[assignment]
+    targets: Annotated[tuple[_Family, ...], Acts("always")] = FAMILIES  # type: ignore[assignment]
     """Which matrices of a block get adapters."""
     freeze: Freeze = "adapted"
     """What phase lora freezes: the adapted weights, all but the head, or the adapted weights and all in front of them."""
@@ -311,20 +326,20 @@ class MonitorSettings(Section):
 class Settings(Section):
     """A run, as one YAML file describes it."""
 
-    name: FolderName
+    name: Annotated[FolderName, Acts("never")]
     """Name of the run and of its folder; the same name again resumes it. Default: the file's own."""
-    storage: Address = "runs"
+    storage: Annotated[Address, Acts("never")] = "runs"
     """Folder, file share or bucket that holds the run folders."""
-    audit_samples: bool = False
+    audit_samples: Annotated[bool, Acts("never")] = False
     """Whether every worker records the samples of every batch."""
     model: ModelSettings = ModelSettings()
     data: DataSettings
     augment: AugmentSettings = AugmentSettings()
     train: TrainSettings = TrainSettings()
-    method: MethodSettings = MethodSettings()
-    workers: WorkerSettings = WorkerSettings()
-    checkpoint: CheckpointSettings = CheckpointSettings()
-    monitor: MonitorSettings = MonitorSettings()
+    method: Annotated[MethodSettings, Acts("switch")] = MethodSettings()
+    workers: Annotated[WorkerSettings, Acts("never")] = WorkerSettings()
+    checkpoint: Annotated[CheckpointSettings, Acts("never")] = CheckpointSettings()
+    monitor: Annotated[MonitorSettings, Acts("never")] = MonitorSettings()
 
     @property
     def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -387,6 +402,19 @@ def with_absolute_paths(settings: Settings) -> Settings:
 def absolute_source(source: str) -> str:
     """As `absolute`, for what `prelora prepare` takes; `digits` is a word and no path."""
     return source if source == "digits" else absolute(source)
+
+
+def acts(key: str) -> Literal["always", "switch", "never"]:
+    """When a key, such as `method.tau`, acts: as it is marked, or else as the section around it is."""
+    when: Literal["always", "switch", "never"] = "always"
+    section: Any = Settings
+    for name in key.split("."):
+        field = section.model_fields[name]
+        when = next((mark.when for mark in field.metadata if isinstance(mark, Acts)), when)
+        section = field.annotation
+        if not (isinstance(section, type) and issubclass(section, Section)):
+            break  # what follows is inside the value, as `depth` is in `model.options.depth`
+    return when
 
 
 def flat(settings: Section) -> dict[str, Any]:

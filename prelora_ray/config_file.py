@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from prelora_ray.config import MethodSettings, Section, Settings
-from prelora_ray.errors import one_line
+from prelora_ray.errors import UserError, one_line
 from prelora_ray.storage import without_keys
 
 SectionT = TypeVar("SectionT", bound=Section)
@@ -25,7 +25,7 @@ def load_settings(
 ) -> Settings:
     """Reads a recipe. `overrides` are `key.path=value`, with values in YAML.
 
-    Raises ValueError with one sentence a mistake, naming the key, the value and what is allowed.
+    Raises UserError with one sentence a mistake, naming the key, the value and what is allowed.
     """
     return parse_settings(read_named(path, overrides, name=name, storage=storage))
 
@@ -35,19 +35,19 @@ def read_named(
 ) -> dict[str, Any]:
     """What a YAML file holds, with what a command line changes in it; the name is by default the file's own.
 
-    Raises ValueError where it is no such file.
+    Raises UserError where it is no such file.
     """
     path = Path(path)
     try:
         content = _parse_yaml(path.read_text())
     except FileNotFoundError:
-        raise ValueError(f"{path} is no file: give the path of a recipe, such as jobs/configs/digits.yaml") from None
+        raise UserError(f"{path} is no file: give the path of a recipe, such as jobs/configs/digits.yaml") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
+        raise UserError(f"{path} cannot be read: {error}") from None
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no settings: it must be a mapping such as `data: {{path: ...}}`")
+        raise UserError(f"{path} holds no settings: it must be a mapping such as `data: {{path: ...}}`")
     for override in overrides:
         _apply(content, override)
     content.setdefault("name", path.stem)
@@ -59,21 +59,21 @@ def read_named(
 
 
 def parse_settings(content: dict[str, Any]) -> Settings:
-    """Checks settings given as nested dictionaries. Raises ValueError as `load_settings` does."""
+    """Checks settings given as nested dictionaries. Raises UserError as `load_settings` does."""
     return parse_section(Settings, content)
 
 
 def parse_method(content: dict[str, Any]) -> MethodSettings:
-    """Checks the settings of the method alone. Raises ValueError as `load_settings` does."""
+    """Checks the settings of the method alone. Raises UserError as `load_settings` does."""
     return parse_section(MethodSettings, content, "method.")
 
 
 def parse_section(section: type[SectionT], content: dict[str, Any], prefix: str = "") -> SectionT:
-    """Checks a section whose keys are told with `prefix` in front. Raises ValueError as `load_settings` does."""
+    """Checks a section whose keys are told with `prefix` in front. Raises UserError as `load_settings` does."""
     try:
         return section.model_validate(content)
     except ValidationError as error:
-        raise ValueError("\n".join(_sentences(error.errors(), _known_keys(section, prefix), prefix))) from None
+        raise UserError("\n".join(_sentences(error.errors(), _known_keys(section, prefix), prefix))) from None
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -98,20 +98,20 @@ def _parse_yaml(text: str) -> Any:
 def _apply(content: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
-        raise ValueError(f"--set {override!r} is not allowed: write key.path=value, such as train.epochs=20")
+        raise UserError(f"--set {override!r} is not allowed: write key.path=value, such as train.epochs=20")
     *parents, last = key.strip().split(".")
     section = content
     for parent in parents:
         inner = {} if section.get(parent) is None else section[parent]
         if not isinstance(inner, dict):
-            raise ValueError(f"--set {override!r} is not allowed: {parent} is no section")
+            raise UserError(f"--set {override!r} is not allowed: {parent} is no section")
         section[parent] = dict(inner)  # of its own, as an alias may have it stand elsewhere too
         section = section[parent]
     try:
         section[last] = _parse_yaml(value)
     except yaml.YAMLError as error:
         reason = one_line(error)
-        raise ValueError(f"--set {override!r} is not allowed: the value is not YAML: {reason}") from None
+        raise UserError(f"--set {override!r} is not allowed: the value is not YAML: {reason}") from None
 
 
 def _sentences(errors: list[ErrorDetails], known: list[str], prefix: str) -> list[str]:

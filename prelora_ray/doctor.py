@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 
 from prelora_ray.data.check import check_prepared
-from prelora_ray.errors import one_line
+from prelora_ray.errors import UserError, one_line
 from prelora_ray.fault_tolerance.checkpoint import Checkpoints, DamagedCheckpointError, OtherSchemaError
 from prelora_ray.fault_tolerance.notices import STOP_FILE
 from prelora_ray.run_folder import RunFolder
@@ -15,14 +15,14 @@ from prelora_ray.run_folder import RunFolder
 def examine(path: str, on_progress: Callable[[int, int], None] = lambda done, total: None) -> list[str]:
     """What is wrong with a prepared folder or a run folder, a sentence each; none where all is whole.
 
-    `on_progress` is called with the shards or checkpoints done and their total. Raises ValueError where `path` is neither.
+    `on_progress` is called with the shards or checkpoints done and their total. Raises UserError where `path` is neither.
     """
     folder = RunFolder(path)
     if folder.exists("manifest.json") and not folder.exists("state.json"):  # with that it is a checkpoint
         return check_prepared(folder, on_progress)
     if folder.exists("config.yaml"):
         return _check_records(folder) + _check_checkpoints(folder, on_progress)
-    raise ValueError(f"{path!r} is neither a prepared folder (it has no manifest.json) nor a run folder (no config.yaml)")
+    raise UserError(f"{path!r} is neither a prepared folder (it has no manifest.json) nor a run folder (no config.yaml)")
 
 
 def _check_records(folder: RunFolder) -> list[str]:

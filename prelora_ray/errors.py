@@ -1,4 +1,11 @@
-"""What the command line tells in one sentence. A user's mistake is a ValueError, anywhere."""
+"""What the command line tells in one sentence; any other error is the program's own, and told with a traceback."""
+
+
+class UserError(ValueError):
+    """What the user asked for cannot be.
+
+    The message is one sentence, or one a line, naming the key or the file, the value, and what would be right.
+    """
 
 
 class WorkError(RuntimeError):

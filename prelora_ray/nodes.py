@@ -11,6 +11,8 @@ from pathlib import Path
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from prelora_ray.errors import UserError
+
 _PATIENCE_SECONDS = 5.0
 """A file share may show a new file a little later elsewhere."""
 _ANSWER_SECONDS = 60.0
@@ -22,7 +24,7 @@ def check_seen_by_all_nodes(reads: Iterable[str] = (), writes: Iterable[str] = (
     A folder to write into is made, and holds a hidden file for the time of the check. What is no absolute path, such as an
     address in a bucket, is passed over, and so are nodes that join later.
 
-    Raises ValueError, with the path and the node, where a node does not see one.
+    Raises UserError, with the path and the node, where a node does not see one.
     """
     nodes = _other_nodes()
     if not nodes:
@@ -73,7 +75,7 @@ def _look(nodes: dict[str, str], looked_for: dict[str, str]) -> None:
         except ray.exceptions.RayError:
             continue
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"{looked_for[missing[0]]!r} is not there on node {asked[answer]}: mount it at the same place on every node, "
                 "or give a folder or bucket that all nodes see"
             )

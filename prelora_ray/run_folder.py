@@ -25,7 +25,7 @@ import yaml
 
 from prelora_ray.config import Settings
 from prelora_ray.config_file import parse_settings
-from prelora_ray.errors import one_line
+from prelora_ray.errors import UserError, one_line
 from prelora_ray.storage import Storage
 
 
@@ -37,9 +37,9 @@ class RunFolder(Storage):
         return cls(str(Storage(settings.storage) / settings.name))
 
     def read_settings(self) -> Settings:
-        """Raises ValueError where the folder holds no run."""
+        """Raises UserError where the folder holds no run."""
         if not self.exists("config.yaml"):
-            raise ValueError(f"{self} is no run folder: it has no config.yaml")
+            raise UserError(f"{self} is no run folder: it has no config.yaml")
         try:
             content = yaml.safe_load(self.read_bytes("config.yaml"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -61,7 +61,7 @@ class RunFolder(Storage):
         return tuple(content["classes"])
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """A file that holds a JSON object. Raises ValueError, with a sentence, where it is damaged."""
+        """A file that holds a JSON object. Raises UserError, with a sentence, where it is damaged."""
         try:
             content = super().read_json(name)
         except ValueError as error:
@@ -70,8 +70,8 @@ class RunFolder(Storage):
             raise self._damaged(name, "it holds no object")
         return content
 
-    def _damaged(self, name: str, reason: str) -> ValueError:
-        return ValueError(
+    def _damaged(self, name: str, reason: str) -> UserError:
+        return UserError(
             f"{self}/{name} is damaged ({reason}): restore it, or remove it and have the same command write it anew"
         )
 

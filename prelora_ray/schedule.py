@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from prelora_ray.config import MethodSettings
+from prelora_ray.errors import UserError
 from prelora_ray.method.convergence import ConvergenceTest
 from prelora_ray.method.phases import Decision, Phase, PhaseSchedule
 from prelora_ray.method.ranks import assign_ranks, match_rank_pattern
@@ -22,9 +23,15 @@ def phase_schedule(method: MethodSettings, ramp_epochs: int, names: Sequence[str
 
 
 def ranks_for(method: MethodSettings, change: dict[str, float], names: Sequence[str]) -> dict[str, int]:
-    """Rank by module name, where the modules' norms changed by so many percent over the last step."""
+    """Rank by module name, where the modules' norms changed by so many percent over the last step.
+
+    Raises UserError where `rank_pattern` does not fit the modules.
+    """
     if method.rank_pattern is not None:
-        return match_rank_pattern(method.rank_pattern, names)
+        try:
+            return match_rank_pattern(method.rank_pattern, names)
+        except ValueError as error:
+            raise UserError(f"method.rank_pattern: {error}") from None
     return assign_ranks(change, method.r_min, method.r_max, method.normalize, method.floor_percent)
 
 

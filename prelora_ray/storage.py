@@ -18,6 +18,8 @@ from typing import Any, Self, TypeVar
 import pyarrow as pa
 import pyarrow.fs
 
+from prelora_ray.errors import UserError, one_line
+
 T = TypeVar("T")
 _READ_WAITS = (0.1, 0.5, 2.0)
 """Seconds before each further try of a read."""
@@ -83,9 +85,9 @@ def without_keys(text: str) -> str:
 
 
 def check_holds_no_keys(path: str) -> str:
-    """The path or URI as it is. Raises ValueError, which tells no secret, where it holds keys."""
+    """The path or URI as it is. Raises UserError, which tells no secret, where it holds keys."""
     if _KEYS.search(path):
-        raise ValueError(f"{without_keys(path)!r} is not allowed: it must be {NO_KEYS}")
+        raise UserError(f"{without_keys(path)!r} is not allowed: it must be {NO_KEYS}")
     return path
 
 
@@ -93,7 +95,7 @@ class Storage:
     """One folder, named by a path or a URI (``s3://bucket/path``, ``gs://bucket/path``).
 
     Its name (`uri`, and as a string) is absolute, so that it can be handed to processes that run in other folders. Raises
-    ValueError for a URI that holds keys.
+    UserError for a URI that holds keys, or that names no kind of bucket that is known.
 
     A file that is written whole appears whole: on a disk by renaming, on an object store because an
     upload does. Object stores can neither append nor rename, so `append` works on disks alone.
@@ -102,7 +104,10 @@ class Storage:
     def __init__(self, uri: str | os.PathLike[str]) -> None:
         self.uri = absolute(check_holds_no_keys(os.fspath(uri)))
         if "://" in self.uri:
-            self.filesystem, self.path = pyarrow.fs.FileSystem.from_uri(self.uri)
+            try:
+                self.filesystem, self.path = pyarrow.fs.FileSystem.from_uri(self.uri)
+            except pa.ArrowInvalid as error:
+                raise UserError(f"{self.uri!r} is no folder or bucket: {one_line(error)}") from None
         else:
             self.filesystem, self.path = pyarrow.fs.LocalFileSystem(), self.uri
 

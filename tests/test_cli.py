@@ -8,6 +8,7 @@ import re
 import signal
 import stat
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -102,6 +103,23 @@ def test_a_wrong_request_gets_one_sentence_and_status_2(arguments, message):
     assert "Traceback" not in result.stderr
     assert result.stdout == ""
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_an_error_of_the_program_itself_comes_out_with_its_traceback(tmp_path):
+    """Though it is a ValueError, as a user's mistake is: here a number that a command fails to read."""
+    (tmp_path / "broken.py").write_text(
+        "import sys\n"
+        "from prelora_ray import cli, doctor\n"
+        "doctor.examine = lambda *_: int('seven')\n"
+        "sys.argv = ['prelora', 'doctor', 'somewhere']\n"
+        "cli.main()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(tmp_path / "broken.py")]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert "Traceback (most recent call last)" in result.stderr
+    assert result.stderr.endswith("ValueError: invalid literal for int() with base 10: 'seven'\n")
 
 
 def test_no_room_for_the_workers_is_told_once_ray_has_started(tmp_path, monkeypatch):

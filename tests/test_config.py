@@ -1,15 +1,21 @@
 from __future__ import annotations
 
+import re
 import runpy
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from prelora_ray.config import with_absolute_paths, without_effect
+from prelora_ray.config import acts, flat, with_absolute_paths, without_effect
 from prelora_ray.config_file import load_settings, parse_settings, read_named
 from prelora_ray.engine.check import check_model
+from prelora_ray.errors import UserError
+from prelora_ray.run_folder import RunFolder
+from prelora_ray.sweep.fork import _check_same_trunk
+from prelora_ray.sweep.settings import SEARCHABLE
 from prelora_ray.torchvision_ops import make_importable
+from prelora_ray.train.run import _check_unchanged
 
 make_importable()
 
@@ -241,6 +247,69 @@ def test_settings_without_effect_are_told():
     assert without_effect(full) == ["train.adapters has no effect, as method.enabled is false"]
     floor = parse_settings({"name": "run", **DATA, "method": {"rank_floor_percent": 0.5}})
     assert without_effect(floor) == ["method.rank_floor_percent has no effect, as method.rank_floor is not 0"]
+
+
+CHANGES = {
+    "model.drop_path": (0.5, "always"),
+    "data.batch_size": (512, "always"),
+    "data.path": ("y", "never"),
+    "data.decoders": (2, "never"),
+    "augment.flip": (0.1, "always"),
+    "train.seed": (3, "always"),
+    "train.residual": ("bf16", "always"),
+    "train.adapters": ("plain", "switch"),
+    "train.micro_batch": (16, "never"),
+    "method.targets": (["fc1"], "always"),
+    "method.enabled": (False, "switch"),
+    "method.tau": (2.0, "switch"),
+    "method.freeze": ("prefix", "switch"),
+    "workers.max": (2, "never"),
+    "checkpoint.keep": (5, "never"),
+    "monitor.port": (9999, "never"),
+    "storage": ("elsewhere", "never"),
+}
+"""Another value of a key, and when it acts."""
+
+
+@pytest.mark.parametrize("key", CHANGES)
+def test_a_resume_and_a_fork_may_change_what_does_not_act_before_them(tmp_path, key):
+    value, when = CHANGES[key]
+    section, _, name = key.rpartition(".")
+    content = {"name": "run", **DATA}
+    before = parse_settings(content)
+    now = parse_settings(content | ({section: {**content.get(section, {}), name: value}} if section else {name: value}))
+    folder = RunFolder(tmp_path)
+    folder.write_settings(before)
+    assert acts(key) == when
+    for check, is_free in (
+        (lambda: _check_unchanged(before, now, folder), when == "never"),
+        (lambda: _check_same_trunk(folder, now), when != "always"),
+    ):
+        if is_free:
+            check()
+        else:
+            with pytest.raises(UserError, match=rf"^{re.escape(key)} = .* is not allowed"):
+                check()
+    assert (key in SEARCHABLE) == (when == "switch" and section == "method" and name != "enabled")
+
+
+def test_fp8_forks_from_a_trunk_in_bf16(tmp_path):
+    for trunk, precision, is_allowed in (("bf16", "fp8", True), ("fp8", "bf16", True), ("fp32", "fp8", False)):
+        folder = RunFolder(tmp_path)
+        folder.write_settings(parse_settings({"name": "run", **DATA, "train": {"precision": trunk}}))
+        fork = parse_settings({"name": "fork", **DATA, "train": {"precision": precision}})
+        if is_allowed:
+            _check_same_trunk(folder, fork)
+        else:
+            with pytest.raises(UserError, match=r"train\.precision = 'fp8' is not allowed in a fork"):
+                _check_same_trunk(folder, fork)
+
+
+def test_every_key_says_when_it_acts():
+    keys = flat(parse_settings({"name": "run", **DATA}))
+    assert {acts(key) for key in keys} == {"always", "switch", "never"}
+    assert acts("model.options.depth") == "always"
+    assert acts("method.rank_pattern.blocks.3.attn") == "switch"
 
 
 def test_the_reference_in_the_docs_is_up_to_date():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from prelora_ray.errors import UserError
 from prelora_ray.fault_tolerance.checkpoint import Checkpoints
 from prelora_ray.fault_tolerance.resume_point import find_resume_point
 from prelora_ray.run_folder import LineWriter, RunFolder, RunRecords
@@ -193,3 +194,8 @@ def test_no_command_takes_an_address_that_holds_keys(arguments, name):
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith(f"prelora: {name}'s3://...@bucket/runs' is not allowed: ")
     assert "hush" not in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_an_address_of_an_unknown_kind_is_a_users_mistake():
+    with pytest.raises(UserError, match=r"^'foo://x' is no folder or bucket: Unrecognized filesystem type"):
+        Storage("foo://x")

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from prelora_ray.errors import WorkError
+from prelora_ray.errors import UserError, WorkError
 from prelora_ray.json_output import Json, print_json
 from prelora_ray.storage import absolute
 
@@ -107,7 +107,7 @@ def _measure(run: Callable[[], dict[str, Any]], out: str | None, as_json: bool) 
 
     path = None if out is None else Path(absolute(out))
     if path is not None and not path.parent.is_dir():
-        raise ValueError(f"--out {out} is not allowed: {path.parent} is no folder")
+        raise UserError(f"--out {out} is not allowed: {path.parent} is no folder")
     result = run()
     if as_json:
         print_json(result)

@@ -27,6 +27,7 @@ from prelora_ray.data.manifest import Manifest, read_manifest
 from prelora_ray.data.prepare import PrepareSettings, prepare
 from prelora_ray.data.rows import read_encoded
 from prelora_ray.data.stream import stream_batches
+from prelora_ray.errors import UserError
 from prelora_ray.storage import Storage
 from prelora_ray.train.batch_stream import stream_plan
 from prelora_ray.train.run import ray_session
@@ -48,10 +49,10 @@ class Options:
 def bench_data(options: Options) -> dict[str, Any]:
     """Measures every way over the same files; `rows` and what they ran on, as JSON can hold it.
 
-    Raises ValueError where a pass has fewer than four batches, too few for a rate.
+    Raises UserError where a pass has fewer than four batches, too few for a rate.
     """
     if 4 * options.batch > options.images:
-        raise ValueError(f"--batch {options.batch} is not allowed with --images {options.images}: a pass needs four batches")
+        raise UserError(f"--batch {options.batch} is not allowed with --images {options.images}: a pass needs four batches")
     with tempfile.TemporaryDirectory() as directory:
         source, small, whole = (str(Path(directory, name)) for name in ("source", "small", "whole"))
         write_images(Path(source), options.images)

@@ -86,7 +86,7 @@ def _bare_rate(settings: Settings, device: torch.device) -> float:
 def bench_restart(options: Options) -> dict[str, Any]:
     """Seconds from the command to the first trained step, with an empty compile cache and with a filled one.
 
-    Raises ValueError for a model that cannot work, WorkError where a run ends without a step.
+    Raises UserError for a model that cannot work, WorkError where a run ends without a step.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = []

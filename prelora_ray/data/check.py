@@ -19,7 +19,7 @@ def check_prepared(folder: Storage, on_progress: Callable[[int, int], None] = la
     """What is wrong with a prepared folder, a sentence each: shards that are not what the manifest says, and rows whose
     image cannot be decoded or whose label is of no class.
 
-    `on_progress` is called with the shards done and their total. Raises ValueError where there is no readable manifest.
+    `on_progress` is called with the shards done and their total. Raises UserError where there is no readable manifest.
     """
     manifest = parse_manifest(folder)
     shards = [shard for shards in manifest.splits.values() for shard in shards]

@@ -16,6 +16,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from prelora_ray.errors import UserError
 from prelora_ray.storage import Storage
 
 SCHEMA_VERSION = 2
@@ -102,29 +103,29 @@ def is_prepared(folder: Storage) -> bool:
 def read_manifest(folder: Storage) -> Manifest:
     """Reads the manifest and compares the shards' sizes with it.
 
-    Raises ValueError where the folder is not a whole prepared one of this schema version.
+    Raises UserError where the folder is not a whole prepared one of this schema version.
     """
     manifest = parse_manifest(folder)
     sizes = folder.list_files()
     for shard in (shard for shards in manifest.splits.values() for shard in shards):
         if sizes.get(shard.file) != shard.num_bytes:
             found = f"{sizes[shard.file]} bytes" if shard.file in sizes else "missing"
-            raise ValueError(f"{folder}/{shard.file} is {found}, its manifest says {shard.num_bytes} bytes: prepare it again")
+            raise UserError(f"{folder}/{shard.file} is {found}, its manifest says {shard.num_bytes} bytes: prepare it again")
     return manifest
 
 
 def parse_manifest(folder: Storage) -> Manifest:
-    """Reads the manifest, without a look at the shards. Raises ValueError where there is none of a known schema version."""
+    """Reads the manifest, without a look at the shards. Raises UserError where there is none of a known schema version."""
     if not folder.exists("manifest.json"):
-        raise ValueError(f"{folder} is no prepared folder (it has no manifest.json): run `prelora prepare SOURCE {folder}`")
+        raise UserError(f"{folder} is no prepared folder (it has no manifest.json): run `prelora prepare SOURCE {folder}`")
     try:
         content = json.loads(folder.read_bytes("manifest.json"))
         schema = content.pop("schema")
         if schema in _READABLE:
             return _manifest(content)
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{folder}/manifest.json is damaged: prepare the folder again") from None
-    raise ValueError(f"{folder} has schema version {schema}, this version reads up to {SCHEMA_VERSION}: prepare it again")
+        raise UserError(f"{folder}/manifest.json is damaged: prepare the folder again") from None
+    raise UserError(f"{folder} has schema version {schema}, this version reads up to {SCHEMA_VERSION}: prepare it again")
 
 
 def _manifest(content: dict[str, Any]) -> Manifest:

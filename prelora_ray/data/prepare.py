@@ -31,7 +31,7 @@ from prelora_ray.data.manifest import SCHEMA_VERSION, Counts, Manifest, Shard, S
 from prelora_ray.data.sources import Columns, Item, Reader, Source, Splits, open_source
 from prelora_ray.data.sources.source import ending
 from prelora_ray.data.stream import quiet_data_context
-from prelora_ray.errors import WorkError, one_line
+from prelora_ray.errors import UserError, WorkError, one_line
 from prelora_ray.storage import Storage
 
 _SHARDS_PER_BUFFER = 8
@@ -70,17 +70,17 @@ class PrepareSettings:
 
     def __post_init__(self) -> None:
         if not 0 < self.val_fraction < 1:
-            raise ValueError(f"--val-fraction {self.val_fraction} is not allowed: it must lie between 0 and 1")
+            raise UserError(f"--val-fraction {self.val_fraction} is not allowed: it must lie between 0 and 1")
         for name in ("max_bad", "max_overlap"):
             if not 0 <= getattr(self, name) <= 1:
                 option = f"--{name.replace('_', '-')} {getattr(self, name)}"
-                raise ValueError(f"{option} is not allowed: it must lie in 0 to 1")
+                raise UserError(f"{option} is not allowed: it must lie in 0 to 1")
         if self.size < 1:
-            raise ValueError(f"--size {self.size} is not allowed: it is a number of pixels, at least 1")
+            raise UserError(f"--size {self.size} is not allowed: it is a number of pixels, at least 1")
         if not 1 <= self.quality <= 100:
-            raise ValueError(f"--quality {self.quality} is not allowed: it must lie in 1 to 100")
+            raise UserError(f"--quality {self.quality} is not allowed: it must lie in 1 to 100")
         if self.seed < 0:
-            raise ValueError(f"--seed {self.seed} is not allowed: it is a whole number from 0 on")
+            raise UserError(f"--seed {self.seed} is not allowed: it is a whole number from 0 on")
 
 
 class PrepareError(WorkError):
@@ -97,7 +97,7 @@ def prepare(
 
     `on_progress` is called with the images done and their total.
 
-    Raises ValueError for a source that is none; PrepareError where more than ``settings.max_bad`` of the images cannot be
+    Raises UserError for a source that is none; PrepareError where more than ``settings.max_bad`` of the images cannot be
     read, more than ``settings.max_overlap`` of the validation images are among the training images too, or a class is left
     without a training image.
     """
@@ -140,18 +140,18 @@ def prepare(
 
 
 def _check_is_ours(folder: Storage, source: str) -> None:
-    """Raises ValueError for a folder to write into that holds other things than an earlier `prepare` has written."""
+    """Raises UserError for a folder to write into that holds other things than an earlier `prepare` has written."""
     if source != "digits" and os.path.realpath(Storage(source).path) == os.path.realpath(folder.path):
-        raise ValueError(f"{folder.uri!r} is the source itself: give another folder for the prepared images")
+        raise UserError(f"{folder.uri!r} is the source itself: give another folder for the prepared images")
     files = [name for name in (*folder.list_files(), *folder.list_folders()) if not name.startswith(".")]
     if files and _PARTS not in folder.list_folders() and not is_prepared(folder):
-        raise ValueError(f"{folder.uri!r} holds {files[0]!r}: give a new folder, or one that `prepare` has written")
+        raise UserError(f"{folder.uri!r} holds {files[0]!r}: give a new folder, or one that `prepare` has written")
 
 
 def plan(source: Source, out: str, settings: PrepareSettings, train_too: frozenset[str] = frozenset()) -> list[ShardTask]:
     """The tasks that prepare a source, one a shard. Each carries its own images' places, and of the source only its reader.
 
-    `train_too`: names of images that are not to be held out. Raises ValueError where no images are left to train on or to
+    `train_too`: names of images that are not to be held out. Raises UserError where no images are left to train on or to
     validate with.
     """
     tasks = []
@@ -194,7 +194,7 @@ def _split(source: Source, settings: PrepareSettings, train_too: frozenset[str])
             val += [item for item in members[:held_out] if item.name not in train_too]
             train += [item for item in members[:held_out] if item.name in train_too] + members[held_out:]
         if not train or not val:
-            raise ValueError(
+            raise UserError(
                 f"--val-fraction {settings.val_fraction} leaves no images to {'validate with' if train else 'train on'}"
             )
     return {"train": _shuffle(train, rng, settings), "val": _shuffle(val, rng, settings)}

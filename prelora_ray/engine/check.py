@@ -16,7 +16,7 @@ from prelora_ray.config import MethodSettings, ModelSettings, Settings
 from prelora_ray.engine.model import create_model, drop_path_modules, set_drop_path
 from prelora_ray.engine.optim import build_optimizer
 from prelora_ray.engine.precision import Format, autocast, keep_residual_in_bf16, phase_format, use_products
-from prelora_ray.errors import one_line
+from prelora_ray.errors import UserError, one_line
 from prelora_ray.method.adapters import inject, peft_config, peft_state_dict
 from prelora_ray.method.phases import Phase, freeze_parameters
 from prelora_ray.method.ranks import check_ranks, match_rank_pattern
@@ -28,7 +28,7 @@ _IMAGES, _CLASSES = 2, 10
 def check_model(settings: Settings) -> list[Target]:
     """Takes the model through every phase of a run, and returns its target modules.
 
-    Raises ValueError where the model, its targets or the ranks do not fit each other; where it makes other things of
+    Raises UserError where the model, its targets or the ranks do not fit each other; where it makes other things of
     images than a row of logits each; where a phase cannot train it; and where a target's layer is used by its weight
     alone, so that an adapter on it would have no effect.
     """
@@ -40,7 +40,7 @@ def check_model(settings: Settings) -> list[Target]:
     try:
         targets = find_targets(model, method.targets)
     except ValueError as error:
-        raise ValueError(f"model.name = {settings.model.name!r} is not allowed: {error}") from None
+        raise UserError(f"model.name = {settings.model.name!r} is not allowed: {error}") from None
     ranks = _largest_ranks(method, targets)
     with _without_values():
         model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))  # on a CPU, as autocast wants a device
@@ -49,7 +49,7 @@ def check_model(settings: Settings) -> list[Target]:
         called = _calls(model, targets)
         _try_phase(model, settings, format_, Phase.FULL)
         if by_weight := sorted({target.linear for target in targets} - called):
-            raise ValueError(
+            raise UserError(
                 f"model.name = {settings.model.name!r} is not allowed: it uses {by_weight[0]} by its weight alone, so no "
                 "adapter can be put on it"
             )
@@ -59,7 +59,7 @@ def check_model(settings: Settings) -> list[Target]:
             try:
                 freeze_parameters(model, targets, method.freeze)
             except ValueError as error:
-                raise ValueError(f"method.freeze = {method.freeze!r} is not allowed: {error}") from None
+                raise UserError(f"method.freeze = {method.freeze!r} is not allowed: {error}") from None
             _try_phase(model, settings, format_, Phase.LORA)
     return targets
 
@@ -81,7 +81,7 @@ def _largest_ranks(method: MethodSettings, targets: list[Target]) -> dict[str, i
     names = [target.name for target in targets]
     if method.rank_pattern is None:
         if method.enabled and method.r_max > (smallest := min(target.max_rank for target in targets)):
-            raise ValueError(
+            raise UserError(
                 f"method.r_max = {method.r_max} is not allowed: the model's smallest weight has rank {smallest} at most"
             )
         return dict.fromkeys(names, method.r_max)
@@ -89,7 +89,7 @@ def _largest_ranks(method: MethodSettings, targets: list[Target]) -> dict[str, i
         ranks = match_rank_pattern(method.rank_pattern, names)
         check_ranks(ranks, targets)
     except ValueError as error:
-        raise ValueError(f"method.rank_pattern: {error}") from None
+        raise UserError(f"method.rank_pattern: {error}") from None
     return ranks
 
 
@@ -119,16 +119,16 @@ def _try_phase(model: nn.Module, settings: Settings, format_: Format, phase: Pha
                 peft_config(model)
                 peft_state_dict(model)
     except Exception as error:  # whatever a model that was made for other things raises
-        raise ValueError(f"{told}: phase {phase} fails with {type(error).__name__}: {one_line(error)}") from error
+        raise UserError(f"{told}: phase {phase} fails with {type(error).__name__}: {one_line(error)}") from error
     for output in outputs:
         if not _are_logits(output):
-            raise ValueError(
+            raise UserError(
                 f"{told}: of {_IMAGES} images it must make {(_IMAGES, _CLASSES)} logits for {_CLASSES} classes, and makes "
                 f"{tuple(output.shape) if isinstance(output, torch.Tensor) else f'a {type(output).__name__}'}"
             )
     idle = [name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None]
     if idle and settings.workers.max > 1:  # DDP waits for each gradient
-        raise ValueError(f"{told} on several workers: no logit depends on its {idle[0]}")
+        raise UserError(f"{told} on several workers: no logit depends on its {idle[0]}")
     model.zero_grad()
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from prelora_ray.config import ModelSettings
 from prelora_ray.data.draws import Draw, generator
+from prelora_ray.errors import UserError
 from prelora_ray.kernels.merged import FrozenProduct
 from prelora_ray.method.adapters import lora_layers
 from prelora_ray.torchvision_ops import make_importable
@@ -39,7 +40,7 @@ class KeyedDropPath(nn.Module):
 def create_model(settings: ModelSettings, num_classes: int, seed: int) -> nn.Module:
     """A timm Vision Transformer with freshly drawn weights, float32, on the CPU.
 
-    Raises ValueError where timm knows no such model or refuses an option, and where the model would
+    Raises UserError where timm knows no such model or refuses an option, and where the model would
     draw from a generator in training, as dropout does: stochastic depth is the regulariser that can
     be keyed by sample.
     """
@@ -55,7 +56,7 @@ def create_model(settings: ModelSettings, num_classes: int, seed: int) -> nn.Mod
                 **copy.deepcopy(settings.options),
             )
         except Exception as error:  # timm raises RuntimeError, TypeError, AssertionError and more
-            raise ValueError(
+            raise UserError(
                 f"model.name = {settings.name!r} is not allowed with image_size {settings.image_size} and options "
                 f"{settings.options}: timm says {type(error).__name__}: {' '.join(str(error).split())}"
             ) from error
@@ -64,12 +65,12 @@ def create_model(settings: ModelSettings, num_classes: int, seed: int) -> nn.Mod
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, KeyedDropPath(module.drop_prob))
         elif isinstance(module, PatchDropout) or (isinstance(module, nn.Dropout) and module.p > 0):
-            raise ValueError(
+            raise UserError(
                 f"model.options of {settings.name!r} turn on dropout in {name}, which no restart could repeat: "
                 "use model.drop_path instead"
             )
         elif isinstance(module, nn.modules.batchnorm._BatchNorm):
-            raise ValueError(
+            raise UserError(
                 f"model.name = {settings.name!r} is not allowed: {name} is a batch norm, whose statistics "
                 "depend on the number of workers"
             )

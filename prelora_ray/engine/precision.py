@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from prelora_ray.engine.model import Mlp, gelu_mlps
+from prelora_ray.errors import UserError
 from prelora_ray.kernels.fp8 import MULTIPLE, Adapter, Fp8FrozenLinear, fp8_mlp
 from prelora_ray.kernels.merged import FrozenLinear, FrozenProduct, merged_linear
 from prelora_ray.method.adapters import LoraLinear, Product, lora_layers
@@ -22,7 +23,7 @@ _FP8_CAPABILITY = (8, 9)
 """The first NVIDIA GPUs with products of e4m3: Ada; Hopper is (9, 0)."""
 
 
-class PrecisionError(ValueError):
+class PrecisionError(UserError):
     """The hardware does not have the format that the settings ask for."""
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from prelora_ray.errors import UserError
 from prelora_ray.method.phases import head_parameters
 from prelora_ray.storage import Storage
 from prelora_ray.torchvision_ops import make_importable
@@ -27,7 +28,7 @@ def load_pretrained(model: nn.Module, path: str) -> list[str]:
     for each thing that is not simply loaded: other channels, a head that was replaced, missing tensors,
     unexpected ones.
 
-    Raises ValueError where there is no such file, it is no checkpoint, none of its tensors fits, or one
+    Raises UserError where there is no such file, it is no checkpoint, none of its tensors fits, or one
     other than the head's has another shape.
     """
     tensors = _read(path)
@@ -37,7 +38,7 @@ def load_pretrained(model: nn.Module, path: str) -> list[str]:
         try:
             tensors = checkpoint_filter_fn(tensors, model)
         except (RuntimeError, ValueError, KeyError, AssertionError) as error:
-            raise ValueError(f"model.init_from = {path!r} does not fit the model: {' '.join(str(error).split())}") from error
+            raise UserError(f"model.init_from = {path!r} does not fit the model: {' '.join(str(error).split())}") from error
     told = []
     if sentence := _adapt_channels(tensors, own, f"{getattr(model, 'pretrained_cfg', {}).get('first_conv')}.weight"):
         told.append(sentence)
@@ -48,12 +49,12 @@ def load_pretrained(model: nn.Module, path: str) -> list[str]:
     for name in other_shape:
         if name not in replaced:
             shapes = [tuple(of[name].shape) for of in (tensors, own)]
-            raise ValueError(
+            raise UserError(
                 f"model.init_from = {path!r} does not fit the model: {name} is {shapes[0]} there and {shapes[1]} here"
             )
     fitting = {name: tensor for name, tensor in tensors.items() if name in own and name not in replaced}
     if not fitting:
-        raise ValueError(f"model.init_from = {path!r} does not fit the model: none of its {len(tensors)} tensors is known")
+        raise UserError(f"model.init_from = {path!r} does not fit the model: none of its {len(tensors)} tensors is known")
     model.load_state_dict(fitting, strict=False)
     told += [
         f"{len(names)} {what}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
@@ -85,7 +86,7 @@ def _read(path: str) -> dict[str, torch.Tensor]:
     folder, name = posixpath.split(path)
     storage = Storage(folder or ".")
     if not storage.exists(name) or name in storage.list_folders():
-        raise ValueError(f"model.init_from = {path!r} is no file: give a timm checkpoint, such as model.safetensors")
+        raise UserError(f"model.init_from = {path!r} is no file: give a timm checkpoint, such as model.safetensors")
     with tempfile.TemporaryDirectory() as directory:
         local = Path(storage.file(name))
         if not storage.is_local:
@@ -97,5 +98,5 @@ def _read(path: str) -> dict[str, torch.Tensor]:
                 return dict(tensors)
         except Exception as error:  # whatever a damaged or foreign file makes a reader raise
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            raise ValueError(f"model.init_from = {path!r} cannot be read as a timm checkpoint: {reason}") from error
-    raise ValueError(f"model.init_from = {path!r} is no timm checkpoint: it holds other things than tensors")
+            raise UserError(f"model.init_from = {path!r} cannot be read as a timm checkpoint: {reason}") from error
+    raise UserError(f"model.init_from = {path!r} is no timm checkpoint: it holds other things than tensors")

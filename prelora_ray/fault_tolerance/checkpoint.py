@@ -29,6 +29,7 @@ import torch
 
 from prelora_ray.engine.optim import OptimizerState
 from prelora_ray.engine.snapshot import Snapshot, Tensors
+from prelora_ray.errors import UserError
 from prelora_ray.storage import Storage, patiently
 
 BASE = "base.safetensors"
@@ -218,7 +219,7 @@ class DamagedCheckpointError(RuntimeError):
     """A checkpoint is not what its manifest says."""
 
 
-class OtherSchemaError(ValueError):
+class OtherSchemaError(UserError):
     """A checkpoint is laid out as another version of this program does it."""
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from prelora_ray.data.damage import DamagedDataError
+from prelora_ray.errors import UserError, one_line
 
 _OWN = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RuntimeError, TypeError, ValueError)
 """What code that is wrong, or is given what it cannot take, raises."""
@@ -57,16 +58,15 @@ def _restored(reason: str, step: int | None, is_final: bool, is_repeated: bool) 
 def own_failures(step: Callable[[], int | None]) -> Iterator[None]:
     """Raises WorkerCodeError in place of what the code inside raises by itself; what its surroundings do to it stays as it is.
 
-    A ValueError is a mistake in the settings that was found late, and so final; damaged data is the same at every attempt.
+    A UserError is a mistake in the settings that was found late, and so final; damaged data is the same at every attempt.
     """
     try:
         yield
     except Exception as error:
-        is_damage = isinstance(error, DamagedDataError)
-        if not is_damage and not is_own(error):
+        is_final = isinstance(error, (UserError, DamagedDataError))
+        if not is_final and not is_own(error):
             raise
-        reason = str(error) if is_damage else root_cause(error)
-        raise WorkerCodeError(reason, step(), is_final=is_damage or type(error) is ValueError) from error
+        raise WorkerCodeError(one_line(error) if is_final else root_cause(error), step(), is_final=is_final) from error
 
 
 def failures_of(error: BaseException) -> list[WorkerCodeError]:

@@ -30,7 +30,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from prelora_ray.errors import WorkError
+from prelora_ray.errors import UserError, WorkError
 from prelora_ray.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ Claim = dict[str, Any]
 """A claim's content, as docs/run-folder.md has it; empty where it is damaged."""
 
 
-class HeldRunError(ValueError):
+class HeldRunError(UserError):
     """Another driver trains the run."""
 
 

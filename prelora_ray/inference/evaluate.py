@@ -17,6 +17,7 @@ from prelora_ray.data.mixing import normalize
 from prelora_ray.data.order import Order
 from prelora_ray.data.stream import stream_batches
 from prelora_ray.engine.evaluation import Evaluation, Evaluator
+from prelora_ray.errors import UserError
 from prelora_ray.inference.load import OnnxModel, TrainedModel, load_trained
 from prelora_ray.nodes import check_seen_by_all_nodes
 from prelora_ray.storage import Storage
@@ -47,19 +48,19 @@ def evaluate(
     Without `data` they are those that the run was trained with. Uses a GPU where Ray has one. `on_progress`
     is called with the images done and their total.
 
-    Raises ValueError where there is no such model or data, or their classes differ; DamagedDataError where an image cannot
+    Raises UserError where there is no such model or data, or their classes differ; DamagedDataError where an image cannot
     be read.
     """
     model = load_trained(source)
     data = data or model.data
     if data is None:
-        raise ValueError(f"{source!r} does not know its data: name a prepared folder to evaluate it on")
+        raise UserError(f"{source!r} does not know its data: name a prepared folder to evaluate it on")
     folder = Storage(data)
     manifest = read_manifest(folder)
     _check_classes(source, model.classes, data, manifest.classes)
     total = manifest.num_images("val")
     if not total:
-        raise ValueError(f"{data!r} has no validation images")
+        raise UserError(f"{data!r} has no validation images")
     check_seen_by_all_nodes([str(folder), *([model.module.path] if isinstance(model.module, OnnxModel) else [])])
     cpus = ray.cluster_resources()
     task = ray.remote(num_cpus=1, num_gpus=min(1, int(cpus.get("GPU", 0))))(_evaluate)
@@ -107,6 +108,6 @@ def _check_classes(source: str, model: tuple[str, ...], data: str, prepared: tup
     if model == prepared:
         return
     if len(model) != len(prepared):
-        raise ValueError(f"{data!r} has {len(prepared)} classes, and {source!r} was trained on {len(model)}")
+        raise UserError(f"{data!r} has {len(prepared)} classes, and {source!r} was trained on {len(model)}")
     i = next(i for i in range(len(model)) if model[i] != prepared[i])
-    raise ValueError(f"class {i} is {prepared[i]!r} in {data!r}, and {source!r} was trained with {model[i]!r}")
+    raise UserError(f"class {i} is {prepared[i]!r} in {data!r}, and {source!r} was trained with {model[i]!r}")

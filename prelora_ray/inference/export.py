@@ -20,7 +20,7 @@ from prelora_ray.data.augment import Augmentation, Augmenter
 from prelora_ray.data.manifest import read_manifest
 from prelora_ray.data.mixing import normalize
 from prelora_ray.data.rows import read_encoded
-from prelora_ray.errors import WorkError
+from prelora_ray.errors import UserError, WorkError
 from prelora_ray.inference.load import RunModel, TrainedModel, load_run_model, load_trained
 from prelora_ray.method.adapters import base_state_dict, lora_layers, merged_state_dict, peft_config, peft_state_dict
 from prelora_ray.storage import Storage
@@ -58,11 +58,11 @@ def export(source: str, out: str, data: str | None = None) -> Exported:
     validation images of `data`, by default those that the run was trained with; `out` appears only if
     all agree.
 
-    Raises ValueError where `source`, `out` or `data` will not do, ExportError where a form differs.
+    Raises UserError where `source`, `out` or `data` will not do, ExportError where a form differs.
     """
     target = Storage(out)
     if target.list_files() or target.list_folders():
-        raise ValueError(f"{out!r} is not empty: name a new folder")
+        raise UserError(f"{out!r} is not empty: name a new folder")
     run = load_run_model(source)
     images = _real_images(run, data or run.settings.data.path)
     with tempfile.TemporaryDirectory() as directory:

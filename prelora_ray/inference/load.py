@@ -21,6 +21,7 @@ from torch import nn
 from prelora_ray.config import Settings
 from prelora_ray.engine.snapshot import Snapshot
 from prelora_ray.engine.state import restore_model
+from prelora_ray.errors import UserError
 from prelora_ray.fault_tolerance.checkpoint import Checkpoints, DamagedCheckpointError
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
@@ -60,13 +61,13 @@ class RunModel(TrainedModel):
 def load_trained(source: str) -> TrainedModel:
     """Loads a run's newest checkpoint, a checkpoint, an exported folder or one of its forms, on the CPU.
 
-    Raises ValueError where `source` is none of these, or is not whole.
+    Raises UserError where `source` is none of these, or is not whole.
     """
     folder = Storage(source)
     if folder.exists("config.yaml") or folder.exists("state.json"):
         return load_run_model(source)
     if not folder.is_local:
-        raise ValueError(f"{source!r} is no run folder or checkpoint; copy an exported model to a disk first")
+        raise UserError(f"{source!r} is no run folder or checkpoint; copy an exported model to a disk first")
     path = Path(folder.path)
     for kind, load in {"timm": _load_timm, "adapter": _load_adapter, "onnx": _load_onnx}.items():
         marker = {"timm": "model.safetensors", "adapter": "adapter_config.json", "onnx": "model.onnx"}[kind]
@@ -76,14 +77,14 @@ def load_trained(source: str) -> TrainedModel:
                     return load(at)
                 except Exception as error:  # whatever a damaged or foreign file makes a reader raise
                     reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-                    raise ValueError(f"{str(at)!r} is no exported model: {reason}") from error
-    raise ValueError(f"{source!r} is no trained model: give a run folder, one of its checkpoints, or an exported model")
+                    raise UserError(f"{str(at)!r} is no exported model: {reason}") from error
+    raise UserError(f"{source!r} is no trained model: give a run folder, one of its checkpoints, or an exported model")
 
 
 def load_run_model(source: str) -> RunModel:
     """Loads a run's newest whole checkpoint, or the checkpoint whose folder is given.
 
-    Raises ValueError where `source` is no run or checkpoint, or no checkpoint is whole.
+    Raises UserError where `source` is no run or checkpoint, or no checkpoint is whole.
     """
     folder = RunFolder(source)
     name = None
@@ -95,9 +96,9 @@ def load_run_model(source: str) -> RunModel:
     try:
         checkpoint = checkpoints.newest()[0] if name is None else checkpoints.load(name)
     except DamagedCheckpointError as error:
-        raise ValueError(f"{source!r}: {error}") from None
+        raise UserError(f"{source!r}: {error}") from None
     if checkpoint is None:
-        raise ValueError(f"{source!r} has no whole checkpoint yet")
+        raise UserError(f"{source!r} has no whole checkpoint yet")
     return _run_model(settings, folder.read_classes(), checkpoint)
 
 

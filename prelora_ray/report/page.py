@@ -11,6 +11,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from prelora_ray.errors import UserError
 from prelora_ray.report import figures
 from prelora_ray.report.records import Line, RunRecords, differing_settings, read_runs, read_sweep
 from prelora_ray.report.sweep_table import sweep_table
@@ -33,11 +34,11 @@ tr:nth-child(even) { background: #f5f5f5 }
 def write_report(paths: list[str], out: str, png: str | None = None) -> list[str]:
     """Writes the report of runs, or of a sweep, to the file `out`, and its figures into the folder `png`.
 
-    Returns the names of the figures. Raises ValueError where a path is neither, or both kinds are given.
+    Returns the names of the figures. Raises UserError where a path is neither, or both kinds are given.
     """
     sweeps = [sweep for path in paths if (sweep := read_sweep(path)) is not None]
     if sweeps and len(paths) > 1:
-        raise ValueError("a report is of one sweep, or of runs: give a sweep's folder by itself")
+        raise UserError("a report is of one sweep, or of runs: give a sweep's folder by itself")
     runs = [] if sweeps else read_runs(paths)
     sections = _sweep_sections(sweeps[0]) if sweeps else _run_sections(runs)
     title = f"Sweep {Path(absolute(paths[0])).name}" if sweeps else ", ".join(run.name for run in runs)
@@ -153,11 +154,11 @@ _CONFIG: dict[str, Any] = {"displaylogo": False, "responsive": True}
 
 
 def _write_pictures(pictures: dict[str, go.Figure], folder: Path) -> None:
-    """Raises ValueError where there is no browser to draw them."""
+    """Raises UserError where there is no browser to draw them."""
     folder.mkdir(parents=True, exist_ok=True)
     logging.getLogger("choreographer").setLevel(logging.CRITICAL)  # it tells of half-read messages, which it reads again
     try:
         for name, figure in pictures.items():
             figure.write_image(folder / f"{name}.png", width=1100, scale=2)
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"--png needs Chrome or Chromium (its path may stand in BROWSER_PATH): {error}") from None
+        raise UserError(f"--png needs Chrome or Chromium (its path may stand in BROWSER_PATH): {error}") from None

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prelora_ray.config import Settings, flat
+from prelora_ray.errors import UserError
 from prelora_ray.run_folder import RunFolder, last_attempt
 from prelora_ray.storage import absolute
 
@@ -48,7 +49,7 @@ class RunRecords:
 
 
 def read_runs(paths: Sequence[str]) -> list[RunRecords]:
-    """Raises ValueError as `read_run` does."""
+    """Raises UserError as `read_run` does."""
     paths = list(dict.fromkeys(map(absolute, paths)))
     return [read_run(path, name) for path, name in zip(paths, short_names(paths), strict=True)]
 
@@ -66,12 +67,12 @@ def short_names(paths: Sequence[str]) -> list[str]:
 
 
 def read_run(path: str, name: str) -> RunRecords:
-    """Raises ValueError where the folder holds no run, or one that has not finished an epoch."""
+    """Raises UserError where the folder holds no run, or one that has not finished an epoch."""
     folder = RunFolder(path)
     settings = folder.read_settings()
     epochs = last_attempt(folder.read_lines("epochs.jsonl"), "epoch")
     if not epochs:
-        raise ValueError(f"{path} has nothing to report yet: no epoch is done")
+        raise UserError(f"{path} has nothing to report yet: no epoch is done")
     return RunRecords(
         name=name,
         settings=settings,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from prelora_ray.config import Settings, flat
+from typing import Any
+
+from prelora_ray.config import Settings, acts, flat
 from prelora_ray.engine.snapshot import checkpoint_name
+from prelora_ray.errors import UserError
 from prelora_ray.fault_tolerance.checkpoint import Checkpoints
 from prelora_ray.fault_tolerance.lock import DriverLock
 from prelora_ray.method.phases import Phase
@@ -21,7 +24,7 @@ def fork(trunk: RunFolder, settings: Settings) -> int:
     `train` then goes on from there, to the same weights. Does nothing where the folder has been made
     before. The trunk is any run that kept its checkpoints (`checkpoint.keep_trunk`).
 
-    Raises ValueError where the trunk was run with other settings than those of the method, never
+    Raises UserError where the trunk was run with other settings that act before the switch, never
     switches with these, or has no checkpoint at the switch; HeldRunError where another driver is making the folder.
     """
     _check_same_trunk(trunk, settings)
@@ -30,7 +33,7 @@ def fork(trunk: RunFolder, settings: Settings) -> int:
     verdicts = [decision.verdict for decision in decide(schedule, record.epochs) if decision.verdict is not None]
     epoch = schedule.switched_at
     if epoch is None:
-        raise ValueError(f"run {trunk} does not switch with the settings of {settings.name}: see `prelora replay`")
+        raise UserError(f"run {trunk} does not switch with the settings of {settings.name}: see `prelora replay`")
     folder = RunFolder.of(settings)
     name = checkpoint_name(epoch, 0)
     own = Checkpoints(folder)
@@ -38,7 +41,7 @@ def fork(trunk: RunFolder, settings: Settings) -> int:
         return epoch
     kept = Checkpoints(trunk)
     if name not in kept.names():
-        raise ValueError(
+        raise UserError(
             f"run {trunk} has no checkpoint of epoch {epoch}, where {settings.name} forks from it: "
             "train it with checkpoint.keep_trunk: true"
         )
@@ -62,12 +65,12 @@ def fork(trunk: RunFolder, settings: Settings) -> int:
 def _check_same_trunk(trunk: RunFolder, settings: Settings) -> None:
     ours, theirs = flat(settings), flat(trunk.read_settings())
     for key in ours | theirs:
-        if key.startswith(_OF_TRUNK) and key not in _WITHOUT_EFFECT and ours.get(key) != theirs.get(key):
-            raise ValueError(
+        if acts(key) == "always" and _before_the_switch(key, ours.get(key)) != _before_the_switch(key, theirs.get(key)):
+            raise UserError(
                 f"{key} = {ours.get(key)!r} is not allowed in a fork: its trunk {trunk} was run with {theirs.get(key)!r}"
             )
 
 
-_OF_TRUNK = ("model.", "data.", "augment.", "train.", "method.targets")
-"""Keys of what a run computes in phase full."""
-_WITHOUT_EFFECT = {"data.path", "data.source", "data.decoders"}
+def _before_the_switch(key: str, value: Any) -> Any:
+    """What a value comes to in phase full: there, fp8 is bf16."""
+    return "bf16" if (key, value) == ("train.precision", "fp8") else value

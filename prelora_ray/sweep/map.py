@@ -12,6 +12,7 @@ import torch
 
 from prelora_ray.config import MethodSettings, Settings
 from prelora_ray.engine.model import create_model
+from prelora_ray.errors import UserError
 from prelora_ray.method.adapters import inject
 from prelora_ray.method.phases import count_parameters, freeze_parameters
 from prelora_ray.method.targets import find_targets
@@ -103,7 +104,10 @@ def _trainable_fraction(settings: Settings, num_classes: int, method: MethodSett
 
     def fraction(ranks: dict[str, int]) -> float:
         adapted = copy.deepcopy(model)
-        inject(adapted, targets, ranks)
+        try:
+            inject(adapted, targets, ranks)
+        except ValueError as error:
+            raise UserError(f"the ranks do not fit the recorded model: {error}") from None
         freeze_parameters(adapted, targets, method.freeze)
         trainable, parameters = count_parameters(adapted)
         return trainable / parameters

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prelora_ray.config import MethodSettings, Settings
+from prelora_ray.errors import UserError
 from prelora_ray.method.convergence import Verdict
 from prelora_ray.run_folder import RunFolder, last_attempt
 from prelora_ray.schedule import decide, phase_schedule
@@ -35,24 +36,24 @@ class Replay:
 def read_record(source: str) -> Record:
     """Reads a run folder or a norms.jsonl; settings come from the config.yaml beside it, or are the defaults.
 
-    Raises ValueError where there is no record, or it is damaged.
+    Raises UserError where there is no record, or it is damaged.
     """
     path, name = posixpath.split(source) if source.endswith(".jsonl") else (source, "norms.jsonl")
     folder = RunFolder(path or ".")
     if not folder.exists(name):
-        raise ValueError(f"{source!r} is no record: give a run folder with a norms.jsonl, or such a file itself")
+        raise UserError(f"{source!r} is no record: give a run folder with a norms.jsonl, or such a file itself")
     try:
         lines = last_attempt(folder.read_lines(name), "epoch")
         epochs = [line for line in lines if line["phase"] == "full"]
         expected = [(i, set(epochs[0]["norms"])) for i in range(len(epochs))]
         found = [(line["epoch"], set(line["norms"])) for line in epochs]
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"{source!r} is no record of norms: {type(error).__name__}: {error}") from None
+        raise UserError(f"{source!r} is no record of norms: {type(error).__name__}: {error}") from None
     if not epochs:
-        raise ValueError(f"{source!r} has no epoch of phase full")
+        raise UserError(f"{source!r} has no epoch of phase full")
     if found != expected:
         epoch = next(i for i, pair in enumerate(expected) if pair != found[i])
-        raise ValueError(f"{source!r} is not whole: the record of epoch {epoch} is missing or has other modules")
+        raise UserError(f"{source!r} is not whole: the record of epoch {epoch} is missing or has other modules")
     settings: Settings | None = folder.read_settings() if folder.exists("config.yaml") else None
     if settings is None:
         return Record(epochs, MethodSettings(), ramp_epochs=0)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from prelora_ray.config import Address, Count, FolderName, Section, Settings, Whole, with_absolute_paths
+from prelora_ray.config import Address, Count, FolderName, MethodSettings, Section, Settings, Whole, acts, with_absolute_paths
 from prelora_ray.config_file import load_settings, parse_section, parse_settings, read_named
 
 Setting = dict[str, Any]
@@ -31,12 +31,10 @@ OF_THE_TEST = (
     "rank_floor_percent",
 )
 """Keys of the method that decide when a run switches and with which ranks, and nothing after."""
-_AFTER = (
-    *("warmup_epochs", "rank_pattern", "scaling", "freeze"),
-    *("adapter_learning_rate_scale", "adapter_ramp_steps", "adapter_weight_decay"),
+SEARCHABLE = tuple(
+    f"method.{name}" for name in MethodSettings.model_fields if acts(f"method.{name}") == "switch" and name != "enabled"
 )
-SEARCHABLE = tuple(f"method.{key}" for key in (*OF_THE_TEST, *_AFTER))
-"""Keys that all trials of one trunk may differ in."""
+"""Keys that all trials of one trunk may differ in: those of the method that act from the switch on."""
 
 
 class Range(Section):
@@ -164,7 +162,7 @@ class Plan:
     def __init__(self, sweep: SweepSettings, base: Settings) -> None:
         """`base`: the recipe's settings with the sweep's overrides.
 
-        Paths become absolute, as trials run in folders of their own. Raises ValueError where the space
+        Paths become absolute, as trials run in folders of their own. Raises UserError where the space
         holds a setting that is not allowed.
         """
         self.sweep = sweep
@@ -220,7 +218,7 @@ class Plan:
 
 
 def load_sweep(path: str, overrides: list[str], *, name: str | None = None, storage: str | None = None) -> Plan:
-    """Reads a sweep's file and the recipe that it names. Raises ValueError as `load_settings` does."""
+    """Reads a sweep's file and the recipe that it names. Raises UserError as `load_settings` does."""
     sweep = parse_section(SweepSettings, read_named(path, overrides, name=name, storage=storage))
     base = load_settings(
         Path(path).parent / sweep.recipe, [f"{key}={json.dumps(value)}" for key, value in sweep.overrides.items()]

@@ -18,7 +18,7 @@ import ray.train
 import ray.train.torch
 import torch
 
-from prelora_ray.config import Settings, WorkerSettings, flat, with_absolute_paths, without_effect
+from prelora_ray.config import Settings, WorkerSettings, acts, flat, with_absolute_paths, without_effect
 from prelora_ray.data.manifest import Manifest, read_manifest
 from prelora_ray.data.prepare import prepare
 from prelora_ray.engine.check import check_model
@@ -26,7 +26,7 @@ from prelora_ray.engine.model import create_model
 from prelora_ray.engine.precision import check_precision
 from prelora_ray.engine.pretrained import load_pretrained
 from prelora_ray.engine.snapshot import checkpoint_name
-from prelora_ray.errors import InterruptedRunError, WorkError
+from prelora_ray.errors import InterruptedRunError, UserError, WorkError
 from prelora_ray.fault_tolerance.checkpoint import Checkpoints
 from prelora_ray.fault_tolerance.end import FILE as END_FILE
 from prelora_ray.fault_tolerance.end import End, read_end, remove_end, write_end
@@ -53,13 +53,6 @@ from prelora_ray.train.worker import train_worker
 
 logger = logging.getLogger(__name__)
 
-_MAY_CHANGE = {
-    *("storage", "audit_samples", "workers", "checkpoint", "monitor"),
-    *("data.path", "data.source", "data.decoders", "train.micro_batch"),
-}
-"""Keys that may differ when a run is resumed: they do not change what the run computes."""
-
-
 _RAY_TRAIN = {
     "HEALTH_CHECK_INTERVAL_S": "0.25",  # the controller takes up one report a look, and an epoch may be short
     "PREEMPTION_POLL_INTERVAL_S": "0.25",  # the notice has to reach the loop before its data dries up
@@ -79,7 +72,7 @@ def train(settings: Settings, *, debug: bool = False, callbacks: Sequence[ray.tr
 
     `callbacks` are Ray Train's, which hear of every report.
 
-    Raises ValueError for settings that cannot work, before Ray starts; TrainError where the work
+    Raises UserError for settings that cannot work, before Ray starts; TrainError where the work
     fails; InterruptedRunError on Ctrl-C; HeldRunError and LostRunError as DriverLock does.
     """
     settings = with_absolute_paths(settings)
@@ -111,7 +104,7 @@ def train(settings: Settings, *, debug: bool = False, callbacks: Sequence[ray.tr
         manifest = read_manifest(Storage(settings.data.path))
         for split in manifest.splits:
             if not manifest.num_images(split):
-                raise ValueError(f"data.path = {settings.data.path!r} is not allowed: it has no images in {split}")
+                raise UserError(f"data.path = {settings.data.path!r} is not allowed: it has no images in {split}")
         _check_same_data(folder, settings, manifest)
         folder.write_settings(settings)
         folder.remove_file(STOP_FILE)
@@ -245,12 +238,12 @@ def _check_room(settings: Settings, is_embedded: bool) -> None:
         told = f"{workers.min} workers of {each:g} {resource} need {needed:g}, and Ray has {there:g}"
         if is_embedded:
             instead = "; workers.gpu: false trains on CPUs" if resource == "GPU" else ""
-            raise ValueError(f"workers.min = {workers.min} is not allowed on this machine: {told}{instead}")
+            raise UserError(f"workers.min = {workers.min} is not allowed on this machine: {told}{instead}")
         logger.warning("waiting for room: %s", told)
 
 
 def _check_nodes_see(settings: Settings, folder: RunFolder) -> None:
-    """Raises ValueError, before anything is prepared or trained, where a node does not see a local path of the run."""
+    """Raises UserError, before anything is prepared or trained, where a node does not see a local path of the run."""
     data = settings.data
     is_prepared = Storage(data.path).exists("manifest.json")
     reads = [path for path in (data.path if is_prepared else data.source, settings.model.init_from) if path is not None]
@@ -349,27 +342,27 @@ def _prepare_once(settings: Settings) -> None:
 
 
 def _check_unchanged(before: Settings, now: Settings, folder: RunFolder) -> None:
-    """Raises ValueError where a run is resumed with settings that would make another run of it."""
+    """Raises UserError where a run is resumed with settings that would make another run of it."""
     old, new = (flat(settings) for settings in (before, now))
     for key in sorted(old | new):
-        if old.get(key) == new.get(key) or any(key == may or key.startswith(may + ".") for may in _MAY_CHANGE):
+        if old.get(key) == new.get(key) or acts(key) == "never":
             continue
         told = f"{key} = {new.get(key)!r} is not allowed: run {folder} was begun with {old.get(key)!r}"
         if key == "train.epochs" and now.train.epochs > before.train.epochs:
-            raise ValueError(
+            raise UserError(
                 f"{told}, over which its learning rate falls; more epochs are another run, which may begin with its weights: "
                 f"`prelora export {folder} OUT`, then train `--name ANOTHER --set model.init_from=OUT/timm/model.safetensors`"
             )
-        raise ValueError(f"{told}; resume it with that, or give another --name")
+        raise UserError(f"{told}; resume it with that, or give another --name")
 
 
 def _check_same_data(folder: RunFolder, settings: Settings, manifest: Manifest) -> None:
-    """Notes what the run is trained on. Raises ValueError where that is not what it was begun with."""
+    """Notes what the run is trained on. Raises UserError where that is not what it was begun with."""
     content = {"classes": list(manifest.classes), "fingerprint": manifest.fingerprint}
     if not folder.exists("data.json"):
         folder.write_json("data.json", content)
     elif folder.read_json("data.json") != content:
-        raise ValueError(
+        raise UserError(
             f"data.path = {settings.data.path!r} is not allowed: run {folder} was begun with other images; "
             "resume it with those, or give another --name"
         )

@@ -17,8 +17,9 @@ import torch.distributed as dist
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from prelora_ray.engine.step import TrainStep
+from prelora_ray.errors import UserError
 from prelora_ray.fault_tolerance.end import End, read_end
-from prelora_ray.fault_tolerance.failure import WorkerCodeError, failures_of, is_own, root_cause
+from prelora_ray.fault_tolerance.failure import WorkerCodeError, failures_of, is_own, own_failures, root_cause
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.train import run as driver
 from prelora_ray.train.run import TrainError, train
@@ -124,6 +125,20 @@ def test_no_traceback_is_told(ray_cluster):
     assert root_cause(quoted) == "KeyError: 'colour'"
 
 
+@pytest.mark.parametrize(
+    ("error", "reason", "is_final"),
+    [
+        (UserError("train.x = 1 is not allowed: it must be 2;\na connection is none"), "train.x = 1 is not allowed: ", True),
+        (ValueError("too many values to unpack"), "ValueError: too many values to unpack", False),
+    ],
+)
+def test_a_users_mistake_is_final_and_a_slip_of_the_program_is_not(error, reason, is_final):
+    with pytest.raises(WorkerCodeError) as told, own_failures(lambda: 3):
+        raise error
+    assert (told.value.is_final, told.value.step) == (is_final, 3)
+    assert told.value.reason.startswith(reason) and "\n" not in told.value.reason
+
+
 def test_a_failure_travels_between_processes():
     failure = pickle.loads(pickle.dumps(WorkerCodeError("RuntimeError: x", 3, is_final=True, is_repeated=True)))
     assert (str(failure), failure.step, failure.is_final, failure.is_repeated) == ("RuntimeError: x", 3, True, True)
@@ -142,7 +157,7 @@ def fail_as_named(config: dict[str, Any]) -> None:
                 case "fails-alike":
                     torch.zeros(2, 3) @ torch.zeros(2, 3)
                 case "fails-by-settings":
-                    raise ValueError("model.colour = 'red' is not allowed: it must be blue")
+                    raise UserError("model.colour = 'red' is not allowed: it must be blue")
                 case "fails-for-want-of-a-disk" if _attempts(folder, name) <= 3:
                     raise OSError(5, "Input/output error")
                 case "fails-otherwise" if _attempts(folder, name) <= 2:
@@ -169,13 +184,13 @@ def _attempts(storage: str, name: str) -> int:
             "fails-by-settings",
             1,
             1,
-            "training failed at step 3: ValueError: model.colour = 'red' is not allowed: it must be blue",
+            "training failed at step 3: model.colour = 'red' is not allowed: it must be blue",
         ),
         (
             "fails-at-its-start",
             1,
             0,
-            "training failed before its first step: ValueError: model.name = ",
+            "training failed before its first step: model.name = ",
         ),
         ("fails-for-want-of-a-disk", 1, 4, None),
         ("fails-otherwise", 1, 3, None),

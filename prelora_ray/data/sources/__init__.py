@@ -15,6 +15,7 @@ from prelora_ray.data.sources.splits import Splits
 from prelora_ray.data.sources.table import Columns
 from prelora_ray.data.sources.tars import tar_files
 from prelora_ray.data.sources.webdataset import open_tars
+from prelora_ray.errors import UserError
 from prelora_ray.storage import Storage
 
 __all__ = ["Columns", "Item", "Reader", "Source", "Splits", "open_source"]
@@ -25,7 +26,7 @@ def open_source(
 ) -> Source:
     """Opens a source: `digits`, a folder, told by what is in it, or a tar, Parquet file or table of labels.
 
-    Files below the folder `leave_out` (a path as its file system takes it) are not looked at. Raises ValueError where there
+    Files below the folder `leave_out` (a path as its file system takes it) are not looked at. Raises UserError where there
     is no such source, it is damaged, or there is nothing to train on in it.
     """
     splits, columns = splits or Splits(), columns or Columns()
@@ -58,7 +59,7 @@ def _open_file(source: str, splits: Splits, columns: Columns, leave_out: str | N
     root, name = posixpath.split(source)
     folder = Storage(root)
     if folder.num_bytes(name) is None:
-        raise ValueError(
+        raise UserError(
             f"{source!r} is no source: give `digits`, a folder of images, tars, Parquet or IDX files, or a table of labels"
         )
     file = file_at(folder, name)
@@ -68,4 +69,4 @@ def _open_file(source: str, splits: Splits, columns: Columns, leave_out: str | N
         return open_tars(folder.uri, [file], splits, columns)
     if table_files([file]):
         return open_table(folder.uri, files_below(folder, leave_out), [name], splits, columns)
-    raise ValueError(f"{source!r} is no source: a file must be a tar, a Parquet file, or a table of labels (.csv, .tsv)")
+    raise UserError(f"{source!r} is no source: a file must be a tar, a Parquet file, or a table of labels (.csv, .tsv)")

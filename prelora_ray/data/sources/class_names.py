@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from prelora_ray.data.manifest import is_prepared
+from prelora_ray.errors import UserError
 from prelora_ray.storage import Storage
 
 _FILES = ("classnames.txt", "classes.txt")
@@ -15,5 +16,5 @@ def class_names(folder: Storage) -> list[str] | None:
             try:
                 return folder.read_bytes(name).decode("utf-8-sig").rstrip().splitlines()
             except UnicodeDecodeError:
-                raise ValueError(f"{folder}/{name} is no text in UTF-8") from None
+                raise UserError(f"{folder}/{name} is no text in UTF-8") from None
     return list(folder.read_json("manifest.json")["classes"]) if is_prepared(folder) else None

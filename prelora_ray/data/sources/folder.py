@@ -14,6 +14,7 @@ from prelora_ray.data.sources.source import Found, Item, Label, Source
 from prelora_ray.data.sources.splits import SourceSplit, Splits, used_splits
 from prelora_ray.data.sources.table import ENDINGS, Columns, match_files, read_table
 from prelora_ray.data.sources.tars import read_member
+from prelora_ray.errors import UserError
 from prelora_ray.storage import Storage
 
 
@@ -87,7 +88,7 @@ def open_folders(root: str, files: list[File], splits: Splits, columns: Columns)
     """One folder a class, or split folders with these. Classes are sorted by name, as torchvision's ImageFolder does.
 
     A folder without a file that claims to be an image is no class. A split folder without class folders may have a table of
-    its files' labels in it. Raises ValueError where the files are no such tree.
+    its files' labels in it. Raises UserError where the files are no such tree.
     """
     found = Found("image folders", root, splits)
     layout = Layout.of(files, splits)
@@ -117,15 +118,15 @@ def open_folders(root: str, files: list[File], splits: Splits, columns: Columns)
         left_out[top] += split is None
         add_file(found, split, file, label)
     if not layout.splits and (inner := next((name for name in sorted(layout.folders) if layout.has_split_inside(name)), None)):
-        raise ValueError(
+        raise UserError(
             f"{root!r} has a split's folder inside of what looks like a class, {printable(inner)!r}: give the folder that "
             "holds the splits, or put the splits above the classes"
         )
     if not found.has_images_of("train", None):
-        raise ValueError(f"{root!r} has no class folders: put the images of each class into a folder of its name")
+        raise UserError(f"{root!r} has no class folders: put the images of each class into a folder of its name")
     for top, split in layout.splits.items():
         if split == "val" and not found.has_images_of("val"):
-            raise ValueError(
+            raise UserError(
                 f"{root!r} has images without labels in {top}: sort them into class folders, or add a table of file and label"
             )
     if "train" in layout.splits.values() and None in layout.splits.values():
@@ -135,14 +136,14 @@ def open_folders(root: str, files: list[File], splits: Splits, columns: Columns)
 
 
 def open_table(root: str, files: list[File], tables: list[str], splits: Splits, columns: Columns) -> Source:
-    """Images and one table of their labels for each split. Raises ValueError where a table is none, or fits no image."""
+    """Images and one table of their labels for each split. Raises UserError where a table is none, or fits no image."""
     folder = Storage(root)
     found = Found("images and a table of their labels", root, splits)
     by_split: dict[SourceSplit | None, str] = {}
     for name in tables:
         other = by_split.setdefault(splits.of(name), name)
         if other != name:
-            raise ValueError(f"{root!r} has the tables {other!r} and {name!r} for one split: give one of them as the source")
+            raise UserError(f"{root!r} has the tables {other!r} and {name!r} for one split: give one of them as the source")
     labeled: set[str] = set()
     images = [file for file in files if is_image_name(file.path)]
     used = used_splits(by_split)

@@ -17,6 +17,7 @@ from prelora_ray.data.sources.class_names import class_names
 from prelora_ray.data.sources.files import File
 from prelora_ray.data.sources.source import Found, Item, Source
 from prelora_ray.data.sources.splits import SourceSplit
+from prelora_ray.errors import UserError
 from prelora_ray.storage import Storage
 
 _MOST_UNPACKED = 4 * 2**30
@@ -31,13 +32,13 @@ def has_idx(files: list[File]) -> bool:
 def open_idx(root: str, files: list[File]) -> Source:
     """`train-images-idx3-ubyte`, `train-labels-idx1-ubyte`, and the same of `t10k`, which validates, in one folder.
 
-    Numbers are named by `classnames.txt` in the source, a line a class. Raises ValueError where a file is missing, damaged,
+    Numbers are named by `classnames.txt` in the source, a line a class. Raises UserError where a file is missing, damaged,
     or does not fit its pair, or where several folders have such files.
     """
     found = Found("IDX files", root)
     folders = _folders(files)
     if len(folders) > 1:
-        raise ValueError(f"{root!r} has IDX files in {' and in '.join(map(repr, folders))}: give one of these folders")
+        raise UserError(f"{root!r} has IDX files in {' and in '.join(map(repr, folders))}: give one of these folders")
     here = [file for file in files if posixpath.dirname(file.path) == folders[0]]
     taken = set()
     for split, prefix in _PREFIX.items():
@@ -46,7 +47,7 @@ def open_idx(root: str, files: list[File]) -> Source:
         of_images, of_labels = _one(root, here, f"{prefix}-images", 3), _one(root, here, f"{prefix}-labels", 1)
         images, labels = (_array(root, file.path, ndim, file.stamp) for file, ndim in ((of_images, 3), (of_labels, 1)))
         if len(images) != len(labels):
-            raise ValueError(f"{root!r} has {len(images)} images and {len(labels)} labels of {prefix}")
+            raise UserError(f"{root!r} has {len(images)} images and {len(labels)} labels of {prefix}")
         for i, label in enumerate(labels):
             found.add(split, f"{prefix}/{i}", int(label), (of_images.path, i), stamp=of_images.stamp)
         taken |= {of_images.path, of_labels.path}
@@ -81,7 +82,7 @@ def _one(root: str, files: list[File], prefix: str, ndim: int) -> File:
         if posixpath.basename(file.path).startswith(prefix) and f"idx{ndim}" in posixpath.basename(file.path)
     }
     if len(fitting) != 1:
-        raise ValueError(
+        raise UserError(
             f"{root!r} has {len(fitting) or 'no'} files {prefix}-idx{ndim}-ubyte: there must be one, gzipped or not"
         )
     (file,) = fitting.values()
@@ -107,4 +108,4 @@ def _array(root: str, name: str, ndim: int, stamp: str) -> np.ndarray:
             pixels = file.read(math.prod(shape) + 1)  # no more than one byte too many, however many a bomb would yield
         return np.frombuffer(pixels, np.uint8).reshape(shape)
     except (ValueError, OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{folder}/{name} is no whole IDX file of {ndim} dimensions: {error}") from None
+        raise UserError(f"{folder}/{name} is no whole IDX file of {ndim} dimensions: {error}") from None

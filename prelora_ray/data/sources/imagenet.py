@@ -14,6 +14,7 @@ from prelora_ray.data.sources.files import File
 from prelora_ray.data.sources.folder import FileReader, add_file
 from prelora_ray.data.sources.source import Found, Source
 from prelora_ray.data.sources.tars import members
+from prelora_ray.errors import UserError
 from prelora_ray.storage import Storage
 
 TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
@@ -39,7 +40,7 @@ def open_imagenet(root: str, files: list[File]) -> Source:
     a flat `val` folder, with labels from Kaggle's `LOC_val_solution.csv` or the devkit (a folder, or its `.tar.gz`). Both
     folders may lie in Kaggle's `ILSVRC/Data/CLS-LOC`.
 
-    Classes are WordNet ids, sorted. Raises ValueError where a part is missing or does not fit the others.
+    Classes are WordNet ids, sorted. Raises UserError where a part is missing or does not fit the others.
     """
     folder = Storage(root)
     found = Found("ImageNet", root)
@@ -56,7 +57,7 @@ def open_imagenet(root: str, files: list[File]) -> Source:
             else:
                 found.skip("in no class folder", file.path)
     else:
-        raise ValueError(f"{root!r} has neither {TRAIN_TAR} nor a folder train")
+        raise UserError(f"{root!r} has neither {TRAIN_TAR} nor a folder train")
     if VAL_TAR in by_path:
         val = list(members(folder, by_path[VAL_TAR]))
     else:
@@ -74,7 +75,7 @@ def _add_train_tar(found: Found, folder: Storage, archive: File) -> None:
     """Images of the tar of tars, by the WordNet ids that the inner ones are named by."""
     inner = sorted(members(folder, archive), key=lambda member: member.path)
     if not inner or not all(member.path.endswith(".tar") for member in inner):
-        raise ValueError(f"{folder}/{TRAIN_TAR} is not the tar of one tar a class that ImageNet is")
+        raise UserError(f"{folder}/{TRAIN_TAR} is not the tar of one tar a class that ImageNet is")
     for tar in inner:
         wnid = posixpath.basename(tar.path).removesuffix(".tar")
         _, offset, size = tar.at
@@ -91,7 +92,7 @@ def _add_val(found: Found, folder: Storage, files: dict[str, File], images: list
     wnids = _wnids_by_solution(folder) if SOLUTION in files else _wnids_by_devkit(folder, files, sorted(named))
     for name in sorted(named):
         if name not in wnids:
-            raise ValueError(f"{folder}: no label is given for the validation image {named[name].path!r}")
+            raise UserError(f"{folder}: no label is given for the validation image {named[name].path!r}")
         add_file(found, "val", named[name], wnids[name])
 
 
@@ -101,7 +102,7 @@ def _wnids_by_solution(folder: Storage) -> dict[str, str]:
     try:
         return {row["ImageId"]: row["PredictionString"].split()[0] for row in rows}
     except (KeyError, IndexError, AttributeError):
-        raise ValueError(f"{folder}/{SOLUTION} is not a table of ImageId and PredictionString") from None
+        raise UserError(f"{folder}/{SOLUTION} is not a table of ImageId and PredictionString") from None
 
 
 def _wnids_by_devkit(folder: Storage, files: dict[str, File], names: list[str]) -> dict[str, str]:
@@ -109,7 +110,7 @@ def _wnids_by_devkit(folder: Storage, files: dict[str, File], names: list[str]) 
     truth, meta = _devkit_files(folder, files)
     numbers = [int(line) for line in truth.decode().split()]
     if len(numbers) != len(names):
-        raise ValueError(f"{folder}: the devkit labels {len(numbers)} validation images, and there are {len(names)}")
+        raise UserError(f"{folder}: the devkit labels {len(numbers)} validation images, and there are {len(names)}")
     from scipy.io import loadmat
 
     synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
@@ -126,7 +127,7 @@ def _devkit_files(folder: Storage, files: dict[str, File]) -> tuple[bytes, bytes
         names = [f"{DEVKIT}/data/{name}" for name in (_TRUTH, _META)]
         truth, meta = (folder.read_bytes(name) if name in files else None for name in names)
     if truth is None or meta is None:
-        raise ValueError(f"{folder} has no labels of the validation images: put {SOLUTION} or {archive} beside them")
+        raise UserError(f"{folder} has no labels of the validation images: put {SOLUTION} or {archive} beside them")
     return truth, meta
 
 
@@ -142,4 +143,4 @@ def _unpacked(folder: Storage, archive: str) -> dict[str, bytes]:
             opened = {name: tar.extractfile(found[name]) for name in (_TRUTH, _META) if name in found}
             return {name: content.read() for name, content in opened.items() if content is not None}
     except (OSError, EOFError, ValueError, zlib.error, tarfile.TarError) as error:
-        raise ValueError(f"{folder}/{archive} is no devkit: {error}") from None
+        raise UserError(f"{folder}/{archive} is no devkit: {error}") from None

@@ -16,6 +16,7 @@ from prelora_ray.data.sources.files import File
 from prelora_ray.data.sources.source import Found, Item, Label, Source
 from prelora_ray.data.sources.splits import Splits, used_splits
 from prelora_ray.data.sources.table import Columns
+from prelora_ray.errors import UserError
 from prelora_ray.storage import Storage
 
 ENDING = ".parquet"
@@ -25,7 +26,7 @@ def open_parquet(root: str, files: list[File], splits: Splits, columns: Columns)
     """Files with a column of images (a struct of `bytes` and `path`, bytes, or paths) and a column of labels.
 
     Labels are numbers, names or truth values; numbers are named by the files' own metadata, or by `classnames.txt` in the
-    folder, a line a class. Raises ValueError where a file is damaged or lacks a column.
+    folder, a line a class. Raises UserError where a file is damaged or lacks a column.
     """
     found = Found("Parquet files", root, splits)
     names: list[str] | None = None
@@ -44,7 +45,7 @@ def open_parquet(root: str, files: list[File], splits: Splits, columns: Columns)
         _check_images(parquet.schema_arrow.field(image), f"{root}/{file.path}")
         own_names = _class_names(parquet.schema_arrow, label)
         if names not in (None, own_names):
-            raise ValueError(f"{root}/{file.path} names other classes than the Parquet files before it")
+            raise UserError(f"{root}/{file.path} names other classes than the Parquet files before it")
         names = own_names
         for group in range(parquet.num_row_groups):
             labels = _column(root, file, group, label)
@@ -101,17 +102,17 @@ def _names(file: str, path: Any) -> list[str]:
 
 
 def _column(root: str, file: File, group: int, column: str) -> list[Any]:
-    """A column's values in a row group. Raises ValueError where its pages are damaged."""
+    """A column's values in a row group. Raises UserError where its pages are damaged."""
     try:
         values: list[Any] = _open(root, file.path, file.stamp).read_row_group(group, columns=[column])[column].to_pylist()
         return values
     except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"{root}/{file.path} is damaged in column `{column}`: {error}") from None
+        raise UserError(f"{root}/{file.path} is damaged in column `{column}`: {error}") from None
 
 
 def _checked(label: Any, where: str) -> Label:
     if not isinstance(label, (int, str)):
-        raise ValueError(f"{where} has the label {label!r}: a label is a whole number, a name or a truth value")
+        raise UserError(f"{where} has the label {label!r}: a label is a whole number, a name or a truth value")
     return label
 
 
@@ -119,7 +120,7 @@ def _check_images(column: pa.Field, where: str) -> None:
     kind = column.type
     is_struct = pa.types.is_struct(kind) and bool({field.name for field in kind} & {"bytes", "path"})
     if not is_struct and kind not in (pa.binary(), pa.large_binary(), pa.string(), pa.large_string()):
-        raise ValueError(
+        raise UserError(
             f"{where} holds {kind} in `{column.name}`: an image is bytes, a path, or a struct of `bytes` and `path`; name "
             "another column with --image-column"
         )
@@ -127,12 +128,12 @@ def _check_images(column: pa.Field, where: str) -> None:
 
 @functools.lru_cache(maxsize=16)
 def _open(root: str, file: str, stamp: str) -> pq.ParquetFile:
-    """Raises ValueError where the file is damaged. One with another `stamp` is another file."""
+    """Raises UserError where the file is damaged. One with another `stamp` is another file."""
     folder = Storage(root)
     try:
         return pq.ParquetFile(folder.open_file(file))
     except pa.ArrowInvalid as error:
-        raise ValueError(f"{folder}/{file} is no whole Parquet file: {error}") from None
+        raise UserError(f"{folder}/{file} is no whole Parquet file: {error}") from None
 
 
 @functools.lru_cache(maxsize=64)

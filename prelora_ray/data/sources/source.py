@@ -12,6 +12,7 @@ from typing import Protocol
 from prelora_ray.data.manifest import Split
 from prelora_ray.data.sources.files import printable
 from prelora_ray.data.sources.splits import SourceSplit, Splits, used_splits
+from prelora_ray.errors import UserError
 
 Label = int | str | bool
 """A label as a source has it: a number, or a class's name."""
@@ -94,7 +95,7 @@ class Found:
     def source(self, reader: Reader, names: Sequence[str] | None = None) -> Source:
         """What was found, with labels as indices into the classes that occur.
 
-        `names` are those of labels that are numbers. Raises ValueError where there is nothing to train on, nothing to
+        `names` are those of labels that are numbers. Raises UserError where there is nothing to train on, nothing to
         tell apart, or nothing that fits a pattern of a split.
         """
         self.splits.check(self._images, f"{self.root!r}, read as {self.kind},")
@@ -115,7 +116,7 @@ class Found:
         train = self._images.get("train" if "train" in used else None)
         if not train:
             only = f", only to {' and '.join(sorted(map(str, used)))}" if used else ""
-            raise ValueError(f"{self.root!r} has no images to train on{only}")
+            raise UserError(f"{self.root!r} has no images to train on{only}")
         if None in used and len(self._images) > 1:
             self.notes.append("the files whose names are of no split are taken for training")
         val = self._images.get("val") or self._images.get("test")
@@ -131,20 +132,20 @@ class Found:
         found = label_of["train"]
         kinds = {type(label) for labels in label_of.values() for label in labels.values()}
         if len(kinds) > 1:
-            raise ValueError(f"{self.root!r} has labels of several kinds: {', '.join(sorted(k.__name__ for k in kinds))}")
+            raise UserError(f"{self.root!r} has labels of several kinds: {', '.join(sorted(k.__name__ for k in kinds))}")
         is_number = kinds == {int}
         if is_number and min(map(int, found)) < 0:
-            raise ValueError(f"{self.root!r} has label {min(map(int, found))}: labels are whole numbers from 0 on")
+            raise UserError(f"{self.root!r} has label {min(map(int, found))}: labels are whole numbers from 0 on")
         if is_number and names is not None and max(map(int, found)) >= len(names):
-            raise ValueError(f"{self.root!r} has label {max(map(int, found))}, and names {len(names)} classes")
+            raise UserError(f"{self.root!r} has label {max(map(int, found))}, and names {len(names)} classes")
         for name, label, *_ in chosen.get("val", ()):
             if _key(label) not in found:
                 told = names[int(label)] if is_number and names is not None and 0 <= int(label) < len(names) else label
-                raise ValueError(f"{self.root!r} has {printable(name)!r} of class {told!r} in val, and no such class in train")
+                raise UserError(f"{self.root!r} has {printable(name)!r} of class {told!r} in val, and no such class in train")
         if len(found) < 2:
             alone = next(iter(found.values()))
             alone = names[int(alone)] if is_number and names is not None else alone
-            raise ValueError(f"{self.root!r} has one class alone, {alone!r}: there is nothing to tell apart")
+            raise UserError(f"{self.root!r} has one class alone, {alone!r}: there is nothing to tell apart")
         order = sorted(found)
         self._note_gaps(order, is_number, names)
         named = [names[int(label)] if is_number and names is not None else printable(str(label)) for label in order]

@@ -12,6 +12,8 @@ from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from prelora_ray.errors import UserError
+
 SourceSplit = Literal["train", "val", "test"]
 """A split as a source has it: `test` validates where there is no `val`."""
 WORDS: dict[SourceSplit, tuple[str, ...]] = {
@@ -34,7 +36,7 @@ class Splits:
     def of(self, path: str) -> SourceSplit | None:
         """The split that a path, relative to the source, names; None where it names none.
 
-        Raises ValueError for a name that holds the words of two splits, or matches both patterns.
+        Raises UserError for a name that holds the words of two splits, or matches both patterns.
         """
         given: list[tuple[SourceSplit, str]] = [("train", self.train or ""), ("val", self.val or "")]
         found = {split for split, pattern in given if pattern and _matches(path, pattern)}
@@ -44,14 +46,14 @@ class Splits:
             words = re.split(r"[\W\d_]+", part.lower())
             found = {_SPLIT_OF[word] for word in words if word in _SPLIT_OF and not self._is_given(_SPLIT_OF[word])}
         if len(found) > 1:
-            raise ValueError(f"{path!r} names {' and '.join(sorted(found))}: rename it, or give --train-split and --val-split")
+            raise UserError(f"{path!r} names {' and '.join(sorted(found))}: rename it, or give --train-split and --val-split")
         return next(iter(found), None)
 
     def check(self, there: Container[SourceSplit | None], source: str) -> None:
-        """Raises ValueError where a pattern is given, and its split is not among those that are there."""
+        """Raises UserError where a pattern is given, and its split is not among those that are there."""
         for option, pattern, split in (("--train-split", self.train, "train"), ("--val-split", self.val, "val")):
             if pattern is not None and split not in there:
-                raise ValueError(f"{option} {pattern!r} is not allowed: no image of {source} fits it")
+                raise UserError(f"{option} {pattern!r} is not allowed: no image of {source} fits it")
 
     def _is_given(self, split: SourceSplit) -> bool:
         """Whether a pattern stands in place of a split's words; with `val` given, nothing else validates."""

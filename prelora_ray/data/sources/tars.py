@@ -15,7 +15,7 @@ from typing import IO, Any, cast
 import pyarrow as pa
 
 from prelora_ray.data.sources.files import File
-from prelora_ray.errors import WorkError
+from prelora_ray.errors import UserError, WorkError
 from prelora_ray.storage import Storage
 
 PLAIN, COMPRESSED = (".tar",), (".tar.gz", ".tgz")
@@ -36,7 +36,7 @@ def tar_files(files: list[File]) -> list[File]:
 def members(folder: Storage, tar: File, offset: int = 0, size: int | None = None, block: int | None = None) -> Iterator[File]:
     """Files in a tar, which itself may lie inside another one, at `offset`.
 
-    `block` is the tar's number, for readers of compressed ones. Raises ValueError where the tar is cut off or is none.
+    `block` is the tar's number, for readers of compressed ones. Raises UserError where the tar is cut off or is none.
     """
     stream, end = _open(folder.uri, tar.path, tar.stamp)
     end = end if size is None else offset + size
@@ -48,7 +48,7 @@ def members(folder: Storage, tar: File, offset: int = 0, size: int | None = None
                 if not (info.isfile() or info.islnk() or info.issym()):
                     continue
                 if offset + info.offset_data + info.size > end:
-                    raise ValueError(f"{folder}/{tar.path} is cut off in the middle of {info.name!r}")
+                    raise UserError(f"{folder}/{tar.path} is cut off in the middle of {info.name!r}")
                 name = posixpath.normpath(info.name).lstrip("/")
                 if info.isfile():
                     places[name] = offset + info.offset_data, info.size
@@ -60,17 +60,17 @@ def members(folder: Storage, tar: File, offset: int = 0, size: int | None = None
                     yield File(name, tar.stamp if name in places else "", (tar.path, *places.get(name, (0, 0))), block)
             _check_end(stream, offset + archive.offset, end, f"{folder}/{tar.path}")
     except tarfile.TarError as error:
-        raise ValueError(f"{folder}/{tar.path} is no whole tar: {error}") from None
+        raise UserError(f"{folder}/{tar.path} is no whole tar: {error}") from None
 
 
 def _check_end(stream: Any, at: int, end: int, where: str) -> None:
-    """Raises ValueError where a tar has no end mark at `at`, or goes on behind it: tarfile reads no further, without a word."""
+    """Raises UserError where a tar has no end mark at `at`, or goes on behind it: tarfile reads no further, without a word."""
     stream.seek(at)
     if bytes(stream.read(min(_MARK_BYTES, end - at))) != bytes(_MARK_BYTES):
-        raise ValueError(f"{where} is cut off or damaged at byte {at:,}")
+        raise UserError(f"{where} is cut off or damaged at byte {at:,}")
     while (left := end - stream.tell()) > 0:
         if any(stream.read(min(left, 2**20))):
-            raise ValueError(f"{where} goes on behind its end at byte {at:,}: it is several tars in one file")
+            raise UserError(f"{where} goes on behind its end at byte {at:,}: it is several tars in one file")
 
 
 _MARK_BYTES = 512
@@ -102,7 +102,7 @@ def _open(root: str, file: str, stamp: str) -> tuple[Any, int]:
             while piece := source.read(_PIECE):
                 _write(plain, piece, f"{folder}/{file}")
     except (OSError, pa.ArrowException, zlib.error) as error:
-        raise ValueError(f"{folder}/{file} is no whole gzip file: {error}") from None
+        raise UserError(f"{folder}/{file} is no whole gzip file: {error}") from None
     return plain, plain.tell()
 
 

@@ -15,6 +15,7 @@ from prelora_ray.data.sources.source import Found, Label, Source, is_number
 from prelora_ray.data.sources.splits import SourceSplit, Splits, used_splits
 from prelora_ray.data.sources.table import Columns
 from prelora_ray.data.sources.tars import ENDINGS, members_of_all, read_member, tar_files
+from prelora_ray.errors import UserError
 from prelora_ray.storage import Storage
 
 _LABELS = (".cls", ".json")
@@ -27,7 +28,7 @@ def open_tars(root: str, beside: list[File], splits: Splits, columns: Columns) -
     `0001.left.jpg` and `0001.cls`. The label in a `.json` is its `label` or `cls`, a number or a name; numbers are named
     by `classnames.txt` in the folder, a line a class. `beside`: the tars, and what lies beside them.
 
-    Raises ValueError where shards are damaged or a label is none.
+    Raises UserError where shards are damaged or a label is none.
     """
     folder = Storage(root)
     tars = tar_files(beside)
@@ -87,13 +88,13 @@ def _add(found: Found, folder: Storage, shard: str, key: str, sample: _Sample, s
         return
     named = [file for file in sample.images if posixpath.splitext(file.path)[0] == key] or sample.images
     if len(named) > 1:
-        raise ValueError(f"{folder}/{shard} has two images of the sample {key!r}")
+        raise UserError(f"{folder}/{shard} has two images of the sample {key!r}")
     for file in sample.images:
         if file is not named[0]:
             found.skip("a further image of its sample", file.path)
     label = _label(folder, sample.labels)
     if label is None:
-        raise ValueError(f"{folder}/{shard} has no label (.cls or .json) for the sample {key!r}")
+        raise UserError(f"{folder}/{shard} has no label (.cls or .json) for the sample {key!r}")
     add_file(found, _split(splits, shard, key), named[0], label)
 
 
@@ -112,8 +113,8 @@ def _label(folder: Storage, files: list[File]) -> Label | None:
         except KeyError:
             continue
         except (ValueError, TypeError, AttributeError):
-            raise ValueError(f"{folder}/{tar} has no label that can be read in {file.path!r}") from None
+            raise UserError(f"{folder}/{tar} has no label that can be read in {file.path!r}") from None
         if not isinstance(label, (int, str)) or label == "":
-            raise ValueError(f"{folder}/{tar} has {label!r} in {file.path!r}: a label is a whole number or a class's name")
+            raise UserError(f"{folder}/{tar} has {label!r} in {file.path!r}: a label is a whole number or a class's name")
         return label
     return None
