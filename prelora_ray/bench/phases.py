@@ -25,6 +25,7 @@ from prelora_ray.data.manifest import Manifest, Shard
 from prelora_ray.engine.flops import forward_flops, training_passes
 from prelora_ray.engine.state import TrainState
 from prelora_ray.engine.step import Stepper
+from prelora_ray.method.architecture import blocks_of
 from prelora_ray.method.phases import Decision, Phase, count_parameters
 from prelora_ray.train.feed import stream_plan
 
@@ -173,7 +174,7 @@ class _Bench:
         stepper, batch = Stepper(state, plan), self._batch()
         if wanted[0] is Phase.FULL:
             yield self._measure(names[Phase.FULL], lambda: stepper.train(batch), state.model, phase=Phase.FULL)
-        ranks = _ranks([t.name for t in state.targets if t.layer >= first_share * len(state.model.blocks)])  # type: ignore[arg-type]
+        ranks = _ranks([t.name for t in state.targets if t.layer >= first_share * len(blocks_of(state.model))])
         state.phases.phase, state.phases.switched_at, state.phases.ranks = Phase.WARMUP, 0, ranks
         state.apply(Decision(switch=ranks))
         forget(self.device)

@@ -13,6 +13,7 @@ from prelora_ray.config import ModelSettings
 from prelora_ray.data.draws import Draw, generator
 from prelora_ray.kernels.merged import FrozenProduct
 from prelora_ray.method.adapters import lora_layers
+from prelora_ray.method.architecture import blocks_of
 from prelora_ray.torchvision_ops import make_importable
 
 make_importable()
@@ -99,7 +100,7 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
             torch._dynamo.maybe_mark_dynamic(layer.lora_B[family], 1)
         if isinstance(layer.product, FrozenProduct):
             layer.refresh = torch.compile(layer.refresh, backend=backend)  # type: ignore[method-assign]
-    for block in model.get_submodule("blocks").children():
+    for block in blocks_of(model):
         block.compile(backend=backend)
 
 

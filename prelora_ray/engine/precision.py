@@ -15,6 +15,7 @@ from prelora_ray.engine.model import Mlp, gelu_mlps
 from prelora_ray.kernels.fp8 import MULTIPLE, Adapter, Fp8FrozenLinear, fp8_mlp
 from prelora_ray.kernels.merged import FrozenLinear, FrozenProduct, merged_linear
 from prelora_ray.method.adapters import LoraLinear, Product, lora_layers
+from prelora_ray.method.architecture import blocks_of
 from prelora_ray.method.phases import Phase
 
 Format = Literal["fp64", "fp32", "bf16", "fp8"]
@@ -67,10 +68,10 @@ def use_products(model: nn.Module, format_: Format, adapters: Literal["plain", "
         layer.product = _product(layer, format_, adapters, widths[layer.weight.shape])
         if isinstance(layer.product, FrozenProduct):
             holding.append(layer)
-    for module in model.get_submodule("blocks").modules():
+    for module in blocks_of(model).modules():
         vars(module).pop("forward", None)  # as the call before this one may have left it
     if format_ == "fp8":
-        for module in model.get_submodule("blocks").modules():
+        for module in blocks_of(model).modules():
             if type(module) is nn.Linear and _fits_fp8(module):
                 module.product = Fp8FrozenLinear(module.weight, module.bias, width=0)
                 module.product.refresh(module.weight, *_adapter(module))
@@ -119,9 +120,9 @@ def keep_residual_in_bf16(model: nn.Module) -> None:
 
     Norms still compute in float32. A step reads and writes the stream several times, so half its bytes are time.
     """
-    blocks = model.get_submodule("blocks")
+    blocks = blocks_of(model)
     blocks.register_forward_pre_hook(lambda _, inputs: (_narrow(inputs[0]), *inputs[1:]))
-    for block in blocks.children():  # a layer scale, float32, would widen it again
+    for block in blocks:  # a layer scale, float32, would widen it again
         block.register_forward_hook(lambda _, __, output: _narrow(output))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from prelora_ray.method.phases import head_parameters
+from prelora_ray.method.architecture import head_parameters
 from prelora_ray.storage import Storage
 from prelora_ray.torchvision_ops import make_importable
 

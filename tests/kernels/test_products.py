@@ -14,8 +14,8 @@ from prelora_ray.kernels.gelu import gelu_quantize, gelu_quantize_backward
 from prelora_ray.kernels.merged import FrozenLinear, merged_linear
 from prelora_ray.kernels.rows import quantize
 from prelora_ray.method.adapters import inject, lora_layers
+from prelora_ray.method.architecture import find_targets
 from prelora_ray.method.phases import freeze_parameters
-from prelora_ray.method.targets import find_targets
 
 SCALING = 2.0
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
