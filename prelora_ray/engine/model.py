@@ -104,16 +104,16 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
         block.compile(backend=backend)
 
 
-def gelu_mlps(model: nn.Module) -> list[Mlp]:
-    """The MLPs that are two layers, `fc1` and `fc2`, with exact GELU and nothing else between them."""
-    return [
-        module
-        for module in model.modules()
+def gelu_mlps(model: nn.Module) -> dict[str, Mlp]:
+    """By name, the MLPs that are two layers, `fc1` and `fc2`, with exact GELU and nothing else between them."""
+    return {
+        name: module
+        for name, module in model.named_modules()
         if isinstance(module, Mlp)
         and isinstance(module.act, nn.GELU)
         and module.act.approximate == "none"
         and isinstance(module.norm, nn.Identity)
-    ]
+    }
 
 
 def drop_path_modules(model: nn.Module) -> list[KeyedDropPath]:
