@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -52,8 +52,9 @@ class Fp8Mlp(StandIn):
     """Two layers with exact GELU in between, each computed in e4m3."""
 
     takes_over = ("fc1", "fc2")
-    fc1: LoraLinear | Fp8Linear
-    fc2: LoraLinear | Fp8Linear
+    fc1: Any
+    """A LoraLinear or Fp8Linear, its product an Fp8FrozenLinear."""
+    fc2: Any
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         first, second = self.fc1, self.fc2

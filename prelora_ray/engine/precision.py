@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from prelora_ray.engine.fp8 import Fp8Linear, Fp8Mlp
+from prelora_ray.engine.fp8 import Fp8Linear, Fp8Mlp, StandIn
 from prelora_ray.engine.model import gelu_mlps
 from prelora_ray.kernels.fp8 import MULTIPLE, Fp8FrozenLinear
 from prelora_ray.kernels.merged import FrozenLinear, FrozenProduct, merged_linear
@@ -86,10 +86,9 @@ def _stand_in(blocks: nn.Module) -> None:
 
 def _stand_back(blocks: nn.Module) -> None:
     """Gives the model its own modules back."""
-    for kind in (Fp8Mlp, Fp8Linear):  # what is outside first, as it hands on what is inside
-        for name, module in list(blocks.named_modules()):
-            if isinstance(module, kind):
-                blocks.set_submodule(name, module.plain())
+    for name, module in list(blocks.named_modules()):
+        if isinstance(module, StandIn):
+            blocks.set_submodule(name, module.plain())
 
 
 def _fits_fp8(layer: nn.Linear | LoraLinear) -> bool:
