@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from prelora_ray.method.architecture import FAMILIES
 from prelora_ray.method.convergence import NormStatistic
 from prelora_ray.method.phases import Freeze
 from prelora_ray.method.ranks import PATTERN_RANKS, Normalize, is_pattern_rank, rank_choices
-from prelora_ray.method.targets import FAMILIES
 from prelora_ray.storage import NO_KEYS, absolute, without_keys
 
 Count = Annotated[int, Field(ge=1, strict=True)]

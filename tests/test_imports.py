@@ -46,7 +46,7 @@ MAY_IMPORT = {
         *("sweep", "train", "fault_tolerance", "engine", "method"),
         *("schedule.py", "run_folder.py", "config.py", "config_file.py", "storage.py", "errors.py"),
     },
-    "report": {"report", "run_folder.py", "config.py", "storage.py", "errors.py"},
+    "report": {"report", "method/architecture.py", "run_folder.py", "config.py", "storage.py", "errors.py"},
     "doctor.py": {"fault_tolerance", "data", "run_folder.py", "errors.py"},
     "bench": {
         *("bench", "train", "engine", "method", "data"),

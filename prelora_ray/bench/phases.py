@@ -25,6 +25,7 @@ from prelora_ray.data.manifest import Manifest, Shard
 from prelora_ray.engine.flops import forward_flops, training_passes
 from prelora_ray.engine.state import TrainState
 from prelora_ray.engine.step import TrainStep
+from prelora_ray.method.architecture import blocks_of
 from prelora_ray.method.phases import Phase, count_parameters
 from prelora_ray.train.batch_stream import stream_plan
 
@@ -173,7 +174,7 @@ class _Bench:
         stepper, batch = TrainStep(state, plan), self._batch()
         if wanted[0] is Phase.FULL:
             yield self._measure(names[Phase.FULL], lambda: stepper.train(batch), state.model, phase=Phase.FULL)
-        ranks = _ranks([t.name for t in state.targets if t.layer >= first_share * len(state.model.blocks)])  # type: ignore[arg-type]
+        ranks = _ranks([t.name for t in state.targets if t.layer >= first_share * len(blocks_of(state.model))])
         state.enter(Phase.WARMUP, ranks)
         forget(self.device)
         if Phase.WARMUP in wanted:

@@ -18,9 +18,9 @@ from prelora_ray.engine.optim import build_optimizer
 from prelora_ray.engine.precision import Format, autocast, keep_residual_in_bf16, phase_format, use_products
 from prelora_ray.errors import UserError, one_line
 from prelora_ray.method.adapters import inject, peft_config, peft_state_dict
+from prelora_ray.method.architecture import Target, find_targets
 from prelora_ray.method.phases import Phase, freeze_parameters
 from prelora_ray.method.ranks import check_ranks, match_rank_pattern
-from prelora_ray.method.targets import Target, find_targets
 
 _IMAGES, _CLASSES = 2, 10
 

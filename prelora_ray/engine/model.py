@@ -14,6 +14,7 @@ from prelora_ray.data.draws import Draw, generator
 from prelora_ray.errors import UserError
 from prelora_ray.kernels.merged import FrozenProduct
 from prelora_ray.method.adapters import lora_layers
+from prelora_ray.method.architecture import blocks_of
 from prelora_ray.torchvision_ops import make_importable
 
 make_importable()
@@ -100,20 +101,20 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
             torch._dynamo.maybe_mark_dynamic(layer.lora_B[family], 1)
         if isinstance(layer.product, FrozenProduct):
             layer.refresh = torch.compile(layer.refresh, backend=backend)  # type: ignore[method-assign]
-    for block in model.get_submodule("blocks").children():
+    for block in blocks_of(model):
         block.compile(backend=backend)
 
 
-def gelu_mlps(model: nn.Module) -> list[Mlp]:
-    """The MLPs that are two layers, `fc1` and `fc2`, with exact GELU and nothing else between them."""
-    return [
-        module
-        for module in model.modules()
+def gelu_mlps(model: nn.Module) -> dict[str, Mlp]:
+    """By name, the MLPs that are two layers, `fc1` and `fc2`, with exact GELU and nothing else between them."""
+    return {
+        name: module
+        for name, module in model.named_modules()
         if isinstance(module, Mlp)
         and isinstance(module.act, nn.GELU)
         and module.act.approximate == "none"
         and isinstance(module.norm, nn.Identity)
-    ]
+    }
 
 
 def drop_path_modules(model: nn.Module) -> list[KeyedDropPath]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from prelora_ray.config import Settings
 from prelora_ray.method.adapters import is_adapter_parameter
+from prelora_ray.method.architecture import is_embedding
 
 OptimizerState = dict[str, dict[str, torch.Tensor]]
 """AdamW's moments and step count by parameter name."""
@@ -30,7 +31,7 @@ def build_optimizer(
     for name, parameter in _trainable(model):
         if is_adapter_parameter(name):
             groups["adapter"].append(parameter)
-        elif parameter.ndim <= 1 or name in without_decay or name.endswith(("_token", "pos_embed")):
+        elif parameter.ndim <= 1 or name in without_decay or is_embedding(name):
             groups["no_decay"].append(parameter)
         else:
             groups["decay"].append(parameter)

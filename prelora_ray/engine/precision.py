@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from types import MethodType
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from prelora_ray.engine.model import Mlp, gelu_mlps
+from prelora_ray.engine.fp8 import Fp8Linear, Fp8Mlp, StandIn
+from prelora_ray.engine.model import gelu_mlps
 from prelora_ray.errors import UserError
-from prelora_ray.kernels.fp8 import MULTIPLE, Adapter, Fp8FrozenLinear, fp8_mlp
+from prelora_ray.kernels.fp8 import MULTIPLE, Fp8FrozenLinear
 from prelora_ray.kernels.merged import FrozenLinear, FrozenProduct, merged_linear
 from prelora_ray.method.adapters import LoraLinear, Product, lora_layers
+from prelora_ray.method.architecture import blocks_of
 from prelora_ray.method.phases import Phase
 
 Format = Literal["fp64", "fp32", "bf16", "fp8"]
@@ -58,6 +59,7 @@ def use_products(model: nn.Module, format_: Format, adapters: Literal["plain", "
 
     Returns those that want a `refresh` before each forward.
     """
+    _stand_back(blocks_of(model))
     layers = lora_layers(model).values()
     widths: dict[torch.Size, int] = {}
     for layer in layers:
@@ -68,35 +70,26 @@ def use_products(model: nn.Module, format_: Format, adapters: Literal["plain", "
         layer.product = _product(layer, format_, adapters, widths[layer.weight.shape])
         if isinstance(layer.product, FrozenProduct):
             holding.append(layer)
-    for module in model.get_submodule("blocks").modules():
-        vars(module).pop("forward", None)  # as the call before this one may have left it
     if format_ == "fp8":
-        for module in model.get_submodule("blocks").modules():
-            if type(module) is nn.Linear and _fits_fp8(module):
-                module.product = Fp8FrozenLinear(module.weight, module.bias, width=0)
-                module.product.refresh(module.weight, *_adapter(module))
-                module.forward = MethodType(_linear_forward, module)  # type: ignore[method-assign]
-        for mlp in gelu_mlps(model):
-            if all(isinstance(getattr(layer, "product", None), Fp8FrozenLinear) for layer in (mlp.fc1, mlp.fc2)):
-                mlp.forward = MethodType(_mlp_forward, mlp)
+        _stand_in(blocks_of(model))
     return holding
 
 
-def _linear_forward(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    a, b, scaling = _adapter(linear)
-    y: torch.Tensor = linear.product(x, linear.weight, linear.bias, a, b, scaling)  # type: ignore[operator]
-    return y
+def _stand_in(blocks: nn.Module) -> None:
+    """Puts modules of e4m3 in the place of frozen layers without adapters, and of MLPs whose layers all are e4m3."""
+    for name, layer in list(blocks.named_modules()):
+        if type(layer) is nn.Linear and _fits_fp8(layer):
+            blocks.set_submodule(name, Fp8Linear(layer))
+    for name, mlp in gelu_mlps(blocks).items():
+        if all(isinstance(getattr(layer, "product", None), Fp8FrozenLinear) for layer in (mlp.fc1, mlp.fc2)):
+            blocks.set_submodule(name, Fp8Mlp(mlp))
 
 
-def _mlp_forward(mlp: Mlp, x: torch.Tensor) -> torch.Tensor:
-    return fp8_mlp(x, mlp.fc1.product, _adapter(mlp.fc1), mlp.fc2.product, _adapter(mlp.fc2))
-
-
-def _adapter(layer: nn.Linear | LoraLinear) -> Adapter:
-    """A, B and s of a layer, of rank 0 where it has no adapter."""
-    if isinstance(layer, LoraLinear):
-        return *layer.fused(), layer.scaling
-    return layer.weight.new_zeros(0, layer.in_features), layer.weight.new_zeros(layer.out_features, 0), 0.0
+def _stand_back(blocks: nn.Module) -> None:
+    """Gives the model its own modules back."""
+    for name, module in list(blocks.named_modules()):
+        if isinstance(module, StandIn):
+            blocks.set_submodule(name, module.plain())
 
 
 def _fits_fp8(layer: nn.Linear | LoraLinear) -> bool:
@@ -120,9 +113,9 @@ def keep_residual_in_bf16(model: nn.Module) -> None:
 
     Norms still compute in float32. A step reads and writes the stream several times, so half its bytes are time.
     """
-    blocks = model.get_submodule("blocks")
+    blocks = blocks_of(model)
     blocks.register_forward_pre_hook(lambda _, inputs: (_narrow(inputs[0]), *inputs[1:]))
-    for block in blocks.children():  # a layer scale, float32, would widen it again
+    for block in blocks:  # a layer scale, float32, would widen it again
         block.register_forward_hook(lambda _, __, output: _narrow(output))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from prelora_ray.errors import UserError
-from prelora_ray.method.phases import head_parameters
+from prelora_ray.method.architecture import head_parameters
 from prelora_ray.storage import Storage
 from prelora_ray.torchvision_ops import make_importable
 

@@ -23,8 +23,8 @@ from prelora_ray.method.adapters import (
     peft_config,
     peft_state_dict,
 )
+from prelora_ray.method.architecture import find_targets
 from prelora_ray.method.phases import Decision, Phase, freeze_parameters
-from prelora_ray.method.targets import find_targets
 from prelora_ray.schedule import phase_schedule
 
 SWITCH_TOLERANCE = 1e-5

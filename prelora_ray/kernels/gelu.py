@@ -11,37 +11,35 @@ from importlib.util import find_spec
 
 import torch
 
-from prelora_ray.kernels.rows import quantize
+from prelora_ray.kernels.rows import Operand, quantize
 
 if find_spec("triton"):  # torch's builds for GPUs bring it along
     from prelora_ray.kernels import gelu_triton
 
 
-def gelu_quantize(h: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def gelu_quantize(h: torch.Tensor, columns: int) -> tuple[Operand, Operand]:
     """gelu(h) and h, each as `quantize` gives it, of the first so many columns of h, in bfloat16."""
     if h.is_cuda:
         values, scale, h_values, h_scale = gelu_triton.gelu_quantize(h, columns)
-        return values, scale, h_values, h_scale
+        return Operand(values, scale), Operand(h_values, h_scale)
     x = h[:, :columns].float()
-    return *quantize(x * _cdf(x)), *quantize(x)
+    return quantize(x * _cdf(x)), quantize(x)
 
 
-def gelu_quantize_backward(
-    dg: torch.Tensor, h_values: torch.Tensor, h_scale: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def gelu_quantize_backward(dg: torch.Tensor, h: Operand) -> tuple[torch.Tensor, torch.Tensor, Operand]:
     """The backward of g = gelu(h): g and dh, of h's shape in bfloat16, and dh as `quantize` gives it.
 
     Takes as many columns of dg as h has. Both come from h as `gelu_quantize` gave it: its slope there changes little within
     what e4m3 rounds off, and nothing else is kept from the forward.
     """
-    if h_values.is_cuda:
-        g, dh, values, scale = gelu_triton.gelu_quantize_backward(dg, h_values, h_scale)
-        return g, dh, values, scale
-    x = h_values.float() * h_scale
+    if dg.is_cuda:
+        g, dh, values, scale = gelu_triton.gelu_quantize_backward(dg, *h)
+        return g, dh, Operand(values, scale)
+    x = h.values.float() * h.scale
     cdf = _cdf(x)
     pdf = torch.exp(-x.square() / 2) / math.sqrt(2 * math.pi)
     dh = dg[:, : x.shape[1]].float() * (cdf + x * pdf)
-    return (x * cdf).bfloat16(), dh.bfloat16(), *quantize(dh)
+    return (x * cdf).bfloat16(), dh.bfloat16(), quantize(dh)
 
 
 def _cdf(x: torch.Tensor) -> torch.Tensor:

@@ -60,10 +60,10 @@ class FrozenProduct(nn.Module, ABC):
     def refresh(self, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> None:
         """Takes over the values of W (out, in), A (rank, in) and B (out, rank), the rank being the width at most."""
         with torch.autocast(weight.device.type, enabled=False):
-            self.hold(torch.addmm(weight, b, a, alpha=scaling), a, b)
+            self.pack(torch.addmm(weight, b, a, alpha=scaling), a, b)
 
     @abstractmethod
-    def hold(self, merged: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    def pack(self, merged: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         """Takes over W + s B A (out, in), A and B."""
 
     @abstractmethod
@@ -81,9 +81,9 @@ class FrozenProduct(nn.Module, ABC):
     ) -> torch.Tensor:
         """As `merged_linear`; of all but x the gradients matter alone, as the values are those of the last `refresh`."""
         with torch.autocast(x.device.type, enabled=False):
-            return self.multiply(x.reshape(-1, x.shape[-1]), *self.widened(a, b), scaling).view(*x.shape[:-1], -1)
+            return self.multiply(x.reshape(-1, x.shape[-1]), *self.padded(a, b), scaling).view(*x.shape[:-1], -1)
 
-    def widened(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def padded(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A (rank, in) and B (out, rank) with zeros up to the width."""
         spare = self.width - len(a)
         return F.pad(a, (0, 0, 0, spare)), F.pad(b, (0, spare))
@@ -103,7 +103,7 @@ class FrozenLinear(FrozenProduct):
         longer = F.pad(frozen_bias(weight, bias), (0, width))  # x A' has none
         self.register_buffer("bias", longer.to(dtype), persistent=False)
 
-    def hold(self, merged: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    def pack(self, merged: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         (out_features, in_features), rank = merged.shape, len(a)
         self.matrix[:out_features, :in_features] = merged
         self.matrix[:out_features, in_features : in_features + rank] = b

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 E4M3_MAX = 448.0
@@ -9,7 +11,16 @@ SMALLEST = 1e-12
 """What a row's largest value counts as at least, so that a row of zeros has a scale."""
 
 
-def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rows, columns) to e4m3 of the same shape and a float32 scale for each row, (rows, 1): x is about values * scale."""
+class Operand(NamedTuple):
+    """A matrix, about values * scale."""
+
+    values: torch.Tensor
+    """(rows, columns) in e4m3."""
+    scale: torch.Tensor
+    """(rows, 1) in float32."""
+
+
+def quantize(x: torch.Tensor) -> Operand:
+    """Of x (rows, columns)."""
     scale = x.abs().amax(dim=1, keepdim=True).float().clamp(min=SMALLEST) / E4M3_MAX
-    return (x.float() / scale).to(torch.float8_e4m3fn).contiguous(), scale
+    return Operand((x.float() / scale).to(torch.float8_e4m3fn).contiguous(), scale)

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from prelora_ray.method.architecture import Target
 from prelora_ray.method.ranks import check_ranks
-from prelora_ray.method.targets import Target
 
 PEFT_PREFIX = "base_model.model."
 

@@ -7,7 +7,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from prelora_ray.method.targets import family_of
+from prelora_ray.method.architecture import family_of
 
 NormStatistic = Literal["last", "mean"]
 

@@ -11,8 +11,8 @@ from typing import Any, Literal
 from torch import nn
 
 from prelora_ray.method.adapters import is_adapter_parameter, lora_layers
+from prelora_ray.method.architecture import Target, head_parameters, layer_of, parameters_in_front
 from prelora_ray.method.convergence import ConvergenceTest, Verdict
-from prelora_ray.method.targets import Target
 
 Freeze = Literal["adapted", "all_but_head", "prefix"]
 
@@ -148,22 +148,8 @@ def freeze_parameters(model: nn.Module, targets: Sequence[Target], freeze: Freez
             if not is_adapter_parameter(name) and name not in head:
                 parameter.requires_grad_(False)
     elif freeze == "prefix":
-        first = min(int(name.split(".")[1]) for name in adapted)
-        children = [name for name, _ in model.named_children()]  # timm registers them in the order of its forward
-        behind = {f"blocks.{layer}" for layer in range(first, len(model.blocks))}  # type: ignore[arg-type]
-        behind |= set(children[children.index("blocks") + 1 :])
-        for name, parameter in model.named_parameters():
-            if not any(name.startswith(f"{part}.") for part in behind):
-                parameter.requires_grad_(False)
-
-
-def head_parameters(model: nn.Module) -> set[str]:
-    """Names of the parameters of a timm model's classifier, or of all its classifiers; none where it has none."""
-    classifiers = model.get_classifier() if hasattr(model, "get_classifier") else ()  # type: ignore[operator]
-    if isinstance(classifiers, nn.Module):
-        classifiers = (classifiers,)
-    head = {id(parameter) for classifier in classifiers for parameter in classifier.parameters()}
-    return {name for name, parameter in model.named_parameters() if id(parameter) in head}
+        for parameter in parameters_in_front(model, min(layer_of(name) for name in adapted)):
+            parameter.requires_grad_(False)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import Literal
 
-from prelora_ray.method.targets import Target, family_of
+from prelora_ray.method.architecture import Target, family_of
 
 Normalize = Literal["family", "overall"]
 

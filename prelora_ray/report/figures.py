@@ -9,6 +9,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from prelora_ray.method.architecture import FAMILIES, family_of, layer_of
 from prelora_ray.report.records import Line, RunRecords
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -17,7 +18,6 @@ DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 """With the colours: runs beyond the palette stay apart, on grey paper too."""
 _BANDS = {"full": "rgba(0,0,0,0)", "warmup": "rgba(230,159,0,0.13)", "lora": "rgba(86,180,233,0.13)"}
 _MARKS = {"restart": "#D55E00", "resize": "#009E73", "preemption": "#CC79A7"}
-_FAMILIES = ("query", "key", "value", "proj", "fc1", "fc2")
 
 
 def learning(runs: Sequence[RunRecords]) -> go.Figure:
@@ -40,7 +40,7 @@ def convergence(run: RunRecords) -> go.Figure:
     windows = [line for line in run.windows if line["change"] is not None]
     ends = [line["epoch_end"] for line in windows]
     verdicts = ["in the ramp" if w["in_ramp"] else "converged" if w["converged"] else "not yet" for w in windows]
-    for index, family in enumerate(family for family in _FAMILIES if windows and family in windows[0]["change"]):
+    for index, family in enumerate(family for family in FAMILIES if windows and family in windows[0]["change"]):
         changes = [line["change"][family] for line in windows]
         _line(figure, 1, ends, changes, family, index, markers=True, hover=verdicts)
     _line(figure, 2, ends, [line["loss_change"] for line in windows], "loss", 6, markers=True, hover=verdicts)
@@ -53,9 +53,9 @@ def convergence(run: RunRecords) -> go.Figure:
 def ranks(run: RunRecords) -> go.Figure:
     """Ranks by layer and family."""
     assert run.ranks
-    places = {name: (int(name.split(".")[1]), name.rsplit(".", 1)[1]) for name in run.ranks}
+    places = {name: (layer_of(name), family_of(name)) for name in run.ranks}
     layers = sorted({layer for layer, _ in places.values()})
-    families = [family for family in _FAMILIES if any(other == family for _, other in places.values())]
+    families = [family for family in FAMILIES if any(other == family for _, other in places.values())]
     by_place = {place: run.ranks[name] for name, place in places.items()}
     table = [[by_place.get((layer, family)) for layer in layers] for family in families]
     heatmap = go.Heatmap(

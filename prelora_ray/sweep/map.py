@@ -14,8 +14,8 @@ from prelora_ray.config import MethodSettings, Settings
 from prelora_ray.engine.model import create_model
 from prelora_ray.errors import UserError
 from prelora_ray.method.adapters import inject
+from prelora_ray.method.architecture import find_targets
 from prelora_ray.method.phases import count_parameters, freeze_parameters
-from prelora_ray.method.targets import find_targets
 from prelora_ray.run_folder import RunFolder, last_attempt
 from prelora_ray.schedule import ranks_for
 from prelora_ray.sweep.replay import Record, replay

@@ -7,8 +7,8 @@ from prelora_ray.config_file import parse_settings
 from prelora_ray.engine.model import create_model
 from prelora_ray.engine.optim import build_optimizer, learning_rate, optimizer_state, set_learning_rate
 from prelora_ray.method.adapters import inject
+from prelora_ray.method.architecture import find_targets
 from prelora_ray.method.phases import freeze_parameters
-from prelora_ray.method.targets import find_targets
 from tests.engine.test_model import TINY
 
 

@@ -9,13 +9,13 @@ from torch import nn
 
 from prelora_ray.engine.model import compile_blocks
 from prelora_ray.engine.precision import use_products
-from prelora_ray.kernels.fp8 import Fp8FrozenLinear, fp8_mlp
+from prelora_ray.kernels.fp8 import Adapter, Fp8FrozenLinear, fp8_mlp
 from prelora_ray.kernels.gelu import gelu_quantize, gelu_quantize_backward
 from prelora_ray.kernels.merged import FrozenLinear, merged_linear
 from prelora_ray.kernels.rows import quantize
 from prelora_ray.method.adapters import inject, lora_layers
+from prelora_ray.method.architecture import find_targets
 from prelora_ray.method.phases import freeze_parameters
-from prelora_ray.method.targets import find_targets
 
 SCALING = 2.0
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -114,7 +114,7 @@ def test_fp8_mlp_against_float64(rows, rank):
         form = Fp8FrozenLinear(t["weight"], t["bias"], 32)
         form.refresh(t["weight"], t["a"], t["b"], SCALING)
         held.append(form)
-        adapters.append((t["a"], t["b"], SCALING))
+        adapters.append(Adapter(t["a"], t["b"], SCALING))
     y = fp8_mlp(first["x"], held[0], adapters[0], held[1], adapters[1])
     y.backward(second["dy"].to(y.dtype))
     exact = {
@@ -140,19 +140,19 @@ def test_gelu_between_products_against_float64(rows, columns):
     gelu = nn.functional.gelu(x)
     gelu.backward(dg[:, :columns].double())
     assert x.grad is not None
-    values, scale, h_values, h_scale = gelu_quantize(h, columns)
-    for found, exact in (((values, scale), gelu), ((h_values, h_scale), x)):
+    values, rounded = gelu_quantize(h, columns)
+    for found, exact in ((values, gelu), (rounded, x)):
         expected = quantize(exact.detach())
         assert error(found[1], expected[1].double()) < 1e-6
         assert (found[0].float() != expected[0].float()).double().mean() < 0.01  # a tie may go either way
-    kept = (h_values.double() * h_scale).requires_grad_()
+    kept = (rounded.values.double() * rounded.scale).requires_grad_()
     gelu_of_kept = nn.functional.gelu(kept)
     gelu_of_kept.backward(dg[:, :columns].double())
-    g, dh, dh_values, dh_scale = gelu_quantize_backward(dg, h_values, h_scale)
+    g, dh, dh_rounded = gelu_quantize_backward(dg, rounded)
     assert error(g, gelu_of_kept.detach()) < 2**-8
     assert error(dh, kept.grad) < 2**-8
     assert error(dh, x.grad) < 0.04
-    assert error(dh_values.double() * dh_scale, x.grad) < 0.05
+    assert error(dh_rounded.values.double() * dh_rounded.scale, x.grad) < 0.05
 
 
 @pytest.mark.parametrize("share", [1e-2, 1e-3])
@@ -194,6 +194,24 @@ def test_a_model_compiles_once_for_blocks_of_different_ranks(vit, images, format
         assert (parameter.grad is None) == (reference.grad is None), name
         if parameter.grad is not None:
             assert error(parameter.grad, reference.grad) < tolerance, name
+
+
+def test_fp8_and_back_leaves_the_models_own_modules_and_tensors(vit):
+    targets = find_targets(vit)
+    inject(vit, targets, {"blocks.1.mlp.fc1": 4})
+    freeze_parameters(vit, targets, "prefix")
+    own, tensors, parameters = dict(vit.named_modules()), copy.deepcopy(vit.state_dict()), dict(vit.named_parameters())
+    for format_ in ("fp8", "fp8", "fp32"):
+        use_products(vit, format_, "plain")
+        standing_in = {name for name, module in vit.named_modules() if name in own and module is not own[name]}
+        linears = {f"blocks.{layer}.{path}" for layer in range(3) for path in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
+        linears = linears - {"blocks.1.mlp.fc1"} | {f"blocks.{layer}.mlp" for layer in range(3)}
+        assert standing_in == (linears if format_ == "fp8" else set())
+        assert not [name for name, module in vit.named_modules() if "forward" in vars(module)]
+        assert list(vit.state_dict()) == list(tensors)
+        assert all(torch.equal(tensor, tensors[name]) for name, tensor in vit.state_dict().items())
+        assert all(parameter is parameters[name] for name, parameter in vit.named_parameters())
+    assert list(dict(vit.named_modules())) == list(own)
 
 
 def test_fp8_computes_frozen_layers_without_adapters_too(vit, images):

@@ -17,7 +17,7 @@ from prelora_ray.method.adapters import (
     peft_config,
     peft_state_dict,
 )
-from prelora_ray.method.targets import find_targets
+from prelora_ray.method.architecture import find_targets
 
 
 def mixed_ranks(targets):

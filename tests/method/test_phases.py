@@ -6,9 +6,9 @@ import timm
 import torch
 
 from prelora_ray.method.adapters import inject
+from prelora_ray.method.architecture import find_targets, head_parameters
 from prelora_ray.method.convergence import ConvergenceTest
-from prelora_ray.method.phases import Phase, PhaseSchedule, freeze_parameters, head_parameters
-from prelora_ray.method.targets import find_targets
+from prelora_ray.method.phases import Phase, PhaseSchedule, freeze_parameters
 from prelora_ray.torchvision_ops import make_importable
 from tests.runs import TINY_VIT
 

@@ -4,7 +4,8 @@ import timm
 import torch
 
 from prelora_ray.method.adapters import inject
-from prelora_ray.method.targets import FAMILIES, find_targets, target_norms
+from prelora_ray.method.architecture import FAMILIES, find_targets
+from prelora_ray.method.targets import target_norms
 
 
 def test_names_and_slices(vit):
