@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import runpy
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +17,7 @@ from prelora_ray.records import (
     Progress,
     Restart,
     Switch,
+    WindowLine,
     from_json,
     phase_summaries,
     rank_counts,
@@ -118,3 +122,12 @@ def test_a_phase_is_summed_over_its_epochs():
 
 def test_ranks_are_counted_in_their_order():
     assert list(rank_counts({"a": 16, "b": 8, "c": 16, "d": 0}).items()) == [(0, 1), (8, 1), (16, 2)]
+
+
+def test_the_tables_in_the_docs_are_up_to_date():
+    docs = Path(__file__).parent.parent / "docs"
+    page = runpy.run_path(str(docs / "make_records.py"))["page"]
+    text = (docs / "run-folder.md").read_text()
+    assert text == page(text), "run `python docs/make_records.py`"
+    for record in (NormsLine, WindowLine, EpochLine, Progress, *EVENTS.values()):
+        assert all(f"`{field.name}`" in text for field in fields(record))
