@@ -54,7 +54,8 @@ def train(
     settings = load_settings(config, overrides or [], name=name, storage=storage)
 
     from prelora_ray import console
-    from prelora_ray.run_folder import RunFolder, last_attempt
+    from prelora_ray.records import Diagnosis
+    from prelora_ray.run_folder import RunFolder
     from prelora_ray.train.run import train as run
 
     with console.watch(settings):
@@ -64,13 +65,13 @@ def train(
     if as_json:
         print_json(result)
         return
-    console.out.print(console.result_table(result, last_attempt(folder.read_lines("epochs.jsonl"), "epoch")))
+    console.out.print(console.result_table(result["path"], folder.epochs()))
     if result["ranks"]:
         console.out.print("ranks: " + ", ".join(f"{count} modules of {rank}" for rank, count in result["ranks"].items()))
     console.out.print(console.result_line(result))
-    for line in folder.read_lines("events.jsonl"):
-        if line["event"] == "diagnosis":
-            console.out.print(line["message"])
+    for event in folder.events():
+        if isinstance(event, Diagnosis):
+            console.out.print(event.message)
 
 
 @app.command()

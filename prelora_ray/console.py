@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from prelora_ray import records
 from prelora_ray.config import Settings
 from prelora_ray.report.sweep_table import sweep_table as sweep_rows
 from prelora_ray.run_folder import RunFolder
@@ -62,7 +63,8 @@ class _Watcher(threading.Thread):
         self._settings = settings
         self._folder = RunFolder.of(settings)
         self._done = threading.Event()
-        self._seen = {name: len(self._folder.read_lines(name)) for name in ("events.jsonl", "epochs.jsonl")}
+        self._num_epochs = len(self._folder.records(records.EpochLine))
+        self._num_events = len(self._folder.events())
         self._bar = Progress(
             TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(),
@@ -86,74 +88,70 @@ class _Watcher(threading.Thread):
 
     def _show_new(self) -> None:
         try:
-            lines = [line for name in self._seen for line in self._new(name)]
-            for line in sorted(lines, key=lambda line: (line["attempt"], line["epoch"], "event" in line)):
-                text = self._event(line) if "event" in line else self._epoch(line)
+            for line in sorted(self._new(), key=lambda line: (line.attempt, line.epoch, isinstance(line, records.Event))):
+                text = self._event(line) if isinstance(line, records.Event) else self._epoch(line)
                 if text:
                     self._bar.console.print(text)
             if self._folder.exists("progress.json"):
-                self._show_position(self._folder.read_json("progress.json"))
+                self._show_position(self._folder.read_progress())
         except (OSError, ValueError):  # the next look will tell; the run itself does not depend on it
             pass
 
-    def _new(self, name: str) -> list[dict[str, Any]]:
-        lines = self._folder.read_lines(name)
-        new, self._seen[name] = lines[self._seen[name] :], len(lines)
+    def _new(self) -> list[records.Event | records.EpochLine]:
+        events, epochs = self._folder.events(), self._folder.records(records.EpochLine)
+        new: list[records.Event | records.EpochLine] = [*events[self._num_events :], *epochs[self._num_epochs :]]
+        self._num_events, self._num_epochs = len(events), len(epochs)
         return new
 
-    def _show_position(self, position: dict[str, Any]) -> None:
+    def _show_position(self, position: records.Progress) -> None:
         self._bar.update(
             self._task,
-            description=position["phase"],
-            completed=position["epoch"] + position["batch"] / position["batches"],
-            status=f"epoch {position['epoch'] + 1}, loss {_number(position['loss'])}, "
-            f"{position['images_per_second']:,.0f} images/s",
+            description=position.phase,
+            completed=position.epoch + position.batch / position.batches,
+            status=f"epoch {position.epoch + 1}, loss {_number(position.loss)}, {position.images_per_second:,.0f} images/s",
         )
 
-    def _epoch(self, line: dict[str, Any]) -> str:
+    def _epoch(self, line: records.EpochLine) -> str:
         width = len(str(self._settings.train.epochs))
         parts = [
-            f"epoch {line['epoch'] + 1:{width}d}/{self._settings.train.epochs}",
-            f"{line['phase']:6s}",
-            f"loss {_number(line['loss'])}",
-            f"top-1 {_percent(line['val_top1'])}",
-            f"{line['images_per_second']:,.0f} images/s",
+            f"epoch {line.epoch + 1:{width}d}/{self._settings.train.epochs}",
+            f"{line.phase:6s}",
+            f"loss {_number(line.loss)}",
+            f"top-1 {_percent(line.val_top1)}",
+            f"{line.images_per_second:,.0f} images/s",
         ]
-        self._bar.update(self._task, completed=line["epoch"] + 1)
+        self._bar.update(self._task, completed=line.epoch + 1)
         return "  ".join(parts)
 
-    def _event(self, line: dict[str, Any]) -> Text | str | None:
-        kind, epoch = line["event"], line["epoch"]
-        match kind:
-            case "window":
-                return self._window(line["window"])
-            case "switch":
-                told = f" after epoch {epoch}: adapters join, {line['trainable_parameters']:,} parameters train"
+    def _event(self, event: records.Event) -> Text | str | None:
+        match event:
+            case records.WindowClosed():
+                return self._window(event.window)
+            case records.Switch():
+                told = f" after epoch {event.epoch}: adapters join, {event.trainable_parameters:,} parameters train"
                 return Text.assemble(("switch", "bold"), told)
-            case "freeze":
-                share = line["trainable_parameters"] / line["parameters"]
-                told = f" after epoch {epoch}: {line['trainable_parameters']:,} parameters train ({share:.1%})"
+            case records.Freeze():
+                share = event.trainable_parameters / event.parameters
+                told = f" after epoch {event.epoch}: {event.trainable_parameters:,} parameters train ({share:.1%})"
                 return Text.assemble(("freeze", "bold"), told)
-            case "run_started" | "restart":
-                at = f" from epoch {epoch}" if epoch else ""
-                told = f"{at} with {line['world_size']} workers, phase {line['phase']}"
-                return Text.assemble((kind.replace("_", " "), "bold"), told)
-            case "checkpoint_damaged" | "init_from" | "diagnosis":
-                return Text(line["message"], "bold")
+            case records.RunStarted() | records.Restart():
+                at = f" from epoch {event.epoch}" if event.epoch else ""
+                told = f"{at} with {event.world_size} workers, phase {event.phase}"
+                return Text.assemble((event.event.replace("_", " "), "bold"), told)
+            case records.CheckpointDamaged() | records.InitFrom() | records.Diagnosis():
+                return Text(event.message, "bold")
         return None
 
     def _window(self, window: int) -> str | None:
-        line = next((w for w in reversed(self._folder.read_lines("windows.jsonl")) if w["window"] == window), None)
-        if line is None or line["change"] is None or line["phase"] != "full":
+        line = next((w for w in reversed(self._folder.records(records.WindowLine)) if w.window == window), None)
+        if line is None or line.change is None or line.phase != "full":
             return None
         method = self._settings.method
-        family, change = max(line["change"].items(), key=lambda item: float("inf") if item[1] is None else item[1])
-        verdict = (
-            "converged" if line["converged"] else "in the learning-rate ramp, no verdict" if line["in_ramp"] else "not yet"
-        )
+        family, change = max(line.change.items(), key=lambda item: float("inf") if item[1] is None else item[1])
+        verdict = "converged" if line.converged else "in the learning-rate ramp, no verdict" if line.in_ramp else "not yet"
         return (
             f"  window {window}: norms change by up to {_number(change)} % ({family}; tau {method.tau:g}), "
-            f"the loss by {_number(line['loss_change'])} % (zeta {method.zeta:g}): {verdict}"
+            f"the loss by {_number(line.loss_change)} % (zeta {method.zeta:g}): {verdict}"
         )
 
 
@@ -177,23 +175,21 @@ def prepared(manifest: Manifest) -> Iterator[str | Table]:
         yield f"  {reason}: " + ", ".join(f"{entry.count:,} {entry.ending or 'without an ending'}" for entry in skipped)
 
 
-def result_table(result: dict[str, Any], epochs: list[dict[str, Any]]) -> Table:
-    """A run by phase. `epochs`: its lines of epochs.jsonl that stand."""
-    table = Table(title=f"run {result['path']}", title_justify="left")
+def result_table(path: str, epochs: list[records.EpochLine]) -> Table:
+    """A run by phase. `epochs`: its lines that stand."""
+    table = Table(title=f"run {path}", title_justify="left")
     for column in ("phase", "epochs", "loss", "top-1", "images/s", "trains", "peak memory", "seconds"):
         table.add_column(column, justify="left" if column == "phase" else "right")
-    for phase, speed in result["images_per_second"].items():
-        lines = [line for line in epochs if line["phase"] == phase]
-        top1 = [line["val_top1"] for line in lines if line["val_top1"] is not None]
+    for summary in records.phase_summaries(epochs).values():
         table.add_row(
-            phase,
-            str(len(lines)),
-            _number(lines[-1]["loss"]),
-            _percent(top1[-1] if top1 else None),
-            f"{speed:,.0f}",
-            f"{result['trainable_fraction'][phase]:.1%}",
-            f"{result['peak_memory_bytes'][phase] / 2**20:,.0f} MiB",
-            f"{sum(line['seconds'] for line in lines):,.0f}",
+            summary.phase,
+            str(summary.epochs),
+            _number(summary.loss),
+            _percent(summary.val_top1),
+            f"{summary.images_per_second:,.0f}",
+            _percent(summary.trainable_fraction),
+            f"{summary.peak_memory_bytes / 2**20:,.0f} MiB",
+            f"{summary.seconds:,.0f}",
         )
     return table
 
@@ -262,8 +258,7 @@ def switch_map_table(points: Sequence[Point]) -> Table:
     for column in ("tau", "zeta", "switch", "ranks", "lora trains", "hours"):
         table.add_column(column, justify="right")
     for point in points:
-        ranks = list((point.ranks or {}).values())
-        counts = ", ".join(f"{ranks.count(rank)} of {rank}" for rank in sorted(set(ranks)))
+        counts = ", ".join(f"{count} of {rank}" for rank, count in records.rank_counts(point.ranks or {}).items())
         switch = "never" if point.switch_epoch is None else str(point.switch_epoch)
         share = _percent(point.trainable_fraction)
         table.add_row(_number(point.tau), _number(point.zeta), switch, counts, share, _number(point.hours))

@@ -26,6 +26,7 @@ import yaml
 from prelora_ray.config import Settings
 from prelora_ray.config_file import parse_settings
 from prelora_ray.errors import UserError, one_line
+from prelora_ray.records import EpochLine, Event, NormsLine, Progress, Record, WindowLine, from_json, standing
 from prelora_ray.storage import Storage
 
 
@@ -80,6 +81,34 @@ class RunFolder(Storage):
         if not self.exists(name):
             return []
         return parse_lines(self.read_bytes(name))
+
+    def records(self, kind: type[Record], name: str | None = None) -> list[Record]:
+        """All lines of a kind, in file order, of its own file or of `name`.
+
+        Raises ValueError where one lacks what it must have.
+        """
+        name = name or kind.FILE
+        return [from_json(kind, line, f"{self}/{name}") for line in self.read_lines(name)]
+
+    def norms(self, name: str | None = None) -> list[NormsLine]:
+        """The lines that stand, by epoch."""
+        return standing(self.records(NormsLine, name), lambda line: line.epoch)
+
+    def windows(self) -> list[WindowLine]:
+        """The lines that stand, by window."""
+        return standing(self.records(WindowLine), lambda line: line.window)
+
+    def epochs(self) -> list[EpochLine]:
+        """The lines that stand, by epoch."""
+        return standing(self.records(EpochLine), lambda line: line.epoch)
+
+    def events(self) -> list[Event]:
+        """All of them: each happened."""
+        return self.records(Event)
+
+    def read_progress(self) -> Progress:
+        """Where the run is right now. Raises ValueError where that is damaged, and OSError where it was not written."""
+        return from_json(Progress, self.read_json(Progress.FILE), f"{self}/{Progress.FILE}")
 
     def write_lines(self, name: str, lines: Iterable[dict[str, Any]]) -> None:
         """Writes a JSON-lines file whole; infinite numbers become null."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from prelora_ray.config import MethodSettings
 from prelora_ray.errors import UserError
 from prelora_ray.method.convergence import ConvergenceTest
 from prelora_ray.method.phases import Decision, Phase, PhaseSchedule
 from prelora_ray.method.ranks import assign_ranks, match_rank_pattern
+from prelora_ray.records import NormsLine
 
 
 def phase_schedule(method: MethodSettings, ramp_epochs: int, names: Sequence[str]) -> PhaseSchedule:
@@ -35,11 +35,11 @@ def ranks_for(method: MethodSettings, change: dict[str, float], names: Sequence[
     return assign_ranks(change, method.r_min, method.r_max, method.normalize, method.floor_percent)
 
 
-def decide(schedule: PhaseSchedule, epochs: Iterable[dict[str, Any]]) -> list[Decision]:
+def decide(schedule: PhaseSchedule, epochs: Iterable[NormsLine]) -> list[Decision]:
     """The decisions over lines of norms.jsonl, one an epoch, up to the one with which the run leaves phase full."""
     decisions = []
     for line in epochs:
-        decisions.append(schedule.end_epoch(line["epoch"], line["norms"], line["loss"]))
+        decisions.append(schedule.end_epoch(line.epoch, line.norms, line.loss))
         if schedule.phase is not Phase.FULL:
             break
     return decisions

@@ -14,10 +14,10 @@ from prelora_ray import console
 from prelora_ray.config_file import parse_settings
 from prelora_ray.engine.evaluation import Evaluation
 from prelora_ray.inference.evaluate import Report
+from tests.lines import event
 
 TEXT = "runs/[old]/:x: [/bold] [red]"
 REPORT = Report(Evaluation(loss=1.0, top1=0.5, top5=1.0, images=2), (TEXT, "b"), torch.tensor([[0, 1], [1, 0]]))
-RESULT = {"path": TEXT, "images_per_second": {}}
 SWEEP = {
     "path": TEXT,
     "pareto": [],
@@ -42,7 +42,7 @@ def printed(what: Any) -> str:
     ("shown", "times"),
     [
         (lambda: TEXT, 1),
-        (lambda: console.result_table(RESULT, []), 1),
+        (lambda: console.result_table(TEXT, []), 1),
         (lambda: console.sweep_table(SWEEP), 2),
         (lambda: console.classes_table(REPORT), 1),
         (lambda: console.confusion_table(REPORT), 2),
@@ -61,9 +61,9 @@ def test_a_bar_and_a_runs_events_are_shown_as_they_are(monkeypatch: pytest.Monke
         show(1, 2)
     assert TEXT in terminal.file.getvalue()
     watcher = console._Watcher(parse_settings({"name": "run", "storage": str(tmp_path), "data": {"path": "x"}}))
-    told = watcher._event({"event": "diagnosis", "epoch": 1, "message": TEXT})
+    told = watcher._event(event("diagnosis", signature="early_switch", value=1.0, limit=0.0, message=TEXT))
     assert printed(told).strip() == TEXT
-    switch = watcher._event({"event": "switch", "epoch": 3, "trainable_parameters": 5})
+    switch = watcher._event(event("switch", 3, switch_epoch=3, trainable_parameters=5, parameters=9))
     assert printed(switch).strip() == "switch after epoch 3: adapters join, 5 parameters train"
 
 

@@ -8,9 +8,10 @@ from prelora_ray.config import MethodSettings
 from prelora_ray.method.phases import Phase
 from prelora_ray.schedule import decide, phase_schedule, ranks_for
 from prelora_ray.sweep.replay import Record, replay
+from tests.lines import norms_line
 
 NAMES = ["blocks.0.attn.query", "blocks.0.mlp.fc1", "blocks.1.mlp.fc1"]
-EPOCHS = [{"epoch": epoch, "norms": dict.fromkeys(NAMES, 1.0), "loss": 1.0} for epoch in range(9)]
+EPOCHS = [norms_line(epoch, dict.fromkeys(NAMES, 1.0)) for epoch in range(9)]
 """Nothing changes, so that the second window converges."""
 METHOD = MethodSettings(windows=2, window_epochs=2, warmup_epochs=1, r_min=2, r_max=8)
 

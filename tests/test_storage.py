@@ -122,7 +122,7 @@ def test_a_file_share_that_syncs_no_folders_is_written_to_all_the_same(tmp_path,
 def test_events_of_an_attempt_that_dies_soon_are_there(folder):
     """So that the next attempt takes the next number."""
     records = RunRecords(RunFolder(folder), attempt=0)
-    records.event("run_started", world_size=2)
+    records.event("run_started", epoch=0, step=0, phase="full", seed=0, world_size=2)
     records.epoch(epoch=0)
     records.flush_events()
     assert [line["event"] for line in RunFolder(folder).read_lines("events.jsonl")] == ["run_started"]

@@ -54,9 +54,9 @@ def bench_loop(options: Options) -> dict[str, Any]:
             write_images(Path(directory, "images"), _LOOP_BATCHES * options.batch)
             prepare(f"{directory}/images", settings.data.path)
             train(settings)
-            epochs = RunFolder.of(settings).read_lines("epochs.jsonl")[1:]  # the first one compiles
-            under_ray = statistics.median(line["images_per_second"] for line in epochs)
-            waits = statistics.median(line["data_wait_seconds"] / line["train_seconds"] for line in epochs)
+            epochs = RunFolder.of(settings).epochs()[1:]  # the first one compiles
+            under_ray = statistics.median(line.images_per_second for line in epochs)
+            waits = statistics.median(line.data_wait_seconds / line.train_seconds for line in epochs)
             bare = _bare_rate(settings, device)
     rows = [
         {"name": "bare loop", "images_per_second": bare, "against_the_bare_loop": 1.0, "waits_for_data": 0.0},
@@ -121,8 +121,7 @@ def _seconds_to_first_step(settings: Settings, cache: str) -> float:
     finally:
         process.terminate()
         process.wait()
-    first_step: float = folder.read_json("progress.json")["time"]
-    return first_step - start
+    return folder.read_progress().time - start
 
 
 def _settings(directory: str, options: Options) -> Settings:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from prelora_ray.engine.snapshot import Snapshot
 from prelora_ray.fault_tolerance.checkpoint import Checkpoints
 from prelora_ray.fault_tolerance.lock import holder
+from prelora_ray.records import BEGINNINGS
 from prelora_ray.run_folder import RunFolder
 
 
@@ -32,20 +33,20 @@ class ResumePoint:
 
 def find_resume_point(folder: RunFolder, checkpoints: Checkpoints) -> tuple[ResumePoint, Snapshot | None]:
     checkpoint, damaged = checkpoints.newest()
-    events = folder.read_lines("events.jsonl")
-    attempt = 1 + max((line["attempt"] for line in events if "attempt" in line), default=-1)
-    last = [line for line in events if line.get("attempt") == attempt - 1]
+    events = folder.events()
+    attempt = 1 + max((event.attempt for event in events), default=-1)
+    last = [event for event in events if event.attempt == attempt - 1]
     cause = None
     if last:
         ends = {"preemption": "preemption", "stop": "stop"}
-        cause = next((ends[line["event"]] for line in reversed(last) if line["event"] in ends), None)
-        cause = cause or ("driver" if _driver_started(folder) > last[-1]["time"] else "failure")
+        cause = next((ends[event.event] for event in reversed(last) if event.event in ends), None)
+        cause = cause or ("driver" if _driver_started(folder) > last[-1].time else "failure")
     try:
-        progress = folder.read_json("progress.json")
-        seconds, last_step = time.time() - progress["time"], progress["step"]
-    except (OSError, ValueError, KeyError, TypeError):
+        progress = folder.read_progress()
+        seconds, last_step = time.time() - progress.time, progress.step
+    except (OSError, ValueError, TypeError):
         seconds, last_step = None, 0
-    sizes = [line["world_size"] for line in last if line["event"] in ("run_started", "restart")]
+    sizes = [event.world_size for event in last if isinstance(event, BEGINNINGS)]
     name = checkpoint.name if checkpoint else None
     return ResumePoint(attempt, name, damaged, cause, seconds, last_step, sizes[-1] if sizes else None), checkpoint
 

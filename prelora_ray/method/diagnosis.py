@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Protocol
 
 Signature = Literal["early_switch", "insufficient_warmup", "uniform_ranks"]
 
@@ -28,6 +28,27 @@ _LARGEST_EXPONENT = 100.0
 """Of a number that still makes sense as a percentage; a loss next to 0 has a far larger one."""
 
 
+class Epoch(Protocol):
+    """What is read of an epoch's record."""
+
+    @property
+    def epoch(self) -> int: ...
+    @property
+    def phase(self) -> str: ...
+    @property
+    def loss(self) -> float: ...
+    @property
+    def learning_rate(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    epoch: int
+    phase: str
+    loss: float
+    learning_rate: float
+
+
 @dataclass(frozen=True)
 class Finding:
     """A failure signature that a run shows."""
@@ -41,29 +62,27 @@ class Finding:
     """All of it in words, with what to try."""
 
 
-def diagnose(epochs: Sequence[Mapping[str, Any]], ranks: Mapping[str, int] | None, num_choices: int) -> list[Finding]:
+def diagnose(epochs: Sequence[Epoch | Mapping[str, Any]], ranks: Mapping[str, int] | None, num_choices: int) -> list[Finding]:
     """What a run's records show.
 
-    `epochs`: objects with "epoch", "phase", "loss" and "learning_rate", in order. `num_choices`: how many ranks there
-    were to choose from.
+    `epochs`: in order, as objects or as mappings of the same names. `num_choices`: how many ranks there were to choose from.
     """
-    findings = [_early_switch(epochs), _insufficient_warmup(epochs), _uniform_ranks(ranks, num_choices)]
+    lines = [_Epoch(**{f.name: line[f.name] for f in fields(_Epoch)}) if isinstance(line, Mapping) else line for line in epochs]
+    findings = [_early_switch(lines), _insufficient_warmup(lines), _uniform_ranks(ranks, num_choices)]
     return [finding for finding in findings if finding is not None]
 
 
-def _early_switch(epochs: Sequence[Mapping[str, Any]]) -> Finding | None:
+def _early_switch(epochs: Sequence[Epoch]) -> Finding | None:
     """After the freeze the loss levels off above the trunk's extrapolated curve.
 
     The curve is exponential in the learning rate spent, with the slope of the last third of phase full. So it bends with
     the schedule, and as a rate that decays lowers the loss further, a run that keeps up with its trunk ends under it.
     """
-    full = [line for line in epochs if line["phase"] == "full"]
+    full = [line for line in epochs if line.phase == "full"]
     if len(full) < 2 * _FEWEST:
         return None
-    spent = list(itertools.accumulate(line["learning_rate"] for line in epochs))
-    points = [
-        (rate, math.log(line["loss"]), line["phase"]) for rate, line in zip(spent, epochs, strict=True) if line["loss"] > 0
-    ]
+    spent = list(itertools.accumulate(line.learning_rate for line in epochs))
+    points = [(rate, math.log(line.loss), line.phase) for rate, line in zip(spent, epochs, strict=True) if line.loss > 0]
     trunk = [(x, y) for x, y, phase in points if phase == "full"][-max(_FEWEST, len(full) // 3) :]
     lora = [(x, y) for x, y, phase in points if phase == "lora"]
     if any(len(part) < _FEWEST or part[0][0] == part[-1][0] for part in (trunk, lora)):  # or no learning rate was spent
@@ -79,25 +98,25 @@ def _early_switch(epochs: Sequence[Mapping[str, Any]]) -> Finding | None:
         percent,
         limit,
         f"early switch: over {len(lora)} epochs of phase lora the loss has fallen {percent:.1f} % behind the pace of phase "
-        f"full (up to {limit:.1f} % is within this run's noise), so the switch after epoch {full[-1]['epoch'] + 1} may have "
+        f"full (up to {limit:.1f} % is within this run's noise), so the switch after epoch {full[-1].epoch + 1} may have "
         "come too early: try a smaller tau or zeta, more windows, or larger ranks",
     )
 
 
-def _insufficient_warmup(epochs: Sequence[Mapping[str, Any]]) -> Finding | None:
+def _insufficient_warmup(epochs: Sequence[Epoch]) -> Finding | None:
     """The loss rises in the first epoch after the freeze, by more than it usually moves."""
-    after = next((i for i, line in enumerate(epochs) if line["phase"] == "lora"), 0)
+    after = next((i for i, line in enumerate(epochs) if line.phase == "lora"), 0)
     if after < _FEWEST:
         return None
-    losses = [line["loss"] for line in epochs[max(0, after - _LOOK_BACK) : after]]
+    losses = [line.loss for line in epochs[max(0, after - _LOOK_BACK) : after]]
     if not all(losses):  # from a loss of 0 there is no rise in percent
         return None
     usual = [abs(b / a - 1) * 100 for a, b in itertools.pairwise(losses)]
     limit = max(JUMP_PERCENT, JUMP_SPREADS * sum(usual) / len(usual))
-    jump = (epochs[after]["loss"] / losses[-1] - 1) * 100
+    jump = (epochs[after].loss / losses[-1] - 1) * 100
     if jump <= limit:
         return None
-    warmup = sum(line["phase"] == "warmup" for line in epochs)
+    warmup = sum(line.phase == "warmup" for line in epochs)
     return Finding(
         "insufficient_warmup",
         jump,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from prelora_ray.method.phases import Phase
 from prelora_ray.monitor.client import Client
 from prelora_ray.monitor.metrics import RunMetrics, WorkerMetrics
 from prelora_ray.monitor.sensors import Sensors
+from prelora_ray.records import Diagnosis, EpochLine, Event, Restart, WindowLine, as_line, from_json
 from prelora_ray.run_folder import RunFolder
 
 _RATE_SECONDS = 5.0
@@ -90,7 +93,7 @@ class WorkerTelemetry:
 class RunTelemetry:
     """What rank 0 knows of the run."""
 
-    def __init__(self, settings: Settings, world_size: int, events: list[dict[str, Any]]) -> None:
+    def __init__(self, settings: Settings, world_size: int, events: Sequence[Event | Mapping[str, Any]]) -> None:
         self._run = run_label(settings)
         self._world_size = world_size
         self._metrics = RunMetrics()
@@ -99,10 +102,11 @@ class RunTelemetry:
         for kind, limit in (("tau", settings.method.tau), ("zeta", settings.method.zeta)):
             self._metrics.threshold.labels(self._run, kind).set(limit)
         for line in events:
-            if line["event"] == "restart":
-                self._metrics.restarts.labels(self._run, line["cause"]).inc()
-            elif line["event"] == "diagnosis":
-                self.diagnosis(line["signature"])
+            event = from_json(Event, line, Event.FILE) if isinstance(line, Mapping) else line
+            if isinstance(event, Restart):
+                self._metrics.restarts.labels(self._run, event.cause).inc()
+            elif isinstance(event, Diagnosis):
+                self.diagnosis(event.signature)
 
     def state(self, phase: str, epoch: int, ranks: dict[str, int] | None) -> None:
         """The phase that trains now, completed epochs, and the ranks once there are any."""
@@ -117,21 +121,21 @@ class RunTelemetry:
         if self._client.is_due:
             self._client.send(self._world_size)
 
-    def epoch(self, line: dict[str, Any]) -> None:
-        """A line of epochs.jsonl."""
-        self._metrics.loss.labels(self._run).set(line["loss"])
-        self._metrics.learning_rate.labels(self._run).set(line["learning_rate"])
-        self._metrics.trainable_parameters.labels(self._run).set(line["trainable_parameters"])
-        if line["val_top1"] is not None:
-            self._metrics.val_top1.labels(self._run).set(line["val_top1"])
+    def epoch(self, line: EpochLine | Mapping[str, Any]) -> None:
+        line = as_line(EpochLine, line)
+        self._metrics.loss.labels(self._run).set(line.loss)
+        self._metrics.learning_rate.labels(self._run).set(line.learning_rate)
+        self._metrics.trainable_parameters.labels(self._run).set(line.trainable_parameters)
+        if line.val_top1 is not None:
+            self._metrics.val_top1.labels(self._run).set(line.val_top1)
         self._client.send(self._world_size)
 
-    def window(self, line: dict[str, Any]) -> None:
-        """A line of windows.jsonl."""
-        for family, change in (line["change"] or {}).items():
-            self._metrics.norm_change.labels(self._run, family).set(change)
-        if line["loss_change"] is not None:
-            self._metrics.loss_change.labels(self._run).set(line["loss_change"])
+    def window(self, line: WindowLine | Mapping[str, Any]) -> None:
+        line = as_line(WindowLine, line)
+        for family, change in (line.change or {}).items():
+            self._metrics.norm_change.labels(self._run, family).set(math.inf if change is None else change)
+        if line.loss_change is not None:
+            self._metrics.loss_change.labels(self._run).set(line.loss_change)
 
     def saved(self, saved: Saved) -> None:
         if saved.error is None:

@@ -12,7 +12,8 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import masked_crc32c
 
 from prelora_ray.method.phases import Phase
-from prelora_ray.run_folder import Appender, RunFolder, last_attempt
+from prelora_ray.records import EpochLine, WindowLine, as_line
+from prelora_ray.run_folder import Appender, RunFolder
 
 FOLDER = "tensorboard"
 _FROM_EPOCHS = {
@@ -28,7 +29,7 @@ _FROM_EPOCHS = {
     "run/trainable_parameters": "trainable_parameters",
     "run/world_size": "world_size",
 }
-"""Scalars, by the keys of epochs.jsonl that hold them."""
+"""Scalars, by the fields of an EpochLine that hold them."""
 
 
 class TensorBoardLog:
@@ -43,20 +44,20 @@ class TensorBoardLog:
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
         self._write(Event(wall_time=time.time(), step=epoch + 1, session_log=SessionLog(status=SessionLog.START)))
         if attempt == 0:
-            for line in last_attempt(folder.read_lines("epochs.jsonl"), "epoch"):
+            for line in folder.epochs():
                 self.epoch(line)
-            for line in folder.read_lines("windows.jsonl"):
-                self.window(line)
+            for window in folder.records(WindowLine):
+                self.window(window)
 
-    def epoch(self, line: Mapping[str, Any]) -> None:
-        """A line of epochs.jsonl."""
-        values = {tag: line[key] for tag, key in _FROM_EPOCHS.items()}
-        self._scalars(line["epoch"] + 1, {**values, "run/phase": list(Phase).index(line["phase"])})
+    def epoch(self, line: EpochLine | Mapping[str, Any]) -> None:
+        line = as_line(EpochLine, line)
+        values = {tag: getattr(line, key) for tag, key in _FROM_EPOCHS.items()}
+        self._scalars(line.epoch + 1, {**values, "run/phase": list(Phase).index(Phase(line.phase))})
 
-    def window(self, line: Mapping[str, Any]) -> None:
-        """A line of windows.jsonl."""
-        changes = {f"norm_change_percent/{family}": change for family, change in (line["change"] or {}).items()}
-        self._scalars(line["epoch_end"], {**changes, "loss_change_percent": line["loss_change"]})
+    def window(self, line: WindowLine | Mapping[str, Any]) -> None:
+        line = as_line(WindowLine, line)
+        changes = {f"norm_change_percent/{family}": change for family, change in (line.change or {}).items()}
+        self._scalars(line.epoch_end, {**changes, "loss_change_percent": line.loss_change})
 
     def flush(self) -> bool:
         """Returns whether all that was written is there."""

@@ -10,7 +10,8 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from prelora_ray.method.architecture import FAMILIES, family_of, layer_of
-from prelora_ray.report.records import Line, RunRecords
+from prelora_ray.records import Resize
+from prelora_ray.report.records import RunRecords
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's palette, which colour-blind readers tell apart (jfly.uni-koeln.de/color)."""
@@ -25,11 +26,13 @@ def learning(runs: Sequence[RunRecords]) -> go.Figure:
     figure = _panels(["loss", "top-1, %", "learning rate"])
     for index, run in enumerate(runs):
         of = f"{escape(run.name)}: " if len(runs) > 1 else ""
-        top1 = [None if value is None else value * 100 for value in run.column("val_top1")]
-        _line(figure, 1, run.done, run.column("loss"), f"{of}training", index)
-        _line(figure, 1, run.done, run.column("val_loss"), f"{of}validation", index, opacity=0.55, markers=True)
+        losses, val_losses = [line.loss for line in run.epochs], [line.val_loss for line in run.epochs]
+        top1 = [None if line.val_top1 is None else line.val_top1 * 100 for line in run.epochs]
+        rates = [line.learning_rate for line in run.epochs]
+        _line(figure, 1, run.done, losses, f"{of}training", index)
+        _line(figure, 1, run.done, val_losses, f"{of}validation", index, opacity=0.55, markers=True)
         _line(figure, 2, run.done, top1, f"{of}top-1", index, legend=False)
-        _line(figure, 3, run.done, run.column("learning_rate"), f"{of}learning rate", index, legend=False)
+        _line(figure, 3, run.done, rates, f"{of}learning rate", index, legend=False)
     return _with_marks(figure, runs, 3)
 
 
@@ -37,13 +40,13 @@ def convergence(run: RunRecords) -> go.Figure:
     """What the partial convergence test saw: norm changes against tau, loss changes against zeta, its verdicts."""
     method = run.settings.method
     figure = _panels([f"norm change, % (tau {method.tau:g})", f"loss change, % (zeta {method.zeta:g})"])
-    windows = [line for line in run.windows if line["change"] is not None]
-    ends = [line["epoch_end"] for line in windows]
-    verdicts = ["in the ramp" if w["in_ramp"] else "converged" if w["converged"] else "not yet" for w in windows]
-    for index, family in enumerate(family for family in FAMILIES if windows and family in windows[0]["change"]):
-        changes = [line["change"][family] for line in windows]
+    windows = [(line, line.change) for line in run.windows if line.change is not None]
+    ends = [line.epoch_end for line, _ in windows]
+    verdicts = ["in the ramp" if w.in_ramp else "converged" if w.converged else "not yet" for w, _ in windows]
+    for index, family in enumerate(family for family in FAMILIES if windows and family in windows[0][1]):
+        changes = [change[family] for _, change in windows]
         _line(figure, 1, ends, changes, family, index, markers=True, hover=verdicts)
-    _line(figure, 2, ends, [line["loss_change"] for line in windows], "loss", 6, markers=True, hover=verdicts)
+    _line(figure, 2, ends, [line.loss_change for line, _ in windows], "loss", 6, markers=True, hover=verdicts)
     for row, limit in ((1, method.tau), (2, method.zeta)):
         figure.add_hline(limit, row=row, col=1, line={"color": "black", "dash": "dash", "width": 1})
         figure.update_yaxes(type="log", dtick="D2", row=row, col=1)
@@ -73,10 +76,14 @@ def speed(runs: Sequence[RunRecords]) -> go.Figure:
         ["images/s", "seconds an epoch", "waiting for data, %", "peak memory, GiB", "trainable parameters, %", "workers"]
     )
     for index, run in enumerate(runs):
-        waits = [100 * line["data_wait_seconds"] / line["train_seconds"] for line in run.epochs]
-        trains = [100 * line["trainable_parameters"] / line["parameters"] for line in run.epochs]
-        memory = [value / 2**30 for value in run.column("peak_memory_bytes")]
-        columns = [run.column("images_per_second"), run.column("seconds"), waits, memory, trains, run.column("world_size")]
+        columns: list[list[float]] = [
+            [line.images_per_second for line in run.epochs],
+            [line.seconds for line in run.epochs],
+            [100 * line.data_wait_seconds / line.train_seconds for line in run.epochs],
+            [line.peak_memory_bytes / 2**30 for line in run.epochs],
+            [100 * line.trainable_parameters / line.parameters for line in run.epochs],
+            [line.world_size for line in run.epochs],
+        ]
         for row, values in enumerate(columns, 1):
             _line(figure, row, run.done, values, escape(run.name), index, legend=row == 1 and len(runs) > 1)
     for row in range(1, 7):
@@ -84,7 +91,7 @@ def speed(runs: Sequence[RunRecords]) -> go.Figure:
     return _with_marks(figure, runs, 6)
 
 
-def pareto(sweep: Line) -> go.Figure:
+def pareto(sweep: dict[str, Any]) -> go.Figure:
     """Top-1 against cost, every setting of a sweep, with the Pareto front and full training."""
     figure = go.Figure(layout=_layout(height=480))
     entries = [entry for entry in sweep["settings"] if entry["val_top1"] is not None]
@@ -108,7 +115,9 @@ def switch_map(taus: list[float], zetas: list[float], values: list[list[float | 
     return figure
 
 
-def _scatter(figure: go.Figure, entries: list[Line], text: list[str], name: str, color: str, symbol: str, mode: str) -> None:
+def _scatter(
+    figure: go.Figure, entries: list[dict[str, Any]], text: list[str], name: str, color: str, symbol: str, mode: str
+) -> None:
     figure.add_trace(
         go.Scatter(
             x=[entry["gpu_hours"] for entry in entries],
@@ -190,11 +199,13 @@ def _with_marks(figure: go.Figure, runs: Sequence[RunRecords], rows: int) -> go.
                 type="rect", x0=begin, x1=end, y0=0, y1=1, yref="y domain", layer="below", line={"width": 0},
                 fillcolor=_BANDS[phase], label=label, row=row, col=1,
             )  # fmt: skip
-    for line in run.events_of(*_MARKS):
-        text = line["event"] if line["event"] != "resize" else escape(f"{line['before']} to {line['world_size']} workers")
-        figure.add_vline(line["epoch"], line={"color": _MARKS[line["event"]], "dash": "dot", "width": 1})
+    for event in run.events:
+        if event.event not in _MARKS:
+            continue
+        text = escape(f"{event.before} to {event.world_size} workers") if isinstance(event, Resize) else event.event
+        figure.add_vline(event.epoch, line={"color": _MARKS[event.event], "dash": "dot", "width": 1})
         figure.add_annotation(
-            x=line["epoch"],
+            x=event.epoch,
             y=1,
             yref="y domain",
             text=text,

@@ -12,8 +12,9 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from prelora_ray.errors import UserError
+from prelora_ray.records import Diagnosis, phase_summaries
 from prelora_ray.report import figures
-from prelora_ray.report.records import Line, RunRecords, differing_settings, read_runs, read_sweep
+from prelora_ray.report.records import RunRecords, differing_settings, read_runs, read_sweep
 from prelora_ray.report.sweep_table import sweep_table
 from prelora_ray.storage import absolute
 
@@ -73,7 +74,7 @@ def _run_sections(runs: list[RunRecords]) -> list[Section]:
     for run in runs:
         of = f" of {run.name}" if len(runs) > 1 else ""
         suffix = f"-{run.name.replace('/', '-')}" if len(runs) > 1 else ""
-        if any(line["change"] is not None for line in run.windows):
+        if any(line.change is not None for line in run.windows):
             text = "<p>The run switches when every family is under tau, and the loss at most at zeta, in each of the last "
             text += (
                 f"{run.settings.method.windows - 1} steps between windows of {run.settings.method.window_epochs} epochs.</p>"
@@ -86,7 +87,7 @@ def _run_sections(runs: list[RunRecords]) -> list[Section]:
     return sections
 
 
-def _sweep_sections(sweep: Line) -> list[Section]:
+def _sweep_sections(sweep: dict[str, Any]) -> list[Section]:
     cost = (
         f"<p>{escape(str(sweep['trials']))} runs stand for {len(sweep['settings'])} settings. With the trunk they cost "
         f"{sweep['gpu_hours']:.3g} GPU-hours; each setting by itself would have cost {sweep['naive_gpu_hours']:.3g}.</p>"
@@ -98,32 +99,28 @@ def _sweep_sections(sweep: Line) -> list[Section]:
 
 
 def _diagnosis(run: RunRecords) -> str:
-    found = run.events_of("diagnosis")
+    found = run.events_of(Diagnosis)
     of = f"<b>{escape(run.name)}</b>: "
     if not found:
         return f"<p class='healthy'>{of}none of the failure signatures shows.</p>"
-    return "".join(f"<p class='finding'>{of}{escape(line['message'])}.</p>" for line in found)
+    return "".join(f"<p class='finding'>{of}{escape(event.message)}.</p>" for event in found)
 
 
 def _phases(runs: list[RunRecords]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for run in runs:
-        for phase, begin, end in run.phase_bounds():
-            lines = run.epochs[begin:end]
-            seconds = sum(line["train_seconds"] for line in lines)
-            images = sum(line["images_per_second"] * line["train_seconds"] for line in lines)
-            top1 = [line["val_top1"] for line in lines if line["val_top1"] is not None]
+        for summary in phase_summaries(run.epochs).values():
             rows.append(
                 [
                     run.name,
-                    phase,
-                    str(end - begin),
-                    f"{lines[-1]['loss']:.4g}",
-                    f"{100 * top1[-1]:.2f}" if top1 else "",
-                    f"{images / seconds:,.0f}",
-                    f"{100 * sum(line['data_wait_seconds'] for line in lines) / seconds:.1f}",
-                    f"{max(line['peak_memory_bytes'] for line in lines) / 2**30:.2f}",
-                    f"{100 * lines[-1]['trainable_parameters'] / lines[-1]['parameters']:.1f}",
+                    summary.phase,
+                    str(summary.epochs),
+                    f"{summary.loss:.4g}",
+                    "" if summary.val_top1 is None else f"{100 * summary.val_top1:.2f}",
+                    f"{summary.images_per_second:,.0f}",
+                    f"{100 * summary.data_wait_fraction:.1f}",
+                    f"{summary.peak_memory_bytes / 2**30:.2f}",
+                    f"{100 * summary.trainable_fraction:.1f}",
                 ]
             )
     head = ["run", "phase", "epochs", "loss", "top-1, %", "images/s", "waits for data, %", "peak memory, GiB", "trains, %"]

@@ -5,14 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from prelora_ray.config import Settings, flat
 from prelora_ray.errors import UserError
-from prelora_ray.run_folder import RunFolder, last_attempt
+from prelora_ray.records import EpochLine, Event, WindowLine
+from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import absolute
 
-Line = dict[str, Any]
+EventT = TypeVar("EventT", bound=Event)
 
 
 @dataclass(frozen=True)
@@ -22,30 +23,27 @@ class RunRecords:
     name: str
     """Tells it from the others of the report: the end of its folder's path."""
     settings: Settings
-    epochs: list[Line]
-    windows: list[Line]
-    events: list[Line]
+    epochs: list[EpochLine]
+    windows: list[WindowLine]
+    events: list[Event]
     ranks: dict[str, int] | None
-
-    def column(self, key: str) -> list[Any]:
-        return [line[key] for line in self.epochs]
 
     @property
     def done(self) -> list[int]:
         """Numbers of completed epochs, one for each line of `epochs`."""
-        return [line["epoch"] + 1 for line in self.epochs]
+        return [line.epoch + 1 for line in self.epochs]
 
     def phase_bounds(self) -> list[tuple[str, int, int]]:
         """(phase, epochs completed at its begin, and at its end), in order."""
         bounds: list[tuple[str, int, int]] = []
         for line in self.epochs:
-            if not bounds or bounds[-1][0] != line["phase"]:
-                bounds.append((line["phase"], line["epoch"], line["epoch"] + 1))
-            bounds[-1] = (*bounds[-1][:2], line["epoch"] + 1)
+            if not bounds or bounds[-1][0] != line.phase:
+                bounds.append((line.phase, line.epoch, line.epoch + 1))
+            bounds[-1] = (*bounds[-1][:2], line.epoch + 1)
         return bounds
 
-    def events_of(self, *kinds: str) -> list[Line]:
-        return [line for line in self.events if line["event"] in kinds]
+    def events_of(self, kind: type[EventT]) -> list[EventT]:
+        return [event for event in self.events if isinstance(event, kind)]
 
 
 def read_runs(paths: Sequence[str]) -> list[RunRecords]:
@@ -70,20 +68,20 @@ def read_run(path: str, name: str) -> RunRecords:
     """Raises UserError where the folder holds no run, or one that has not finished an epoch."""
     folder = RunFolder(path)
     settings = folder.read_settings()
-    epochs = last_attempt(folder.read_lines("epochs.jsonl"), "epoch")
+    epochs = folder.epochs()
     if not epochs:
         raise UserError(f"{path} has nothing to report yet: no epoch is done")
     return RunRecords(
         name=name,
         settings=settings,
         epochs=epochs,
-        windows=last_attempt(folder.read_lines("windows.jsonl"), "window"),
-        events=folder.read_lines("events.jsonl"),
+        windows=folder.windows(),
+        events=folder.events(),
         ranks=folder.read_json("ranks.json") if folder.exists("ranks.json") else None,
     )
 
 
-def read_sweep(path: str) -> Line | None:
+def read_sweep(path: str) -> dict[str, Any] | None:
     """The contents of sweep.json; None where the folder holds no sweep."""
     folder = RunFolder(path)
     return dict(folder.read_json("sweep.json")) if folder.exists("sweep.json") else None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable
-from typing import Any
 
-from prelora_ray.run_folder import RunFolder, last_attempt
+from prelora_ray.records import EpochLine, by_phase
+from prelora_ray.run_folder import RunFolder
 
 
 def straight_hours(run: RunFolder, epochs: int) -> float:
@@ -14,9 +14,7 @@ def straight_hours(run: RunFolder, epochs: int) -> float:
 
     The median leaves out what the start of a process, or of a fork, adds to an epoch.
     """
-    phases: dict[str, list[float]] = {}
-    for line in last_attempt(run.read_lines("epochs.jsonl"), "epoch"):
-        phases.setdefault(line["phase"], []).append(_hours(line))
+    phases = {phase: [_hours(line) for line in lines] for phase, lines in by_phase(run.epochs()).items()}
     counts = {phase: len(hours) for phase, hours in phases.items()}
     counts[list(phases)[-1]] += epochs - sum(counts.values())
     return sum(statistics.median(phases[phase]) * count for phase, count in counts.items())
@@ -24,7 +22,7 @@ def straight_hours(run: RunFolder, epochs: int) -> float:
 
 def own_hours(run: RunFolder) -> float:
     """Cost of what the run has trained itself, without what a fork took over from its trunk."""
-    return sum(_hours(line) for line in run.read_lines("epochs.jsonl") if line["attempt"] >= 0)
+    return sum(_hours(line) for line in run.records(EpochLine) if line.attempt >= 0)
 
 
 def pareto_front(points: Iterable[tuple[float, float]]) -> list[int]:
@@ -39,5 +37,5 @@ def pareto_front(points: Iterable[tuple[float, float]]) -> list[int]:
     return front
 
 
-def _hours(line: dict[str, Any]) -> float:
-    return float(line["seconds"] * line["world_size"] / 3600)
+def _hours(line: EpochLine) -> float:
+    return line.seconds * line.world_size / 3600

@@ -10,7 +10,8 @@ from prelora_ray.errors import UserError
 from prelora_ray.fault_tolerance.checkpoint import Checkpoints
 from prelora_ray.fault_tolerance.lock import DriverLock
 from prelora_ray.method.phases import Phase
-from prelora_ray.run_folder import RunFolder, last_attempt
+from prelora_ray.records import to_json
+from prelora_ray.run_folder import RunFolder
 from prelora_ray.schedule import decide, phase_schedule
 from prelora_ray.sweep.replay import read_record
 
@@ -29,7 +30,7 @@ def fork(trunk: RunFolder, settings: Settings) -> int:
     """
     _check_same_trunk(trunk, settings)
     record = read_record(str(trunk))
-    schedule = phase_schedule(settings.method, settings.train.ramp_epochs, list(record.epochs[0]["norms"]))
+    schedule = phase_schedule(settings.method, settings.train.ramp_epochs, list(record.epochs[0].norms))
     verdicts = [decision.verdict for decision in decide(schedule, record.epochs) if decision.verdict is not None]
     epoch = schedule.switched_at
     if epoch is None:
@@ -49,13 +50,13 @@ def fork(trunk: RunFolder, settings: Settings) -> int:
         if own.names():  # made by another driver meanwhile
             return epoch
         before = {"attempt": ATTEMPT, "phase": Phase.FULL}
-        folder.write_lines("norms.jsonl", [{**line, **before} for line in record.epochs if line["epoch"] < epoch])
-        epochs = last_attempt(trunk.read_lines("epochs.jsonl"), "epoch")
-        folder.write_lines("epochs.jsonl", [{**line, **before} for line in epochs if line["epoch"] < epoch])
+        folder.write_lines("norms.jsonl", [{**to_json(line), **before} for line in record.epochs if line.epoch < epoch])
+        epochs = [line for line in trunk.epochs() if line.epoch < epoch]
+        folder.write_lines("epochs.jsonl", [{**to_json(line), **before} for line in epochs])
         folder.write_lines("windows.jsonl", [{**before, **verdict.record()} for verdict in verdicts])
-        times = [line["time"] for line in trunk.read_lines("events.jsonl") if line["epoch"] < epoch]
-        event = {**before, "event": "fork", "epoch": epoch, "trunk": str(trunk)}
-        folder.write_lines("events.jsonl", [{**event, "time": time} for time in (min(times), max(times))])
+        times = [event.time for event in trunk.events() if event.epoch < epoch]
+        content = {**before, "event": "fork", "epoch": epoch, "trunk": str(trunk)}
+        folder.write_lines("events.jsonl", [{**content, "time": time} for time in (min(times), max(times))])
         checkpoint = kept.load(name)
         checkpoint.state |= {"phases": schedule.state_dict(), "fork": True}
         own.save(checkpoint)

@@ -16,7 +16,8 @@ from prelora_ray.errors import UserError
 from prelora_ray.method.adapters import inject
 from prelora_ray.method.architecture import find_targets
 from prelora_ray.method.phases import count_parameters, freeze_parameters
-from prelora_ray.run_folder import RunFolder, last_attempt
+from prelora_ray.records import by_phase
+from prelora_ray.run_folder import RunFolder
 from prelora_ray.schedule import ranks_for
 from prelora_ray.sweep.replay import Record, replay
 
@@ -59,10 +60,8 @@ def what_it_means(source: str, method: MethodSettings) -> Meaning | None:
     if not folder.exists("config.yaml"):
         return None
     settings = folder.read_settings()
-    seconds: dict[str, list[float]] = {}
-    for line in last_attempt(folder.read_lines("epochs.jsonl"), "epoch"):
-        seconds.setdefault(line["phase"], []).append(line["seconds"])
-    medians = {phase: statistics.median(values) for phase, values in seconds.items()}
+    phases = by_phase(folder.epochs())
+    medians = {phase: statistics.median(line.seconds for line in lines) for phase, lines in phases.items()}
     fraction = _trainable_fraction(settings, len(folder.read_classes()), method)
     return Meaning(fraction, medians, settings.train.epochs)
 
@@ -78,7 +77,7 @@ def switch_map(
     """A point for each tau and, inside, each zeta; the other settings of the test are `method`'s."""
     never = method.model_copy(update={"tau": 0.0, "zeta": 0.0, "switch_epoch": None})
     verdicts = replay(record, never, ramp_epochs).verdicts
-    norms = list(record.epochs[0]["norms"])
+    norms = list(record.epochs[0].norms)
     switches: dict[int, tuple[int, dict[str, int], float | None, float | None]] = {}
     points = []
     for tau, zeta in itertools.product(taus, zetas):

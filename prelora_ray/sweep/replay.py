@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import posixpath
 from dataclasses import dataclass
-from typing import Any
 
 from prelora_ray.config import MethodSettings, Settings
 from prelora_ray.errors import UserError
 from prelora_ray.method.convergence import Verdict
-from prelora_ray.run_folder import RunFolder, last_attempt
+from prelora_ray.records import NormsLine
+from prelora_ray.run_folder import RunFolder
 from prelora_ray.schedule import decide, phase_schedule
 
 
@@ -17,7 +17,7 @@ from prelora_ray.schedule import decide, phase_schedule
 class Record:
     """What a run recorded of its epochs in phase full, and what it was run with where that is known."""
 
-    epochs: list[dict[str, Any]]
+    epochs: list[NormsLine]
     """Lines of norms.jsonl that stand, in order."""
     method: MethodSettings
     ramp_epochs: int
@@ -43,11 +43,10 @@ def read_record(source: str) -> Record:
     if not folder.exists(name):
         raise UserError(f"{source!r} is no record: give a run folder with a norms.jsonl, or such a file itself")
     try:
-        lines = last_attempt(folder.read_lines(name), "epoch")
-        epochs = [line for line in lines if line["phase"] == "full"]
-        expected = [(i, set(epochs[0]["norms"])) for i in range(len(epochs))]
-        found = [(line["epoch"], set(line["norms"])) for line in epochs]
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        epochs = [line for line in folder.norms(name) if line.phase == "full"]
+        expected = [(i, set(epochs[0].norms)) for i in range(len(epochs))]
+        found = [(line.epoch, set(line.norms)) for line in epochs]
+    except (ValueError, TypeError) as error:
         raise UserError(f"{source!r} is no record of norms: {type(error).__name__}: {error}") from None
     if not epochs:
         raise UserError(f"{source!r} has no epoch of phase full")
@@ -62,7 +61,7 @@ def read_record(source: str) -> Record:
 
 def replay(record: Record, method: MethodSettings, ramp_epochs: int) -> Replay:
     """Where `method` would have switched the recorded run, and with which ranks."""
-    schedule = phase_schedule(method.model_copy(update={"enabled": True}), ramp_epochs, list(record.epochs[0]["norms"]))
+    schedule = phase_schedule(method.model_copy(update={"enabled": True}), ramp_epochs, list(record.epochs[0].norms))
     verdicts = [decision.verdict for decision in decide(schedule, record.epochs) if decision.verdict is not None]
     if schedule.switched_at is None:
         return Replay(None, None, None, _reason(method, len(record.epochs), verdicts), verdicts)

@@ -6,7 +6,8 @@ import hashlib
 import json
 from typing import Any
 
-from prelora_ray.run_folder import RunFolder, last_attempt
+from prelora_ray.records import Diagnosis, last_top1, phase_summaries
+from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
 from prelora_ray.sweep.cost import own_hours, pareto_front, straight_hours
 from prelora_ray.sweep.outcome import outcome
@@ -71,15 +72,14 @@ def summarize_sweep(plan: Plan) -> dict[str, Any]:
 
 def _of_run(run: RunFolder, epochs: int) -> dict[str, Any]:
     """What a run came to; of one that was stopped, as far as it came."""
-    lines = last_attempt(run.read_lines("epochs.jsonl"), "epoch")
-    top1 = [line["val_top1"] for line in lines if line["val_top1"] is not None]
-    lora = [line for line in lines if line["phase"] == "lora"]
+    lines = run.epochs()
+    lora = phase_summaries(lines).get("lora")
     return {
         "epochs": len(lines),
-        "val_top1": top1[-1] if top1 else None,
+        "val_top1": last_top1(lines),
         "gpu_hours": straight_hours(run, epochs) if lines else None,
-        "diagnosis": [line["signature"] for line in run.read_lines("events.jsonl") if line["event"] == "diagnosis"],
-        "trainable_fraction": lora[-1]["trainable_parameters"] / lora[-1]["parameters"] if lora else None,
+        "diagnosis": [event.signature for event in run.events() if isinstance(event, Diagnosis)],
+        "trainable_fraction": lora.trainable_fraction if lora else None,
     }
 
 

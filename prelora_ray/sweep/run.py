@@ -21,7 +21,8 @@ from prelora_ray.config import Settings
 from prelora_ray.errors import InterruptedRunError, WorkError, one_line
 from prelora_ray.fault_tolerance.lock import HeldRunError
 from prelora_ray.fault_tolerance.ray_private import let_trials_be_stopped, release, release_groups_of_dead_actors
-from prelora_ray.run_folder import RunFolder, last_attempt
+from prelora_ray.records import BEGINNINGS
+from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
 from prelora_ray.sweep.cost import straight_hours
 from prelora_ray.sweep.fork import fork
@@ -160,14 +161,15 @@ def _train_or_go_on(plan: Plan, setting: Setting, *, was_stopped: bool) -> None:
     run = RunFolder.of(settings)
     if found.switch_epoch is not None:
         _once_free(lambda: fork(trunk, settings))
-        for line in last_attempt(run.read_lines("epochs.jsonl"), "epoch"):  # trained before: the scheduler is to know
-            if line["attempt"] >= 0:
-                tune.report(_heard(line))
+        for line in run.epochs():  # trained before: the scheduler is to know
+            if line.attempt >= 0:
+                tune.report(_heard(line.epoch, line.phase, line.val_top1))
     if was_stopped:
         return
     _once_free(lambda: train(settings, callbacks=[_Report()]))
-    line = last_attempt(run.read_lines("epochs.jsonl"), "epoch")[-1]
-    tune.report({**_heard(line), "gpu_hours": straight_hours(run, settings.train.epochs), "finished": True})
+    line = run.epochs()[-1]
+    heard = _heard(line.epoch, line.phase, line.val_top1)
+    tune.report({**heard, "gpu_hours": straight_hours(run, settings.train.epochs), "finished": True})
 
 
 def _once_free(work: Callable[[], object]) -> None:
@@ -184,13 +186,14 @@ class _Report(TuneReportCallback):
     """Tells Tune of each epoch what it needs."""
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        super().after_report(run_context, [_heard(metrics[0])], None)
+        heard = _heard(metrics[0]["epoch"], metrics[0]["phase"], metrics[0]["val_top1"])
+        super().after_report(run_context, [heard], None)
 
 
-def _heard(line: dict[str, Any]) -> dict[str, Any]:
+def _heard(epoch: int, phase: str, val_top1: float | None) -> dict[str, Any]:
     """What Tune compares: it wants every objective at every report, also where it is not known."""
-    top1 = math.nan if line["val_top1"] is None else line["val_top1"]
-    return {"epochs_done": line["epoch"] + 1, "phase": line["phase"], "val_top1": top1, "gpu_hours": math.nan}
+    top1 = math.nan if val_top1 is None else val_top1
+    return {"epochs_done": epoch + 1, "phase": phase, "val_top1": top1, "gpu_hours": math.nan}
 
 
 class _Ends(tune.Callback):
@@ -227,8 +230,8 @@ class _Ends(tune.Callback):
         if ended == "failed" and note["message"] is None:
             note = write_note(self._plan, setting, message="its process died")
         if ended == "stopped":
-            events = (RunFolder(self._plan.folder) / name).read_lines("events.jsonl")
-            self._reserved += [line["reservation"] for line in events if "reservation" in line]
+            events = (RunFolder(self._plan.folder) / name).events()
+            self._reserved += [event.reservation for event in events if isinstance(event, BEGINNINGS) and event.reservation]
         top1 = trial.last_result.get("val_top1") if trial.last_result else None
         told = note["message"] or ("no top-1 yet" if top1 is None else f"top-1 {top1:.1%}")
         self._done += 1

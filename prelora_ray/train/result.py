@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from prelora_ray.run_folder import RunFolder, last_attempt
+from prelora_ray.records import Event, Freeze, Switch, phase_summaries, rank_counts, top1s
+from prelora_ray.run_folder import RunFolder
 
 
 def summarize(folder: RunFolder) -> dict[str, Any]:
@@ -14,46 +15,28 @@ def summarize(folder: RunFolder) -> dict[str, Any]:
     `peak_memory_bytes` is the most that was allocated in the phase; on a CPU the most that the process
     ever held until then.
     """
-    epochs = last_attempt(folder.read_lines("epochs.jsonl"), "epoch")
-    events = folder.read_lines("events.jsonl")
-    phases: dict[str, list[dict[str, Any]]] = {}
-    for line in epochs:
-        phases.setdefault(line["phase"], []).append(line)
-    validated = [line["val_top1"] for line in epochs if line["val_top1"] is not None]
-    switch, freeze = _last(events, "switch"), _last(events, "freeze")
+    epochs, events = folder.epochs(), folder.events()
+    phases, validated = phase_summaries(epochs), top1s(epochs)
+    switched = [event.switch_epoch for event in events if isinstance(event, Switch)]
+    frozen = [event.freeze_epoch for event in events if isinstance(event, Freeze)]
     return {
-        "epochs": epochs[-1]["epoch"] + 1,
-        "switch_epoch": switch and switch["switch_epoch"],
-        "freeze_epoch": freeze and freeze["freeze_epoch"],
+        "epochs": epochs[-1].epoch + 1,
+        "switch_epoch": switched[-1] if switched else None,
+        "freeze_epoch": frozen[-1] if frozen else None,
         "val_top1": validated[-1] if validated else None,
         "best_val_top1": max(validated, default=None),
-        "images_per_second": {
-            phase: sum(line["images_per_second"] * line["train_seconds"] for line in lines)
-            / sum(line["train_seconds"] for line in lines)
-            for phase, lines in phases.items()
-        },
-        "peak_memory_bytes": {phase: max(line["peak_memory_bytes"] for line in lines) for phase, lines in phases.items()},
-        "trainable_fraction": {
-            phase: lines[-1]["trainable_parameters"] / lines[-1]["parameters"] for phase, lines in phases.items()
-        },
-        "ranks": _counts(folder.read_json("ranks.json")) if switch else None,
-        "restarts": max((line["attempt"] for line in events), default=0),
+        "images_per_second": {phase: summary.images_per_second for phase, summary in phases.items()},
+        "peak_memory_bytes": {phase: summary.peak_memory_bytes for phase, summary in phases.items()},
+        "trainable_fraction": {phase: summary.trainable_fraction for phase, summary in phases.items()},
+        "ranks": {str(rank): n for rank, n in rank_counts(folder.read_json("ranks.json")).items()} if switched else None,
+        "restarts": max((event.attempt for event in events), default=0),
         "seconds": sum(_seconds_by_attempt(events).values()),
     }
 
 
-def _counts(ranks: dict[str, int]) -> dict[str, int]:
-    """How many modules have each rank."""
-    return {str(rank): list(ranks.values()).count(rank) for rank in sorted(set(ranks.values()))}
-
-
-def _last(events: list[dict[str, Any]], kind: str) -> dict[str, Any] | None:
-    return next((line for line in reversed(events) if line["event"] == kind), None)
-
-
-def _seconds_by_attempt(events: list[dict[str, Any]]) -> dict[int, float]:
+def _seconds_by_attempt(events: list[Event]) -> dict[int, float]:
     """Time from each attempt's first event to its last."""
     times: dict[int, list[float]] = {}
-    for line in events:
-        times.setdefault(line["attempt"], []).append(line["time"])
+    for event in events:
+        times.setdefault(event.attempt, []).append(event.time)
     return {attempt: max(at) - min(at) for attempt, at in times.items()}

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from prelora_ray.method.diagnosis import diagnose
+from prelora_ray.records import EpochLine
+from tests.lines import epoch_line
 
 SWITCH, FREEZE, END = 20, 24, 40
 
 
-def record(loss) -> list[dict]:
+def record(loss) -> list[EpochLine]:
     """40 epochs at a constant learning rate of 1; `loss` is a function of the epoch and of the trunk's loss there."""
     lines = []
     for epoch in range(END):
         phase = "full" if epoch < SWITCH else "warmup" if epoch < FREEZE else "lora"
-        lines.append({"epoch": epoch, "phase": phase, "learning_rate": 1.0, "loss": loss(epoch, 2 * 0.98**epoch)})
+        lines.append(epoch_line(epoch, phase=phase, learning_rate=1.0, loss=loss(epoch, 2 * 0.98**epoch)))
     return lines
 
 
@@ -45,7 +49,7 @@ def test_a_jump_at_the_freeze_tells_of_a_short_warmup():
     lines = record(lambda epoch, curve: curve * (1.2 if epoch == FREEZE else 1))
     (finding,) = diagnose(lines, RANKS, 4)
     assert finding.signature == "insufficient_warmup"
-    assert finding.value == pytest.approx((lines[FREEZE]["loss"] / lines[FREEZE - 1]["loss"] - 1) * 100)
+    assert finding.value == pytest.approx((lines[FREEZE].loss / lines[FREEZE - 1].loss - 1) * 100)
     assert "4 epochs of warmup" in finding.message
 
 
@@ -73,9 +77,7 @@ def test_a_loss_next_to_0_and_a_learning_rate_of_0_are_no_errors():
     (finding,) = diagnose(lines, RANKS, 4)
     assert finding.signature == "early_switch"
     assert 1e6 < finding.value < float("inf")
-    for line in lines:
-        line["learning_rate"] = 0.0
-    assert signatures(lines) == []
+    assert signatures([replace(line, learning_rate=0.0) for line in lines]) == []
 
 
 def test_nothing_is_said_before_there_is_enough_to_judge():

@@ -8,14 +8,13 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from prelora_ray.monitor.tensorboard import TensorBoardLog
+from prelora_ray.records import EpochLine, WindowLine, to_json
 from prelora_ray.run_folder import RunFolder
+from tests.lines import epoch_line
 
 
-def line(epoch: int, loss: float, val_top1: float | None = 0.5) -> dict:
-    keys = ("val_loss", "val_top5", "images_per_second", "seconds", "data_wait_seconds", "peak_memory_bytes")
-    others = ("learning_rate", "trainable_parameters", "world_size")
-    content = dict.fromkeys((*keys, *others), 1.0)
-    return {**content, "attempt": 0, "epoch": epoch, "phase": "full", "loss": loss, "val_top1": val_top1}
+def line(epoch: int, loss: float, val_top1: float | None = 0.5) -> EpochLine:
+    return epoch_line(epoch, loss=loss, val_top1=val_top1)
 
 
 def read(folder: RunFolder) -> EventAccumulator:
@@ -35,7 +34,8 @@ def test_what_a_later_attempt_trains_again_replaces_what_was_written_before(fold
         log.epoch(line(epoch, loss, None if epoch == 1 else 0.5))
     log = TensorBoardLog(folder, attempt=1, epoch=2)
     log.epoch(line(2, 1.25))
-    log.window({"epoch_end": 3, "change": {"query": 7.5, "fc1": None}, "loss_change": 40.0})
+    test = {"change": {"query": 7.5, "fc1": None}, "loss_change": 40.0, "converged": False, "in_ramp": False}
+    log.window(WindowLine(attempt=1, phase="full", window=2, epoch_end=3, loss=1.0, **test))
     log.flush()
     board = read(folder)
     assert [(event.step, event.value) for event in board.Scalars("loss/train")] == [(1, 3.0), (2, 2.0), (3, 1.25)]
@@ -45,6 +45,6 @@ def test_what_a_later_attempt_trains_again_replaces_what_was_written_before(fold
 
 
 def test_a_fork_begins_with_its_trunks_epochs(folder):
-    folder.write_lines("epochs.jsonl", [{**line(epoch, 2.0 - epoch), "attempt": -1} for epoch in range(2)])
+    folder.write_lines("epochs.jsonl", [to_json(epoch_line(epoch, loss=2.0 - epoch, attempt=-1)) for epoch in range(2)])
     TensorBoardLog(folder, attempt=0, epoch=2).epoch(line(2, 0.25))
     assert [event.value for event in read(folder).Scalars("loss/train")] == [2.0, 1.0, 0.25]

@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 
 from prelora_ray.config_file import parse_settings
+from prelora_ray.records import to_json
 from prelora_ray.report import figures
 from prelora_ray.report.page import write_report, write_switch_map
 from prelora_ray.report.records import RunRecords, differing_settings, read_runs, short_names
-from prelora_ray.run_folder import RunFolder
+from prelora_ray.run_folder import LineWriter, RunFolder
+from tests.lines import epoch_line, event
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 
@@ -73,9 +75,8 @@ def test_pictures_over_tau_and_zeta(tmp_path):
 def test_names_are_text_and_not_markup(undisturbed, tmp_path):
     source = Path(RunFolder.of(undisturbed(1)).path)
     shutil.copytree(source, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "ray"))
-    event = '{"attempt": 0, "time": 0, "event": "diagnosis", "epoch": 1, "step": 1, "message": "<script>alert(1)</script>"}\n'
-    with open(tmp_path / "run" / "events.jsonl", "a") as file:
-        file.write(event)
+    found = event("diagnosis", signature="early_switch", value=1.0, limit=0.0, message="<script>alert(1)</script>")
+    LineWriter(RunFolder(tmp_path / "run"), "events.jsonl").write(**to_json(found))
     write_report([str(tmp_path / "run")], str(tmp_path / "report.html"))
     page = (tmp_path / "report.html").read_text()
     assert "<script>alert(1)" not in page
@@ -158,11 +159,7 @@ def test_a_sweep_with_markup_in_its_records(tmp_path):
 def records_of_an_epoch() -> RunRecords:
     """A run of one epoch, as small as its figures take it."""
     settings = parse_settings({"name": "run", "data": {"path": "data"}})
-    numbers = ("loss", "val_loss", "val_top1", "images_per_second", "train_seconds", "seconds", "data_wait_seconds")
-    line = dict.fromkeys(
-        (*numbers, "peak_memory_bytes", "trainable_parameters", "parameters", "learning_rate", "world_size"), 1
-    )
-    return RunRecords("run", settings, [{"epoch": 0, "phase": "full", **line}], [], [], None)
+    return RunRecords("run", settings, [epoch_line(0)], [], [], None)
 
 
 def test_what_is_no_run_is_told(tmp_path):

@@ -10,13 +10,14 @@ from prelora_ray.config import MethodSettings
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.sweep.map import switch_map, what_it_means
 from prelora_ray.sweep.replay import Record, read_record, replay
+from tests.lines import norms_line
 
 
 def noisy_record(rng: random.Random) -> Record:
     names = [f"blocks.{layer}.{target}" for layer in range(3) for target in ("attn.query", "mlp.fc1")]
     norms, loss, lines = dict.fromkeys(names, 10.0), 3.0, []
     for epoch in range(36):
-        lines.append({"epoch": epoch, "norms": dict(norms), "loss": loss})
+        lines.append(norms_line(epoch, dict(norms), loss))
         norms = {name: norm * (1 + rng.uniform(0, 0.1) / (epoch + 1)) for name, norm in norms.items()}
         loss *= 1 - rng.uniform(0, 0.2) / (epoch + 1)
     return Record(lines, MethodSettings(), ramp_epochs=3)

@@ -20,6 +20,7 @@ from prelora_ray.sweep.run import sweep
 from prelora_ray.sweep.settings import Plan, SweepSettings, load_sweep, without_effect
 from prelora_ray.train.run import train
 from tests.chaos.site import wait_for
+from tests.lines import norms_line
 from tests.runs import assert_same_bits, final, settings
 
 STALE_ADDRESS = Path("/tmp/ray/ray_current_cluster")
@@ -177,7 +178,7 @@ def test_paths_are_those_of_the_command_and_not_of_a_trial(load, tmp_path, monke
 def test_trials_are_named_by_what_makes_them(load):
     plan = load(space={"method.tau": [0.5, 1.0], "method.warmup_epochs": [1, 2]})
     norms = {f"blocks.{layer}.attn.query": 1.0 + layer for layer in range(3)}
-    trunk = Record([{"epoch": e, "norms": norms, "loss": 1.0} for e in range(7)], plan.trunk.method, ramp_epochs=1)
+    trunk = Record([norms_line(epoch, norms) for epoch in range(7)], plan.trunk.method, ramp_epochs=1)
     names = [outcome(plan, setting, trunk).trial for setting in plan.settings_to_try()]
     assert names[0] == names[2] != names[1] == names[3]
     assert names[0].startswith("switch-3_warmup_epochs-1_")

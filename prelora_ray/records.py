@@ -1,0 +1,443 @@
+"""What a run records in its folder, line by line, and what is read off these lines in more than one place.
+
+The docstring of a field says what it means; docs/run-folder.md is made of them. Fields stand in the order in which they are
+written. One with a default is not in what an earlier version wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, ClassVar, TypeVar
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormsLine:
+    """What the partial convergence test is fed: a line an epoch."""
+
+    FILE: ClassVar[str] = "norms.jsonl"
+
+    attempt: int
+    """The attempt that wrote it."""
+    epoch: int
+    """The epoch, from 0."""
+    phase: str
+    """What trained in it: `full`, `warmup` or `lora`."""
+    loss: float
+    """Mean training loss over the epoch's images."""
+    norms: dict[str, float]
+    """Frobenius norm of every target module at the epoch's end, its adapter included, by module name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowLine:
+    """What the test found: a line a window."""
+
+    FILE: ClassVar[str] = "windows.jsonl"
+
+    attempt: int
+    """The attempt that wrote it."""
+    phase: str
+    """What trained in its last epoch."""
+    window: int
+    """The window, from 0."""
+    epoch_end: int
+    """Completed epochs at its end."""
+    loss: float
+    """Mean training loss over its epochs."""
+    change: dict[str, float | None] | None
+    """Change of the norms since the window before in percent, by family; `null` for window 0."""
+    loss_change: float | None
+    """Change of the loss since the window before, in percent; `null` for window 0."""
+    converged: bool
+    """Whether the run has partially converged."""
+    in_ramp: bool
+    """Whether a step that the test looks at lies in the learning-rate ramp, so that it takes no verdict."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochLine:
+    """What an epoch came to, and what it took: a line an epoch."""
+
+    FILE: ClassVar[str] = "epochs.jsonl"
+
+    attempt: int
+    """The attempt that wrote it."""
+    epoch: int
+    """The epoch, from 0."""
+    phase: str
+    """What trained in it: `full`, `warmup` or `lora`."""
+    loss: float
+    """Mean training loss over the epoch's images."""
+    val_loss: float | None
+    """Loss over the validation images; `null` where the epoch was not validated."""
+    val_top1: float | None
+    """Top-1 accuracy in 0..1; `null` where the epoch was not validated."""
+    val_top5: float | None
+    """Top-5 accuracy in 0..1; `null` where the epoch was not validated."""
+    images_per_second: float
+    """Images that this attempt trained on in the epoch, of all workers, over `train_seconds`."""
+    images: int
+    """Images of the epoch, also those that an earlier attempt trained on."""
+    train_seconds: float
+    """Time that this attempt trained in the epoch, validation not counted."""
+    seconds: float
+    """Time that this attempt spent on the epoch, with validation."""
+    data_wait_seconds: float
+    """Part of `train_seconds` in which rank 0 waited for data."""
+    peak_memory_bytes: int
+    """On a GPU what rank 0 allocated at most since the phase was built; on a CPU what its process ever held at most."""
+    trainable_parameters: int
+    """Parameters that trained."""
+    parameters: int
+    """Parameters of the model, adapters included."""
+    gradient_bytes: int = 0
+    """What every worker exchanges in a step; 0 with one worker."""
+    learning_rate: float
+    """Of the epoch's last step."""
+    world_size: int
+    """Workers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where the run is right now."""
+
+    FILE: ClassVar[str] = "progress.json"
+
+    attempt: int
+    """The attempt that trains."""
+    time: float
+    """When it was written, in seconds since 1970."""
+    epoch: int
+    """Completed epochs."""
+    batch: int
+    """Batches done of the epoch that trains."""
+    batches: int
+    """Batches of an epoch."""
+    step: int = 0
+    """Optimizer steps done since the run began."""
+    phase: str
+    """What trains: `full`, `warmup` or `lora`."""
+    loss: float | None
+    """Mean training loss of rank 0 in the epoch so far."""
+    images_per_second: float
+    """Images of all workers over the time of the epoch so far."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Something that happened, of any kind."""
+
+    FILE: ClassVar[str] = "events.jsonl"
+
+    attempt: int
+    """The attempt that wrote it."""
+    time: float
+    """When, in seconds since 1970."""
+    event: str
+    """What happened: see below."""
+    epoch: int
+    """Completed epochs."""
+    step: int | None = None
+    """Optimizer steps done since the run began; a `fork` has none."""
+    phase: str
+    """What trains: `full`, `warmup` or `lora`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStarted(Event):
+    """The first attempt begins to train."""
+
+    event: str = "run_started"
+    seed: int | None = None
+    """`train.seed`."""
+    world_size: int
+    """Workers."""
+    reservation: dict[str, str] | None = None
+    """What Ray Train has reserved for the attempt: `{"requester", "placement_group"}`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restart(Event):
+    """A later attempt begins to train."""
+
+    event: str = "restart"
+    cause: str | None
+    """Why the attempt before ended: `failure`, `preemption`, `stop` or `driver` (it died)."""
+    seconds: float | None = None
+    """Time since the attempt before last told where it was."""
+    steps_again: int = 0
+    """Steps that have to be done again."""
+    world_size: int
+    """Workers."""
+    reservation: dict[str, str] | None = None
+    """What Ray Train has reserved for the attempt: `{"requester", "placement_group"}`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resize(Event):
+    """An attempt has another number of workers than the one before."""
+
+    event: str = "resize"
+    world_size: int
+    """Workers from here on."""
+    before: int | None
+    """Workers of the attempt before; `null` where it told none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitFrom(Event):
+    """Something about the weights that `model.init_from` names."""
+
+    event: str = "init_from"
+    message: str
+    """It in words."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowClosed(Event):
+    """A window ends, and has its line in windows.jsonl."""
+
+    event: str = "window"
+    window: int
+    """The window, from 0."""
+    converged: bool
+    """Whether the run has partially converged."""
+    in_ramp: bool
+    """Whether the learning-rate ramp kept the test from a verdict."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Switch(Event):
+    """The adapters join."""
+
+    event: str = "switch"
+    switch_epoch: int
+    """Completed epochs at the switch."""
+    trainable_parameters: int
+    """Parameters that train from here on."""
+    parameters: int
+    """Parameters of the model, adapters included."""
+    format: str | None = None
+    """Number format of the products that follow."""
+    logit_change: float | None = None
+    """The most that a logit of two fixed images changed by it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Freeze(Event):
+    """The adapted weights freeze."""
+
+    event: str = "freeze"
+    freeze_epoch: int
+    """Completed epochs at the freeze."""
+    trainable_parameters: int
+    """Parameters that train from here on."""
+    parameters: int
+    """Parameters of the model, adapters included."""
+    format: str | None = None
+    """Number format of the products that follow."""
+    logit_change: float | None = None
+    """The most that a logit of two fixed images changed by it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch(Event):
+    """`train.micro_batch: auto` has searched for the phase."""
+
+    event: str = "micro_batch"
+    micro_batch: int
+    """Images that a worker takes through the model at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSaved(Event):
+    """A checkpoint is written, whole."""
+
+    event: str = "checkpoint"
+    checkpoint: str
+    """Its name."""
+    seconds: float
+    """From the snapshot to the commit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointFailed(Event):
+    """A checkpoint could not be written."""
+
+    event: str = "checkpoint_failed"
+    checkpoint: str
+    """Its name."""
+    seconds: float
+    """From the snapshot to the failure."""
+    message: str
+    """Why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointDamaged(Event):
+    """A checkpoint turned out damaged, and an older one was taken."""
+
+    event: str = "checkpoint_damaged"
+    message: str
+    """Which one, and what of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preemption(Event):
+    """Nodes are about to go: the attempt ends here, and all is saved."""
+
+    event: str = "preemption"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stop(Event):
+    """The run was asked to stop: the attempt ends here, and all is saved."""
+
+    event: str = "stop"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFailed(Event):
+    """The run ends for good."""
+
+    event: str = "run_failed"
+    message: str
+    """Why, and what was saved last."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnosis(Event):
+    """A failure signature ([sweeps.md](sweeps.md#diagnosis)), told once."""
+
+    event: str = "diagnosis"
+    signature: str
+    """`early_switch`, `insufficient_warmup` or `uniform_ranks`."""
+    value: float
+    """The number that shows it, in percent."""
+    limit: float
+    """What it should not have exceeded, in percent."""
+    message: str
+    """All of it in words, with what to try."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fork(Event):
+    """The run begins with lines of its trunk: an event with the time of the trunk's first one, and one with the last's."""
+
+    event: str = "fork"
+    trunk: str
+    """The trunk's run folder."""
+
+
+EVENTS: dict[str, type[Event]] = {vars(kind)["event"]: kind for kind in Event.__subclasses__()}
+"""What `event` says, and the class of such events."""
+BEGINNINGS = RunStarted, Restart
+"""Of an attempt."""
+
+Line = NormsLine | WindowLine | EpochLine | Event
+LineT = TypeVar("LineT", NormsLine, WindowLine, EpochLine)
+Record = TypeVar("Record", NormsLine, WindowLine, EpochLine, Event, Progress)
+
+
+def from_json(kind: type[Record], content: Mapping[str, Any], file: str) -> Record:
+    """What an object of `file` says; keys that a later version added are passed over.
+
+    An event becomes one of its own class, and a plain one where there is none. Raises ValueError where a key is missing.
+    """
+    own = EVENTS.get(str(content.get("event")), Event) if kind is Event else kind
+    missing = [f.name for f in fields(own) if f.default is MISSING and f.name not in content]
+    if missing:
+        raise ValueError(f"{file} holds an object without {missing[0]!r}, which it must have: {_start(content)}")
+    return own(**{f.name: content[f.name] for f in fields(own) if f.name in content})  # type: ignore[return-value]
+
+
+def as_line(kind: type[LineT], line: LineT | Mapping[str, Any]) -> LineT:
+    """A line, also of the object that a caller has of it before it knows its attempt."""
+    return from_json(kind, {"attempt": 0, "phase": "", **line}, kind.FILE) if isinstance(line, Mapping) else line
+
+
+def to_json(record: Line | Progress) -> dict[str, Any]:
+    """The object to write."""
+    return {f.name: getattr(record, f.name) for f in fields(record)}
+
+
+def standing(lines: Iterable[LineT], key: Callable[[LineT], int]) -> list[LineT]:
+    """The lines that stand: of those that agree in `key`, the one of the latest attempt, in the order of `key`."""
+    found: dict[int, LineT] = {}
+    for line in lines:
+        place = key(line)
+        if place not in found or line.attempt >= found[place].attempt:
+            found[place] = line
+    return [found[place] for place in sorted(found)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseSummary:
+    """What a run's epochs in a phase came to."""
+
+    phase: str
+    epochs: int
+    loss: float
+    """Of the last epoch."""
+    val_top1: float | None
+    """The last one; None where no epoch was validated."""
+    images_per_second: float
+    """Images over seconds of training, validation not counted."""
+    seconds: float
+    """With validation."""
+    data_wait_fraction: float
+    """Of the seconds of training."""
+    peak_memory_bytes: int
+    trainable_fraction: float
+    """Of the parameters, in the last epoch."""
+
+
+def by_phase(epochs: Iterable[EpochLine]) -> dict[str, list[EpochLine]]:
+    """The lines of each phase, in their order."""
+    phases: dict[str, list[EpochLine]] = {}
+    for line in epochs:
+        phases.setdefault(line.phase, []).append(line)
+    return phases
+
+
+def phase_summaries(epochs: Iterable[EpochLine]) -> dict[str, PhaseSummary]:
+    """By phase, in their order."""
+    return {phase: _summary(phase, lines) for phase, lines in by_phase(epochs).items()}
+
+
+def _summary(phase: str, lines: Sequence[EpochLine]) -> PhaseSummary:
+    train_seconds = sum(line.train_seconds for line in lines)
+    return PhaseSummary(
+        phase=phase,
+        epochs=len(lines),
+        loss=lines[-1].loss,
+        val_top1=last_top1(lines),
+        images_per_second=sum(line.images_per_second * line.train_seconds for line in lines) / train_seconds,
+        seconds=sum(line.seconds for line in lines),
+        data_wait_fraction=sum(line.data_wait_seconds for line in lines) / train_seconds,
+        peak_memory_bytes=max(line.peak_memory_bytes for line in lines),
+        trainable_fraction=lines[-1].trainable_parameters / lines[-1].parameters,
+    )
+
+
+def top1s(epochs: Iterable[EpochLine]) -> list[float]:
+    """Top-1 of the epochs that were validated."""
+    return [line.val_top1 for line in epochs if line.val_top1 is not None]
+
+
+def last_top1(epochs: Iterable[EpochLine]) -> float | None:
+    """None where no epoch was validated."""
+    return next(reversed(top1s(epochs)), None)
+
+
+def rank_counts(ranks: Mapping[str, int]) -> dict[int, int]:
+    """How many modules have each rank, by rank."""
+    values = list(ranks.values())
+    return {rank: values.count(rank) for rank in sorted(set(values))}
+
+
+def _start(content: Mapping[str, Any]) -> str:
+    text = str(dict(content))
+    return text if len(text) <= 80 else text[:77] + "..."

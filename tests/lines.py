@@ -1,0 +1,23 @@
+"""Lines of a run folder, as small as a test wants them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prelora_ray.records import EVENTS, EpochLine, Event, NormsLine
+
+
+def epoch_line(epoch: int, **content: Any) -> EpochLine:
+    """An epoch of phase full by attempt 0, in which every other number is 1."""
+    numbers = ("loss", "val_loss", "val_top1", "val_top5", "images_per_second", "images", "train_seconds", "seconds")
+    others = ("data_wait_seconds", "peak_memory_bytes", "trainable_parameters", "parameters", "learning_rate", "world_size")
+    ones: dict[str, Any] = dict.fromkeys((*numbers, *others), 1)
+    return EpochLine(**{"attempt": 0, "epoch": epoch, "phase": "full", **ones, **content})
+
+
+def norms_line(epoch: int, norms: dict[str, float], loss: float = 1.0, **content: Any) -> NormsLine:
+    return NormsLine(**{"attempt": 0, "epoch": epoch, "phase": "full", "loss": loss, "norms": norms, **content})
+
+
+def event(kind: str, epoch: int = 0, **content: Any) -> Event:
+    return EVENTS[kind](**{"attempt": 0, "time": 0.0, "epoch": epoch, "step": 0, "phase": "full", **content})

@@ -1,0 +1,133 @@
+"""Lines that become objects and lines again, and what is read off them."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from prelora_ray.records import (
+    EVENTS,
+    EpochLine,
+    Event,
+    NormsLine,
+    Progress,
+    Restart,
+    Switch,
+    WindowLine,
+    from_json,
+    phase_summaries,
+    rank_counts,
+    standing,
+    to_json,
+)
+from prelora_ray.run_folder import RunFolder
+from tests.lines import epoch_line
+
+NORMS = '{"attempt": 0, "epoch": 3, "phase": "full", "loss": 2.5, "norms": {"blocks.0.mlp.fc1": 1.5}}'
+SWITCH = (
+    '{"attempt": 1, "time": 5.5, "event": "switch", "epoch": 3, "step": 45, "phase": "warmup", "switch_epoch": 3, '
+    '"trainable_parameters": 7, "parameters": 9, "format": "bf16", "logit_change": null}'
+)
+PROGRESS = (
+    '{"attempt": 0, "time": 5.5, "epoch": 1, "batch": 2, "batches": 15, "step": 17, "phase": "full", "loss": null, '
+    '"images_per_second": 3.5}'
+)
+
+
+@pytest.mark.parametrize(("kind", "line"), [(NormsLine, NORMS), (Event, SWITCH), (Progress, PROGRESS)])
+def test_a_line_is_written_as_it_was_read(kind, line):
+    assert json.dumps(to_json(from_json(kind, json.loads(line), "file"))) == line
+
+
+def test_an_event_is_one_of_its_kind():
+    switch = from_json(Event, json.loads(SWITCH), "events.jsonl")
+    assert isinstance(switch, Switch) and (switch.switch_epoch, switch.logit_change) == (3, None)
+
+
+def test_what_a_later_version_writes_is_passed_over():
+    assert from_json(NormsLine, {**json.loads(NORMS), "gradients": {}}, "norms.jsonl").epoch == 3
+    strange = {"attempt": 0, "time": 1.0, "event": "eclipse", "epoch": 1, "step": 2, "phase": "full", "moon": 1}
+    event = from_json(Event, strange, "events.jsonl")
+    assert type(event) is Event and event.event == "eclipse"
+
+
+def test_what_an_earlier_version_did_not_write_has_a_default():
+    line = to_json(epoch_line(0))
+    del line["gradient_bytes"]
+    assert from_json(EpochLine, line, "epochs.jsonl").gradient_bytes == 0
+    old = {"attempt": 1, "time": 1.0, "event": "restart", "epoch": 1, "phase": "full", "cause": "stop", "world_size": 2}
+    event = from_json(Event, old, "events.jsonl")
+    assert isinstance(event, Restart) and event.reservation is None
+
+
+@pytest.mark.parametrize(("kind", "line", "key"), [(NormsLine, NORMS, "norms"), (Event, SWITCH, "switch_epoch")])
+def test_a_line_that_lacks_a_key_is_told(tmp_path, kind, line, key):
+    content = json.loads(line)
+    del content[key]
+    (tmp_path / kind.FILE).write_text(f"{line}\n{json.dumps(content)}\n")
+    with pytest.raises(
+        ValueError, match=rf"^{tmp_path}/{kind.FILE} holds an object without '{key}', which it must have: "
+    ) as told:
+        RunFolder(tmp_path).records(kind)
+    assert "\n" not in str(told.value)
+
+
+def test_every_kind_of_event_has_a_name_of_its_own():
+    assert len(EVENTS) == len(Event.__subclasses__()) == 16
+    assert all(name == kind.event for name, kind in EVENTS.items())
+
+
+def test_the_later_attempt_stands():
+    lines = [
+        epoch_line(epoch, attempt=attempt, loss=loss) for attempt, epoch, loss in ((0, 0, 1), (0, 1, 2), (1, 1, 3), (1, 2, 4))
+    ]
+    assert [line.loss for line in standing(reversed(lines), lambda line: line.epoch)] == [1, 3, 4]
+
+
+def test_a_folder_gives_the_lines_that_stand(tmp_path):
+    folder = RunFolder(tmp_path)
+    assert folder.epochs() == folder.windows() == folder.norms() == folder.events() == []
+    lines = [epoch_line(0), epoch_line(1, loss=2), epoch_line(1, attempt=1, loss=3)]
+    folder.write_lines("epochs.jsonl", map(to_json, lines))
+    assert folder.records(EpochLine) == lines
+    assert folder.epochs() == [lines[0], lines[2]]
+
+
+def test_a_phase_is_summed_over_its_epochs():
+    """By hand: 10 images/s for 1 s and 20 for 3 s are 70 images in 4 s."""
+    lines = [
+        epoch_line(
+            0, images_per_second=10, train_seconds=1, seconds=2, data_wait_seconds=0, val_top1=0.25, peak_memory_bytes=9
+        ),
+        epoch_line(
+            1, images_per_second=20, train_seconds=3, seconds=4, data_wait_seconds=1, val_top1=None, peak_memory_bytes=8
+        ),
+        epoch_line(2, phase="lora", trainable_parameters=1, parameters=4, val_top1=None, loss=0.5),
+    ]
+    full, lora = phase_summaries(lines).values()
+    assert (full.phase, full.epochs, full.images_per_second, full.seconds, full.data_wait_fraction) == (
+        "full",
+        2,
+        17.5,
+        6,
+        0.25,
+    )
+    assert (full.val_top1, full.peak_memory_bytes, full.trainable_fraction) == (0.25, 9, 1)
+    assert (lora.phase, lora.loss, lora.val_top1, lora.trainable_fraction) == ("lora", 0.5, None, 0.25)
+
+
+def test_ranks_are_counted_in_their_order():
+    assert list(rank_counts({"a": 16, "b": 8, "c": 16, "d": 0}).items()) == [(0, 1), (8, 1), (16, 2)]
+
+
+def test_the_tables_in_the_docs_are_up_to_date():
+    docs = Path(__file__).parent.parent / "docs"
+    page = runpy.run_path(str(docs / "make_records.py"))["page"]
+    text = (docs / "run-folder.md").read_text()
+    assert text == page(text), "run `python docs/make_records.py`"
+    for record in (NormsLine, WindowLine, EpochLine, Progress, *EVENTS.values()):
+        assert all(f"`{field.name}`" in text for field in fields(record))
