@@ -353,11 +353,6 @@ def from_json(kind: type[Record], content: Mapping[str, Any], file: str) -> Reco
     return own(**{f.name: content[f.name] for f in fields(own) if f.name in content})  # type: ignore[return-value]
 
 
-def as_line(kind: type[LineT], line: LineT | Mapping[str, Any]) -> LineT:
-    """A line, also of the object that a caller has of it before it knows its attempt."""
-    return from_json(kind, {"attempt": 0, "phase": "", **line}, kind.FILE) if isinstance(line, Mapping) else line
-
-
 def to_json(record: Line | Progress) -> dict[str, Any]:
     """The object to write."""
     return {f.name: getattr(record, f.name) for f in fields(record)}

@@ -26,7 +26,7 @@ import yaml
 from prelora_ray.config import Settings
 from prelora_ray.config_file import parse_settings
 from prelora_ray.errors import UserError, one_line
-from prelora_ray.records import EpochLine, Event, NormsLine, Progress, Record, WindowLine, from_json, standing
+from prelora_ray.records import EpochLine, Event, Line, NormsLine, Progress, Record, WindowLine, from_json, standing, to_json
 from prelora_ray.storage import Storage
 
 
@@ -85,10 +85,13 @@ class RunFolder(Storage):
     def records(self, kind: type[Record], name: str | None = None) -> list[Record]:
         """All lines of a kind, in file order, of its own file or of `name`.
 
-        Raises ValueError where one lacks what it must have.
+        Raises UserError where one lacks what it must have.
         """
         name = name or kind.FILE
-        return [from_json(kind, line, f"{self}/{name}") for line in self.read_lines(name)]
+        try:
+            return [from_json(kind, line, f"{self}/{name}") for line in self.read_lines(name)]
+        except ValueError as error:
+            raise UserError(str(error)) from None
 
     def norms(self, name: str | None = None) -> list[NormsLine]:
         """The lines that stand, by epoch."""
@@ -126,16 +129,6 @@ def parse_lines(content: bytes) -> list[dict[str, Any]]:
             if isinstance(entry := json.loads(line), dict):
                 lines.append(entry)
     return lines
-
-
-def last_attempt(lines: Iterable[dict[str, Any]], *key: str) -> list[dict[str, Any]]:
-    """The lines that stand: of those that agree in `key`, the one of the latest attempt, in the order of `key`."""
-    standing: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for line in lines:
-        place = tuple(line[k] for k in key)
-        if place not in standing or line["attempt"] >= standing[place]["attempt"]:
-            standing[place] = line
-    return [standing[place] for place in sorted(standing)]
 
 
 class Appender:
@@ -212,23 +205,14 @@ class LineWriter(Appender):
 class RunRecords:
     """The JSON-lines files that rank 0 writes while a run goes on."""
 
-    def __init__(self, folder: RunFolder, attempt: int) -> None:
+    def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
-        self._attempt = attempt
-        self._writers = {name: LineWriter(folder, f"{name}.jsonl") for name in ("events", "norms", "windows", "epochs")}
+        self._writers = {kind.FILE: LineWriter(folder, kind.FILE) for kind in (Event, NormsLine, WindowLine, EpochLine)}
         self._progress_time = float("-inf")
 
-    def event(self, event: str, **content: Any) -> None:
-        self._writers["events"].write(attempt=self._attempt, time=time.time(), event=event, **content)
-
-    def norms(self, **content: Any) -> None:
-        self._writers["norms"].write(attempt=self._attempt, **content)
-
-    def window(self, **content: Any) -> None:
-        self._writers["windows"].write(attempt=self._attempt, **content)
-
-    def epoch(self, **content: Any) -> None:
-        self._writers["epochs"].write(attempt=self._attempt, **content)
+    def write(self, line: Line) -> None:
+        """Appends a line to the file of its kind."""
+        self._writers[line.FILE].write(**to_json(line))
 
     def progress_is_due(self) -> bool:
         """Whether it is time to tell where the run is; then not again for a while."""
@@ -238,14 +222,14 @@ class RunRecords:
             self._progress_time = now
         return is_due
 
-    def progress(self, **content: Any) -> None:
-        """Replaces progress.json, which says where the run is right now."""
+    def progress(self, progress: Progress) -> None:
+        """Replaces progress.json."""
         with contextlib.suppress(OSError):  # on a full disk the next one will tell
-            self._folder.write_json("progress.json", _finite({"attempt": self._attempt, "time": time.time(), **content}))
+            self._folder.write_json(Progress.FILE, _finite(to_json(progress)))
 
     def flush_events(self) -> None:
         """Has a bucket hold the events so far, which tell a later attempt its number; the rest waits for `flush`."""
-        self._writers["events"].flush()
+        self._writers[Event.FILE].flush()
 
     def flush(self) -> bool:
         """Returns whether all that was recorded is there."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from prelora_ray.records import EVENTS, EpochLine, Event, NormsLine
+from prelora_ray.records import EVENTS, EpochLine, Event, NormsLine, Progress
 
 
 def epoch_line(epoch: int, **content: Any) -> EpochLine:
@@ -21,3 +21,7 @@ def norms_line(epoch: int, norms: dict[str, float], loss: float = 1.0, **content
 
 def event(kind: str, epoch: int = 0, **content: Any) -> Event:
     return EVENTS[kind](**{"attempt": 0, "time": 0.0, "epoch": epoch, "step": 0, "phase": "full", **content})
+
+
+def progress(epoch: int) -> Progress:
+    return Progress(attempt=0, time=0.0, epoch=epoch, batch=0, batches=1, step=0, phase="full", loss=1.0, images_per_second=1.0)

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from prelora_ray.run_folder import LineWriter, RunFolder, last_attempt, parse_lines
+from prelora_ray.run_folder import LineWriter, RunFolder, parse_lines
 from prelora_ray.storage import Storage
 
 
@@ -52,13 +52,3 @@ def test_infinite_numbers_become_null(tmp_path):
     LineWriter(Storage(tmp_path), "w.jsonl").write(change={"query": float("inf"), "key": 1 / 3}, list=[float("nan")])
     text = (tmp_path / "w.jsonl").read_text()
     assert json.loads(text) == {"change": {"query": None, "key": 1 / 3}, "list": [None]}
-
-
-def test_the_later_attempt_stands():
-    lines = [
-        {"attempt": 0, "epoch": 0, "loss": 1},
-        {"attempt": 0, "epoch": 1, "loss": 2},
-        {"attempt": 1, "epoch": 1, "loss": 3},
-        {"attempt": 1, "epoch": 2, "loss": 4},
-    ]
-    assert [line["loss"] for line in last_attempt(reversed(lines), "epoch")] == [1, 3, 4]

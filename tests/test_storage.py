@@ -16,6 +16,7 @@ from prelora_ray.fault_tolerance.resume_point import find_resume_point
 from prelora_ray.run_folder import LineWriter, RunFolder, RunRecords
 from prelora_ray.storage import Storage, absolute, without_keys
 from tests.command import prelora_here
+from tests.lines import epoch_line, event
 
 
 @pytest.fixture(params=["disk", "s3"])
@@ -121,9 +122,9 @@ def test_a_file_share_that_syncs_no_folders_is_written_to_all_the_same(tmp_path,
 
 def test_events_of_an_attempt_that_dies_soon_are_there(folder):
     """So that the next attempt takes the next number."""
-    records = RunRecords(RunFolder(folder), attempt=0)
-    records.event("run_started", epoch=0, step=0, phase="full", seed=0, world_size=2)
-    records.epoch(epoch=0)
+    records = RunRecords(RunFolder(folder))
+    records.write(event("run_started", seed=0, world_size=2))
+    records.write(epoch_line(0))
     records.flush_events()
     assert [line["event"] for line in RunFolder(folder).read_lines("events.jsonl")] == ["run_started"]
     start, _ = find_resume_point(RunFolder(folder), Checkpoints(RunFolder(folder)))

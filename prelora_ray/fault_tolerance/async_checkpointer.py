@@ -35,8 +35,10 @@ class Saved:
 class AsyncCheckpointer(Background):
     """A thread that writes, commits and prunes. What it did waits in `results` for the loop to record."""
 
-    def __init__(self, checkpoints: Checkpoints, retention: Retention) -> None:
+    def __init__(self, checkpoints: Checkpoints, retention: Retention, write_first: Callable[[], None] = lambda: None) -> None:
+        """`write_first`: writes what must be there before a checkpoint is; one that cannot be written has failed too."""
         super().__init__()
+        self._write_first = write_first
         self._checkpoints = checkpoints
         self._retention = retention
         self._results: queue.SimpleQueue[Saved] = queue.SimpleQueue()
@@ -78,6 +80,7 @@ class AsyncCheckpointer(Background):
         start = time.monotonic()
         error = None
         try:
+            self._write_first()
             with _beside_training(checkpoint):
                 self._checkpoints.save(checkpoint)
         except OSError as failure:  # a full disk, an unreachable bucket: training goes on, and the next save tries again

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 Signature = Literal["early_switch", "insufficient_warmup", "uniform_ranks"]
 
@@ -42,14 +42,6 @@ class Epoch(Protocol):
 
 
 @dataclass(frozen=True)
-class _Epoch:
-    epoch: int
-    phase: str
-    loss: float
-    learning_rate: float
-
-
-@dataclass(frozen=True)
 class Finding:
     """A failure signature that a run shows."""
 
@@ -62,13 +54,12 @@ class Finding:
     """All of it in words, with what to try."""
 
 
-def diagnose(epochs: Sequence[Epoch | Mapping[str, Any]], ranks: Mapping[str, int] | None, num_choices: int) -> list[Finding]:
+def diagnose(epochs: Sequence[Epoch], ranks: Mapping[str, int] | None, num_choices: int) -> list[Finding]:
     """What a run's records show.
 
-    `epochs`: in order, as objects or as mappings of the same names. `num_choices`: how many ranks there were to choose from.
+    `epochs`: in order. `num_choices`: how many ranks there were to choose from.
     """
-    lines = [_Epoch(**{f.name: line[f.name] for f in fields(_Epoch)}) if isinstance(line, Mapping) else line for line in epochs]
-    findings = [_early_switch(lines), _insufficient_warmup(lines), _uniform_ranks(ranks, num_choices)]
+    findings = [_early_switch(epochs), _insufficient_warmup(epochs), _uniform_ranks(ranks, num_choices)]
     return [finding for finding in findings if finding is not None]
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
@@ -17,7 +16,7 @@ from prelora_ray.method.phases import Phase
 from prelora_ray.monitor.client import Client
 from prelora_ray.monitor.metrics import RunMetrics, WorkerMetrics
 from prelora_ray.monitor.sensors import Sensors
-from prelora_ray.records import Diagnosis, EpochLine, Event, Restart, WindowLine, as_line, from_json
+from prelora_ray.records import Diagnosis, EpochLine, Event, Restart, WindowLine
 from prelora_ray.run_folder import RunFolder
 
 _RATE_SECONDS = 5.0
@@ -93,7 +92,7 @@ class WorkerTelemetry:
 class RunTelemetry:
     """What rank 0 knows of the run."""
 
-    def __init__(self, settings: Settings, world_size: int, events: Sequence[Event | Mapping[str, Any]]) -> None:
+    def __init__(self, settings: Settings, world_size: int, events: Sequence[Event]) -> None:
         self._run = run_label(settings)
         self._world_size = world_size
         self._metrics = RunMetrics()
@@ -101,8 +100,7 @@ class RunTelemetry:
         self._metrics.world_size.labels(self._run).set(world_size)
         for kind, limit in (("tau", settings.method.tau), ("zeta", settings.method.zeta)):
             self._metrics.threshold.labels(self._run, kind).set(limit)
-        for line in events:
-            event = from_json(Event, line, Event.FILE) if isinstance(line, Mapping) else line
+        for event in events:
             if isinstance(event, Restart):
                 self._metrics.restarts.labels(self._run, event.cause).inc()
             elif isinstance(event, Diagnosis):
@@ -121,8 +119,7 @@ class RunTelemetry:
         if self._client.is_due:
             self._client.send(self._world_size)
 
-    def epoch(self, line: EpochLine | Mapping[str, Any]) -> None:
-        line = as_line(EpochLine, line)
+    def epoch(self, line: EpochLine) -> None:
         self._metrics.loss.labels(self._run).set(line.loss)
         self._metrics.learning_rate.labels(self._run).set(line.learning_rate)
         self._metrics.trainable_parameters.labels(self._run).set(line.trainable_parameters)
@@ -130,8 +127,7 @@ class RunTelemetry:
             self._metrics.val_top1.labels(self._run).set(line.val_top1)
         self._client.send(self._world_size)
 
-    def window(self, line: WindowLine | Mapping[str, Any]) -> None:
-        line = as_line(WindowLine, line)
+    def window(self, line: WindowLine) -> None:
         for family, change in (line.change or {}).items():
             self._metrics.norm_change.labels(self._run, family).set(math.inf if change is None else change)
         if line.loss_change is not None:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Mapping
-from typing import Any
 
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import masked_crc32c
 
 from prelora_ray.method.phases import Phase
-from prelora_ray.records import EpochLine, WindowLine, as_line
+from prelora_ray.records import EpochLine, WindowLine
 from prelora_ray.run_folder import Appender, RunFolder
 
 FOLDER = "tensorboard"
@@ -49,13 +47,11 @@ class TensorBoardLog:
             for window in folder.records(WindowLine):
                 self.window(window)
 
-    def epoch(self, line: EpochLine | Mapping[str, Any]) -> None:
-        line = as_line(EpochLine, line)
+    def epoch(self, line: EpochLine) -> None:
         values = {tag: getattr(line, key) for tag, key in _FROM_EPOCHS.items()}
         self._scalars(line.epoch + 1, {**values, "run/phase": list(Phase).index(Phase(line.phase))})
 
-    def window(self, line: WindowLine | Mapping[str, Any]) -> None:
-        line = as_line(WindowLine, line)
+    def window(self, line: WindowLine) -> None:
         changes = {f"norm_change_percent/{family}": change for family, change in (line.change or {}).items()}
         self._scalars(line.epoch_end, {**changes, "loss_change_percent": line.loss_change})
 

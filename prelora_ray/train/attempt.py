@@ -68,6 +68,7 @@ class WorkerAttempt:
         self._sums_before = _own_sums(checkpoint.state["sums"] if checkpoint else [], self.rank, world_size)
         self._train_step = TrainStep(self.state, self.plan)
         self._train_step.found_sizes = self._found_sizes()
+        self._attempt = point.attempt
         self._control = Control()
         self._telemetry = WorkerTelemetry(settings, len(manifest.classes), self.rank, world_size, device)
         if self.rank == 0:
@@ -138,7 +139,7 @@ class WorkerAttempt:
 
     def end_epoch(self, epoch: int, validation: Evaluation | None, decision: Decision) -> None:
         """Records and reports the epoch, moves on to the next phase, and saves."""
-        line = self._meter.line(validation, self._train_step.learning_rate)
+        line = self._meter.line(self._attempt, validation, self._train_step.learning_rate)
         self.state.epoch, self.state.batch = epoch + 1, 0
         if decision.begins_phase:
             self.watchdog.beat(patiently=True)  # what trains now is built and compiled anew
@@ -149,7 +150,7 @@ class WorkerAttempt:
         if must:
             self.watchdog.beat(patiently=True)  # rank 0 may have to wait for an earlier save, and the others for rank 0
         if must or (epoch + 1) % self.settings.checkpoint.every_epochs == 0:
-            self._saving.save([], must=must, val_top1=line["val_top1"])
+            self._saving.save([], must=must, val_top1=line.val_top1)
         if is_last:
             self._end_last_epoch()
         self._saving.record()
@@ -200,6 +201,7 @@ class WorkerAttempt:
         if action is Action.NONE:
             return
         self._train_step.check_finite()
+        self._recorder.flush_samples()
         self._saving.save(self._train_step.worker_sums(), must=action is not Action.SAVE)
         if action is Action.SAVE:
             return

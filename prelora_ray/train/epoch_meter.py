@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 import time
-from typing import Any
 
 import torch
 
@@ -12,6 +11,7 @@ from prelora_ray.data.batch import StreamPlan
 from prelora_ray.engine.evaluation import Evaluation
 from prelora_ray.engine.state import TrainState
 from prelora_ray.method.phases import count_parameters
+from prelora_ray.records import EpochLine
 from prelora_ray.train.batch_stream import BatchStream
 
 
@@ -46,29 +46,30 @@ class EpochMeter:
         self._images_here = self._plan.orders["train"].rows_from(self._first_batch)
         return self._loss
 
-    def line(self, validation: Evaluation | None, learning_rate: float) -> dict[str, Any]:
-        """The epoch's line of epochs.jsonl."""
+    def line(self, attempt: int, validation: Evaluation | None, learning_rate: float) -> EpochLine:
+        """The epoch's record."""
         state = self._state
         trainable, parameters = count_parameters(state.model)
-        return {
-            "epoch": state.epoch,
-            "phase": self.phase.value,
-            "loss": self._loss,
-            "val_loss": validation and validation.loss,
-            "val_top1": validation and validation.top1,
-            "val_top5": validation and validation.top5,
-            "images_per_second": self._images_here / self._train_seconds,
-            "images": self._images,
-            "train_seconds": self._train_seconds,
-            "seconds": time.monotonic() - self._start,
-            "data_wait_seconds": self._train_wait_seconds,
-            "peak_memory_bytes": _peak_memory_bytes(state.device),
-            "trainable_parameters": trainable,
-            "parameters": parameters,
-            "gradient_bytes": trainable * state.dtype.itemsize if state.world_size > 1 else 0,
-            "learning_rate": learning_rate,
-            "world_size": state.world_size,
-        }
+        return EpochLine(
+            attempt=attempt,
+            epoch=state.epoch,
+            phase=self.phase.value,
+            loss=self._loss,
+            val_loss=validation.loss if validation else None,
+            val_top1=validation.top1 if validation else None,
+            val_top5=validation.top5 if validation else None,
+            images_per_second=self._images_here / self._train_seconds,
+            images=self._images,
+            train_seconds=self._train_seconds,
+            seconds=time.monotonic() - self._start,
+            data_wait_seconds=self._train_wait_seconds,
+            peak_memory_bytes=_peak_memory_bytes(state.device),
+            trainable_parameters=trainable,
+            parameters=parameters,
+            gradient_bytes=trainable * state.dtype.itemsize if state.world_size > 1 else 0,
+            learning_rate=learning_rate,
+            world_size=state.world_size,
+        )
 
 
 def _peak_memory_bytes(device: torch.device) -> int:

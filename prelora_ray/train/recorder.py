@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -26,9 +27,32 @@ from prelora_ray.method.phases import Decision, Phase, count_parameters
 from prelora_ray.method.ranks import rank_choices
 from prelora_ray.monitor.telemetry import RunTelemetry
 from prelora_ray.monitor.tensorboard import TensorBoardLog
-from prelora_ray.run_folder import LineWriter, RunFolder, RunRecords, last_attempt
+from prelora_ray.records import (
+    CheckpointDamaged,
+    CheckpointFailed,
+    CheckpointSaved,
+    Diagnosis,
+    EpochLine,
+    Event,
+    Freeze,
+    InitFrom,
+    MicroBatch,
+    NormsLine,
+    Preemption,
+    Progress,
+    Resize,
+    Restart,
+    RunFailed,
+    RunStarted,
+    Stop,
+    Switch,
+    WindowClosed,
+    WindowLine,
+)
+from prelora_ray.run_folder import LineWriter, RunFolder, RunRecords
 from prelora_ray.train.found_sizes import write_found
 
+_SAMPLES_SECONDS = 2.0
 _LAST_FLUSHES = 10
 """How often the end of an attempt tries to write its records, where a try takes no time."""
 
@@ -43,6 +67,8 @@ class Recorder:
         self._watchdog = watchdog
         self._audit = LineWriter(folder, f"samples-{rank}.jsonl") if settings.audit_samples else None
         self._flushing = Background()
+        self._flush_lock = threading.Lock()
+        """A flush may be the checkpointer's, which has the records written before a checkpoint."""
 
     @property
     def wants_progress(self) -> bool:
@@ -72,7 +98,7 @@ class Recorder:
     def window(self, phase: Phase, verdict: Verdict) -> None:
         """A window has ended."""
 
-    def epoch(self, line: dict[str, Any], decision: Decision) -> None:
+    def epoch(self, line: EpochLine, decision: Decision) -> None:
         """An epoch has ended, and the decision behind it is applied."""
 
     def leaves(self, kind: EndKind) -> None:
@@ -81,10 +107,31 @@ class Recorder:
     def failed(self, message: str) -> None:
         """The run fails for good."""
 
+    def flush(self) -> None:
+        """Has the run folder hold all that was recorded. Raises OSError where it cannot."""
+        with self._flush_lock:
+            if not self._flush():
+                raise OSError(f"no room for the records in {self._folder}, or it cannot be reached")
+
     def flush_beside(self) -> None:
-        """Has the run folder hold what was recorded, as soon as it can. What an earlier flush holds up waits for the next."""
+        """Flushes as soon as it can, beside the loop. What an earlier flush holds up waits for the next."""
+
+        def work() -> None:
+            with contextlib.suppress(OSError):  # the next flush tries again
+                self.flush()
+
         if not self._flushing.is_busy:
-            self._flushing.begin(self._flush)
+            self._flushing.begin(work)
+
+    def flush_samples(self) -> None:
+        """Flushes in front of a checkpoint inside an epoch, from which a later attempt goes on without these samples.
+
+        No step waits long for that: where the storage does not answer, they are lost if this worker dies before it does.
+        """
+        if self._audit:
+            self._flushing.wait(_SAMPLES_SECONDS)  # for one that has begun without the last of them
+            self.flush_beside()
+            self._flushing.wait(_SAMPLES_SECONDS)
 
     def finish(self, kind: EndKind, seconds: float, message: str | None = None) -> None:
         """Tries for so many seconds to have the run folder hold all that was recorded, and then how the attempt ended.
@@ -111,8 +158,7 @@ class Recorder:
 
         def work() -> None:
             try:
-                if not self._flush():
-                    raise OSError(f"no room for the records in {self._folder}, or it cannot be reached")
+                self.flush()
                 then()
             except Exception as failure:
                 failures.append(failure)
@@ -134,32 +180,31 @@ class RankZeroRecorder(Recorder):
     ) -> None:
         super().__init__(folder, settings, 0, point.attempt, watchdog)
         self._state = state
-        self._records = RunRecords(folder, point.attempt)
+        self._records = RunRecords(folder)
         self._telling = Background()
         self._wrote_ranks = False
         self._found_sizes: dict[Phase, int] = {}
         self._board = TensorBoardLog(folder, point.attempt, state.epoch)
         self._begin(point)
-        done = last_attempt(folder.read_lines("epochs.jsonl"), "epoch")
-        self._epochs = [line for line in done if line["epoch"] < state.epoch]
-        events = folder.read_lines("events.jsonl")
-        self._diagnosed = {line["signature"] for line in events if line["event"] == "diagnosis"}
+        self._epochs = [line for line in folder.epochs() if line.epoch < state.epoch]
+        events = folder.events()
+        self._diagnosed = {event.signature for event in events if isinstance(event, Diagnosis)}
         self._telemetry = RunTelemetry(settings, state.world_size, events)
 
     def _begin(self, point: ResumePoint) -> None:
         for message in point.damaged.values():
-            self._event("checkpoint_damaged", message=message)
+            self._event(CheckpointDamaged, message=message)
         world_size = self._state.world_size
         content: dict[str, Any] = {"world_size": world_size, "reservation": reservation()}
         if point.attempt == 0:
-            self._event("run_started", seed=self._settings.train.seed, **content)
+            self._event(RunStarted, seed=self._settings.train.seed, **content)
         else:
             lost = max(0, point.last_step - self._state.step)
-            self._event("restart", cause=point.cause, seconds=point.seconds, steps_again=lost, **content)
+            self._event(Restart, cause=point.cause, seconds=point.seconds, steps_again=lost, **content)
             if point.world_size != world_size:
-                self._event("resize", world_size=world_size, before=point.world_size)
+                self._event(Resize, world_size=world_size, before=point.world_size)
         for sentence in self._state.pretrained_notes:
-            self._event("init_from", message=sentence)
+            self._event(InitFrom, message=sentence)
         if self._state.fork is not None:
             self._change(self._state.fork)
         self._write_ranks()
@@ -175,14 +220,23 @@ class RankZeroRecorder(Recorder):
 
     def progress(self, loss: float, images_per_second: float) -> None:
         state = self._state
-        place = {"epoch": state.epoch, "batch": state.batch, "batches": state.batches, "step": state.step}
-        content = {**place, "phase": state.phases.phase, "loss": loss, "images_per_second": images_per_second}
+        now = Progress(
+            attempt=self._attempt,
+            time=time.time(),
+            epoch=state.epoch,
+            batch=state.batch,
+            batches=state.batches,
+            step=state.step,
+            phase=state.phases.phase.value,
+            loss=loss,
+            images_per_second=images_per_second,
+        )
         if not self._telling.is_busy:
-            self._telling.begin(functools.partial(self._records.progress, **content))
+            self._telling.begin(functools.partial(self._records.progress, now))
         self._telemetry.progress(loss)
 
     def micro_batch(self, size: int, found: dict[Phase, int]) -> None:
-        self._event("micro_batch", micro_batch=size)
+        self._event(MicroBatch, micro_batch=size)
         self._found_sizes = dict(found)
         self.flush_beside()
 
@@ -190,32 +244,32 @@ class RankZeroRecorder(Recorder):
         for saved in results:
             self._telemetry.saved(saved)
             if saved.error is None:
-                self._event("checkpoint", checkpoint=saved.name, seconds=saved.seconds)
+                self._event(CheckpointSaved, checkpoint=saved.name, seconds=saved.seconds)
             else:
-                self._event("checkpoint_failed", checkpoint=saved.name, seconds=saved.seconds, message=saved.error)
+                self._event(CheckpointFailed, checkpoint=saved.name, seconds=saved.seconds, message=saved.error)
 
     def norms(self, epoch: int, phase: Phase, loss: float, norms: dict[str, float]) -> None:
-        self._records.norms(epoch=epoch, phase=phase, loss=loss, norms=norms)
+        self._records.write(NormsLine(attempt=self._attempt, epoch=epoch, phase=phase.value, loss=loss, norms=norms))
 
     def window(self, phase: Phase, verdict: Verdict) -> None:
-        line = verdict.record()
-        self._records.window(phase=phase, **line)
+        line = WindowLine(attempt=self._attempt, phase=phase.value, **verdict.record())
+        self._records.write(line)
         self._board.window(line)
         self._telemetry.window(line)
-        self._event("window", **{key: line[key] for key in ("window", "converged", "in_ramp")})
+        self._event(WindowClosed, window=line.window, converged=line.converged, in_ramp=line.in_ramp)
 
-    def epoch(self, line: dict[str, Any], decision: Decision) -> None:
-        self._records.epoch(**line)
+    def epoch(self, line: EpochLine, decision: Decision) -> None:
+        self._records.write(line)
         self._board.epoch(line)
         self._telemetry.epoch(line)
         self._change(decision)
         self._diagnose(line)
 
     def leaves(self, kind: EndKind) -> None:
-        self._event(kind)
+        self._event(Stop if kind == "stop" else Preemption)
 
     def failed(self, message: str) -> None:
-        self._event("run_failed", message=message)
+        self._event(RunFailed, message=message)
 
     def finish(self, kind: EndKind, seconds: float, message: str | None = None) -> None:
         end = End(kind, self._state.epoch, self._state.step, message)
@@ -233,23 +287,24 @@ class RankZeroRecorder(Recorder):
             "logit_change": self._state.logit_change,
         }
         if decision.switch is not None:
-            self._event("switch", switch_epoch=phases.switched_at, **content)
+            self._event(Switch, switch_epoch=phases.switched_at, **content)
         if decision.freeze:
-            self._event("freeze", freeze_epoch=phases.frozen_at, **content)
+            self._event(Freeze, freeze_epoch=phases.frozen_at, **content)
 
-    def _diagnose(self, line: dict[str, Any]) -> None:
+    def _diagnose(self, line: EpochLine) -> None:
         """Records failure signatures, each once."""
         method = self._settings.method
         self._epochs.append(line)
         for finding in diagnose(self._epochs, self._state.phases.ranks, len(rank_choices(method.r_min, method.r_max))):
             if finding.signature not in self._diagnosed:
                 self._diagnosed.add(finding.signature)
-                self._event("diagnosis", **asdict(finding))
+                self._event(Diagnosis, **asdict(finding))
                 self._telemetry.diagnosis(finding.signature)
 
-    def _event(self, event: str, **content: Any) -> None:
+    def _event(self, kind: type[Event], **content: Any) -> None:
         state = self._state
-        self._records.event(event, epoch=state.epoch, step=state.step, phase=state.phases.phase, **content)
+        place = {"epoch": state.epoch, "step": state.step, "phase": state.phases.phase.value}
+        self._records.write(kind(**{"attempt": self._attempt, "time": time.time(), **place, **content}))
 
     def _flush(self) -> bool:
         if self._found_sizes:

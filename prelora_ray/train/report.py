@@ -11,9 +11,10 @@ import ray.train
 
 from prelora_ray.engine.state import TrainState
 from prelora_ray.method.phases import Decision
+from prelora_ray.records import EpochLine, rank_counts, to_json
 
 
-def report(line: dict[str, Any], decision: Decision, state: TrainState, pointer: dict[str, Any] | None) -> None:
+def report(line: EpochLine, decision: Decision, state: TrainState, pointer: dict[str, Any] | None) -> None:
     """Reports an epoch (its line of epochs.jsonl) to Ray Train, with a tiny checkpoint that holds `pointer`, where it is given.
 
     Ray's result has metrics where some report carried a checkpoint, so the last epoch has one, which points to ours. One
@@ -21,8 +22,8 @@ def report(line: dict[str, Any], decision: Decision, state: TrainState, pointer:
     """
     phases, method, verdict = state.phases, state.settings.method, decision.verdict
     metrics = {
-        **line,
-        "trainable_fraction": line["trainable_parameters"] / line["parameters"],
+        **to_json(line),
+        "trainable_fraction": line.trainable_parameters / line.parameters,
         "next_phase": phases.phase.value,
         "switch_epoch": phases.switched_at,
         "freeze_epoch": phases.frozen_at,
@@ -31,7 +32,7 @@ def report(line: dict[str, Any], decision: Decision, state: TrainState, pointer:
         "norm_change": verdict and verdict.family_change,
         "loss_change": verdict and verdict.loss_change,
         "converged": verdict and verdict.converged,
-        "ranks": phases.ranks and _summary(list(phases.ranks.values())),
+        "ranks": phases.ranks and _summary(phases.ranks),
     }
     if pointer is None:
         ray.train.report(metrics)
@@ -41,6 +42,7 @@ def report(line: dict[str, Any], decision: Decision, state: TrainState, pointer:
         ray.train.report(metrics, ray.train.Checkpoint.from_directory(directory))
 
 
-def _summary(ranks: list[int]) -> dict[str, Any]:
-    counts = {str(rank): ranks.count(rank) for rank in sorted(set(ranks))}
-    return {"min": min(ranks), "max": max(ranks), "mean": sum(ranks) / len(ranks), "counts": counts}
+def _summary(ranks: dict[str, int]) -> dict[str, Any]:
+    counts = {str(rank): count for rank, count in rank_counts(ranks).items()}
+    values = ranks.values()
+    return {"min": min(values), "max": max(values), "mean": sum(values) / len(values), "counts": counts}

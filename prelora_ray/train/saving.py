@@ -66,7 +66,9 @@ class RankZeroSaving(Saving):
         watchdog: Watchdog,
     ) -> None:
         trunk_epochs = settings.method.window_epochs if settings.checkpoint.keep_trunk else None
-        self._checkpointer = AsyncCheckpointer(checkpoints, Retention(settings.checkpoint.keep, trunk_epochs))
+        self._checkpointer = AsyncCheckpointer(
+            checkpoints, Retention(settings.checkpoint.keep, trunk_epochs), write_first=recorder.flush
+        )
         self._checkpoints = checkpoints
         self._hang_seconds = settings.workers.hang_seconds
         self._state = state

@@ -31,7 +31,7 @@ import torch
 
 from prelora_ray.data.prepare import prepare
 from prelora_ray.fault_tolerance.checkpoint import Checkpoints
-from prelora_ray.run_folder import RunFolder, last_attempt
+from prelora_ray.run_folder import RunFolder
 from prelora_ray.train.run import train
 from tests.chaos.faults import (
     ANYTIME,
@@ -358,8 +358,8 @@ def _run(
         site.start_driver(config)
         target = Target(site, config, folder, rng, moments, proxy)
         costs = disturb(target, faults, functools.partial(print, flush=True))
-        finished = last_attempt(folder.read_lines("epochs.jsonl"), "epoch")
-        assert [line["epoch"] for line in finished] == list(range(sum(epochs)))
+        finished = folder.epochs()
+        assert [line.epoch for line in finished] == list(range(sum(epochs)))
         undisturbed.result(timeout=REACH_SECONDS)
         found = compare(folder, RunFolder.of(plain))
         check(found, costs, folder)

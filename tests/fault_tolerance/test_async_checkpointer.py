@@ -131,3 +131,23 @@ def test_an_unreadable_older_checkpoint_does_not_stop_a_save(checkpoints, tmp_pa
     saver.wait()
     assert [saved.error for saved in saver.results()] == [None, None]
     assert checkpoints.names() == ["00002-000000"]
+
+
+def test_no_checkpoint_stands_before_the_records_of_what_is_in_front_of_it(checkpoints):
+    """Or an attempt that goes on from it would leave a gap in them."""
+    has_room = False
+
+    def write_records() -> None:
+        assert checkpoints.names() == []
+        if not has_room:
+            raise OSError("no room for the records")
+
+    saver = AsyncCheckpointer(checkpoints, Retention(keep=1), write_records)
+    start(saver, checkpoint(1))
+    saver.wait()
+    assert saver.failure == "OSError: no room for the records"
+    assert checkpoints.names() == []
+    has_room = True
+    saver.retry()
+    assert saver.failure is None
+    assert checkpoints.names() == ["00001-000000"]

@@ -22,7 +22,8 @@ from prelora_ray.train.found_sizes import read_found, write_found
 from prelora_ray.train.run import TrainError, stop_on_sigterm, train, write_result
 from tests.disk import Disk
 from tests.fault_tolerance.test_checkpoint import checkpoint
-from tests.monitor.test_tensorboard import line, read
+from tests.lines import epoch_line, event, progress
+from tests.monitor.test_tensorboard import read
 from tests.runs import EPOCHS, SWITCH, assert_same_bits, final, settings
 
 LINES = 100
@@ -39,17 +40,17 @@ def folder(disk: Disk) -> RunFolder:
 @pytest.mark.parametrize("inodes", [False, True])
 def test_records_wait_for_room_in_their_order(disk, folder, inodes):
     disk.fill(inodes=inodes)
-    records, board = RunRecords(folder, attempt=0), TensorBoardLog(folder, attempt=0, epoch=0)
+    records, board = RunRecords(folder), TensorBoardLog(folder, attempt=0, epoch=0)
     for epoch in range(LINES):
-        records.event("window", epoch=epoch)
-        records.epoch(epoch=epoch)
-        records.progress(epoch=epoch)
-        board.epoch(line(epoch, loss=2.0))
+        records.write(event("stop", epoch))
+        records.write(epoch_line(epoch))
+        records.progress(progress(epoch))
+        board.epoch(epoch_line(epoch, loss=2.0))
     assert not records.flush()
     write_found(folder, "H100", {Phase.FULL: 64})
     assert read_found(folder, "H100") == {}  # it is searched again
     disk.free()
-    records.progress(epoch=LINES)
+    records.progress(progress(LINES))
     assert records.flush()
     board.flush()
     for name in ("events.jsonl", "epochs.jsonl"):

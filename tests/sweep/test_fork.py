@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from prelora_ray.fault_tolerance.checkpoint import Checkpoints
 from prelora_ray.fault_tolerance.lock import DriverLock, HeldRunError
 from prelora_ray.method.phases import Phase
-from prelora_ray.run_folder import RunFolder, last_attempt
+from prelora_ray.run_folder import RunFolder
 from prelora_ray.sweep.fork import fork
 from prelora_ray.train.run import train
 from tests.runs import EPOCHS, FREEZE, SWITCH, assert_same_bits, final, settings
@@ -22,10 +24,9 @@ def test_a_fork_ends_with_the_bits_of_the_straight_run(trunk, digits, storage, u
     assert_same_bits(final(run), final(straight))
     ours, theirs = RunFolder.of(run), RunFolder.of(straight)
     assert ours.read_json("ranks.json") == theirs.read_json("ranks.json")
-    for name, key in (("norms", "epoch"), ("windows", "window")):
-        a, b = (last_attempt(folder.read_lines(f"{name}.jsonl"), key) for folder in (ours, theirs))
-        assert [{**line, "attempt": 0} for line in a] == b
-    assert [line["epoch"] for line in last_attempt(ours.read_lines("epochs.jsonl"), "epoch")] == list(range(EPOCHS))
+    for own, straight_ones in ((ours.norms(), theirs.norms()), (ours.windows(), theirs.windows())):
+        assert [replace(line, attempt=0) for line in own] == straight_ones
+    assert [line.epoch for line in ours.epochs()] == list(range(EPOCHS))
 
 
 def test_a_fork_without_warmup_freezes_where_it_forks(trunk, digits, storage):

@@ -26,7 +26,7 @@ from prelora_ray.fault_tolerance.lock import LostRunError, claims, holder
 from prelora_ray.fault_tolerance.notices import STOP_FILE
 from prelora_ray.method.adapters import merged_state_dict
 from prelora_ray.method.phases import Phase
-from prelora_ray.run_folder import RunFolder, last_attempt
+from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
 from prelora_ray.sweep.replay import read_record, replay
 from prelora_ray.train.run import TrainError, _check_same_data, train
@@ -104,12 +104,12 @@ def test_taken_over_it_ends_and_leaves_the_folder_to_the_other_driver(digits, st
 def test_one_run_through_all_phases(undisturbed):
     run = undisturbed(2)
     folder = RunFolder.of(run)
-    epochs = last_attempt(folder.read_lines("epochs.jsonl"), "epoch")
-    assert [line["phase"] for line in epochs] == ["full"] * 3 + ["warmup"] * 2 + ["lora"] * 2
-    assert all(line["world_size"] == 2 and line["images"] == 1438 for line in epochs)
+    epochs = folder.epochs()
+    assert [line.phase for line in epochs] == ["full"] * 3 + ["warmup"] * 2 + ["lora"] * 2
+    assert all(line.world_size == 2 and line.images == 1438 for line in epochs)
     tensors = list(TrainState(run, 10, 1, torch.device("cpu"), 1).model.parameters())
-    assert epochs[0]["gradient_bytes"] == sum(tensor.numel() * 4 for tensor in tensors)
-    assert epochs[-1]["gradient_bytes"] == 4 * epochs[-1]["trainable_parameters"] < epochs[0]["gradient_bytes"]
+    assert epochs[0].gradient_bytes == sum(tensor.numel() * 4 for tensor in tensors)
+    assert epochs[-1].gradient_bytes == 4 * epochs[-1].trainable_parameters < epochs[0].gradient_bytes
     ranks = folder.read_json("ranks.json")
     assert len(ranks) == 18
     assert len(set(ranks.values())) > 1
