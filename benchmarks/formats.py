@@ -23,7 +23,8 @@ from prelora_ray.config import Settings
 from prelora_ray.config_file import load_settings
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.sweep.fork import fork
-from prelora_ray.train.run import ray_session, train
+from prelora_ray.train.ray_session import ray_session
+from prelora_ray.train.run import train
 
 FORMATS: dict[str, dict[str, Any]] = {
     "plain": {"adapters": "plain", "precision": "auto"},

@@ -31,7 +31,8 @@ from prelora_ray.errors import WorkError
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
 from prelora_ray.train.batch_stream import stream_plan
-from prelora_ray.train.run import ray_session, train
+from prelora_ray.train.ray_session import ray_session
+from prelora_ray.train.run import train
 
 _LOOP_BATCHES = 12
 """In an epoch of `bench loop`."""

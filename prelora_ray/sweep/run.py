@@ -30,7 +30,8 @@ from prelora_ray.sweep.outcome import outcome
 from prelora_ray.sweep.replay import read_record
 from prelora_ray.sweep.result import is_finished, read_notes, summarize_sweep, write_note
 from prelora_ray.sweep.settings import Plan, Range, Setting, SweepSettings, without_effect
-from prelora_ray.train.run import ray_session, train
+from prelora_ray.train.ray_session import ray_session
+from prelora_ray.train.run import train
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,6 @@ import logging
 import os
 import queue
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,10 +34,8 @@ from prelora_ray.fault_tolerance.lock import BEAT_SECONDS, DriverLock
 from prelora_ray.fault_tolerance.notices import STOP_FILE
 from prelora_ray.fault_tolerance.ray_private import (
     Guard,
-    JobConfig,
     TorchConfig,
     TorchTrainer,
-    keep_token_private,
     release,
 )
 from prelora_ray.fault_tolerance.watchdog import OUTAGE_PATIENCE, PATIENCE
@@ -48,6 +45,7 @@ from prelora_ray.monitor.telemetry import run_label
 from prelora_ray.nodes import check_seen_by_all_nodes
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage, once_reachable
+from prelora_ray.train.ray_session import ray_session
 from prelora_ray.train.result import summarize
 from prelora_ray.train.worker import train_worker
 
@@ -185,32 +183,6 @@ def stop_on_sigterm(folder: RunFolder) -> Iterator[None]:
         thread.join()
         with contextlib.suppress(OSError):  # the next start removes it too
             folder.remove_file(STOP_FILE)
-
-
-@contextmanager
-def ray_session(*, debug: bool = False) -> Iterator[bool]:
-    """Ray for the time of the block: the cluster that RAY_ADDRESS names, as under `ray job submit`, or an embedded one.
-
-    Yields whether it is an embedded one, which will never have more CPUs or GPUs than this machine.
-    """
-    if ray.is_initialized():
-        yield False
-        return
-    address = os.environ.get("RAY_ADDRESS") or "local"
-    keep_token_private()
-    ray.init(
-        address=address,
-        job_config=JobConfig(),
-        log_to_driver=debug,
-        logging_level=logging.INFO if debug else logging.ERROR,
-        **({"include_dashboard": False} if address == "local" else {}),
-    )
-    keep_token_private()
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # where Ray's own messages go: standard output is for results
-            yield address == "local"
-    finally:
-        ray.shutdown()
 
 
 def _settle_gpu(settings: Settings, before: Settings | None, gpus: float) -> Settings:

@@ -97,7 +97,7 @@ def test_sigterm_asks_for_a_stop_on_a_full_disk(disk, folder):
 
 
 def wait_for(folder: RunFolder, name: str) -> None:
-    end = time.monotonic() + 30
+    end = time.monotonic() + 120
     while not folder.exists(name):
         assert time.monotonic() < end
         time.sleep(0.01)

@@ -1,0 +1,40 @@
+"""Ray for the time of a command."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from prelora_ray.fault_tolerance.ray_private import JobConfig, keep_token_private
+
+
+@contextmanager
+def ray_session(*, debug: bool = False) -> Iterator[bool]:
+    """Ray for the time of the block: the cluster that RAY_ADDRESS names, as under `ray job submit`, or an embedded one.
+
+    Yields whether it is an embedded one, which will never have more CPUs or GPUs than this machine.
+    """
+    if ray.is_initialized():
+        yield False
+        return
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    keep_token_private()
+    ray.init(
+        address=address,
+        job_config=JobConfig(),
+        log_to_driver=debug,
+        logging_level=logging.INFO if debug else logging.ERROR,
+        **({"include_dashboard": False} if address == "local" else {}),
+    )
+    keep_token_private()
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # where Ray's own messages go: standard output is for results
+            yield address == "local"
+    finally:
+        ray.shutdown()
