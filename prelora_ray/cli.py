@@ -234,7 +234,7 @@ def replay(
     r_max: Annotated[int | None, typer.Option(help="Largest rank.")] = None,
     normalize: Annotated[Literal["family", "overall"] | None, typer.Option(help="Over what changes are normalised.")] = None,
     ramp_epochs: Annotated[
-        int | None, typer.Option(help="Epochs of the learning-rate ramp, in which no verdict is taken.")
+        int | None, typer.Option(min=0, help="Epochs of the learning-rate ramp, in which no verdict is taken.")
     ] = None,
     picture: Annotated[str | None, typer.Option(help="An HTML file for pictures over several tau and zeta.")] = None,
     as_json: Json = False,
@@ -242,6 +242,7 @@ def replay(
     """Tell where other settings of the test would have switched a recorded run. What is not given is the run's own."""
     from prelora_ray import console
     from prelora_ray.config_file import parse_method
+    from prelora_ray.records import rank_counts
     from prelora_ray.sweep.replay import read_record
     from prelora_ray.sweep.replay import replay as run
 
@@ -271,8 +272,7 @@ def replay(
     if result.ranks is None:
         console.out.print(f"no switch: {result.reason}")
     else:
-        counts = {rank: list(result.ranks.values()).count(rank) for rank in sorted(set(result.ranks.values()))}
-        told = ", ".join(f"{count} modules of rank {rank}" for rank, count in counts.items())
+        told = ", ".join(f"{count} modules of rank {rank}" for rank, count in rank_counts(result.ranks).items())
         console.out.print(f"switch after epoch {result.switch_epoch} (window {result.switch_window}): {told}")
 
 
@@ -312,12 +312,13 @@ def _numbers(option: str, text: str) -> list[float]:
             first, ratio, steps = float(low), float(high) / float(low), int(count) - 1
             if first <= 0 or ratio <= 1 or steps < 1:
                 raise ValueError(text)
-            return [first * ratio ** (step / steps) for step in range(steps + 1)]
-        values = [float(part) for part in text.split(",")]
+            values = [first * ratio ** (step / steps) for step in range(steps + 1)]
+        else:
+            values = [float(part) for part in text.split(",")]
         if not all(0 <= value < math.inf for value in values):
             raise ValueError(text)
         return values
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ArithmeticError):
         raise UserError(
             f"{option} {text} is not allowed: give a number of 0 or more, several such as 0.25,0.5,1, or 0.1:10:30 for 30 "
             "from 0.1 to 10"

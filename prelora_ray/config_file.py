@@ -39,7 +39,7 @@ def read_named(
     """
     path = Path(path)
     try:
-        content = _parse_yaml(path.read_text())
+        content = parse_yaml(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path} is no file: give the path of a recipe, such as jobs/configs/digits.yaml") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -91,8 +91,12 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return node
 
 
-def _parse_yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_UniqueKeyLoader)
+def parse_yaml(text: str) -> Any:
+    """What a YAML text holds. Raises yaml.YAMLError where it is none, or holds what looks like a date or number and is none."""
+    try:
+        return yaml.load(text, Loader=_UniqueKeyLoader)
+    except (ValueError, KeyError, AttributeError) as error:  # of YAML's own constructors, such as for 2026-13-01
+        raise yaml.YAMLError(f"a value cannot be read ({one_line(error)}); text goes between quotes") from None
 
 
 def _apply(content: dict[str, Any], override: str) -> None:
@@ -108,7 +112,7 @@ def _apply(content: dict[str, Any], override: str) -> None:
         section[parent] = dict(inner)  # of its own, as an alias may have it stand elsewhere too
         section = section[parent]
     try:
-        section[last] = _parse_yaml(value)
+        section[last] = parse_yaml(value)
     except yaml.YAMLError as error:
         reason = one_line(error)
         raise UserError(f"--set {override!r} is not allowed: the value is not YAML: {reason}") from None

@@ -24,7 +24,7 @@ from typing import IO, Any
 import yaml
 
 from prelora_ray.config import Settings
-from prelora_ray.config_file import parse_settings
+from prelora_ray.config_file import parse_settings, parse_yaml
 from prelora_ray.errors import UserError, one_line
 from prelora_ray.records import EpochLine, Event, Line, NormsLine, Progress, Record, WindowLine, from_json, standing, to_json
 from prelora_ray.storage import Storage
@@ -42,7 +42,7 @@ class RunFolder(Storage):
         if not self.exists("config.yaml"):
             raise UserError(f"{self} is no run folder: it has no config.yaml")
         try:
-            content = yaml.safe_load(self.read_bytes("config.yaml"))
+            content = parse_yaml(self.read_bytes("config.yaml").decode())
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise self._damaged("config.yaml", one_line(error)) from None
         if not isinstance(content, dict):
@@ -83,15 +83,13 @@ class RunFolder(Storage):
         return parse_lines(self.read_bytes(name))
 
     def records(self, kind: type[Record], name: str | None = None) -> list[Record]:
-        """All lines of a kind, in file order, of its own file or of `name`.
-
-        Raises UserError where one lacks what it must have.
-        """
+        """All lines of a kind, in file order, of its own file or of `name`. One that lacks what it must have is passed over."""
         name = name or kind.FILE
-        try:
-            return [from_json(kind, line, f"{self}/{name}") for line in self.read_lines(name)]
-        except ValueError as error:
-            raise UserError(str(error)) from None
+        found = []
+        for line in self.read_lines(name):
+            with contextlib.suppress(ValueError):
+                found.append(from_json(kind, line, f"{self}/{name}"))
+        return found
 
     def norms(self, name: str | None = None) -> list[NormsLine]:
         """The lines that stand, by epoch."""

@@ -67,7 +67,10 @@ def absolute(path: str | os.PathLike[str]) -> str:
     path = os.fspath(path).removeprefix("file://")
     if "://" in path:
         return path
-    local = Path(path).expanduser().absolute()
+    try:
+        local = Path(path).expanduser().absolute()
+    except RuntimeError:  # no such user
+        raise UserError(f"{path!r} is no path: nobody here has such a home folder") from None
     return str(local.resolve() if ".." in local.parts else local)
 
 

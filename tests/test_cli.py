@@ -67,11 +67,29 @@ def test_a_damaged_file_of_a_run_is_told_before_anything_starts(tmp_path, name):
     assert told.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("text", ["0.5,-1", "0.5,nan", "0:1:5", "2:1:5", "many"])
+@pytest.mark.parametrize("text", ["0.5,-1", "0.5,nan", "0:1:5", "2:1:5", "0.1:inf:3", "1e-300:1e300:3", "many"])
 def test_thresholds_that_are_none_are_told(record, text):
     result = prelora_here("replay", str(record), "--tau", text)
     assert result.returncode == 2
     assert f"--tau {text} is not allowed: give a number of 0 or more" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("loss", None), ("norms", {}), ("norms", [1.0]), ("norms", {"blocks.0.attn.query": "1"})]
+)
+def test_a_record_that_holds_no_norms_is_told(record, key, value):
+    first, *lines = map(json.loads, record.read_text().splitlines())
+    record.write_text("".join(json.dumps(line) + "\n" for line in ({**first, key: value}, *lines)))
+    result = prelora_here("replay", str(record))
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "is no record of norms: epoch 0 lacks a loss, or norms by module name" in result.stderr
+
+
+def test_an_address_of_ray_that_is_none_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "nowhere")
+    result = prelora("prepare", "digits", str(tmp_path / "out"))
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "RAY_ADDRESS = 'nowhere' is not allowed: Invalid address format" in result.stderr
 
 
 def test_replay_reads_phase_full_only_and_says_why_there_is_no_switch(record):
@@ -91,6 +109,12 @@ def test_replay_reads_phase_full_only_and_says_why_there_is_no_switch(record):
         (["train", "jobs/configs/cifar10.yaml", "--set", "data.path=/nowhere"], "/nowhere is no prepared folder"),
         (["train", "jobs/configs/digits.yaml", "--set", "method.r_max=128"], "method.r_max = 128 is not allowed: the model's"),
         (["train", "jobs/configs/digits.yaml", "--set", "model.name=vit_tinny"], "model.name = 'vit_tinny' is not allowed"),
+        (
+            ["train", "jobs/configs/digits.yaml", "--set", "name=2026-13-01"],
+            "is not YAML: a value cannot be read (month must be",
+        ),
+        (["train", "jobs/configs/digits.yaml", "--set", "train.seed=!!int abc"], "is not YAML: a value cannot be read ("),
+        (["train", "jobs/configs/digits.yaml", "--storage", "~nobody-here/x"], "'~nobody-here/x' is no path"),
         (["replay", "/nowhere"], "'/nowhere' is no record"),
         (["replay", "README.md"], "'README.md' is no record"),
         (["prepare", "/nowhere", "/tmp/out", "--val-fraction", "2"], "--val-fraction 2.0 is not allowed"),

@@ -129,6 +129,7 @@ def parse_manifest(folder: Storage) -> Manifest:
 
 
 def _manifest(content: dict[str, Any]) -> Manifest:
+    content["splits"] = {split: content["splits"][split] for split in ("train", "val")}
     splits = {
         split: tuple(Shard(**{**shard, "row_groups": tuple(shard["row_groups"])}) for shard in shards)
         for split, shards in content["splits"].items()

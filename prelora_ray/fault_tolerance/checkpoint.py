@@ -4,7 +4,7 @@
       model.safetensors     the timm model's tensors; in phase lora those that are not in base.safetensors
       adapter/              PEFT's adapter_model.safetensors and adapter_config.json, once switched
       optimizer.safetensors AdamW's state by parameter name
-      state.json            position, phases, the test's windows
+      state.json            position, phases, the test's windows, whether a change of phase is still to come (a fork)
       manifest.json         size and SHA-256 of every file above, and of the base that it refers to; phase and top-1
     checkpoints/base.safetensors    what phase lora has frozen, stored once
 

@@ -162,9 +162,15 @@ class ScalingPolicy(ElasticScalingPolicy):
         self._running = worker_group_state.num_workers
         return super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
 
+    def _get_reserved_resources(self) -> Any:
+        self._count_nodes()  # the coordinator answers in the order in which it is asked
+        return super()._get_reserved_resources()
+
     def _count_possible_workers(self, reserved_resources: Any) -> int:
-        """A notice must not make Ray shrink a running group: the group commits a checkpoint and leaves by itself."""
-        self._count_nodes()
+        """What is reserved has room for, less what stands on nodes that leave, and no less than the group that runs.
+
+        A notice must not make Ray shrink a running group: the group commits a checkpoint and leaves by itself.
+        """
         config = self.scaling_config
         leaving = ray._private.state.state.get_draining_nodes()
         needed = {name: amount for name, amount in config._resources_per_worker_not_none.items() if amount}

@@ -57,6 +57,7 @@ def fork(trunk: RunFolder, settings: Settings) -> int:
         times = [event.time for event in trunk.events() if event.epoch < epoch]
         content = {**before, "event": "fork", "epoch": epoch, "trunk": str(trunk)}
         folder.write_lines("events.jsonl", [{**content, "time": time} for time in (min(times), max(times))])
+        folder.write_json("data.json", trunk.read_json("data.json"))  # `train` then refuses other images
         checkpoint = kept.load(name)
         checkpoint.state |= {"phases": schedule.state_dict(), "fork": True}
         own.save(checkpoint)

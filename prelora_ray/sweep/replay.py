@@ -42,14 +42,15 @@ def read_record(source: str) -> Record:
     folder = RunFolder(path or ".")
     if not folder.exists(name):
         raise UserError(f"{source!r} is no record: give a run folder with a norms.jsonl, or such a file itself")
-    try:
-        epochs = [line for line in folder.norms(name) if line.phase == "full"]
-        expected = [(i, set(epochs[0].norms)) for i in range(len(epochs))]
-        found = [(line.epoch, set(line.norms)) for line in epochs]
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{source!r} is no record of norms: {type(error).__name__}: {error}") from None
+    epochs = [line for line in folder.norms(name) if line.phase == "full"]
     if not epochs:
         raise UserError(f"{source!r} has no epoch of phase full")
+    for line in epochs:
+        norms = list(line.norms.values()) if isinstance(line.norms, dict) else []
+        if not norms or not all(isinstance(number, (int, float)) for number in (line.loss, *norms)):
+            raise UserError(f"{source!r} is no record of norms: epoch {line.epoch} lacks a loss, or norms by module name")
+    expected = [(i, set(epochs[0].norms)) for i in range(len(epochs))]
+    found = [(line.epoch, set(line.norms)) for line in epochs]
     if found != expected:
         epoch = next(i for i, pair in enumerate(expected) if pair != found[i])
         raise UserError(f"{source!r} is not whole: the record of epoch {epoch} is missing or has other modules")

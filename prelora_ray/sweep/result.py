@@ -8,7 +8,6 @@ from typing import Any
 
 from prelora_ray.records import Diagnosis, last_top1, phase_summaries
 from prelora_ray.run_folder import RunFolder
-from prelora_ray.storage import Storage
 from prelora_ray.sweep.cost import own_hours, pareto_front, straight_hours
 from prelora_ray.sweep.outcome import outcome
 from prelora_ray.sweep.replay import read_record
@@ -17,15 +16,15 @@ from prelora_ray.sweep.settings import Plan, Setting
 
 def write_note(plan: Plan, setting: Setting, **content: Any) -> dict[str, Any]:
     """Adds to a setting's note (`ended`: finished, stopped or failed; `message`: why it failed), and returns all of it."""
-    folder, name = Storage(plan.folder) / "settings", f"{_digest(setting)}.json"
+    folder, name = RunFolder(plan.folder) / "settings", f"{_digest(setting)}.json"
     before = folder.read_json(name) if folder.exists(name) else {"setting": setting, "ended": None, "message": None}
     folder.write_json(name, before | content)
     return before | content
 
 
 def read_notes(plan: Plan) -> list[dict[str, Any]]:
-    folder = Storage(plan.folder) / "settings"
-    return [folder.read_json(name) for name in sorted(folder.list_files())]
+    folder = RunFolder(plan.folder) / "settings"
+    return [folder.read_json(name) for name in sorted(folder.list_files()) if name.endswith(".json")]
 
 
 def is_finished(plan: Plan, trial: str) -> bool:

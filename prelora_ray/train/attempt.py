@@ -73,7 +73,7 @@ class WorkerAttempt:
         self._telemetry = WorkerTelemetry(settings, len(manifest.classes), self.rank, world_size, device)
         if self.rank == 0:
             self._recorder: Recorder = RankZeroRecorder(self.folder, settings, point, self.state, self.watchdog)
-            for name in point.damaged:  # which is on record now
+            for name in point.damaged:  # which an event tells
                 with contextlib.suppress(OSError):  # where it stays, the next attempt finds it again
                     checkpoints.set_aside(name)
             uses_gpu = device.type == "cuda"
@@ -106,13 +106,14 @@ class WorkerAttempt:
         self._telemetry.step(int((batch.labels >= 0).sum()), self._meter.wait_seconds)
         if self.state.batch % _CHECK_STEPS == 0:
             self._train_step.check_finite()
-        if self._recorder.wants_progress:
+        if self._recorder.progress_is_due():
             self._recorder.progress(self._train_step.local_loss(), self._meter.images_per_second())
             self._saving.record()
         self._act(self._control.exchange(self._saving.wish()))
 
     def mean_loss(self) -> float:
         """Mean training loss over the epoch's images, of all workers."""
+        self._recorder.flush_samples()
         self._train_step.check_finite()
         return self._meter.end_training(*self._train_step.epoch_sums())
 

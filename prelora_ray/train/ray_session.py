@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import ray
 
+from prelora_ray.errors import UserError, one_line
 from prelora_ray.fault_tolerance.ray_private import JobConfig, keep_token_private
 
 
@@ -18,20 +19,24 @@ from prelora_ray.fault_tolerance.ray_private import JobConfig, keep_token_privat
 def ray_session(*, debug: bool = False) -> Iterator[bool]:
     """Ray for the time of the block: the cluster that RAY_ADDRESS names, as under `ray job submit`, or an embedded one.
 
-    Yields whether it is an embedded one, which will never have more CPUs or GPUs than this machine.
+    Yields whether it is an embedded one, which will never have more CPUs or GPUs than this machine. Raises UserError for an
+    address that is none.
     """
     if ray.is_initialized():
         yield False
         return
     address = os.environ.get("RAY_ADDRESS") or "local"
     keep_token_private()
-    ray.init(
-        address=address,
-        job_config=JobConfig(),
-        log_to_driver=debug,
-        logging_level=logging.INFO if debug else logging.ERROR,
-        **({"include_dashboard": False} if address == "local" else {}),
-    )
+    try:
+        ray.init(
+            address=address,
+            job_config=JobConfig(),
+            log_to_driver=debug,
+            logging_level=logging.INFO if debug else logging.ERROR,
+            **({"include_dashboard": False} if address == "local" else {}),
+        )
+    except ValueError as error:
+        raise UserError(f"RAY_ADDRESS = {address!r} is not allowed: {one_line(error)}") from None
     keep_token_private()
     try:
         with contextlib.redirect_stdout(sys.stderr):  # where Ray's own messages go: standard output is for results

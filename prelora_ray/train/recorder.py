@@ -70,9 +70,8 @@ class Recorder:
         self._flush_lock = threading.Lock()
         """A flush may be the checkpointer's, which has the records written before a checkpoint."""
 
-    @property
-    def wants_progress(self) -> bool:
-        """Whether it is time to tell where the run is."""
+    def progress_is_due(self) -> bool:
+        """Whether it is time to tell where the run is; then not again for a while."""
         return False
 
     def samples(self, batch: Batch) -> None:
@@ -124,21 +123,17 @@ class Recorder:
             self._flushing.begin(work)
 
     def flush_samples(self) -> None:
-        """Flushes in front of a checkpoint inside an epoch, from which a later attempt goes on without these samples.
+        """Flushes in front of a checkpoint, from which a later attempt goes on without these samples.
 
         No step waits long for that: where the storage does not answer, they are lost if this worker dies before it does.
         """
         if self._audit:
-            self._flushing.wait(_SAMPLES_SECONDS)  # for one that has begun without the last of them
+            self._flushing.wait(_SAMPLES_SECONDS, self._watchdog.beat)  # for one that has begun without the last of them
             self.flush_beside()
-            self._flushing.wait(_SAMPLES_SECONDS)
+            self._flushing.wait(_SAMPLES_SECONDS, self._watchdog.beat)
 
     def finish(self, kind: EndKind, seconds: float, message: str | None = None) -> None:
-        """Tries for so many seconds to have the run folder hold all that was recorded, and then how the attempt ended.
-
-        Raises OSError on rank 0 where that is in vain: the attempt has failed. Where no other one is to follow, the driver
-        tells that the record is missing.
-        """
+        """Tries for so many seconds to have the run folder hold all that was recorded."""
         with contextlib.suppress(OSError):  # samples are no reason to train again
             self._finish_flushing(seconds)
 
@@ -210,8 +205,7 @@ class RankZeroRecorder(Recorder):
         self._write_ranks()
         self._records.flush_events()
 
-    @property
-    def wants_progress(self) -> bool:
+    def progress_is_due(self) -> bool:
         return self._records.progress_is_due()
 
     def epoch_begins(self) -> None:
@@ -272,6 +266,11 @@ class RankZeroRecorder(Recorder):
         self._event(RunFailed, message=message)
 
     def finish(self, kind: EndKind, seconds: float, message: str | None = None) -> None:
+        """And then how the attempt ended.
+
+        Raises OSError where that is in vain: the attempt has failed. Where no other one is to follow, the driver tells that
+        the record is missing.
+        """
         end = End(kind, self._state.epoch, self._state.step, message)
         self._finish_flushing(seconds, lambda: write_end(self._folder, end))
 
@@ -307,9 +306,9 @@ class RankZeroRecorder(Recorder):
         self._records.write(kind(**{"attempt": self._attempt, "time": time.time(), **place, **content}))
 
     def _flush(self) -> bool:
-        if self._found_sizes:
-            write_found(self._folder, torch.cuda.get_device_name(self._state.device), self._found_sizes)
-            self._found_sizes = {}
+        found, self._found_sizes = self._found_sizes, {}
+        if found:
+            write_found(self._folder, torch.cuda.get_device_name(self._state.device), found)
         flushes = [super()._flush, self._write_ranks, self._records.flush, self._board.flush]
         return all(flush() for flush in flushes)  # where one fails, the others would too
 

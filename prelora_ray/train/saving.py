@@ -32,9 +32,10 @@ class Saving:
     def save(self, sums: list[list[float]], *, must: bool, val_top1: float | None = None) -> None:
         """Saves where the run stands, beside training.
 
-        Where another save is still under way, it waits if it `must`; else the next one is as good, and this one is left out.
-        `sums`: the epoch's sums so far of every worker, empty at an epoch's end. The other workers wait for rank 0
-        meanwhile, and have to know where that may be for long.
+        Where another save is still under way, it waits: as long as it takes if it `must`, half of `workers.hang_seconds` at an
+        epoch's end, not at all inside an epoch; then this one is left out, as the next one is as good. The other workers wait
+        for rank 0 meanwhile, and have to know where that may be for long. `sums`: the epoch's sums so far of every worker;
+        empty at its end.
         """
 
     def wait(self) -> None:
@@ -47,7 +48,7 @@ class Saving:
         """Records what became of saves since the last call."""
 
     def newest(self) -> str | None:
-        """Name of the newest checkpoint."""
+        """Name of the newest checkpoint that this worker knows of."""
         return None
 
     def close(self) -> None: ...
@@ -87,7 +88,8 @@ class RankZeroSaving(Saving):
         def snapshot() -> Snapshot:
             return self._state.snapshot(sums, holds_base=self._checkpoints.holds_base, val_top1=val_top1)
 
-        patience = 0.0 if sums or self.failure is not None else self._hang_seconds / 2
+        is_inside_epoch = bool(sums)
+        patience = 0.0 if is_inside_epoch or self.failure is not None else self._hang_seconds / 2
         has_begun = self._checkpointer.start(snapshot, math.inf if must else patience, self._watchdog.beat)
         self.record()
         if has_begun:

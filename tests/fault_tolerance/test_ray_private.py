@@ -166,6 +166,16 @@ def test_ray_names_its_actors_as_we_do():
         assert set(_DATA_ACTORS) & set(create.__code__.co_consts)
 
 
+def test_the_coordinator_counts_nodes_before_it_is_asked_what_is_reserved(monkeypatch):
+    asked = []
+    policy = ScalingPolicy(ray.train.ScalingConfig(num_workers=(1, 2)))
+    monkeypatch.setattr(policy, "_count_nodes", lambda: asked.append("count"))
+    monkeypatch.setattr(ElasticScalingPolicy, "_get_reserved_resources", lambda _: asked.append("ask"))
+    monkeypatch.setattr(policy, "_maybe_send_resource_request", lambda: None)
+    policy.make_decision_for_non_running_worker_group()
+    assert asked == ["count", "ask"]
+
+
 def test_a_trainer_has_our_policies(monkeypatch):
     """They go in where Ray Train makes its own."""
     given = {}

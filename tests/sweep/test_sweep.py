@@ -10,12 +10,14 @@ import pytest
 import ray
 import yaml
 
+from prelora_ray.errors import UserError
 from prelora_ray.fault_tolerance.checkpoint import Checkpoints
 from prelora_ray.fault_tolerance.ray_private import release_groups_of_dead_actors
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.sweep.cost import pareto_front
 from prelora_ray.sweep.outcome import outcome
 from prelora_ray.sweep.replay import Record, read_record
+from prelora_ray.sweep.result import read_notes, write_note
 from prelora_ray.sweep.run import sweep
 from prelora_ray.sweep.settings import Plan, SweepSettings, load_sweep, without_effect
 from prelora_ray.train.run import train
@@ -125,6 +127,17 @@ def test_optuna_goes_on_with_what_it_has_tried(load):
     for entry in more["settings"]:
         assert 0.5 <= entry["setting"]["method.scaling"] <= 4
         assert entry["setting"]["method.warmup_epochs"] in range(4)
+
+
+def test_notes_are_read_whole_and_a_torn_one_is_told(load, tmp_path):
+    plan = load(settings=[{"method.tau": 1.0}])
+    write_note(plan, {"method.tau": 1.0}, ended="finished")
+    folder = Path(plan.folder, "settings")
+    (folder / "a.json.0123.tmp").write_text('{"se')  # what a killed writer left
+    assert [note["ended"] for note in read_notes(plan)] == ["finished"]
+    (folder / "b.json").write_text('{"se')
+    with pytest.raises(UserError, match=r"settings/b\.json is damaged"):
+        read_notes(plan)
 
 
 def test_pareto_front_is_what_nothing_beats():

@@ -14,7 +14,7 @@ from prelora_ray.data.sources.files import File
 from prelora_ray.data.sources.folder import FileReader, add_file
 from prelora_ray.data.sources.source import Found, Source
 from prelora_ray.data.sources.tars import members
-from prelora_ray.errors import UserError
+from prelora_ray.errors import UserError, one_line
 from prelora_ray.storage import Storage
 
 TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
@@ -98,24 +98,29 @@ def _add_val(found: Found, folder: Storage, files: dict[str, File], images: list
 
 def _wnids_by_solution(folder: Storage) -> dict[str, str]:
     """{image name without ending: WordNet id} from Kaggle's table: `ImageId,PredictionString` with "n0144076 x y ..."."""
-    rows = csv.DictReader(io.StringIO(folder.read_bytes(SOLUTION).decode()))
+    content = folder.read_bytes(SOLUTION)
     try:
+        rows = csv.DictReader(io.StringIO(content.decode()))
         return {row["ImageId"]: row["PredictionString"].split()[0] for row in rows}
-    except (KeyError, IndexError, AttributeError):
+    except (ValueError, KeyError, IndexError, AttributeError):
         raise UserError(f"{folder}/{SOLUTION} is not a table of ImageId and PredictionString") from None
 
 
 def _wnids_by_devkit(folder: Storage, files: dict[str, File], names: list[str]) -> dict[str, str]:
     """The same from the devkit, whose i-th line is the ILSVRC2012_ID of the i-th image by name."""
     truth, meta = _devkit_files(folder, files)
-    numbers = [int(line) for line in truth.decode().split()]
-    if len(numbers) != len(names):
-        raise UserError(f"{folder}: the devkit labels {len(numbers)} validation images, and there are {len(names)}")
     from scipy.io import loadmat
 
-    synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
-    wnids = {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in synsets}
-    return {name: wnids[number] for name, number in zip(names, numbers, strict=True)}
+    try:
+        numbers = [int(line) for line in truth.decode().split()]
+        synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
+        wnids = {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in synsets}
+        labels = [wnids[number] for number in numbers]
+    except Exception as error:  # whatever a damaged file makes scipy raise
+        raise UserError(f"{folder}: its devkit is damaged: {type(error).__name__}: {one_line(error)}") from None
+    if len(labels) != len(names):
+        raise UserError(f"{folder}: the devkit labels {len(labels)} validation images, and there are {len(names)}")
+    return dict(zip(names, labels, strict=True))
 
 
 def _devkit_files(folder: Storage, files: dict[str, File]) -> tuple[bytes, bytes]:
