@@ -114,8 +114,8 @@ def test_decoders_do_without_torch():
     """It would take each of them seconds to start, and 400 MB."""
     code = """
 import sys
-from prelora_ray.data import stream
-stream.Augmenter(stream.Augmentation(32, (0.5,) * 3, (0.2,) * 3, policy="rand-m9-mstd0.5-inc1", color_jitter=0.3), 0, 1.0)
+from prelora_ray.data import augment, stream
+augment.Augmenter(augment.Augmentation(32, (0.5,) * 3, (0.2,) * 3, policy="rand-m9-mstd0.5-inc1", color_jitter=0.3), 0, 1.0)
 print([name for name in ("torch", "torchvision", "timm") if name in sys.modules])
 """
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
