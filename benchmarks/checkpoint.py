@@ -50,21 +50,21 @@ def main(model: str, batch: int) -> None:
     blocked, longest, slowed, written = [], [], [], []
     with tempfile.TemporaryDirectory() as directory:
         checkpoints = Checkpoints(Storage(directory))
-        saver = AsyncCheckpointer(checkpoints, Retention(keep=1))
+        checkpointer = AsyncCheckpointer(checkpoints, Retention(keep=1))
         for round_ in range(_ROUNDS):
             state.epoch = round_
             start = time.perf_counter()
-            saver.start(lambda: state.snapshot([], holds_base=False))
+            checkpointer.start(lambda: state.snapshot([], holds_base=False))
             if device.type == "cuda":
                 torch.cuda.synchronize()
             blocked.append(time.perf_counter() - start)
             steps = []
-            while saver.is_busy:
+            while checkpointer.is_busy:
                 steps.append(step())
             written.append(time.perf_counter() - start)
             longest.append(max(steps) - usual)
             slowed.append(blocked[-1] + sum(steps) - len(steps) * usual)
-            assert saver.failure is None
+            assert checkpointer.failure is None
         size = sum((checkpoints.folder / checkpoints.names()[-1]).list_files().values())
     result = {
         "model": model,

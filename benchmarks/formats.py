@@ -21,9 +21,9 @@ import yaml
 
 from prelora_ray.config import Settings
 from prelora_ray.config_file import load_settings
+from prelora_ray.ray_session import ray_session
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.sweep.fork import fork
-from prelora_ray.train.ray_session import ray_session
 from prelora_ray.train.run import train
 
 FORMATS: dict[str, dict[str, Any]] = {

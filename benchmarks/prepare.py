@@ -26,7 +26,7 @@ from sklearn.datasets import load_sample_images
 
 from prelora_ray.data.encode import encode
 from prelora_ray.data.prepare import PrepareSettings, prepare
-from prelora_ray.train.ray_session import ray_session
+from prelora_ray.ray_session import ray_session
 
 
 def make_images(folder: Path, count: int) -> list[str]:

@@ -127,8 +127,8 @@ def prepare(
     from prelora_ray.data.prepare import PrepareSettings
     from prelora_ray.data.prepare import prepare as run
     from prelora_ray.nodes import check_seen_by_all_nodes
+    from prelora_ray.ray_session import ray_session
     from prelora_ray.storage import absolute
-    from prelora_ray.train.ray_session import ray_session
 
     settings = PrepareSettings(
         val_fraction=val_fraction,
@@ -177,7 +177,7 @@ def evaluate(
     """Evaluate a trained model on a prepared validation set."""
     from prelora_ray import console
     from prelora_ray.inference.evaluate import evaluate as run
-    from prelora_ray.train.ray_session import ray_session
+    from prelora_ray.ray_session import ray_session
 
     with ray_session(debug=_debug), console.progress("images") as show:
         report = run(source, data, show)

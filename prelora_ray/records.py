@@ -1,7 +1,7 @@
 """What a run records in its folder, line by line, and what is read off these lines in more than one place.
 
 The docstring of a field says what it means; docs/run-folder.md is made of them. Fields stand in the order in which they are
-written. One with a default is not in what an earlier version wrote.
+written. One with a default, but `event`, is not in what an earlier version wrote.
 """
 
 from __future__ import annotations
@@ -97,6 +97,10 @@ class EpochLine:
     """Of the epoch's last step."""
     world_size: int
     """Workers."""
+
+    @property
+    def trainable_fraction(self) -> float:
+        return self.trainable_parameters / self.parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -413,8 +417,13 @@ def _summary(phase: str, lines: Sequence[EpochLine]) -> PhaseSummary:
         seconds=sum(line.seconds for line in lines),
         data_wait_fraction=sum(line.data_wait_seconds for line in lines) / train_seconds,
         peak_memory_bytes=max(line.peak_memory_bytes for line in lines),
-        trainable_fraction=lines[-1].trainable_parameters / lines[-1].parameters,
+        trainable_fraction=lines[-1].trainable_fraction,
     )
+
+
+def reservations(events: Iterable[Event]) -> list[dict[str, str]]:
+    """What Ray Train has reserved for each attempt that tells it."""
+    return [event.reservation for event in events if isinstance(event, BEGINNINGS) and event.reservation]
 
 
 def top1s(epochs: Iterable[EpochLine]) -> list[float]:

@@ -2,7 +2,7 @@
 
     <storage>/<name>/
       config.yaml, data.json, events.jsonl, norms.jsonl, windows.jsonl, epochs.jsonl, samples-<rank>.jsonl,
-      ranks.json, progress.json, end.json, result.json, checkpoints/
+      ranks.json, micro_batch.json, progress.json, end.json, result.json, checkpoints/, tensorboard/, ray/
 
 docs/run-folder.md describes every file. Lines carry an ``attempt`` that counts restarts: where two
 lines speak of the same epoch, window or batch, the later attempt stands.
@@ -111,9 +111,9 @@ class RunFolder(Storage):
         """Where the run is right now. Raises ValueError where that is damaged, and OSError where it was not written."""
         return from_json(Progress, self.read_json(Progress.FILE), f"{self}/{Progress.FILE}")
 
-    def write_lines(self, name: str, lines: Iterable[dict[str, Any]]) -> None:
-        """Writes a JSON-lines file whole; infinite numbers become null."""
-        self.write_bytes(name, b"".join(_encoded(line) for line in lines))
+    def write_records(self, kind: type[Record], lines: Iterable[Line]) -> None:
+        """Writes the file of a kind of line whole; infinite numbers become null."""
+        self.write_bytes(kind.FILE, b"".join(_encoded(to_json(line)) for line in lines))
 
 
 def parse_lines(content: bytes) -> list[dict[str, Any]]:
@@ -200,7 +200,7 @@ class LineWriter(Appender):
         self.append(_encoded(line))
 
 
-class RunRecords:
+class RecordWriter:
     """The JSON-lines files that rank 0 writes while a run goes on."""
 
     def __init__(self, folder: RunFolder) -> None:

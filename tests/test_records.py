@@ -91,7 +91,7 @@ def test_a_folder_gives_the_lines_that_stand(tmp_path):
     folder = RunFolder(tmp_path)
     assert folder.epochs() == folder.windows() == folder.norms() == folder.events() == []
     lines = [epoch_line(0), epoch_line(1, loss=2), epoch_line(1, attempt=1, loss=3)]
-    folder.write_lines("epochs.jsonl", map(to_json, lines))
+    folder.write_records(EpochLine, lines)
     assert folder.records(EpochLine) == lines
     assert folder.epochs() == [lines[0], lines[2]]
 

@@ -92,8 +92,8 @@ def step(plan: StreamPlan) -> Callable[[], object]:
     state = TrainState(settings, 1000, plan.orders["train"].num_batches, torch.device("cpu"), world_size=1)
     slots = plan.num_slots
     batch = Batch("train", 0, 0, torch.zeros(slots, 8, 8, 3, dtype=torch.uint8), torch.zeros(slots).long(), np.arange(slots))
-    stepper = TrainStep(state, plan)
-    return lambda: stepper._inputs(batch)
+    train_step = TrainStep(state, plan)
+    return lambda: train_step._inputs(batch)
 
 
 def end_of_epoch(plan: StreamPlan) -> Callable[[], object]:

@@ -13,7 +13,7 @@ import pytest
 from prelora_ray.errors import UserError
 from prelora_ray.fault_tolerance.checkpoint import Checkpoints
 from prelora_ray.fault_tolerance.resume_point import find_resume_point
-from prelora_ray.run_folder import LineWriter, RunFolder, RunRecords
+from prelora_ray.run_folder import LineWriter, RecordWriter, RunFolder
 from prelora_ray.storage import Storage, absolute, without_keys
 from tests.command import prelora_here
 from tests.lines import epoch_line, event
@@ -122,7 +122,7 @@ def test_a_file_share_that_syncs_no_folders_is_written_to_all_the_same(tmp_path,
 
 def test_events_of_an_attempt_that_dies_soon_are_there(folder):
     """So that the next attempt takes the next number."""
-    records = RunRecords(RunFolder(folder))
+    records = RecordWriter(RunFolder(folder))
     records.write(event("run_started", seed=0, world_size=2))
     records.write(epoch_line(0))
     records.flush_events()

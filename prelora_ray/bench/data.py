@@ -28,9 +28,9 @@ from prelora_ray.data.prepare import PrepareSettings, prepare
 from prelora_ray.data.rows import read_encoded
 from prelora_ray.data.stream import stream_batches
 from prelora_ray.errors import UserError
+from prelora_ray.ray_session import ray_session
 from prelora_ray.storage import Storage
 from prelora_ray.train.batch_stream import stream_plan
-from prelora_ray.train.ray_session import ray_session
 
 _STORED = 512
 """Larger than any of the images, so that `prepare` leaves their bytes alone."""

@@ -171,18 +171,18 @@ class _Bench:
         settings = _settings(self.options, changes)
         plan = _plan(settings, self.options.batch)
         state = TrainState(settings, _NUM_CLASSES, 10**6, self.device, world_size=1)
-        stepper, batch = TrainStep(state, plan), self._batch()
+        train_step, batch = TrainStep(state, plan), self._batch()
         if wanted[0] is Phase.FULL:
-            yield self._measure(names[Phase.FULL], lambda: stepper.train(batch), state.model, phase=Phase.FULL)
+            yield self._measure(names[Phase.FULL], lambda: train_step.train(batch), state.model, phase=Phase.FULL)
         ranks = _ranks([t.name for t in state.targets if t.layer >= first_share * len(blocks_of(state.model))])
         state.enter(Phase.WARMUP, ranks)
         forget(self.device)
         if Phase.WARMUP in wanted:
-            yield self._measure(names[Phase.WARMUP], lambda: stepper.train(batch), state.model, phase=Phase.WARMUP)
+            yield self._measure(names[Phase.WARMUP], lambda: train_step.train(batch), state.model, phase=Phase.WARMUP)
         state.enter(Phase.LORA)
         forget(self.device)
         if Phase.LORA in wanted:
-            yield self._measure(names[Phase.LORA], lambda: stepper.train(batch), state.model, phase=Phase.LORA)
+            yield self._measure(names[Phase.LORA], lambda: train_step.train(batch), state.model, phase=Phase.LORA)
 
     def _batch(self) -> Batch:
         size = self.options.image_size

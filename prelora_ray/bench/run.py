@@ -28,10 +28,10 @@ from prelora_ray.engine.check import check_model
 from prelora_ray.engine.state import TrainState
 from prelora_ray.engine.step import TrainStep
 from prelora_ray.errors import WorkError
+from prelora_ray.ray_session import ray_session
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
 from prelora_ray.train.batch_stream import stream_plan
-from prelora_ray.train.ray_session import ray_session
 from prelora_ray.train.run import train
 
 _LOOP_BATCHES = 12
@@ -77,10 +77,10 @@ def _bare_rate(settings: Settings, device: torch.device) -> float:
     plan = stream_plan(settings, manifest, rank=0, world_size=1)
     kept = list(stream_batches(plan, [Pass("train", 0)], decoders=1))
     state = TrainState(settings, len(manifest.classes), plan.orders["train"].num_batches, device, world_size=1)
-    stepper, batches = TrainStep(state, plan), itertools.cycle(kept)
+    train_step, batches = TrainStep(state, plan), itertools.cycle(kept)
     for _ in range(6):
-        stepper.train(next(batches))
-    seconds = len(kept) * seconds_per_call(lambda: stepper.train(next(batches)), device, calls=len(kept))
+        train_step.train(next(batches))
+    seconds = len(kept) * seconds_per_call(lambda: train_step.train(next(batches)), device, calls=len(kept))
     return manifest.num_images("train") / seconds
 
 

@@ -29,7 +29,6 @@ class Snapshot:
     adapter: Tensors = field(default_factory=dict)
     """Adapters in PEFT's names."""
     adapter_config: dict[str, Any] | None = None
-
     val_top1: float | None = None
     """Accuracy of the epoch that it ends, where it ends one that was validated."""
 

@@ -1,4 +1,4 @@
-"""The failure signatures of a switched run, as rules over its records (one object an epoch, docs/run-folder.md)."""
+"""The failure signatures of a switched run, as rules over what was recorded of its epochs."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def speed(runs: Sequence[RunRecords]) -> go.Figure:
             [line.seconds for line in run.epochs],
             [100 * line.data_wait_seconds / line.train_seconds for line in run.epochs],
             [line.peak_memory_bytes / 2**30 for line in run.epochs],
-            [100 * line.trainable_parameters / line.parameters for line in run.epochs],
+            [100 * line.trainable_fraction for line in run.epochs],
             [line.world_size for line in run.epochs],
         ]
         for row, values in enumerate(columns, 1):

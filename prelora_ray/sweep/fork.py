@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from prelora_ray.config import Settings, acts, flat
@@ -10,7 +11,7 @@ from prelora_ray.errors import UserError
 from prelora_ray.fault_tolerance.checkpoint import Checkpoints
 from prelora_ray.fault_tolerance.lock import DriverLock
 from prelora_ray.method.phases import Phase
-from prelora_ray.records import to_json
+from prelora_ray.records import EpochLine, Event, Fork, NormsLine, WindowLine
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.schedule import decide, phase_schedule
 from prelora_ray.sweep.replay import read_record
@@ -49,14 +50,13 @@ def fork(trunk: RunFolder, settings: Settings) -> int:
     with DriverLock(folder):
         if own.names():  # made by another driver meanwhile
             return epoch
-        before = {"attempt": ATTEMPT, "phase": Phase.FULL}
-        folder.write_lines("norms.jsonl", [{**to_json(line), **before} for line in record.epochs if line.epoch < epoch])
-        epochs = [line for line in trunk.epochs() if line.epoch < epoch]
-        folder.write_lines("epochs.jsonl", [{**to_json(line), **before} for line in epochs])
-        folder.write_lines("windows.jsonl", [{**before, **verdict.record()} for verdict in verdicts])
+        before: dict[str, Any] = {"attempt": ATTEMPT, "phase": Phase.FULL.value}
+        folder.write_records(NormsLine, [replace(line, attempt=ATTEMPT) for line in record.epochs if line.epoch < epoch])
+        folder.write_records(EpochLine, [replace(line, attempt=ATTEMPT) for line in trunk.epochs() if line.epoch < epoch])
+        folder.write_records(WindowLine, [WindowLine(**before, **verdict.record()) for verdict in verdicts])
         times = [event.time for event in trunk.events() if event.epoch < epoch]
-        content = {**before, "event": "fork", "epoch": epoch, "trunk": str(trunk)}
-        folder.write_lines("events.jsonl", [{**content, "time": time} for time in (min(times), max(times))])
+        begin_and_end = [Fork(**before, time=time, epoch=epoch, trunk=str(trunk)) for time in (min(times), max(times))]
+        folder.write_records(Event, begin_and_end)
         folder.write_json("data.json", trunk.read_json("data.json"))  # `train` then refuses other images
         checkpoint = kept.load(name)
         checkpoint.state |= {"phases": schedule.state_dict(), "fork": True}

@@ -21,7 +21,8 @@ from prelora_ray.config import Settings
 from prelora_ray.errors import InterruptedRunError, WorkError, one_line
 from prelora_ray.fault_tolerance.lock import HeldRunError
 from prelora_ray.fault_tolerance.ray_private import let_trials_be_stopped, release, release_groups_of_dead_actors
-from prelora_ray.records import BEGINNINGS
+from prelora_ray.ray_session import ray_session
+from prelora_ray.records import reservations
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
 from prelora_ray.sweep.cost import straight_hours
@@ -30,7 +31,6 @@ from prelora_ray.sweep.outcome import outcome
 from prelora_ray.sweep.replay import read_record
 from prelora_ray.sweep.result import is_finished, read_notes, summarize_sweep, write_note
 from prelora_ray.sweep.settings import Plan, Range, Setting, SweepSettings, without_effect
-from prelora_ray.train.ray_session import ray_session
 from prelora_ray.train.run import train
 
 logger = logging.getLogger(__name__)
@@ -231,8 +231,7 @@ class _Ends(tune.Callback):
         if ended == "failed" and note["message"] is None:
             note = write_note(self._plan, setting, message="its process died")
         if ended == "stopped":
-            events = (RunFolder(self._plan.folder) / name).events()
-            self._reserved += [event.reservation for event in events if isinstance(event, BEGINNINGS) and event.reservation]
+            self._reserved += reservations((RunFolder(self._plan.folder) / name).events())
         top1 = trial.last_result.get("val_top1") if trial.last_result else None
         told = note["message"] or ("no top-1 yet" if top1 is None else f"top-1 {top1:.1%}")
         self._done += 1

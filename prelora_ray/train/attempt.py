@@ -219,8 +219,7 @@ class WorkerAttempt:
         return is_trunk and (epoch + 1) % self.settings.method.window_epochs == 0
 
     def _fail(self, message: str) -> None:
-        if self.rank == 0:
-            message = f"{message}; {self._last_good()}"
+        message = f"{message}; {self._last_good()}"
         self._recorder.failed(message)
         with contextlib.suppress(OSError):
             self._end("failed", message)

@@ -49,7 +49,7 @@ from prelora_ray.records import (
     WindowClosed,
     WindowLine,
 )
-from prelora_ray.run_folder import LineWriter, RunFolder, RunRecords
+from prelora_ray.run_folder import LineWriter, RecordWriter, RunFolder
 from prelora_ray.train.found_sizes import write_found
 
 _SAMPLES_SECONDS = 2.0
@@ -175,7 +175,7 @@ class RankZeroRecorder(Recorder):
     ) -> None:
         super().__init__(folder, settings, 0, point.attempt, watchdog)
         self._state = state
-        self._records = RunRecords(folder)
+        self._records = RecordWriter(folder)
         self._telling = Background()
         self._wrote_ranks = False
         self._found_sizes: dict[Phase, int] = {}

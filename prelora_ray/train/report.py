@@ -23,7 +23,7 @@ def report(line: EpochLine, decision: Decision, state: TrainState, pointer: dict
     phases, method, verdict = state.phases, state.settings.method, decision.verdict
     metrics = {
         **to_json(line),
-        "trainable_fraction": line.trainable_parameters / line.parameters,
+        "trainable_fraction": line.trainable_fraction,
         "next_phase": phases.phase.value,
         "switch_epoch": phases.switched_at,
         "freeze_epoch": phases.frozen_at,

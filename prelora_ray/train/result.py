@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from prelora_ray.records import Event, Freeze, Switch, phase_summaries, rank_counts, top1s
+from prelora_ray.records import Event, Freeze, Switch, last_top1, phase_summaries, rank_counts, top1s
 from prelora_ray.run_folder import RunFolder
 
 
@@ -16,15 +16,15 @@ def summarize(folder: RunFolder) -> dict[str, Any]:
     ever held until then.
     """
     epochs, events = folder.epochs(), folder.events()
-    phases, validated = phase_summaries(epochs), top1s(epochs)
+    phases = phase_summaries(epochs)
     switched = [event.switch_epoch for event in events if isinstance(event, Switch)]
     frozen = [event.freeze_epoch for event in events if isinstance(event, Freeze)]
     return {
         "epochs": epochs[-1].epoch + 1,
         "switch_epoch": switched[-1] if switched else None,
         "freeze_epoch": frozen[-1] if frozen else None,
-        "val_top1": validated[-1] if validated else None,
-        "best_val_top1": max(validated, default=None),
+        "val_top1": last_top1(epochs),
+        "best_val_top1": max(top1s(epochs), default=None),
         "images_per_second": {phase: summary.images_per_second for phase, summary in phases.items()},
         "peak_memory_bytes": {phase: summary.peak_memory_bytes for phase, summary in phases.items()},
         "trainable_fraction": {phase: summary.trainable_fraction for phase, summary in phases.items()},

@@ -43,9 +43,10 @@ from prelora_ray.monitor.client import finish
 from prelora_ray.monitor.exporter import start_exporter
 from prelora_ray.monitor.telemetry import run_label
 from prelora_ray.nodes import check_seen_by_all_nodes
+from prelora_ray.ray_session import ray_session
+from prelora_ray.records import reservations
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage, once_reachable
-from prelora_ray.train.ray_session import ray_session
 from prelora_ray.train.result import summarize
 from prelora_ray.train.worker import train_worker
 
@@ -271,8 +272,7 @@ def _fit_again_and_again(
     while True:
         _wait_for_storage(folder, workers)
         check_lock()  # before anything of another driver's is given back or removed
-        reserved = [line["reservation"] for line in folder.read_lines("events.jsonl") if "reservation" in line]
-        if reserved:
+        if reserved := reservations(folder.events()):
             release(reserved[-1])
         remove_end(folder)
         try:

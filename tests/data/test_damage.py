@@ -149,6 +149,15 @@ def test_a_mended_shard_is_as_before(folder, digits):
     assert prelora_here("doctor", str(folder)).returncode == 0
 
 
+def test_a_manifest_without_a_split_is_told(folder):
+    content = json.loads((folder / "manifest.json").read_text())
+    del content["splits"]["val"]
+    (folder / "manifest.json").write_text(json.dumps(content))
+    result = prelora_here("doctor", str(folder))
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "manifest.json is damaged: prepare the folder again" in result.stderr
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"schema": 2}', '{"schema": 2, "classes": 5, "splits": {}, "bad": 0}'])
 def test_a_damaged_manifest_is_told(tmp_path, content):
     (tmp_path / "manifest.json").write_text(content)

@@ -335,7 +335,7 @@ def test_shards_of_other_settings_do_not_stay(tree: Path, tmp_path: Path):
 PREPARE = """
 import sys
 from prelora_ray.data.prepare import PrepareSettings, prepare
-from prelora_ray.train.ray_session import ray_session
+from prelora_ray.ray_session import ray_session
 with ray_session():
     prepare(sys.argv[1], sys.argv[2], PrepareSettings(shard_rows=40))
 """

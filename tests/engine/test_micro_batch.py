@@ -70,7 +70,7 @@ def test_a_step_leaves_room_for_a_snapshot_in_every_phase(tmp_path):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU takes the whole share: there is nothing to search")
 def test_the_largest_that_fits_is_found_and_changes_no_gradient():
-    def stepper(micro_batch: object) -> TrainStep:
+    def train_step(micro_batch: object) -> TrainStep:
         settings = parse_settings(
             {
                 "name": "x",
@@ -91,24 +91,24 @@ def test_the_largest_that_fits_is_found_and_changes_no_gradient():
     limit = 10 * 2**30
     torch.cuda.set_per_process_memory_fraction(limit / total)
     try:
-        found = stepper("auto")
+        found = train_step("auto")
         assert found.wants_search
         found.search(batch)
         size = found.found_sizes[Phase.FULL]
         assert size < 256 and size in micro_batch_sizes(256, 8)
         assert not found.wants_search
         found.train(batch)
-        another = stepper("auto")
+        another = train_step("auto")
         torch.cuda.set_per_process_memory_fraction(2**31 / total)  # less than what is to stay free
         with pytest.raises(MemoryShortageError, match=r"data\.cell = 8 is not allowed on a GPU of"):
             another.search(batch)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    larger = stepper(min(s for s in micro_batch_sizes(256, 8) if s > size))
+    larger = train_step(min(s for s in micro_batch_sizes(256, 8) if s > size))
     torch.cuda.reset_peak_memory_stats()
     larger.train(batch)
     assert torch.cuda.max_memory_allocated() > limit - 0.05 * total
-    whole = stepper(None)
+    whole = train_step(None)
     whole.train(batch)
     for (name, one), (_, other) in zip(found.state.model.named_parameters(), whole.state.model.named_parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5, msg=name)

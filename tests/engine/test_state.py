@@ -79,6 +79,16 @@ def test_nothing_changes_a_snapshot(phase):
     assert_same_bits(snapshot, kept)
 
 
+@pytest.mark.parametrize("phase", Phase)
+def test_no_change_of_phase_is_to_come_in_a_runs_own_snapshot(phase):
+    """As it would be in a trunk's, which a fork begins with."""
+    state = train_state()
+    enter(state, phase)
+    resumed = train_state(checkpoint=state.snapshot([], holds_base=False))
+    assert resumed.fork is None and resumed.phases.phase is phase
+    assert_same_bits(resumed.snapshot([], holds_base=False), state.snapshot([], holds_base=False))
+
+
 def test_a_snapshot_leaves_out_the_base_that_the_run_folder_holds():
     state = train_state()
     enter(state, Phase.WARMUP)

@@ -45,7 +45,7 @@ def settings(
     )
 
 
-def stepper(settings: Settings) -> TrainStep:
+def train_step(settings: Settings) -> TrainStep:
     plan = stream_plan(settings, MANIFEST, 0, 1)
     return TrainStep(TrainState(settings, 10, 1, torch.device("cpu"), 1), plan)
 
@@ -71,8 +71,8 @@ def gradients_of_a_step(step: TrainStep, content: Batch) -> dict[str, torch.Tens
 
 @pytest.mark.parametrize(("micro_batch", "channels"), [(None, 3), (4, 3), (8, 3), (16, 3), (8, 1)])
 def test_gradient_is_the_mean_over_the_global_batch(tmp_path, micro_batch, channels):
-    step = stepper(settings(tmp_path, channels, micro_batch=micro_batch))
-    reference = stepper(settings(tmp_path, channels)).state.model
+    step = train_step(settings(tmp_path, channels, micro_batch=micro_batch))
+    reference = train_step(settings(tmp_path, channels)).state.model
     content = batch(IDS)
     gradients = gradients_of_a_step(step, content)
     filled = torch.from_numpy(IDS >= 0)
@@ -94,7 +94,7 @@ def test_mixing_label_smoothing_and_drop_path_are_the_same_in_every_micro_batch(
     """Image by image, and the loss as torch's own cross entropy has it."""
     augment = {"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1}
     run = settings(tmp_path, augment=augment, drop_path=0.5, micro_batch=micro_batch)
-    step, reference, content = stepper(run), stepper(run).state, batch(IDS)
+    step, reference, content = train_step(run), train_step(run).state, batch(IDS)
     gradients = gradients_of_a_step(step, content)
 
     key = (run.train.seed, 0, 0, range(6), 4)
@@ -124,7 +124,7 @@ def test_mixing_label_smoothing_and_drop_path_are_the_same_in_every_micro_batch(
 
 
 def test_evaluation_counts_every_filled_slot_once(tmp_path):
-    step = stepper(settings(tmp_path, micro_batch=8))
+    step = train_step(settings(tmp_path, micro_batch=8))
     content = batch(IDS)
     result = step.evaluate([content, content])
     filled = torch.from_numpy(IDS >= 0)
@@ -138,7 +138,7 @@ def test_evaluation_counts_every_filled_slot_once(tmp_path):
 
 
 def test_clipping_against_torch(tmp_path):
-    step = stepper(settings(tmp_path, clip_norm=0.01))
+    step = train_step(settings(tmp_path, clip_norm=0.01))
     norms = []
     step.state.optimizer.register_step_pre_hook(
         lambda *_: norms.append(torch.stack([p.grad.norm() for p in step.state.model.parameters()]).norm().item())
@@ -151,7 +151,7 @@ def test_merged_adapters_train_as_the_plain_ones_do(tmp_path):
     """Through both changes of phase, in float64: what is held of the weights is brought up to date at every step."""
     trained, losses = [], []
     for adapters in ("plain", "merged"):
-        step = stepper(settings(tmp_path, adapters=adapters, learning_rate=0.01, micro_batch=8))
+        step = train_step(settings(tmp_path, adapters=adapters, learning_rate=0.01, micro_batch=8))
         state = step.state
         ranks = {target.name: 2 << i % 3 for i, target in enumerate(state.targets)}
         for phase in Phase:
@@ -167,7 +167,7 @@ def test_merged_adapters_train_as_the_plain_ones_do(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_names_its_step_and_phase(tmp_path):
-    step = stepper(settings(tmp_path))
+    step = train_step(settings(tmp_path))
     step.train(batch(IDS))
     step.check_finite()
     step.state.batch = 1
@@ -180,7 +180,7 @@ def test_a_loss_that_is_not_finite_names_its_step_and_phase(tmp_path):
 
 
 def test_a_gradient_that_overflows_is_not_finite_either(tmp_path):
-    step = stepper(settings(tmp_path))
+    step = train_step(settings(tmp_path))
     with torch.no_grad():
         step.state.model.head.weight *= 1e160  # the squares of its gradients are beyond float64
     gradients = gradients_of_a_step(step, batch(IDS))

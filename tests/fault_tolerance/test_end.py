@@ -7,9 +7,11 @@ import pytest
 from prelora_ray.errors import InterruptedRunError
 from prelora_ray.fault_tolerance.checkpoint import Checkpoints
 from prelora_ray.fault_tolerance.end import FILE, End, read_end, remove_end, write_end
+from prelora_ray.records import EpochLine, Event
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.train.run import TrainError, check_finished
 from tests.fault_tolerance.test_checkpoint import checkpoint
+from tests.lines import epoch_line, event
 
 EPOCHS = 12
 
@@ -19,8 +21,8 @@ def folder(tmp_path) -> RunFolder:
     """A run of 12 epochs, the last 2 of which are in its records and in no checkpoint."""
     folder = RunFolder(tmp_path)
     Checkpoints(folder).save(checkpoint(10))
-    folder.write_lines("epochs.jsonl", ({"attempt": 0, "epoch": epoch} for epoch in range(EPOCHS)))
-    folder.write_lines("events.jsonl", [{"attempt": 0, "event": "checkpoint", "epoch": EPOCHS}])
+    folder.write_records(EpochLine, map(epoch_line, range(EPOCHS)))
+    folder.write_records(Event, [event("checkpoint", EPOCHS, checkpoint="x", seconds=1.0)])
     return folder
 
 

@@ -151,8 +151,8 @@ def fail_as_named(config: dict[str, Any]) -> None:
     if name == "fails-at-its-start":
         config["settings"]["model"]["options"] = {"embed_dim": "wide"}
 
-    def step(stepper: TrainStep, batch: Any) -> None:
-        if stepper.state.step == 3:
+    def step(train_step: TrainStep, batch: Any) -> None:
+        if train_step.state.step == 3:
             match name:
                 case "fails-alike":
                     torch.zeros(2, 3) @ torch.zeros(2, 3)
@@ -162,7 +162,7 @@ def fail_as_named(config: dict[str, Any]) -> None:
                     raise OSError(5, "Input/output error")
                 case "fails-otherwise" if _attempts(folder, name) <= 2:
                     raise RuntimeError(f"attempt {_attempts(folder, name)}")
-        train_step(stepper, batch)
+        train_step(train_step, batch)
 
     TrainStep.train = step
     try:

@@ -17,7 +17,7 @@ from prelora_ray.fault_tolerance.end import End, write_end
 from prelora_ray.fault_tolerance.notices import STOP_FILE
 from prelora_ray.method.phases import Phase
 from prelora_ray.monitor.tensorboard import TensorBoardLog
-from prelora_ray.run_folder import RunFolder, RunRecords
+from prelora_ray.run_folder import RecordWriter, RunFolder
 from prelora_ray.train.found_sizes import read_found, write_found
 from prelora_ray.train.run import TrainError, stop_on_sigterm, train, write_result
 from tests.disk import Disk
@@ -40,7 +40,7 @@ def folder(disk: Disk) -> RunFolder:
 @pytest.mark.parametrize("inodes", [False, True])
 def test_records_wait_for_room_in_their_order(disk, folder, inodes):
     disk.fill(inodes=inodes)
-    records, board = RunRecords(folder), TensorBoardLog(folder, attempt=0, epoch=0)
+    records, board = RecordWriter(folder), TensorBoardLog(folder, attempt=0, epoch=0)
     for epoch in range(LINES):
         records.write(event("stop", epoch))
         records.write(epoch_line(epoch))
@@ -61,21 +61,21 @@ def test_records_wait_for_room_in_their_order(disk, folder, inodes):
 
 def test_a_failed_save_leaves_no_part_of_itself(disk, folder):
     """The model's tensors have room, and the optimizer's have not."""
-    saver = AsyncCheckpointer(Checkpoints(folder), Retention(keep=1))
-    saver.start(lambda: checkpoint(1))
-    saver.wait()
+    checkpointer = AsyncCheckpointer(Checkpoints(folder), Retention(keep=1))
+    checkpointer.start(lambda: checkpoint(1))
+    checkpointer.wait()
     large = checkpoint(2)
     large.optimizer["head.weight"]["exp_avg"] = torch.zeros(20 * 2**18)
-    saver.start(lambda: large)
-    saver.wait()
-    assert saver.failure is not None and "No space left on device" in saver.failure
+    checkpointer.start(lambda: large)
+    checkpointer.wait()
+    assert checkpointer.failure is not None and "No space left on device" in checkpointer.failure
     assert sorted(path.name for path in (disk.path / "run/checkpoints").iterdir()) == ["00001-000000", "base.safetensors"]
     disk.fill()
-    saver.start(lambda: checkpoint(3))
-    saver.wait()
-    assert saver.failure is not None
+    checkpointer.start(lambda: checkpoint(3))
+    checkpointer.wait()
+    assert checkpointer.failure is not None
     disk.free()
-    saver.retry()
+    checkpointer.retry()
     assert Checkpoints(folder).newest()[0].name == "00003-000000"
 
 

@@ -8,7 +8,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from prelora_ray.monitor.tensorboard import TensorBoardLog
-from prelora_ray.records import EpochLine, WindowLine, to_json
+from prelora_ray.records import EpochLine, WindowLine
 from prelora_ray.run_folder import RunFolder
 from tests.lines import epoch_line
 
@@ -45,6 +45,6 @@ def test_what_a_later_attempt_trains_again_replaces_what_was_written_before(fold
 
 
 def test_a_fork_begins_with_its_trunks_epochs(folder):
-    folder.write_lines("epochs.jsonl", [to_json(epoch_line(epoch, loss=2.0 - epoch, attempt=-1)) for epoch in range(2)])
+    folder.write_records(EpochLine, [epoch_line(epoch, loss=2.0 - epoch, attempt=-1) for epoch in range(2)])
     TensorBoardLog(folder, attempt=0, epoch=2).epoch(line(2, 0.25))
     assert [event.value for event in read(folder).Scalars("loss/train")] == [2.0, 1.0, 0.25]

@@ -19,6 +19,7 @@ def test_a_fork_ends_with_the_bits_of_the_straight_run(trunk, digits, storage, u
     run, straight = settings(digits, storage, "forked", 1), undisturbed(1)
     assert fork(trunk, run) == SWITCH
     assert fork(trunk, run) == SWITCH  # the second time does nothing
+    assert RunFolder.of(run).read_json("data.json") == trunk.read_json("data.json")  # so that it refuses other images
     result = train(run)
     assert (result["switch_epoch"], result["freeze_epoch"], result["restarts"]) == (SWITCH, FREEZE, 0)
     assert_same_bits(final(run), final(straight))
