@@ -146,7 +146,7 @@ def test_a_failure_travels_between_processes():
 
 def fail_as_named(config: dict[str, Any]) -> None:
     """The worker, whose start or step 3 raises what the run's name asks for."""
-    train_step = TrainStep.train
+    untouched = TrainStep.train
     name, folder = config["settings"]["name"], config["settings"]["storage"]
     if name == "fails-at-its-start":
         config["settings"]["model"]["options"] = {"embed_dim": "wide"}
@@ -162,13 +162,13 @@ def fail_as_named(config: dict[str, Any]) -> None:
                     raise OSError(5, "Input/output error")
                 case "fails-otherwise" if _attempts(folder, name) <= 2:
                     raise RuntimeError(f"attempt {_attempts(folder, name)}")
-        train_step(train_step, batch)
+        untouched(train_step, batch)
 
     TrainStep.train = step
     try:
         train_worker(config)
     finally:
-        TrainStep.train = train_step
+        TrainStep.train = untouched
 
 
 def _attempts(storage: str, name: str) -> int:
