@@ -25,7 +25,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from prelora_ray.data.encode import encode
-from prelora_ray.data.prepare import PrepareSettings, prepare
+from prelora_ray.data.prepare import prepare
+from prelora_ray.data.prepare_settings import PrepareSettings
 from prelora_ray.ray_session import ray_session
 
 

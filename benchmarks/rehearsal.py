@@ -26,8 +26,8 @@ from prelora_ray.config_file import parse_settings
 from prelora_ray.data import stream
 from prelora_ray.data.batch import Pass, StreamPlan
 from prelora_ray.data.manifest import Manifest, Shard
-from prelora_ray.data.prepare import PrepareSettings
 from prelora_ray.data.prepare import plan as plan_tasks
+from prelora_ray.data.prepare_settings import PrepareSettings
 from prelora_ray.data.sources import Columns, Splits
 from prelora_ray.data.sources.files import File
 from prelora_ray.data.sources.folder import open_folders

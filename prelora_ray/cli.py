@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from prelora_ray.bench import commands as bench
+from prelora_ray.data.prepare_settings import PrepareSettings
 from prelora_ray.errors import InterruptedRunError, UserError, WorkError
 from prelora_ray.json_output import Json, print_json
+from prelora_ray.options import options_of
 
 if TYPE_CHECKING:
     from prelora_ray.config import MethodSettings
@@ -104,44 +106,24 @@ def sweep(
 
 
 @app.command()
+@options_of(PrepareSettings)
 def prepare(
     source: Annotated[
         str, typer.Argument(help="`digits`; a folder of images, tars, Parquet or IDX files; or one tar, Parquet file or table.")
     ],
     out: Annotated[str, typer.Argument(help="Folder that the prepared images go into.")],
-    val_fraction: Annotated[float, typer.Option(help="Share of each class held out where the source has no val.")] = 0.2,
-    size: Annotated[int, typer.Option(help="Longest shorter side of a stored image, in pixels.")] = 256,
-    max_bad: Annotated[float, typer.Option(help="Largest share of unreadable images before the job fails.")] = 0.001,
-    max_overlap: Annotated[float, typer.Option(help="Largest share of val that is in train too before the job fails.")] = 0.01,
-    seed: Annotated[int, typer.Option(help="Seed of the held-out choice and the rows' order.")] = 0,
-    quality: Annotated[int, typer.Option(help="JPEG quality of images that are encoded anew.")] = 92,
-    train_split: Annotated[str | None, typer.Option(help="Pattern of the files or folders that train.")] = None,
-    val_split: Annotated[str | None, typer.Option(help="Pattern of the files or folders that validate.")] = None,
-    image_column: Annotated[str | None, typer.Option(help="Column of images, in a Parquet file or a table.")] = None,
-    label_column: Annotated[str | None, typer.Option(help="Column of labels.")] = None,
+    *,
     as_json: Json = False,
+    settings: PrepareSettings,
 ) -> None:
     """Turn images into the Parquet files that training streams."""
     from prelora_ray import console
     from prelora_ray.config import absolute_source
-    from prelora_ray.data.prepare import PrepareSettings
     from prelora_ray.data.prepare import prepare as run
     from prelora_ray.nodes import check_seen_by_all_nodes
     from prelora_ray.ray_session import ray_session
     from prelora_ray.storage import absolute
 
-    settings = PrepareSettings(
-        val_fraction=val_fraction,
-        size=size,
-        max_bad=max_bad,
-        max_overlap=max_overlap,
-        seed=seed,
-        quality=quality,
-        train_split=train_split,
-        val_split=val_split,
-        image_column=image_column,
-        label_column=label_column,
-    )
     start = time.monotonic()
     with ray_session(debug=_debug), console.progress("images") as show:
         place, folder = absolute_source(source), absolute(out)

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import re
 import statistics
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from prelora_ray.method.architecture import FAMILIES
 from prelora_ray.method.convergence import NormStatistic
 from prelora_ray.method.phases import Freeze
 from prelora_ray.method.ranks import PATTERN_RANKS, Normalize, is_pattern_rank, rank_choices
+from prelora_ray.section import Acts, Count, NotNegative, Positive, Section, Share, Whole
 from prelora_ray.storage import NO_KEYS, absolute, without_keys
-
-Count = Annotated[int, Field(ge=1, strict=True)]
-Whole = Annotated[int, Field(ge=0, strict=True)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 def _for_each_channel(values: tuple[float, ...]) -> tuple[float, ...]:
@@ -29,23 +23,6 @@ def _for_each_channel(values: tuple[float, ...]) -> tuple[float, ...]:
 
 
 ForEachChannel = AfterValidator(_for_each_channel)
-
-
-@dataclass(frozen=True)
-class Acts:
-    """Marks a key, or a section for the keys in it, with when it acts on what a run computes; `acts` tells.
-
-    `always` is from the start on, and needs no mark; `switch` is from the switch on, so that forks of one trunk may differ
-    in it; `never` is speed, place and watching, which may change whenever a run is resumed.
-    """
-
-    when: Literal["always", "switch", "never"]
-
-
-class Section(BaseModel):
-    """Settings with a sentence under each key; an unknown key is a mistake."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 def _check_folder_name(name: str) -> str:
@@ -74,7 +51,7 @@ class ModelSettings(Section):
     """Side of the square image that the model takes, in pixels."""
     drop_path: Share = 0.0
     """Stochastic depth: the last block's probability of leaving out a residual branch; earlier blocks have less."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of `timm.create_model`, such as `patch_size` or `depth`; `in_chans: 1` takes images as grey values."""
     init_from: Address | None = None
     """A timm checkpoint that the run starts from, a file or an address in a bucket; null draws the weights."""

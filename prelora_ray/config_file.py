@@ -13,8 +13,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from prelora_ray.config import MethodSettings, Section, Settings
+from prelora_ray.config import MethodSettings, Settings
 from prelora_ray.errors import UserError, one_line
+from prelora_ray.section import Section
 from prelora_ray.storage import without_keys
 
 SectionT = TypeVar("SectionT", bound=Section)

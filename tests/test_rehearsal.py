@@ -22,8 +22,8 @@ from benchmarks.rehearsal import SIZES, NoImages, made_up_plan
 from prelora_ray.config_file import parse_settings
 from prelora_ray.data import stream
 from prelora_ray.data.batch import Batch, Pass, StreamPlan
-from prelora_ray.data.prepare import PrepareSettings
 from prelora_ray.data.prepare import plan as plan_tasks
+from prelora_ray.data.prepare_settings import PrepareSettings
 from prelora_ray.data.sources import Item, Source
 from prelora_ray.data.sources.folder import FileReader
 from prelora_ray.engine.state import TrainState

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from prelora_ray.data.draws import Draw, generator
 from prelora_ray.data.encode import BadImageError, encode, is_other_file
 from prelora_ray.data.manifest import SCHEMA_VERSION, Counts, Manifest, Shard, Skipped, Split, is_prepared, write_manifest
+from prelora_ray.data.prepare_settings import PrepareSettings
 from prelora_ray.data.sources import Columns, Item, Reader, Source, Splits, open_source
 from prelora_ray.data.sources.source import ending
 from prelora_ray.data.stream import quiet_data_context
@@ -37,50 +38,6 @@ from prelora_ray.storage import Storage
 _SHARDS_PER_BUFFER = 8
 _DIGEST_BYTES = 8
 _EXAMPLES = 3
-
-
-@dataclass(frozen=True)
-class PrepareSettings:
-    val_fraction: float = 0.2
-    """Share of each class held out for validation, where the source has no validation images of its own."""
-    size: int = 256
-    """Longest that the shorter side of a stored image may be, in pixels; larger images are reduced."""
-    max_bad: float = 0.001
-    """Largest share of unreadable images before the job fails."""
-    max_overlap: float = 0.01
-    """Largest share of validation images that are among the training images too, before the job fails."""
-    seed: int = 0
-    """Seed of the held-out choice and of the rows' order."""
-    quality: int = 92
-    """JPEG quality of images that are encoded anew; images with a side of up to 64 pixels become PNG, which is lossless."""
-    train_split: str | None = None
-    """Pattern of the files or folders that train, where their names have no word such as `train`."""
-    val_split: str | None = None
-    """Pattern of the files or folders that validate, where their names have no word such as `val` or `test`."""
-    image_column: str | None = None
-    """Column of a table or Parquet file that holds images or their files; None takes a usual name, such as `image`."""
-    label_column: str | None = None
-    """Column that holds labels; None takes a usual name, such as `label`."""
-    max_pixels: int = 100_000_000
-    """Most pixels of a source image; a larger one is taken for a decompression bomb and counts as unreadable."""
-    shard_rows: int = 2048
-    """Images in a Parquet file."""
-    row_group_bytes: int = 2**20
-    """Encoded bytes in a row group, about: the unit that training reads."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.val_fraction < 1:
-            raise UserError(f"--val-fraction {self.val_fraction} is not allowed: it must lie between 0 and 1")
-        for name in ("max_bad", "max_overlap"):
-            if not 0 <= getattr(self, name) <= 1:
-                option = f"--{name.replace('_', '-')} {getattr(self, name)}"
-                raise UserError(f"{option} is not allowed: it must lie in 0 to 1")
-        if self.size < 1:
-            raise UserError(f"--size {self.size} is not allowed: it is a number of pixels, at least 1")
-        if not 1 <= self.quality <= 100:
-            raise UserError(f"--quality {self.quality} is not allowed: it must lie in 1 to 100")
-        if self.seed < 0:
-            raise UserError(f"--seed {self.seed} is not allowed: it is a whole number from 0 on")
 
 
 class PrepareError(WorkError):
@@ -131,7 +88,7 @@ def prepare(
             for split in dict.fromkeys(task.split for task in tasks)
         },
         bad=len(bad),
-        settings={"source": source, **asdict(settings)},
+        settings={"source": source, **settings.model_dump()},
         counts=_count(source, opened, tasks, written, settings, len(copies)),
     )
     _remove_stale(folder, {task.file for task in tasks})
@@ -383,7 +340,7 @@ class ShardTask:
 
     def _fingerprint(self) -> str:
         """Changes with anything that the shard is made from."""
-        content = [SCHEMA_VERSION, repr(self.reader), repr(self.items), repr(asdict(self.settings))]
+        content = [SCHEMA_VERSION, repr(self.reader), repr(self.items), repr(self.settings.model_dump())]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

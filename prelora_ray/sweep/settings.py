@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from prelora_ray.config import Address, Count, FolderName, MethodSettings, Section, Settings, Whole, acts, with_absolute_paths
+from prelora_ray.config import Address, FolderName, MethodSettings, Settings, acts, with_absolute_paths
 from prelora_ray.config_file import load_settings, parse_section, parse_settings, read_named
+from prelora_ray.section import Count, Section, Whole
 
 Setting = dict[str, Any]
 """A value for each key that a sweep searches, such as {"method.tau": 0.5, "method.r_max": 32}."""
