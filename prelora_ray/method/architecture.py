@@ -99,7 +99,7 @@ def blocks_of(model: nn.Module) -> nn.Sequential | nn.ModuleList:
 
 
 def parameters_in_front(model: nn.Module, layer: int) -> list[nn.Parameter]:
-    """Those of all that an image goes through before it comes to block `layer`."""
+    """Parameters of all that an image passes before block `layer`."""
     children = [name for name, _ in model.named_children()]  # timm registers them in the order of its forward
     behind = {f"blocks.{i}" for i in range(layer, len(blocks_of(model)))} | set(children[children.index("blocks") + 1 :])
     return [

@@ -85,7 +85,7 @@ class PhaseSchedule:
         return Decision(verdict, switch, freeze)
 
     def enter(self, phase: Phase, ranks: dict[str, int] | None, completed: int) -> Decision:
-        """Goes on in a later phase after `completed` epochs, whatever the test says; from full on with these `ranks`."""
+        """Enters a later phase after `completed` epochs, whatever the test says; on leaving full, with `ranks`."""
         switches = self.phase is Phase.FULL and phase is not Phase.FULL
         freezes = self.phase is not Phase.LORA and phase is Phase.LORA
         if switches:
