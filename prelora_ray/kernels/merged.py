@@ -1,10 +1,10 @@
 """A linear layer with low-rank adapters as one product.
 
-With W (out, in), A (rank, in) and B (out, rank) the layer applies W + s B A, which is added in the parameters' own format and
-rounded once to that of the product: rounding W first would hide a small s B A.
+With W (out, in), A (rank, in) and B (out, rank) the layer applies W + s B A. The sum is taken in the parameters' own
+format and rounded once to that of the product: rounding W first would hide a small s B A.
 
-Once W is frozen, a step needs x A' and dy B for the adapters' gradients, and both ride along in the two large products, so
-that no activation is read a second time for them:
+Once W is frozen, a step needs x A' and dy B for the adapters' gradients. The two large products compute both, so that
+no activation is read a second time for them:
 
     M = [ W + s B A   B ]      x  M[:, :in]'  = [ y    x A' ]
         [ A           0 ]      dy M[:out, :]  = [ dx   dy B ]
@@ -12,8 +12,8 @@ that no activation is read a second time for them:
     dA = s (dy B)' x
     dB = s dy' (x A')
 
-M keeps room for `width` rows of A and columns of B, of which those beyond the rank stay zero: layers of one shape and different
-ranks then compute alike, so that one compiled block of fixed sizes serves them all.
+M has room for `width` rows of A and columns of B, of which those beyond the rank stay zero. Layers of one shape and
+different ranks then compute alike, so that one compiled block of fixed sizes serves them all.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def merged_linear(
 ) -> torch.Tensor:
     """x (..., in) to x (W + s B A)' + bias, (..., out) in `dtype`, the number format of the product.
 
-    For a `weight` (out, in) that trains: its gradient, taken once over the rows of x, gives those of `a` (rank, in) and `b`
-    (out, rank), which see no row of x.
+    For a `weight` (out, in) that trains: the gradients of `a` (rank, in) and `b` (out, rank) follow from its own, which
+    is taken over the rows of x once.
     """
     with torch.autocast(x.device.type, enabled=False):
         merged = torch.addmm(weight, b, a, alpha=scaling).to(dtype)
@@ -48,8 +48,7 @@ def merged_linear(
 class FrozenProduct(nn.Module, ABC):
     """x (..., in) to x (W + s B A)' + bias, (..., out), for a frozen W and bias.
 
-    Holds W + s B A, A and B in the form of its products. `refresh` brings that up to date: once after every change of W, A or
-    B.
+    Holds W + s B A, A and B in the form of its products. Call `refresh` after every change of W, A or B.
     """
 
     def __init__(self, width: int) -> None:
@@ -79,7 +78,7 @@ class FrozenProduct(nn.Module, ABC):
         b: torch.Tensor,
         scaling: float,
     ) -> torch.Tensor:
-        """As `merged_linear`; of all but x the gradients matter alone, as the values are those of the last `refresh`."""
+        """As `merged_linear`, with the values of the last `refresh`: `a` and `b` are there for their gradients."""
         with torch.autocast(x.device.type, enabled=False):
             return self.multiply(x.reshape(-1, x.shape[-1]), *self.padded(a, b), scaling).view(*x.shape[:-1], -1)
 
@@ -120,7 +119,7 @@ def frozen_bias(weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor
 
 
 class _Product(torch.autograd.Function):
-    """y, with gradients for x, A and B. `a` and `b` stand there for their gradients: their values are in `matrix`."""
+    """y, with gradients for x, A and B. `a` and `b` are there for their gradients: their values are in `matrix`."""
 
     @staticmethod
     def forward(
