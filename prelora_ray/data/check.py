@@ -24,7 +24,7 @@ def check_prepared(folder: Storage, on_progress: Callable[[int, int], None] = la
     manifest = parse_manifest(folder)
     shards = [shard for shards in manifest.splits.values() for shard in shards]
     findings: list[str] = []
-    # Threads will do: hashing and decoding run without Python's lock.
+    # Threads suffice: hashing and decoding release Python's lock.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = pool.map(lambda shard: list(_check_shard(folder, shard, len(manifest.classes))), shards)
         for done, of_shard in enumerate(found, 1):

@@ -1,9 +1,9 @@
 """Source images to prepared Parquet, as a Ray Data job over all CPUs.
 
-The rows of each split are put into a seeded shuffle, so that class-sorted sources do not make class-sorted row groups, and
-cut into shards. Each shard is one task and one file, written whole, with a note of what it was made from beside it; so a
-job that was killed keeps the shards that stand, one whose source has changed makes anew those that it has to, and the same
-images and settings give the same bytes. The manifest comes last.
+The rows of each split are shuffled by the seed, so that class-sorted sources do not make class-sorted row groups, and
+cut into shards. Each shard is one task and one file, written whole, with a note of what it was made from beside it. So
+a job that was killed keeps its finished shards, one whose source has changed makes only the changed shards anew, and
+the same images and settings give the same bytes. The manifest comes last.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ def prepare(
 
     `on_progress` is called with the images done and their total.
 
-    Raises UserError for a source that is none; PrepareError where more than ``settings.max_bad`` of the images cannot be
-    read, more than ``settings.max_overlap`` of the validation images are among the training images too, or a class is left
-    without a training image.
+    Raises UserError for an invalid source; PrepareError where more than ``settings.max_bad`` of the images cannot be
+    read, more than ``settings.max_overlap`` of the validation images are among the training images too, or a class is
+    left without a training image.
     """
     settings = settings or PrepareSettings()
     folder = Storage(out)
@@ -97,7 +97,7 @@ def prepare(
 
 
 def _check_is_ours(folder: Storage, source: str) -> None:
-    """Raises UserError for a folder to write into that holds other things than an earlier `prepare` has written."""
+    """Raises UserError for an output folder that holds anything but what an earlier `prepare` has written."""
     if source != "digits" and os.path.realpath(Storage(source).path) == os.path.realpath(folder.path):
         raise UserError(f"{folder.uri!r} is the source itself: give another folder for the prepared images")
     files = [name for name in (*folder.list_files(), *folder.list_folders()) if not name.startswith(".")]
@@ -106,10 +106,10 @@ def _check_is_ours(folder: Storage, source: str) -> None:
 
 
 def plan(source: Source, out: str, settings: PrepareSettings, train_too: frozenset[str] = frozenset()) -> list[ShardTask]:
-    """The tasks that prepare a source, one a shard. Each carries its own images' places, and of the source only its reader.
+    """The tasks that prepare a source, one a shard. Each carries its own images' places and the source's reader alone.
 
-    `train_too`: names of images that are not to be held out. Raises UserError where no images are left to train on or to
-    validate with.
+    `train_too`: names of images that are not to be held out. Raises UserError where no images are left to train on or
+    to validate with.
     """
     tasks = []
     for split, items in _split(source, settings, train_too).items():
@@ -120,7 +120,7 @@ def plan(source: Source, out: str, settings: PrepareSettings, train_too: frozens
 
 
 def _run(tasks: list[ShardTask], on_progress: Callable[[int, int], None]) -> list[_Written]:
-    """Runs all tasks on Ray's CPUs; what each has written, in their order."""
+    """Runs all tasks on Ray's CPUs; returns what each has written, in their order."""
     quiet_data_context()
     references = [ray.put(task) for task in tasks]
     sizes = [len(task.items) for task in tasks]
@@ -230,7 +230,7 @@ def _in_both(tasks: list[ShardTask], written: list[_Written]) -> list[tuple[Item
 
 
 def _relabeled(tasks: list[ShardTask], written: list[_Written]) -> list[tuple[Item, Item]]:
-    """Images of another class than the first that is the same byte for byte, each with that one."""
+    """Images of another class than the first image with the same bytes, each with that one."""
     digests, items = _stored(tasks, written, "train", "val")
     labels = np.array([item.label for item in items])
     _, first, number = np.unique(digests, return_index=True, return_inverse=True)
@@ -297,7 +297,7 @@ class ShardTask:
     settings: PrepareSettings
 
     def run(self) -> _Written:
-        """Writes the shard, unless it is there and made from the same."""
+        """Writes the shard, unless it is there already, made from the same images with the same settings."""
         folder = Storage(self.out)
         fingerprint = self._fingerprint()
         if (there := _read_part(folder, self.file, fingerprint)) is not None:

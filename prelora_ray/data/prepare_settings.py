@@ -19,13 +19,13 @@ class PrepareSettings(Section):
     seed: Whole = 0
     """Seed of the held-out choice and of the rows' order."""
     quality: Annotated[int, Field(ge=1, le=100)] = 92
-    """JPEG quality of images that are encoded anew; images with a side of up to 64 pixels become PNG, which is lossless."""
+    """JPEG quality of images that are encoded anew; those with a side of up to 64 pixels become lossless PNG."""
     train_split: str | None = None
     """Pattern of the files or folders that train, where their names have no word such as `train`."""
     val_split: str | None = None
     """Pattern of the files or folders that validate, where their names have no word such as `val` or `test`."""
     image_column: str | None = None
-    """Column of a table or Parquet file that holds images or their files; by default one with a usual name, such as `image`."""
+    """Column with images or their files, in a table or Parquet file; by default one named as usual, such as `image`."""
     label_column: str | None = None
     """Column that holds labels; by default one with a usual name, such as `label`."""
     max_pixels: Count = 100_000_000
