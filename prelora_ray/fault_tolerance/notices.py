@@ -17,9 +17,9 @@ from prelora_ray.run_folder import RunFolder
 STOP_FILE = "stop.json"
 """The driver's request to stop."""
 _LOOK_SECONDS = {True: 0.2, False: 3.0}
-"""Between looks for the driver's request, by whether the run folder is on a disk or in a bucket that has to be asked."""
+"""Between polls for the driver's request, by whether the run folder is on a disk; a bucket is polled less often."""
 _ROOM_SECONDS = 1.0
-"""Between looks for room to grow: Ray Train, which then starts the group again, looks every 5 s."""
+"""Between polls for room to grow: Ray Train, which then starts the group again, polls every 5 s."""
 
 
 def room_to_grow(workers: WorkerSettings, world_size: int, *, uses_gpu: bool) -> bool:
@@ -31,7 +31,7 @@ def room_to_grow(workers: WorkerSettings, world_size: int, *, uses_gpu: bool) ->
 
 
 class StopRequest:
-    """Looks for the driver's request beside the loop, as storage that cannot be reached may take its time to say so."""
+    """Polls for the driver's request beside the loop, as unreachable storage may take minutes to say so."""
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
@@ -49,7 +49,7 @@ class StopRequest:
 
 
 class Notices:
-    """What rank 0 wishes after each step."""
+    """Decides what rank 0 asks all workers for after each step."""
 
     def __init__(self, folder: RunFolder, settings: CheckpointSettings, has_room: Callable[[], bool] = lambda: False) -> None:
         """`has_room`: whether the group is about to grow, which costs what was not saved."""

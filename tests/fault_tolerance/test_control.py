@@ -1,4 +1,4 @@
-"""Rank 0's wish reaches every worker after the same step."""
+"""Rank 0's request reaches every worker after the same step."""
 
 from __future__ import annotations
 

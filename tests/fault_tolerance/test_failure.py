@@ -1,4 +1,4 @@
-"""What a user is told of a failure, and which are tried again: with Ray's own errors, and whole runs that fail."""
+"""What a user reads of a failure, and which failures are retried: with Ray's own errors, and whole runs that fail."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_of_several_workers_failures_the_one_that_caused_the_others_is_told():
     assert root_cause(ray.train.WorkerGroupError("", {0: LOST_PEER, 1: own})) == own.reason
     assert root_cause(ray.train.WorkerGroupError("", {0: LOST_PEER, 1: DEATH})).startswith("ActorDiedError: The actor died")
     assert failures_of(ray.train.WorkerGroupError("", {0: LOST_PEER, 1: own})) == [own]
-    assert failures_of(ray.train.WorkerGroupError("", {0: own, 1: DEATH})) == []  # its peer's death may be why it failed
+    assert failures_of(ray.train.WorkerGroupError("", {0: own, 1: DEATH})) == []  # its peer's death may have caused it
 
 
 def test_no_traceback_is_told(ray_cluster):

@@ -1,4 +1,4 @@
-"""One driver to a run folder, whatever became of the other."""
+"""One driver to a run folder, whatever happened to the other."""
 
 from __future__ import annotations
 
