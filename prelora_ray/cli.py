@@ -330,7 +330,7 @@ def doctor(
     path: Annotated[str, typer.Argument(help="A prepared folder, or a run folder.")],
     as_json: Json = False,
 ) -> None:
-    """Look for damage: checksums, and whether every image, record and checkpoint can be read. Exit status 1 where there is."""
+    """Look for damage: are checksums right, can every image, record and checkpoint be read? Exit status 1 if not."""
     from prelora_ray import console
     from prelora_ray.doctor import examine
 

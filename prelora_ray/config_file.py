@@ -93,7 +93,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str) -> Any:
-    """What a YAML text holds. Raises yaml.YAMLError where it is none, or holds what looks like a date or number and is none."""
+    """The content of a YAML text. Raises yaml.YAMLError where it is no YAML, or holds an invalid date or number."""
     try:
         return yaml.load(text, Loader=_UniqueKeyLoader)
     except (ValueError, KeyError, AttributeError) as error:  # of YAML's own constructors, such as for 2026-13-01

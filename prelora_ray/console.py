@@ -94,7 +94,7 @@ class _Watcher(threading.Thread):
                     self._bar.console.print(text)
             if self._folder.exists("progress.json"):
                 self._show_position(self._folder.read_progress())
-        except (OSError, ValueError):  # the next look will tell; the run itself does not depend on it
+        except (OSError, ValueError):  # the next poll will show it; the run itself does not depend on it
             pass
 
     def _new(self) -> list[records.Event | records.EpochLine]:
@@ -156,7 +156,7 @@ class _Watcher(threading.Thread):
 
 
 def prepared(manifest: Manifest) -> Iterator[str | Table]:
-    """What became of a source: how it was read, what was stored of each class, and what was left out."""
+    """What `prepare` made of a source: how it was read, what was stored of each class, and what was left out."""
     counts = manifest.counts
     if counts is None:
         return

@@ -1,4 +1,4 @@
-"""What is damaged in a prepared folder or a run folder: all that has a checksum, and all that is read again."""
+"""Looks for damage in a prepared folder or a run folder: in all that has a checksum, and in all that is read again."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from prelora_ray.run_folder import RunFolder
 def examine(path: str, on_progress: Callable[[int, int], None] = lambda done, total: None) -> list[str]:
     """What is wrong with a prepared folder or a run folder, a sentence each; none where all is whole.
 
-    `on_progress` is called with the shards or checkpoints done and their total. Raises UserError where `path` is neither.
+    `on_progress` is called with the shards or checkpoints done and their total. Raises UserError if `path` is neither.
     """
     folder = RunFolder(path)
     if folder.exists("manifest.json") and not folder.exists("state.json"):  # with that it is a checkpoint
@@ -33,7 +33,7 @@ def _check_records(folder: RunFolder) -> list[str]:
         findings.append(f"{folder}/config.yaml cannot be read: {one_line(error)}")
     for name in sorted(folder.list_files()):
         if name == STOP_FILE:
-            continue  # which is empty, and all of it
+            continue  # an empty file
         try:
             if name.endswith(".json"):
                 json.loads(folder.read_bytes(name))

@@ -5,7 +5,7 @@
       ranks.json, micro_batch.json, progress.json, end.json, result.json, checkpoints/, tensorboard/, ray/
 
 docs/run-folder.md describes every file. Lines carry an ``attempt`` that counts restarts: where two
-lines speak of the same epoch, window or batch, the later attempt stands.
+lines are of the same epoch, window or batch, the later attempt's stands.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class RunFolder(Storage):
         self.write_bytes("config.yaml", content.encode())
 
     def read_classes(self) -> tuple[str, ...]:
-        """Names of the classes that the run was begun with."""
+        """Names of the classes that the run is trained on."""
         content = self.read_json("data.json")
         if "classes" not in content:
             raise self._damaged("data.json", "it names no classes")
@@ -83,7 +83,7 @@ class RunFolder(Storage):
         return parse_lines(self.read_bytes(name))
 
     def records(self, kind: type[Record], name: str | None = None) -> list[Record]:
-        """All lines of a kind, in file order, of its own file or of `name`. One that lacks what it must have is passed over."""
+        """All lines of a kind, in file order, of its own file or of `name`. One that lacks a key is ignored."""
         name = name or kind.FILE
         found = []
         for line in self.read_lines(name):
@@ -104,7 +104,7 @@ class RunFolder(Storage):
         return standing(self.records(EpochLine), lambda line: line.epoch)
 
     def events(self) -> list[Event]:
-        """All of them: each happened."""
+        """All events: none replaces another."""
         return self.records(Event)
 
     def read_progress(self) -> Progress:
@@ -117,9 +117,10 @@ class RunFolder(Storage):
 
 
 def parse_lines(content: bytes) -> list[dict[str, Any]]:
-    """The lines that hold a JSON object. What a killed writer or a lost disk left of others, anywhere, is passed over.
+    """The lines that hold a JSON object. What a killed writer or a lost disk left of others, anywhere, is ignored.
 
-    Nothing brings such a line back, and the others stand without it. Who needs all of them, as a replay does, has to look.
+    Nothing brings such a line back, and the others are valid without it. A caller that needs all of them, such as a
+    replay, has to check that none is missing.
     """
     lines = []
     for line in content.splitlines():
@@ -132,9 +133,9 @@ def parse_lines(content: bytes) -> list[dict[str, Any]]:
 class Appender:
     """Appends to one file of a run folder.
 
-    On a disk what is appended is there once `append` returns; on a full one it waits for room, and so does the file
-    itself. Object stores cannot append: there it gathers in a local file, which `flush` uploads whole. One thread may
-    append while another flushes.
+    On a disk what is appended is there once `append` returns. On a full disk it waits in memory for room; so does the
+    file's creation. Object stores cannot append: there it gathers in a local file, which `flush` uploads whole. One
+    thread may append while another flushes.
     """
 
     def __init__(self, folder: Storage, name: str) -> None:
@@ -144,9 +145,9 @@ class Appender:
         self._lock = threading.Lock()
         self._pending = b"" if folder.is_local or not folder.exists(name) else folder.read_bytes(name)
         self._num_bytes = 0
-        """In the file."""
+        """Bytes in the file."""
         self._uploaded = len(self._pending)
-        """Bytes of it that are in the bucket."""
+        """Bytes of the file that are in the bucket."""
 
     def append(self, content: bytes) -> None:
         with self._lock:
@@ -154,7 +155,7 @@ class Appender:
             self._drain()
 
     def flush(self) -> bool:
-        """Returns whether all that was appended before is there; where it is not, the next flush tries again."""
+        """Returns whether all that was appended so far is stored; where it is not, the next flush tries again."""
         with self._lock:
             self._drain()
             if self._pending or self._folder.is_local:
@@ -186,7 +187,7 @@ class Appender:
 
 
 class LineWriter(Appender):
-    """Appends JSON lines; infinite numbers become null. A line that a killed writer left unfinished stays one by itself."""
+    """Appends JSON lines; infinite numbers become null. A line that a killed writer left unfinished is ended first."""
 
     def _open(self) -> IO[bytes]:
         file = super()._open()
@@ -213,7 +214,7 @@ class RecordWriter:
         self._writers[line.FILE].write(**to_json(line))
 
     def progress_is_due(self) -> bool:
-        """Whether it is time to tell where the run is; then not again for a while."""
+        """Whether progress.json is due again; once it says so, not again for a while."""
         now = time.monotonic()
         is_due = now - self._progress_time >= (1.0 if self._folder.is_local else 15.0)
         if is_due:
@@ -222,15 +223,15 @@ class RecordWriter:
 
     def progress(self, progress: Progress) -> None:
         """Replaces progress.json."""
-        with contextlib.suppress(OSError):  # on a full disk the next one will tell
+        with contextlib.suppress(OSError):  # on a full disk: the next one is soon due
             self._folder.write_json(Progress.FILE, _finite(to_json(progress)))
 
     def flush_events(self) -> None:
-        """Has a bucket hold the events so far, which tell a later attempt its number; the rest waits for `flush`."""
+        """Uploads the events so far, from which a later attempt takes its number; the rest waits for `flush`."""
         self._writers[Event.FILE].flush()
 
     def flush(self) -> bool:
-        """Returns whether all that was recorded is there."""
+        """Returns whether all that was recorded is stored."""
         return all(writer.flush() for writer in self._writers.values())  # where one fails, the others would too
 
 

@@ -1,4 +1,4 @@
-"""The schedule of phases that settings describe, and what it decides over a record: for the run, a fork, a replay alike."""
+"""The schedule of phases that settings describe, and what it decides over a record: for run, fork and replay alike."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class Acts:
     """Marks a key, or a section for the keys in it, with when it acts on what a run computes; `acts` tells.
 
-    `always` is from the start on, and needs no mark; `switch` is from the switch on, so that forks of one trunk may differ
-    in it; `never` is speed, place and watching, which may change whenever a run is resumed.
+    `always` is from the start on, and needs no mark; `switch` is from the switch on, so that forks of one trunk may
+    differ in it; `never` is speed, place and watching, which may change whenever a run is resumed.
     """
 
     when: Literal["always", "switch", "never"]
