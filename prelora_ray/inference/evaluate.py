@@ -48,8 +48,8 @@ def evaluate(
     Without `data` they are those that the run was trained with. Uses a GPU where Ray has one. `on_progress`
     is called with the images done and their total.
 
-    Raises UserError where there is no such model or data, or their classes differ; DamagedDataError where an image cannot
-    be read.
+    Raises UserError where there is no such model or data, or their classes differ; DamagedDataError where an image
+    cannot be read.
     """
     model = load_trained(source)
     data = data or model.data
@@ -79,7 +79,7 @@ def evaluate(
 
 
 def _evaluate(model: TrainedModel, path: str, manifest: Manifest, decoders: int) -> Iterator[Any]:
-    """Yields the images done so far, again and again, and in the end the report."""
+    """Yields the number of images done so far after each batch, and in the end the report."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module = model.module.to(device)
     prepared = model.preprocessing

@@ -1,4 +1,4 @@
-"""What a worker tells the cluster's exporter of a run."""
+"""What workers send to the cluster's exporter."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from prelora_ray.records import Diagnosis, EpochLine, Event, Restart, WindowLine
 from prelora_ray.run_folder import RunFolder
 
 _RATE_SECONDS = 5.0
-"""What images_per_second is the mean over, at least."""
+"""Shortest time over which images_per_second is the mean."""
 
 
 def run_label(settings: Settings) -> str:
@@ -39,7 +39,7 @@ class WorkerTelemetry:
         self._sensors = Sensors(device) if watches_gpu else None
         peak = peak_flops(torch.cuda.get_device_name(device)) if watches_gpu else None
         self._mfu_per_rate = forward_flops(settings.model, num_classes) / peak if peak else None
-        """MFU for each forward a second."""
+        """MFU at one forward a second."""
         self._metrics = WorkerMetrics()
         self._client = Client(self._labels[0], str(rank), self._metrics, enabled=settings.monitor.enabled)
 

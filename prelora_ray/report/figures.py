@@ -1,4 +1,4 @@
-"""The figures of a report, as plotly draws them. It takes some tags in a text for markup, so what is read is escaped."""
+"""The figures of a report, drawn by plotly, which reads some tags as markup: texts from records are escaped."""
 
 from __future__ import annotations
 

@@ -153,7 +153,7 @@ _CONFIG: dict[str, Any] = {"displaylogo": False, "responsive": True}
 def _write_pictures(pictures: dict[str, go.Figure], folder: Path) -> None:
     """Raises UserError where there is no browser to draw them."""
     folder.mkdir(parents=True, exist_ok=True)
-    logging.getLogger("choreographer").setLevel(logging.CRITICAL)  # it tells of half-read messages, which it reads again
+    logging.getLogger("choreographer").setLevel(logging.CRITICAL)  # it logs half-read messages, then reads them again
     try:
         for name, figure in pictures.items():
             figure.write_image(folder / f"{name}.png", width=1100, scale=2)

@@ -53,7 +53,7 @@ def read_runs(paths: Sequence[str]) -> list[RunRecords]:
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
-    """For each path the shortest end of it, in whole parts, that no other one has: `digits`, or `a/digits` and `b/digits`."""
+    """For each path its shortest end, in whole parts, that no other one has: `digits`, or `a/digits` and `b/digits`."""
     parts = [path.rstrip("/").split("/") for path in paths]
     names = []
     for own in parts:
