@@ -1,4 +1,4 @@
-"""A run that begins where the phase full of another one, its trunk, ends for it."""
+"""A run that begins where another one, its trunk, would leave phase full with its settings."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from prelora_ray.schedule import decide, phase_schedule
 from prelora_ray.sweep.replay import read_record
 
 ATTEMPT = -1
-"""Of the lines that a fork takes over from its trunk: the run's own attempts count from 0."""
+"""Attempt of the lines that a fork takes over from its trunk: the run's own attempts count from 0."""
 
 
 def fork(trunk: RunFolder, settings: Settings) -> int:
-    """Makes a run folder that stands where a straight run with these settings leaves phase full, and returns that epoch.
+    """Makes a run folder at the point where a straight run with these settings leaves phase full; returns that epoch.
 
     `train` then goes on from there, to the same weights. Does nothing where the folder has been made
     before. The trunk is any run that kept its checkpoints (`checkpoint.keep_trunk`).

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 _TRIAL_CPUS = 0.01
 """What a trial's own process asks for; its workers ask for theirs."""
 _LOOK_SECONDS = 2.0
-"""Between looks whether another trial is done with the run that both stand for."""
+"""Between polls whether another trial is done with the run that both stand for."""
 _MODES = {"val_top1": "max", "gpu_hours": "min"}
 
 
@@ -71,7 +71,7 @@ def sweep(plan: Plan, watch: Callable[[Settings], AbstractContextManager[None]],
 
 
 def _search(plan: Plan, earlier: list[dict[str, Any]]) -> None:
-    """Trains what the settings stand for: those of a grid, or drawn ones, or Optuna's, which begins with the `earlier`."""
+    """Trains what the settings stand for: those of a grid, drawn ones, or Optuna's, which begin with the `earlier`."""
     sweep = plan.sweep
     if sweep.search == "optuna":
         space = {key: _dimension(values) for key, values in sweep.space.items()}
@@ -155,7 +155,7 @@ def _trial(config: dict[str, Any], plan: Plan) -> None:
 
 
 def _train_or_go_on(plan: Plan, setting: Setting, *, was_stopped: bool) -> None:
-    """Trains the run that a setting stands for; of one that was stopped, only says what it did."""
+    """Trains the run that a setting stands for; of one that was stopped, only reports what it did."""
     trunk = RunFolder.of(plan.trunk)
     found = outcome(plan, setting, read_record(str(trunk)))
     settings = plan.trunk if found.switch_epoch is None else plan.settings_of(setting, found.trial)
@@ -174,7 +174,7 @@ def _train_or_go_on(plan: Plan, setting: Setting, *, was_stopped: bool) -> None:
 
 
 def _once_free(work: Callable[[], object]) -> None:
-    """Does the work on a run, once no other trial is at it: its setting may stand for the same run."""
+    """Does the work on a run, once no other trial works on it: its setting may stand for the same run."""
     while True:
         try:
             work()

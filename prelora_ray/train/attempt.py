@@ -1,4 +1,4 @@
-"""What the loop calls: one attempt of a run on one worker."""
+"""One attempt of a run on one worker: what the loop calls."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ from prelora_ray.train.report import report
 from prelora_ray.train.saving import RankZeroSaving, Saving
 
 _CHECK_STEPS = 50
-"""Steps between looks whether the loss is still finite, each of which waits for the device."""
+"""Steps between checks whether the loss is still finite, each of which waits for the device."""
 
 
 class StoppedError(Exception):
-    """The run stops here for now, and has committed where it stands."""
+    """The attempt ends here, and has committed a checkpoint."""
 
 
 class WorkerAttempt:
@@ -271,7 +271,7 @@ def _from_rank_0(content: Any) -> Any:
 
 
 def _own_sums(sums: list[list[float]], rank: int, world_size: int) -> tuple[float, float]:
-    """This worker's share of the sums in a checkpoint: its own, or with another number of workers all of them on rank 0."""
+    """This worker's share of the sums in a checkpoint: its own; with another number of workers, rank 0 has them all."""
     if len(sums) == world_size:
         return sums[rank][0], sums[rank][1]
     if rank != 0:

@@ -1,4 +1,4 @@
-"""micro_batch.json: the micro-batches that a run found to fit on its GPUs, so that its next attempt need not search again."""
+"""micro_batch.json: the micro-batches that a run found to fit on its GPUs, to save its next attempt the search."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def write_found(folder: RunFolder, device: str, sizes: dict[Phase, int]) -> None
 
 
 def read_found(folder: RunFolder, device: str) -> dict[Phase, int]:
-    """What an earlier attempt found on a GPU of this name; nothing where that cannot be told."""
+    """What an earlier attempt found on a GPU of this name; nothing where the file does not tell."""
     try:
         found = folder.read_json(FILE)
         if found.pop("device") != device:

@@ -1,4 +1,4 @@
-"""What a run came to, from the records in its folder."""
+"""A run's result, from the records in its folder."""
 
 from __future__ import annotations
 

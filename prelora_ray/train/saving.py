@@ -32,17 +32,17 @@ class Saving:
     def save(self, sums: list[list[float]], *, must: bool, val_top1: float | None = None) -> None:
         """Saves where the run stands, beside training.
 
-        Where another save is still under way, it waits: as long as it takes if it `must`, half of `workers.hang_seconds` at an
-        epoch's end, not at all inside an epoch; then this one is left out, as the next one is as good. The other workers wait
-        for rank 0 meanwhile, and have to know where that may be for long. `sums`: the epoch's sums so far of every worker;
-        empty at its end.
+        Where another save is still under way, it waits: as long as that takes if it `must`, half of
+        `workers.hang_seconds` at an epoch's end, not at all inside an epoch. After that this save is left out: the next
+        one is as good. The other workers wait for rank 0 meanwhile, and have to know where that may take long. `sums`:
+        the epoch's sums so far of every worker; empty at its end.
         """
 
     def wait(self) -> None:
         """Returns when nothing is being saved."""
 
     def finish(self) -> None:
-        """As `wait`; where the save failed, tries again a few times: what it holds is the last of the run."""
+        """As `wait`; where the save failed, tries again for a while: nothing newer will be saved."""
 
     def record(self) -> None:
         """Records what became of saves since the last call."""
