@@ -1,11 +1,11 @@
-"""What a checkpoint costs the loop that it is written beside.
+"""What a checkpoint costs the loop beside which it is written.
 
     python benchmarks/checkpoint.py [MODEL] [BATCH]
 
-Steps of a timm model (default vit_base_patch16_224, 256 images), a snapshot in their midst, and steps while it is
-written to the disk, checksummed and committed. `blocked_ms` is how long the snapshot holds up the loop, waiting for the device
-included; `longest_ms` is how much longer than usual the slowest of the steps took during which it was written; `slowed_ms` is
-how much longer all of them took, until the commit.
+Steps of a timm model (default vit_base_patch16_224, 256 images), then a snapshot, then steps while it is written to the
+disk, checksummed and committed. `blocked_ms` is how long the snapshot holds up the loop, with the wait for the device.
+`longest_ms` is how much longer than usual the slowest step took while it was written, `slowed_ms` how much longer all
+of these steps took together, until the commit.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The exporter under the load of a large run: `python benchmarks/exporter.py [--workers N] [--seconds N]`.
 
-So many workers send 20 series each once a second. Prints how long a message holds up its worker, and how long a scrape takes.
+N workers send 20 series each, once a second. Prints how long a message holds up its worker, and a scrape takes.
 """
 
 from __future__ import annotations

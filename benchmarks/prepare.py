@@ -2,9 +2,9 @@
 
     python benchmarks/prepare.py [IMAGES]
 
-The images are crops of scikit-learn's two photographs at about ImageNet's sizes (500 x 375, JPEG), which `prepare` reduces
-to a shorter side of 256 pixels and encodes anew. Both sides decode, reduce, encode and write; means of two alternating rounds
-after a first one, in which the processes start.
+The images are crops of scikit-learn's two photographs at about ImageNet's sizes (500 x 375, JPEG). Both sides decode
+them, reduce them to a shorter side of 256 pixels, encode and write. Means of two alternating rounds, after a first one
+in which the processes start.
 """
 
 from __future__ import annotations

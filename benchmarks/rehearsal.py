@@ -1,9 +1,9 @@
-"""What the size of a data set costs beside its images: a rehearsal with a manifest that is made up.
+"""What the number of images of a data set costs, apart from reading them: a rehearsal with a made-up manifest.
 
     python benchmarks/rehearsal.py [--sizes imagenet-1k imagenet-21k] [--parts step epoch_end before_epoch plan prepare]
 
-Seconds of processor time and bytes; of a run those of one of 8 workers, with the batch and cells of
-`jobs/configs/imagenet_vit_large.yaml`. No image is read or decoded: a row group that is asked for comes empty. A part is a
+Seconds of processor time, and bytes; in training those of one of 8 workers, with the batch and cells of
+`jobs/configs/imagenet_vit_large.yaml`. No image is read or decoded: every row group comes back empty. A part is a
 function from a number of images to what it measured.
 """
 
@@ -63,7 +63,7 @@ class NoImages(stream.RowReader):
 
 
 def seconds(call: Callable[[], object]) -> float:
-    """Processor time of a call, which does not depend on what else the machine does."""
+    """Processor time of a call, which depends little on what else the machine does."""
     start = time.process_time()
     call()
     return time.process_time() - start
@@ -89,7 +89,7 @@ def before_epoch(images: int) -> dict[str, Any]:
 
 
 def plan(images: int) -> dict[str, Any]:
-    """What travels to the reader and to every decoder."""
+    """What is sent to the reader and to every decoder."""
     return {"bytes": len(pickle.dumps(made_up_plan(images)))}
 
 
@@ -101,7 +101,7 @@ def made_up_source(images: int) -> list[File]:
 
 
 def prepare(images: int) -> dict[str, Any]:
-    """`prelora prepare` before its first shard: classes and splits from the files' names, and what travels to each task."""
+    """`prelora prepare` before its first shard: classes and splits from file names, and what is sent to each task."""
     files = made_up_source(images)
     found: list[Any] = []
     reading = seconds(lambda: found.append(open_folders("nowhere", files, Splits(), Columns())))

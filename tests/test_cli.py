@@ -39,7 +39,7 @@ def record(tmp_path: Path) -> Path:
 
 
 def test_replay_of_a_record_as_json(record):
-    # With windows of one epoch, step s changes the norms by 8 / 2^(s-1) and twice that percent: 12 / 2^(s-1) in the mean.
+    # With windows of one epoch, step s changes the norms by 8 / 2^(s-1) and twice that percent: mean 12 / 2^(s-1).
     # tau 1 and k = 3 want 12 / 2^(s-1) < 1 at t - 1 and t: s = 5 (0.75) is the first, so t = 6, after 7 epochs.
     result = prelora_here(
         "replay", str(record), "--tau", "1", "--zeta", "5", "--windows", "3", "--window-epochs", "1", "--r-min", "4",

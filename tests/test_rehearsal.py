@@ -1,6 +1,6 @@
-"""At ImageNet's size, with a manifest that is made up: what nobody sees on digits, counted in calls, walks and bytes.
+"""At ImageNet's size, with a made-up manifest: costs that are too small to see on digits, in calls, walks and bytes.
 
-A call is one of Python's or of a C function; a walk goes over all row groups, which a call into C can hide.
+A call is of a Python or C function; a walk goes over all row groups, which one call into C can hide.
 """
 
 from __future__ import annotations

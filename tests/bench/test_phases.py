@@ -43,7 +43,7 @@ def test_lora_exchanges_what_trains(result):
     sides = {"query": 2, "key": 2, "value": 2, "proj": 2, "fc1": 5, "fc2": 5}  # (in + out) / width
     mean = 32 * WIDTH * sum(sides.values()) * DEPTH
     others = DEPTH * 4 * WIDTH + 2 * WIDTH + (768 + 1) * WIDTH + WIDTH + TOKENS * WIDTH + (WIDTH + 1) * CLASSES
-    assert lora["gradient_bytes"] == pytest.approx(4 * (mean + others), rel=0.15)  # the deal is not even over the families
+    assert lora["gradient_bytes"] == pytest.approx(4 * (mean + others), rel=0.15)  # families do not share evenly
     assert lora["gradient_bytes"] < 0.5 * result["rows"][0]["gradient_bytes"]
 
 

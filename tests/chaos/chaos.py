@@ -1,11 +1,11 @@
-"""Runs that everything happens to, against one that is left alone: `make chaos`, or
+"""Runs under faults of every kind, each compared with an undisturbed one: `make chaos`, or
 
     python -m tests.chaos.chaos [--faults N] [--seed N] [--out FILE]
 
-One on a disk: N faults (default 45), as many of each kind, at random moments spread over all three phases, and a full disk at
-the switch and at the end. One in a bucket: outages, the longest through all phases. It ends with a table of what each cost,
-and checks that no sample was lost or counted twice, that the switch and the ranks are those of the undisturbed
-run, and that the weights agree.
+One is on a disk: N faults (default 45), equally many of each kind, at random moments spread over all three phases, and
+a full disk at the switch and at the end. One is in a bucket: outages, the longest through all phases. It ends with a
+table of what each cost, and checks that no sample was lost or counted twice, that the switch and the ranks are those of
+the undisturbed run, and that the weights agree.
 """
 
 from __future__ import annotations
@@ -68,11 +68,11 @@ STEPS = {
 """Steps set aside for a fault during which the run trains on."""
 STEPS_OTHER = 14
 STEPS_LAST = {"disk": 150, "bucket": 1500}
-"""Steps behind the last fault: a fast machine does many more than were set aside, and a bucket is told of them every 15 s."""
+"""Steps after the last fault: a fast machine does more than were set aside, and tells a bucket of them every 15 s."""
 STEPS_BEFORE = 40
 """Steps before a moment at which the disk fills up for it."""
 STEPS_BEYOND = 120
-"""The most that a fault ends behind the steps set aside for it."""
+"""Most steps by which a fault ends after the steps set aside for it."""
 RECOVERY_SECONDS = 150.0
 REACH_SECONDS = 1800.0
 """For the steps between two faults, and to the end, on however slow a machine."""
@@ -105,9 +105,9 @@ class Found:
 
 
 def plan(count: int, rng: random.Random) -> list[str]:
-    """Faults in random order, as many of each kind but for a rest.
+    """Faults in random order, equally many of each kind, but for a remainder.
 
-    A node that is added follows on one that is taken, or it would be no use.
+    A node is added after one was taken: else the run would have no use for it.
     """
     each, rest = divmod(count, len(ANYTIME))
     paired = TAKES_A_NODE | {"node added"}
@@ -138,7 +138,7 @@ def epochs_for(faults: list[str], place: Literal["disk", "bucket"] = "disk") -> 
 
 
 def position(folder: RunFolder) -> dict[str, Any]:
-    """Where the run is, or nothing where it has not told or is just telling."""
+    """Where the run is; a position before the start where progress.json is not there yet, or not whole."""
     try:
         content: dict[str, Any] = folder.read_json("progress.json")
         return content
@@ -147,7 +147,7 @@ def position(folder: RunFolder) -> dict[str, Any]:
 
 
 def disturb(target: Target, faults: list[str], tell: Callable[[str], None]) -> list[Cost]:
-    """Lets the faults happen to a run that is under way, each once the one before is healed, and waits for the run's end."""
+    """Inflicts the faults on a run, each once it has recovered from the one before, and waits for the run's end."""
     costs: list[Cost] = []
     waiting, due, healed = list(faults), STEPS_BETWEEN, 0
     while waiting:

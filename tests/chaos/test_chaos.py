@@ -11,7 +11,7 @@ from tests.chaos.chaos import plan, run_on_disk
 from tests.chaos.faults import ANYTIME
 
 ELSEWHERE = {"worker killed", "driver stopped", "two drivers at once"}
-"""In tests/train/test_run.py and test_lock.py; outages in test_outage.py, full disks at other moments in test_full_disk.py."""
+"""Tested in train/test_run.py and test_lock.py; outages in test_outage.py, other full disks in test_full_disk.py."""
 
 
 @pytest.mark.timeout(900)

@@ -101,7 +101,7 @@ def test_refused(sections, message, caplog, monkeypatch):
 
 
 def test_what_only_the_switch_or_the_freeze_would_find(monkeypatch):
-    """A forward that looks at its layers' class, as an adapter is none of torch's linear layers; and a model without a head."""
+    """A forward that asks for torch's own linear layers, which an adapter is not; and a model without a head."""
 
     def forward(block, x, *_, **__):
         assert type(block.qkv).__name__ == "Linear", "no linear layer"
