@@ -217,10 +217,9 @@ class MethodSettings(Section):
     """Smallest rank, a power of two."""
     r_max: Count = 64
     """Largest rank, a power of two."""
-    rank_floor: Literal[0] | None = None
-    """Rank of modules that hardly change any more: 0 gives them no adapter, and they freeze too; null has no floor."""
-    rank_floor_percent: NotNegative = 0.1
-    """Change over the last step, in percent, below which `rank_floor` applies; the module that changes most keeps its rank."""
+    rank_floor_percent: NotNegative = 0.0
+    """Change over the last step, in percent, below which a module gets no adapter and freezes as it is; the one that changes
+    most always has an adapter."""
     normalize: Normalize = "family"
     """Whether changes are min-max normalised within each family or over all modules."""
     rank_pattern: dict[str, Whole] | None = None
@@ -237,11 +236,6 @@ class MethodSettings(Section):
     """Steps over which the adapters' learning rate rises from 0 after the switch."""
     adapter_weight_decay: NotNegative = 0.0
     """AdamW's weight decay on A and B."""
-
-    @property
-    def floor_percent(self) -> float:
-        """Change below which a module gets no adapter."""
-        return 0.0 if self.rank_floor is None else self.rank_floor_percent
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -417,10 +411,8 @@ def without_effect(settings: Settings) -> list[str]:
     elif method.rank_pattern is not None:
         sentences += [
             f"method.{key} has no effect, as method.rank_pattern gives the ranks"
-            for key in sorted(given & {"r_min", "r_max", "normalize", "rank_floor", "rank_floor_percent"})
+            for key in sorted(given & {"r_min", "r_max", "normalize", "rank_floor_percent"})
         ]
-    elif method.rank_floor is None and "rank_floor_percent" in given:
-        sentences.append("method.rank_floor_percent has no effect, as method.rank_floor is not 0")
     if 0 < len({"query", "key", "value"} & set(method.targets)) < 3 and method.enabled:
         sentences.append("method.targets has some of query, key and value: phase lora freezes the fused qkv as a whole")
     if "residual" in train.model_fields_set and train.precision in ("fp32", "fp64"):

@@ -47,7 +47,7 @@ class RunFolder(Storage):
             raise self._damaged("config.yaml", one_line(error)) from None
         if not isinstance(content, dict):
             raise self._damaged("config.yaml", "it holds no settings")
-        return parse_settings(content)
+        return parse_settings(_with_keys_of_now(content))
 
     def write_settings(self, settings: Settings) -> None:
         """Writes the resolved settings, every key."""
@@ -233,6 +233,15 @@ class RecordWriter:
     def flush(self) -> bool:
         """Returns whether all that was recorded is stored."""
         return all(writer.flush() for writer in self._writers.values())  # where one fails, the others would too
+
+
+def _with_keys_of_now(content: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a run folder that an earlier version wrote: `rank_floor` said there whether `rank_floor_percent` counts."""
+    method = content.get("method")
+    if not isinstance(method, dict) or "rank_floor" not in method:
+        return content
+    dropped = ("rank_floor",) if method["rank_floor"] == 0 else ("rank_floor", "rank_floor_percent")
+    return {**content, "method": {key: value for key, value in method.items() if key not in dropped}}
 
 
 def _encoded(line: dict[str, Any]) -> bytes:

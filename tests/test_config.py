@@ -245,8 +245,8 @@ def test_settings_without_effect_are_told():
     assert told == ["method.r_max", "method.targets", "train.residual", "augment.padding"]
     full = parse_settings({"name": "run", **DATA, "method": {"enabled": False}, "train": {"adapters": "merged"}})
     assert without_effect(full) == ["train.adapters has no effect, as method.enabled is false"]
-    floor = parse_settings({"name": "run", **DATA, "method": {"rank_floor_percent": 0.5}})
-    assert without_effect(floor) == ["method.rank_floor_percent has no effect, as method.rank_floor is not 0"]
+    floor = parse_settings({"name": "run", **DATA, "method": {"rank_floor_percent": 0.5, "rank_pattern": {".*": 8}}})
+    assert without_effect(floor) == ["method.rank_floor_percent has no effect, as method.rank_pattern gives the ranks"]
 
 
 CHANGES = {

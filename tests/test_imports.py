@@ -56,7 +56,7 @@ MAY_IMPORT = {
     "report": {"report", "method/architecture.py", "run_folder.py", "records.py", "config.py", "storage.py", "errors.py"},
     "doctor.py": {"fault_tolerance", "data", "run_folder.py", "errors.py"},
     "bench": {
-        *("bench", "ray_session.py", "train", "engine", "method", "data"),
+        *("bench", "ray_session.py", "train", "fault_tolerance", "monitor", "engine", "method", "data"),
         *("run_folder.py", "config.py", "config_file.py", "storage.py", "errors.py"),
     },
     "bench/commands.py": {"bench", "console.py", "json_output.py", "storage.py", "errors.py"},

@@ -18,7 +18,7 @@ import pytest
 import torch
 from ray import cloudpickle
 
-from benchmarks.rehearsal import SIZES, NoImages, made_up_plan
+from prelora_ray.bench.rehearsal import SIZES, NoImages, made_up_plan
 from prelora_ray.config_file import parse_settings
 from prelora_ray.data import stream
 from prelora_ray.data.batch import Batch, Pass, StreamPlan

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import yaml
 
 from prelora_ray.run_folder import LineWriter, RunFolder, parse_lines
 from prelora_ray.storage import Storage
@@ -52,3 +53,15 @@ def test_infinite_numbers_become_null(tmp_path):
     LineWriter(Storage(tmp_path), "w.jsonl").write(change={"query": float("inf"), "key": 1 / 3}, list=[float("nan")])
     text = (tmp_path / "w.jsonl").read_text()
     assert json.loads(text) == {"change": {"query": None, "key": 1 / 3}, "list": [None]}
+
+
+@pytest.mark.parametrize(("rank_floor", "percent"), [(None, 0.0), (0, 0.1)])
+def test_the_two_keys_of_the_rank_floor_are_read_as_one(tmp_path, rank_floor, percent):
+    written = {
+        "name": "run",
+        "data": {"path": "x"},
+        "method": {"rank_floor": rank_floor, "rank_floor_percent": 0.1, "tau": 1.0},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(written))
+    method = RunFolder(tmp_path).read_settings().method
+    assert (method.rank_floor_percent, method.tau) == (percent, 1.0)

@@ -95,6 +95,53 @@ def _restart(
     _measure(lambda: run(Options(model, image_size, batch)), out, as_json)
 
 
+@app.command("checkpoint")
+def _checkpoint(
+    model: ModelName = "vit_base_patch16_224",
+    image_size: ImageSize = 224,
+    batch: Annotated[int, typer.Option(min=1, help="Images in a step.")] = 256,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """What a checkpoint costs the steps that go on while it is written."""
+    from prelora_ray.bench.checkpoint import bench_checkpoint as run
+
+    _measure(lambda: run(model, image_size, batch), out, as_json)
+
+
+@app.command("prepare")
+def _prepare(
+    images: Annotated[int, typer.Option(min=16, help="Images to prepare.")] = 8192,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Images a second and core of `prelora prepare`, and of a plain process pool that does the same work."""
+    from prelora_ray.bench.prepare import bench_prepare as run
+
+    _measure(lambda: run(images), out, as_json)
+
+
+@app.command("exporter")
+def _exporter(
+    workers: Annotated[int, typer.Option(min=1, help="Workers that send.")] = 64,
+    seconds: Annotated[int, typer.Option(min=2, help="Messages of each worker, one a second.")] = 20,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """How long a message to the metrics' exporter holds up a worker, and how long a scrape takes."""
+    from prelora_ray.bench.exporter import bench_exporter as run
+
+    _measure(lambda: run(workers, seconds), out, as_json)
+
+
+@app.command("rehearsal")
+def _rehearsal(out: Out = None, as_json: Json = False) -> None:
+    """What the size of ImageNet-1k and 21k costs beside its images, with made-up manifests."""
+    from prelora_ray.bench.rehearsal import bench_rehearsal as run
+
+    _measure(run, out, as_json)
+
+
 def _size(model: str | None, image_size: int | None, batch: int | None, *, batch_on_cpu: int) -> dict[str, Any]:
     from prelora_ray.bench.machine import usual_size
 

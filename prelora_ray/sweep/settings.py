@@ -28,7 +28,6 @@ OF_THE_TEST = (
     "r_min",
     "r_max",
     "normalize",
-    "rank_floor",
     "rank_floor_percent",
 )
 """Keys of the method that decide when a run switches and with which ranks, and nothing after."""

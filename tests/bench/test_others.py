@@ -1,4 +1,4 @@
-"""`prelora bench data`, `loop` and `restart`, small, as a user calls them."""
+"""The benchmarks beside `phases`, small, as a user calls them."""
 
 from __future__ import annotations
 
@@ -42,6 +42,29 @@ def test_restart_tells_both_starts():
     rows = measured("restart", "--image-size", "32")
     assert list(rows) == ["empty compile cache", "filled compile cache"]
     assert all(1 < row["seconds_to_the_first_step"] < 120 for row in rows.values())
+
+
+@pytest.mark.slow
+def test_checkpoint_tells_what_it_holds_up():
+    rows = measured("checkpoint", "--model", "vit_tiny_patch16_224", "--image-size", "32", "--batch", "2")
+    assert len(rows) == 4
+    assert rows["snapshot, which holds up the loop"]["most_ms"] < rows["until the commit"]["most_ms"]
+
+
+@pytest.mark.slow
+def test_prepare_is_measured_against_a_pool():
+    rows = measured("prepare", "--images", "32")
+    assert set(rows) == {"prepare", "pool"}
+    for row in rows.values():
+        ratio = row["images_per_second_and_core"] / rows["pool"]["images_per_second_and_core"]
+        assert row["against_the_pool"] == pytest.approx(ratio)
+
+
+@pytest.mark.slow
+def test_exporter_is_sent_to_and_scraped():
+    rows = measured("exporter", "--workers", "3", "--seconds", "2")
+    assert 0 < rows["message"]["median_ms"] <= rows["message"]["most_ms"]
+    assert 0 < rows["scrape"]["median_ms"] <= rows["scrape"]["most_ms"]
 
 
 @pytest.mark.parametrize(

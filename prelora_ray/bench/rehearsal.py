@@ -1,16 +1,11 @@
-"""What the number of images of a data set costs, apart from reading them: a rehearsal with a made-up manifest.
+"""What the number of images of a data set costs, apart from reading them, with a made-up manifest.
 
-    python benchmarks/rehearsal.py [--sizes imagenet-1k imagenet-21k] [--parts step epoch_end before_epoch plan prepare]
-
-Seconds of processor time, and bytes; in training those of one of 8 workers, with the batch and cells of
-`jobs/configs/imagenet_vit_large.yaml`. No image is read or decoded: every row group comes back empty. A part is a
-function from a number of images to what it measured.
+In training, what one of 8 workers does, with the batch and cells of `jobs/configs/imagenet_vit_large.yaml`. No image is
+read or decoded: every row group comes back empty. A part is a function from a number of images to what it measured.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import pickle
 import statistics
 import time
@@ -116,7 +111,7 @@ def prepare(images: int) -> dict[str, Any]:
     }
 
 
-PARTS: dict[str, Callable[[int], dict[str, Any]]] = {
+_PARTS: dict[str, Callable[[int], dict[str, Any]]] = {
     "step": step,
     "epoch_end": epoch_end,
     "before_epoch": before_epoch,
@@ -125,15 +120,13 @@ PARTS: dict[str, Callable[[int], dict[str, Any]]] = {
 }
 
 
-def main(sizes: list[str], parts: list[str]) -> None:
-    stream.RowReader = NoImages  # type: ignore[misc]
-    rows = [{"name": size, **{part: PARTS[part](SIZES[size]) for part in parts}} for size in sizes]
-    print(json.dumps({"benchmark": "rehearsal", **describe(torch.device("cpu")), "rows": rows}, indent=1))
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    options = parser.parse_args()
-    main(options.sizes, options.parts)
+def bench_rehearsal() -> dict[str, Any]:
+    """Seconds of processor time and bytes for ImageNet-1k and 21k; each row is one figure of one part at one size."""
+    stream.RowReader = NoImages  # type: ignore[misc]  # for the rest of this process
+    rows = [
+        {"name": f"{part}, {name}", "images": images, "measured": measured, "value": value}
+        for part, measure in _PARTS.items()
+        for name, images in SIZES.items()
+        for measured, value in measure(images).items()
+    ]
+    return {"benchmark": "rehearsal", **describe(torch.device("cpu")), "rows": rows}
