@@ -71,9 +71,8 @@ def train(
     if result["ranks"]:
         console.out.print("ranks: " + ", ".join(f"{count} modules of {rank}" for rank, count in result["ranks"].items()))
     console.out.print(console.result_line(result))
-    for event in folder.events():
-        if isinstance(event, Diagnosis):
-            console.out.print(event.message)
+    for diagnosis in folder.events(Diagnosis):
+        console.out.print(diagnosis.message)
 
 
 @app.command()

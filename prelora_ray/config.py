@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from prelora_ray.method.architecture import FAMILIES
 from prelora_ray.method.convergence import NormStatistic
-from prelora_ray.method.phases import Freeze
+from prelora_ray.method.phases import FreezeScope
 from prelora_ray.method.ranks import PATTERN_RANKS, Normalize, is_pattern_rank, rank_choices
 from prelora_ray.section import Acts, Count, NotNegative, Positive, Section, Share, Whole
 from prelora_ray.storage import NO_KEYS, absolute, without_keys
@@ -228,7 +228,7 @@ class MethodSettings(Section):
     """s in W + s B A, which is lora_alpha / rank."""
     targets: Annotated[tuple[_Family, ...], Acts("always")] = FAMILIES  # type: ignore[assignment]
     """Which matrices of a block get adapters."""
-    freeze: Freeze = "adapted"
+    freeze: FreezeScope = "adapted"
     """What phase lora freezes: the adapted weights, all but the head, or the adapted weights and all in front of them."""
     adapter_learning_rate_scale: Positive = 1.0
     """The adapters' learning rate, as a multiple of the run's."""
@@ -270,6 +270,10 @@ class WorkerSettings(Section):
     """Failures of workers that a run survives, preemptions not counted; -1 is any number."""
     hang_seconds: Positive = 120.0
     """A worker without progress for so long is ended, and the group starts again; starts and compilations have 10 times it."""
+
+    def take_gpus(self, there: float) -> bool:
+        """What `gpu` comes to where a cluster has so many GPUs."""
+        return there >= self.min if self.gpu == "auto" else self.gpu
 
 
 class CheckpointSettings(Section):

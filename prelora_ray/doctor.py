@@ -9,6 +9,7 @@ from prelora_ray.data.check import check_prepared
 from prelora_ray.errors import UserError, one_line
 from prelora_ray.fault_tolerance.checkpoint import Checkpoints, DamagedCheckpointError, OtherSchemaError
 from prelora_ray.fault_tolerance.notices import STOP_FILE
+from prelora_ray.records import EpochLine, Event, NormsLine, WindowLine, from_json
 from prelora_ray.run_folder import RunFolder
 
 
@@ -38,14 +39,17 @@ def _check_records(folder: RunFolder) -> list[str]:
             if name.endswith(".json"):
                 json.loads(folder.read_bytes(name))
             elif name.endswith(".jsonl"):
-                _parse_each_line(folder.read_bytes(name))
+                _parse_each_line(folder.read_bytes(name), name)
         except (OSError, ValueError) as error:
             findings.append(f"{folder}/{name} cannot be read: {one_line(error)}")
     return findings
 
 
-def _parse_each_line(content: bytes) -> None:
-    """Raises ValueError where a line is no object; what a killed writer left unfinished is allowed."""
+_KINDS = {kind.FILE: kind for kind in (Event, NormsLine, WindowLine, EpochLine)}
+
+
+def _parse_each_line(content: bytes, name: str) -> None:
+    """Raises ValueError where a line is no object of its file's kind; what a killed writer left unfinished is allowed."""
     for number, line in enumerate(content.splitlines(), 1):
         try:
             entry = json.loads(line)
@@ -55,6 +59,8 @@ def _parse_each_line(content: bytes) -> None:
             continue
         if not isinstance(entry, dict):
             raise ValueError(f"line {number} is no object")
+        if name in _KINDS:
+            from_json(_KINDS[name], entry, f"line {number}")
 
 
 def _check_checkpoints(folder: RunFolder, on_progress: Callable[[int, int], None]) -> list[str]:

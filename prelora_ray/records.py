@@ -130,6 +130,36 @@ class Progress:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a finished run came to."""
+
+    FILE: ClassVar[str] = "result.json"
+
+    epochs: int
+    """Completed epochs."""
+    switch_epoch: int | None
+    """Completed epochs when phase full ended; `null` where the run never switched."""
+    freeze_epoch: int | None
+    """Completed epochs when phase lora began; `null` where it never did."""
+    val_top1: float | None
+    """Top-1 accuracy of the last validation, in 0..1."""
+    best_val_top1: float | None
+    """The highest of all validations."""
+    images_per_second: dict[str, float]
+    """Images over seconds of training, validation not counted, by phase."""
+    peak_memory_bytes: dict[str, int]
+    """The most in any epoch of the phase, as in epochs.jsonl, by phase."""
+    trainable_fraction: dict[str, float]
+    """Of the parameters, those that train, by phase."""
+    ranks: dict[str, int] | None
+    """Modules of each rank, by rank; `null` where the run never switched."""
+    restarts: int
+    """Attempts after the first."""
+    seconds: float
+    """Time from each attempt's first event to its last, all attempts together."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Event:
     """Something that happened, of any kind."""
 
@@ -341,8 +371,9 @@ BEGINNINGS = RunStarted, Restart
 """The events with which an attempt begins."""
 
 Line = NormsLine | WindowLine | EpochLine | Event
+EventT = TypeVar("EventT", bound=Event)
 LineT = TypeVar("LineT", NormsLine, WindowLine, EpochLine)
-Record = TypeVar("Record", NormsLine, WindowLine, EpochLine, Event, Progress)
+Record = TypeVar("Record", NormsLine, WindowLine, EpochLine, Event, Progress, Result)
 
 
 def from_json(kind: type[Record], content: Mapping[str, Any], file: str) -> Record:
@@ -357,7 +388,7 @@ def from_json(kind: type[Record], content: Mapping[str, Any], file: str) -> Reco
     return own(**{f.name: content[f.name] for f in fields(own) if f.name in content})  # type: ignore[return-value]
 
 
-def to_json(record: Line | Progress) -> dict[str, Any]:
+def to_json(record: Line | Progress | Result) -> dict[str, Any]:
     """The object to write."""
     return {f.name: getattr(record, f.name) for f in fields(record)}
 

@@ -26,7 +26,20 @@ import yaml
 from prelora_ray.config import Settings
 from prelora_ray.config_file import parse_settings, parse_yaml
 from prelora_ray.errors import UserError, one_line
-from prelora_ray.records import EpochLine, Event, Line, NormsLine, Progress, Record, WindowLine, from_json, standing, to_json
+from prelora_ray.records import (
+    EpochLine,
+    Event,
+    EventT,
+    Line,
+    NormsLine,
+    Progress,
+    Record,
+    Result,
+    WindowLine,
+    from_json,
+    standing,
+    to_json,
+)
 from prelora_ray.storage import Storage
 
 
@@ -103,13 +116,22 @@ class RunFolder(Storage):
         """The lines that stand, by epoch."""
         return standing(self.records(EpochLine), lambda line: line.epoch)
 
-    def events(self) -> list[Event]:
-        """All events: none replaces another."""
-        return self.records(Event)
+    def events(self, kind: type[EventT] = Event) -> list[EventT]:  # type: ignore[assignment]  # of a TypeVar's default
+        """All events of a kind, in file order: none replaces another."""
+        return [event for event in self.records(Event) if isinstance(event, kind)]
 
     def read_progress(self) -> Progress:
         """Where the run is right now. Raises ValueError where that is damaged, and OSError where it was not written."""
         return from_json(Progress, self.read_json(Progress.FILE), f"{self}/{Progress.FILE}")
+
+    def read_result(self) -> dict[str, Any]:
+        """What a finished run came to, with the keys of `Result`. Raises UserError, with a sentence, where it is damaged."""
+        content = self.read_json(Result.FILE)
+        try:
+            from_json(Result, content, "it")
+        except ValueError as error:
+            raise self._damaged(Result.FILE, str(error)) from None
+        return content
 
     def write_records(self, kind: type[Record], lines: Iterable[Line]) -> None:
         """Writes the file of a kind of line whole; infinite numbers become null."""

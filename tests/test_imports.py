@@ -37,7 +37,7 @@ MAY_IMPORT = {
         *("run_folder.py", "records.py", "config.py", "storage.py", "errors.py"),
     },
     "monitor": {
-        *("monitor", "engine/flops.py", "fault_tolerance/async_checkpointer.py", "method"),
+        *("monitor", "engine/flops.py", "method"),
         *("run_folder.py", "records.py", "config.py"),
     },
     "ray_session.py": {"fault_tolerance/ray_private.py", "errors.py"},
@@ -54,7 +54,7 @@ MAY_IMPORT = {
         *("schedule.py", "run_folder.py", "records.py", "config.py", "config_file.py", "section.py", "storage.py", "errors.py"),
     },
     "report": {"report", "method/architecture.py", "run_folder.py", "records.py", "config.py", "storage.py", "errors.py"},
-    "doctor.py": {"fault_tolerance", "data", "run_folder.py", "errors.py"},
+    "doctor.py": {"fault_tolerance", "data", "run_folder.py", "records.py", "errors.py"},
     "bench": {
         *("bench", "ray_session.py", "train", "fault_tolerance", "monitor", "engine", "method", "data"),
         *("run_folder.py", "config.py", "config_file.py", "storage.py", "errors.py"),

@@ -49,6 +49,12 @@ def test_classes_that_are_not_there_are_told(tmp_path):
         RunFolder(tmp_path).read_classes()
 
 
+def test_a_result_that_lacks_a_key_is_told(tmp_path):
+    (tmp_path / "result.json").write_text('{"epochs": 3}')
+    with pytest.raises(ValueError, match=r"result\.json is damaged \(it holds an object without 'switch_epoch'"):
+        RunFolder(tmp_path).read_result()
+
+
 def test_infinite_numbers_become_null(tmp_path):
     LineWriter(Storage(tmp_path), "w.jsonl").write(change={"query": float("inf"), "key": 1 / 3}, list=[float("nan")])
     text = (tmp_path / "w.jsonl").read_text()

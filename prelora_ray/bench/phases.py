@@ -22,6 +22,7 @@ from prelora_ray.config import ModelSettings, Settings
 from prelora_ray.config_file import parse_settings
 from prelora_ray.data.batch import Batch, StreamPlan
 from prelora_ray.data.manifest import Manifest, Shard
+from prelora_ray.engine.check import check_model
 from prelora_ray.engine.flops import forward_flops, training_passes
 from prelora_ray.engine.state import TrainState
 from prelora_ray.engine.step import TrainStep
@@ -78,6 +79,7 @@ def bench_phases(options: Options) -> dict[str, Any]:
 
     `failed` says what ended it before its last row, or is None.
     """
+    check_model(_settings(options, {}))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rates = {"matrix_flops": matrix_rate(device), "copy_bytes_per_second": copy_rate(device)}
     bench = _Bench(options, device, rates["matrix_flops"])

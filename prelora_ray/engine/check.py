@@ -103,7 +103,8 @@ def _calls(model: nn.Module, targets: list[Target]) -> set[str]:
 
 def _try_phase(model: nn.Module, settings: Settings, format_: Format, phase: Phase) -> None:
     """What a phase does to a model: a step, an evaluation, a checkpoint."""
-    told = f"model.name = {settings.model.name!r} is not allowed with options {settings.model.options}"
+    asked = settings.model
+    told = f"model.name = {asked.name!r} is not allowed with image_size {asked.image_size} and options {asked.options}"
     try:
         for layer in use_products(model, format_, settings.train.adapters):
             layer.refresh()

@@ -24,10 +24,6 @@ _FP8_CAPABILITY = (8, 9)
 """The first NVIDIA GPUs with products of e4m3: Ada; Hopper is (9, 0)."""
 
 
-class PrecisionError(UserError):
-    """The hardware does not have the format that the settings ask for."""
-
-
 def phase_format(precision: Literal["auto"] | Format, phase: Phase, device: torch.device) -> Format:
     """The format of a phase's products. `fp8` is for a frozen base, so for phase lora; bf16 stands in front of it."""
     if precision == "auto":
@@ -38,12 +34,12 @@ def phase_format(precision: Literal["auto"] | Format, phase: Phase, device: torc
 
 
 def check_precision(precision: Literal["auto"] | Format, device: torch.device) -> None:
-    """Raises PrecisionError where the device has not what the setting asks for."""
+    """Raises UserError where the device has not what the setting asks for."""
     if precision != "fp8":
         return
     found = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < _FP8_CAPABILITY:
-        raise PrecisionError(
+        raise UserError(
             f"train.precision = 'fp8' is not allowed on {found}: it needs an NVIDIA GPU of the Ada or Hopper generation or "
             "later; use bf16"
         )

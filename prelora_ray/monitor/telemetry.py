@@ -11,7 +11,6 @@ import torch
 
 from prelora_ray.config import Settings
 from prelora_ray.engine.flops import forward_flops, peak_flops, training_passes
-from prelora_ray.fault_tolerance.async_checkpointer import Saved
 from prelora_ray.method.phases import Phase
 from prelora_ray.monitor.client import Client
 from prelora_ray.monitor.metrics import RunMetrics, WorkerMetrics
@@ -133,10 +132,10 @@ class RunTelemetry:
         if line.loss_change is not None:
             self._metrics.loss_change.labels(self._run).set(line.loss_change)
 
-    def saved(self, saved: Saved) -> None:
-        if saved.error is None:
-            self._metrics.checkpoint_seconds.labels(self._run).set(saved.seconds)
-            self._metrics.checkpoint_time.labels(self._run).set(time.time())
+    def saved(self, seconds: float) -> None:
+        """A checkpoint is committed, so many seconds after its snapshot."""
+        self._metrics.checkpoint_seconds.labels(self._run).set(seconds)
+        self._metrics.checkpoint_time.labels(self._run).set(time.time())
 
     def diagnosis(self, signature: str) -> None:
         self._metrics.diagnosis.labels(self._run, signature).set(1)

@@ -137,7 +137,7 @@ def _concurrent(plan: Plan) -> int:
     workers, has = plan.trunk.workers, ray.cluster_resources()
     room = has.get("CPU", 1) / (workers.max * workers.cpus + 1)
     gpus = has.get("GPU", 0)
-    if workers.gpu is True or (workers.gpu == "auto" and gpus >= workers.min):
+    if workers.take_gpus(gpus):
         room = min(room, gpus / workers.max)
     return max(1, int(room))
 

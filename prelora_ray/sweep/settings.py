@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from prelora_ray.config import Address, FolderName, MethodSettings, Settings, acts, with_absolute_paths
 from prelora_ray.config_file import load_settings, parse_section, parse_settings, read_named
+from prelora_ray.errors import UserError
 from prelora_ray.section import Count, Section, Whole
 
 Setting = dict[str, Any]
@@ -173,6 +174,11 @@ class Plan:
         self.folder = f"{base.storage.rstrip('/')}/{sweep.name}"
         for setting in self.settings_to_try():
             self.settings_of(setting, "check")
+        if sweep.asha is not None and sweep.asha.grace_epochs > base.train.epochs:
+            raise UserError(
+                f"asha.grace_epochs = {sweep.asha.grace_epochs} is not allowed: it must not exceed train.epochs = "
+                f"{base.train.epochs}"
+            )
 
     @property
     def trunk(self) -> Settings:

@@ -236,8 +236,8 @@ class RankZeroRecorder(Recorder):
 
     def saved(self, results: Iterable[Saved]) -> None:
         for saved in results:
-            self._telemetry.saved(saved)
             if saved.error is None:
+                self._telemetry.saved(saved.seconds)
                 self._event(CheckpointSaved, checkpoint=saved.name, seconds=saved.seconds)
             else:
                 self._event(CheckpointFailed, checkpoint=saved.name, seconds=saved.seconds, message=saved.error)

@@ -83,7 +83,7 @@ def train(settings: Settings, *, debug: bool = False, callbacks: Sequence[ray.tr
         if folder.exists("data.json"):
             folder.read_classes()  # raises, where it is damaged, before Ray starts
     if folder.exists("result.json"):
-        result = folder.read_json("result.json")
+        result = folder.read_result()
         logger.info("run %s has finished already; give another --name for a new one", folder)
         return result
     check_model(settings)
@@ -194,7 +194,7 @@ def _settle_gpu(settings: Settings, before: Settings | None, gpus: float) -> Set
     if before is not None and before.workers.gpu != "auto":
         gpu, why = before.workers.gpu, "as the run has had it so far"
     else:
-        gpu = gpus >= workers.min
+        gpu = workers.take_gpus(gpus)
         why = f"as Ray has {gpus:g} GPUs and workers.min is {workers.min}"
         why += "" if gpu else "; for GPUs that come once they are asked for, set it to true"
     logger.info("workers.gpu: auto is %s, %s", str(gpu).lower(), why)

@@ -71,6 +71,7 @@ def test_exporter_is_sent_to_and_scraped():
     ("arguments", "sentence"),
     [
         (["phases", "--model", "vit_tinny"], "model.name = 'vit_tinny' is not allowed"),
+        (["phases", "--image-size", "15"], "is not allowed with image_size 15 and options {}: phase full fails"),
         (["phases", "--batch", "0"], "Invalid value for '--batch'"),
         (["phases", "--out", "/nowhere/phases.json"], "--out /nowhere/phases.json is not allowed: /nowhere is no folder"),
         (["data", "--images", "100"], "--batch 64 is not allowed with --images 100: a pass needs four batches"),

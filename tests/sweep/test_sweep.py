@@ -162,6 +162,7 @@ def test_pareto_front_is_what_nothing_beats():
             },
             "asha is not allowed with two objectives",
         ),
+        ({"space": {"method.tau": [1]}, "asha": {"grace_epochs": 1000}}, r"asha.grace_epochs = 1000 is not allowed: .* = \d+$"),
         ({"space": {"method.tau": [1]}, "name": "../up"}, r"name = '../up' is not allowed"),
         ({"space": {"method.tau": [1]}, "recipe": "none.yaml"}, "none.yaml is no file"),
         ({"space": {"method.tau": [1]}, "serach": "grid"}, "serach = 'grid' is not allowed: .* did you mean search"),
