@@ -1,7 +1,7 @@
-"""GELU between two products in e4m3, and the scaling by row that follows, in one pass over memory.
+"""GELU between two products in e4m3, with the scaling by row behind it, in one pass over memory.
 
-A compiler reads a row twice, once for its largest value, and computes GELU each time. On a GPU these are Triton kernels
-that keep the row in registers; elsewhere plain torch.
+A compiler reads a row twice, once for its largest value, and computes GELU each time. On a GPU these are kernels in Triton that
+keep the row in registers; elsewhere plain torch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if find_spec("triton"):  # torch's builds for GPUs bring it along
 
 
 def gelu_quantize(h: torch.Tensor, columns: int) -> tuple[Operand, Operand]:
-    """gelu(h) and h, each quantized by `quantize`, over the first `columns` columns of h, which is bfloat16."""
+    """gelu(h) and h, each as `quantize` gives it, of the first so many columns of h, in bfloat16."""
     if h.is_cuda:
         values, scale, h_values, h_scale = gelu_triton.gelu_quantize(h, columns)
         return Operand(values, scale), Operand(h_values, h_scale)
@@ -27,10 +27,10 @@ def gelu_quantize(h: torch.Tensor, columns: int) -> tuple[Operand, Operand]:
 
 
 def gelu_quantize_backward(dg: torch.Tensor, h: Operand) -> tuple[torch.Tensor, torch.Tensor, Operand]:
-    """The backward of g = gelu(h): g and dh, of h's shape in bfloat16, and dh quantized by `quantize`.
+    """The backward of g = gelu(h): g and dh, of h's shape in bfloat16, and dh as `quantize` gives it.
 
-    Takes as many columns of dg as h has. `h` is the one that `gelu_quantize` returned: GELU's slope changes little
-    within what e4m3 rounds off, so nothing else is kept from the forward.
+    Takes as many columns of dg as h has. Both come from h as `gelu_quantize` gave it: its slope there changes little within
+    what e4m3 rounds off, and nothing else is kept from the forward.
     """
     if dg.is_cuda:
         g, dh, values, scale = gelu_triton.gelu_quantize_backward(dg, *h)
@@ -43,5 +43,5 @@ def gelu_quantize_backward(dg: torch.Tensor, h: Operand) -> tuple[torch.Tensor, 
 
 
 def _cdf(x: torch.Tensor) -> torch.Tensor:
-    """Cumulative distribution function of the standard normal distribution."""
+    """Of the normal distribution."""
     return (1 + torch.erf(x * math.sqrt(0.5))) / 2

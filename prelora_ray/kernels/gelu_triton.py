@@ -1,4 +1,4 @@
-"""The kernels of `gelu.py`, which says what they compute. Each program takes one whole row."""
+"""The kernels of `gelu.py`, which says what they compute. A program takes a row, whole."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def gelu_quantize_backward(
 
 
 def _warps(block: int) -> int:
-    """Warps for sixteen values a thread, within the limits of a kernel."""
+    """Sixteen values a thread, within what a kernel may have."""
     return min(16, max(1, block // 512))
 
 

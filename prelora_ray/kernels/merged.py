@@ -48,7 +48,8 @@ def merged_linear(
 class FrozenProduct(nn.Module, ABC):
     """x (..., in) to x (W + s B A)' + bias, (..., out), for a frozen W and bias.
 
-    Holds W + s B A, A and B in the form of its products. Call `refresh` after every change of W, A or B.
+    Holds W + s B A, A and B in the form of its products. `refresh` brings that up to date: once after every change of W, A or
+    B.
     """
 
     def __init__(self, width: int) -> None:
@@ -78,7 +79,7 @@ class FrozenProduct(nn.Module, ABC):
         b: torch.Tensor,
         scaling: float,
     ) -> torch.Tensor:
-        """As `merged_linear`, with the values of the last `refresh`: `a` and `b` are there for their gradients."""
+        """As `merged_linear`; of all but x the gradients matter alone, as the values are those of the last `refresh`."""
         with torch.autocast(x.device.type, enabled=False):
             return self.multiply(x.reshape(-1, x.shape[-1]), *self.padded(a, b), scaling).view(*x.shape[:-1], -1)
 

@@ -66,8 +66,8 @@ def diagnose(epochs: Sequence[Epoch], ranks: Mapping[str, int] | None, num_choic
 def _early_switch(epochs: Sequence[Epoch]) -> Finding | None:
     """After the freeze the loss levels off above the trunk's extrapolated curve.
 
-    The curve is exponential in the learning rate spent, with the slope of the last third of phase full. So it bends
-    with the schedule. A decaying rate lowers the loss further, so a run that keeps up with its trunk ends below it.
+    The curve is exponential in the learning rate spent, with the slope of the last third of phase full. So it bends with
+    the schedule, and as a rate that decays lowers the loss further, a run that keeps up with its trunk ends under it.
     """
     full = [line for line in epochs if line.phase == "full"]
     if len(full) < 2 * _FEWEST:

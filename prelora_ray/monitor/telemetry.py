@@ -38,7 +38,7 @@ class WorkerTelemetry:
         self._sensors = Sensors(device) if watches_gpu else None
         peak = peak_flops(torch.cuda.get_device_name(device)) if watches_gpu else None
         self._mfu_per_rate = forward_flops(settings.model, num_classes) / peak if peak else None
-        """MFU at one forward a second."""
+        """MFU for each forward a second."""
         self._metrics = WorkerMetrics()
         self._client = Client(self._labels[0], str(rank), self._metrics, enabled=settings.monitor.enabled)
 

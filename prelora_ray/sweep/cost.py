@@ -10,8 +10,7 @@ from prelora_ray.run_folder import RunFolder
 
 
 def straight_hours(run: RunFolder, epochs: int) -> float:
-    """Cost of a straight run of `epochs` epochs, each at the median of its phase; those that a stopped run lacks count
-    as of its last phase.
+    """Cost of a straight run of so many epochs: each at the median of its phase, and what a stopped one lacks as the last.
 
     The median leaves out what the start of a process, or of a fork, adds to an epoch.
     """

@@ -18,7 +18,7 @@ def write_found(folder: RunFolder, device: str, sizes: dict[Phase, int]) -> None
 
 
 def read_found(folder: RunFolder, device: str) -> dict[Phase, int]:
-    """What an earlier attempt found on a GPU of this name; nothing where the file does not tell."""
+    """What an earlier attempt found on a GPU of this name; nothing where that cannot be told."""
     try:
         found = folder.read_json(FILE)
         if found.pop("device") != device:

@@ -1,4 +1,4 @@
-"""Runs that are made to fail are diagnosed; a healthy one is not."""
+"""Runs that are made to fail are told so; one that is not stays unmentioned."""
 
 from __future__ import annotations
 
