@@ -27,7 +27,7 @@ def _worker_metrics(rank: int) -> WorkerMetrics:
 
 
 def bench_exporter(workers: int, seconds: int) -> dict[str, Any]:
-    """Has so many workers send 20 series each once a second: how long a message holds up its worker, and a scrape takes."""
+    """Has `workers` send 20 series each once a second: how long a message holds up its worker, and a scrape takes."""
     with ray_session():
         messages, scrapes, size = _measure(workers, seconds)
     rows = [

@@ -1,7 +1,7 @@
 """Images a second by phase: our own step, and what the usual stacks make of the same work.
 
-Our rows take the step of training whole: mixing, loss, clipping and optimizer included. The reference rows take the plain loop
-of their stack over images that lie on the device already.
+Our rows measure the whole training step: mixing, loss, clipping and optimizer included. The reference rows measure the
+plain loop of their stack, on images that are on the device already.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def bench_phases(options: Options) -> dict[str, Any]:
         for row in bench.rows():
             logger.info("%s: %.0f images/s", row.name, row.images_per_second)
             rows.append(vars(row))
-    except RuntimeError as error:  # after a fault of the device this process can use it no more; what was measured stands
+    except RuntimeError as error:  # after a device fault this process cannot use it any more; what was measured counts
         logger.debug("", exc_info=True)
         failed = str(error).splitlines()[0]
     except KeyboardInterrupt:

@@ -32,7 +32,7 @@ def _encode_file(path: str) -> int:
 
 
 def bench_prepare(count: int) -> dict[str, Any]:
-    """Has both decode, reduce, encode and write the same images, in alternating rounds; processes start in a first one."""
+    """Has both decode, reduce, encode and write the same images, in alternating rounds after one to start processes."""
     cores = os.cpu_count() or 1
     with tempfile.TemporaryDirectory() as root, ray_session(), multiprocessing.Pool(cores) as pool:
         write_images(Path(root, "images"), count)
