@@ -1,4 +1,4 @@
-"""What a run will do to its model, tried before Ray starts: on tensors that have shapes and number formats, and no values."""
+"""Tries what a run will do to its model before Ray starts, on tensors with shapes and number formats but no values."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def check_model(settings: Settings) -> list[Target]:
         raise UserError(f"model.name = {settings.model.name!r} is not allowed: {error}") from None
     ranks = _largest_ranks(method, targets)
     with _without_values():
-        model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))  # on a CPU, as autocast wants a device
+        model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))  # on a CPU: autocast needs a device
         if settings.train.residual == "bf16":
             keep_residual_in_bf16(model)
         called = _calls(model, targets)

@@ -68,7 +68,7 @@ def load_pretrained(model: nn.Module, path: str) -> list[str]:
 
 
 def _adapt_channels(tensors: dict[str, torch.Tensor], own: dict[str, torch.Tensor], name: str) -> str | None:
-    """Makes the weights `name` (width, channels, height, width of a patch) those of RGB or of grey, as the model's own are.
+    """Makes the weights `name` (width, channels, height and width of a patch) RGB's or grey's, as the model's own are.
 
     A grey image, normalised alike, then means the same to both. Returns a sentence where they were not so before.
     """

@@ -73,7 +73,7 @@ class TrainState:
         self.fork: Decision | None = None
         """The change of phase that the checkpoint of a trunk has yet to go through, where a fork begins with one."""
         self.logit_change: float | None = None
-        """Largest change of a logit at the last change of phase: what another number format and other products make of it."""
+        """Largest change of a logit at the last change of phase, by another number format and other products."""
         self.network: nn.Module = self.model
         if checkpoint is not None:
             self._load(checkpoint)
@@ -135,7 +135,7 @@ class TrainState:
         self.logit_change = (self._probe(self.format) - before).abs().max().item()
 
     def refresh(self) -> None:
-        """Brings up to date what products hold of weights that a step changes: in front of each step and each evaluation."""
+        """Brings up to date what products hold of weights that a step changes. Call before each step and evaluation."""
         for layer in self._holding:
             layer.refresh()
 
@@ -167,7 +167,7 @@ class TrainState:
         )
 
     def snapshot_bytes(self) -> int:
-        """What the largest snapshot of this phase takes on the device: with the frozen base, and moments of all that trains."""
+        """Bytes of this phase's largest snapshot on the device: with the frozen base, and all moments."""
         saved = sum(tensor.nbytes for part in self._saved_tensors() for tensor in part.values())
         return saved + self.moment_bytes()
 
@@ -176,7 +176,7 @@ class TrainState:
         return sum(2 * parameter.nbytes + _STEP_BYTES for parameter in self.model.parameters() if parameter.requires_grad)
 
     def _saved_tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """The model's own tensors that train or are no parameters, those that phase lora has frozen, and the adapters'."""
+        """The model's own tensors that train or are no parameters, those that phase lora has frozen, and adapters'."""
         model = base_state_dict(self.model)
         frozen: set[str] = set()
         if self.phases.phase is Phase.LORA:

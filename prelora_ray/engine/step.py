@@ -117,7 +117,7 @@ class TrainStep:
         state.optimizer.zero_grad()
 
     def _add_gradients(self, inputs: dict[str, torch.Tensor], starts: range, *, exchanges: bool) -> torch.Tensor:
-        """Takes the micro-batches that begin at `starts` through the model and back; sum of their losses, and their images.
+        """Takes the micro-batches that begin at `starts` through the model and back; sums of their losses and images.
 
         `exchanges`: whether workers exchange their gradients, after the last of them.
         """

@@ -1,7 +1,7 @@
 """The product of a frozen linear layer with adapters in 8-bit floating point (e4m3), scaled by row.
 
-As `merged.py` has it, with x, dy and the two halves of M rounded to e4m3, each row by a scale of its own; sums are float32,
-results bfloat16. x is kept for the backward in 8 bits. Gradients of A and B are products of bfloat16.
+As `merged.py` has it, with x, dy and the two halves of M rounded to e4m3, each row by a scale of its own; sums are
+float32, results bfloat16. x is kept for the backward in 8 bits. Gradients of A and B are products of bfloat16.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class _Product(torch.autograd.Function):
 
 
 class _Mlp(torch.autograd.Function):
-    """`_Product` twice; h is all that the first one gives, (rows, hidden + width); its hidden values are kept for GELU."""
+    """`_Product` twice. h is all that the first one gives, (rows, hidden + width); its hidden values are kept."""
 
     @staticmethod
     def forward(
