@@ -141,13 +141,13 @@ class DataSettings(Section):
     batch_size: Count = 1024
     """Images in a global batch, over all workers."""
     cell: Count = 16
-    """Images in a cell, the group that is never split between workers or micro-batches, and inside which images are mixed."""
+    """Images in a cell, a group that is never split between workers or micro-batches; images are mixed inside it."""
     shuffle_row_groups: Count = 16
     """Row groups whose rows are shuffled together."""
     decoders: Annotated[Count | Literal["auto"], Acts("never")] = "auto"
     """Decoding processes of each worker; auto is its share of the node's CPUs, which the GPUs of the node share."""
     mean: Annotated[tuple[Share, ...], ForEachChannel] = (0.485, 0.456, 0.406)
-    """Mean of each channel, in 0..1; one value, such as [0.5], stands for all three. With in_chans 1 their average counts."""
+    """Mean of each channel, in 0..1; one value, such as [0.5], stands for all three. With in_chans 1 it is averaged."""
     std: Annotated[tuple[Positive, ...], ForEachChannel] = (0.229, 0.224, 0.225)
     """Standard deviation of each channel; one value stands for all three. With in_chans 1 their average counts."""
     crop_ratio: Annotated[float, Field(gt=0, le=1)] = 0.875
@@ -218,8 +218,8 @@ class MethodSettings(Section):
     r_max: Count = 64
     """Largest rank, a power of two."""
     rank_floor_percent: NotNegative = 0.0
-    """Change over the last step, in percent, below which a module gets no adapter and freezes as it is; the one that changes
-    most always has an adapter."""
+    """Change over the last step, in percent, below which a module gets no adapter and freezes as it is; the one that
+    changes most always has an adapter."""
     normalize: Normalize = "family"
     """Whether changes are min-max normalised within each family or over all modules."""
     rank_pattern: dict[str, Whole] | None = None
@@ -229,7 +229,7 @@ class MethodSettings(Section):
     targets: Annotated[tuple[_Family, ...], Acts("always")] = FAMILIES  # type: ignore[assignment]
     """Which matrices of a block get adapters."""
     freeze: FreezeScope = "adapted"
-    """What phase lora freezes: the adapted weights, all but the head, or the adapted weights and all in front of them."""
+    """What phase lora freezes: the adapted weights, all but the head, or the adapted weights and all before them."""
     adapter_learning_rate_scale: Positive = 1.0
     """The adapters' learning rate, as a multiple of the run's."""
     adapter_ramp_steps: Whole = 50
@@ -264,12 +264,13 @@ class WorkerSettings(Section):
     cpus: Positive = 1.0
     """CPUs that each worker asks Ray for."""
     gpu: bool | Literal["auto"] = "auto"
-    """Whether each worker takes a GPU; auto does where the cluster has enough of them as the run begins, and a resumed run
-    keeps to that."""
+    """Whether each worker takes a GPU; auto does where the cluster has enough of them as the run begins, and a resumed
+    run keeps to that."""
     max_failures: Annotated[int, Field(ge=-1, strict=True)] = 10
     """Failures of workers that a run survives, preemptions not counted; -1 is any number."""
     hang_seconds: Positive = 120.0
-    """A worker without progress for so long is ended, and the group starts again; starts and compilations have 10 times it."""
+    """A worker without progress for so long is ended, and the group restarts; starts and compilations may take 10
+    times as long."""
 
     def take_gpus(self, there: float) -> bool:
         """What `gpu` comes to where a cluster has so many GPUs."""
@@ -318,7 +319,7 @@ class Settings(Section):
 
     @property
     def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation of each channel that the model takes; of grey, the averages over red, green and blue."""
+        """Mean and standard deviation of each channel that the model takes; of grey, the averages over the colours."""
         mean, std = self.data.mean, self.data.std
         if self.model.channels == 1:
             return (statistics.mean(mean),), (statistics.mean(std),)

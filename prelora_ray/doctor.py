@@ -49,7 +49,8 @@ _KINDS = {kind.FILE: kind for kind in (Event, NormsLine, WindowLine, EpochLine)}
 
 
 def _parse_each_line(content: bytes, name: str) -> None:
-    """Raises ValueError where a line is no object of its file's kind; what a killed writer left unfinished is allowed."""
+    """Raises ValueError where a line is no object of its file's kind, but for one that a killed writer left
+    unfinished."""
     for number, line in enumerate(content.splitlines(), 1):
         try:
             entry = json.loads(line)

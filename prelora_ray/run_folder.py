@@ -125,7 +125,8 @@ class RunFolder(Storage):
         return from_json(Progress, self.read_json(Progress.FILE), f"{self}/{Progress.FILE}")
 
     def read_result(self) -> dict[str, Any]:
-        """What a finished run came to, with the keys of `Result`. Raises UserError, with a sentence, where it is damaged."""
+        """The result of a finished run, with the keys of `Result`. Raises UserError, with a sentence, where it is
+        damaged."""
         content = self.read_json(Result.FILE)
         try:
             from_json(Result, content, "it")
@@ -258,7 +259,8 @@ class RecordWriter:
 
 
 def _with_keys_of_now(content: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a run folder that an earlier version wrote: `rank_floor` said there whether `rank_floor_percent` counts."""
+    """Settings of a run folder that an earlier version wrote: there `rank_floor` says whether `rank_floor_percent`
+    counts."""
     method = content.get("method")
     if not isinstance(method, dict) or "rank_floor" not in method:
         return content
