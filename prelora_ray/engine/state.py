@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from prelora_ray.config import Settings
+from prelora_ray.engine.exchange import Exchange, align_gradients
 from prelora_ray.engine.model import compile_blocks, create_model, drop_path_modules
 from prelora_ray.engine.optim import OptimizerState, build_optimizer, optimizer_state
 from prelora_ray.engine.precision import Format, autocast, keep_residual_in_bf16, phase_format, use_products
@@ -48,12 +48,17 @@ class TrainState:
         device: torch.device,
         world_size: int,
         checkpoint: Snapshot | None = None,
+        exchange: Exchange | None = None,
     ) -> None:
-        """The state of a checkpoint, or of a run that begins. `batches` is the number of global batches in an epoch."""
+        """The state of a checkpoint, or of a run that begins. `batches` is the number of global batches in an epoch.
+
+        `exchange`: how workers exchange their gradients, where it is not to be as the settings say.
+        """
         self.settings = settings
         self.batches = batches
         self.device = device
         self.world_size = world_size
+        self.exchange = exchange or Exchange.of(settings.train.gradient_exchange)
         dtype = torch.float64 if settings.train.precision == "fp64" else torch.float32
         self.model = create_model(settings.model, num_classes, settings.train.seed).to(device, dtype)
         self.pretrained_notes: list[str] = []
@@ -62,6 +67,8 @@ class TrainState:
             self.pretrained_notes = load_pretrained(self.model, settings.model.init_from)
         if settings.train.residual == "bf16":
             keep_residual_in_bf16(self.model)
+        if world_size > 1:
+            align_gradients(self.model)
         self.drop_path = drop_path_modules(self.model)
         self.targets = find_targets(self.model, settings.method.targets)
         self.phases = phase_schedule(settings.method, settings.train.ramp_epochs, [target.name for target in self.targets])
@@ -225,12 +232,7 @@ class TrainState:
             compile_blocks(self.model)
         if self.world_size == 1:
             return
-        self.network = DistributedDataParallel(
-            self.model,
-            device_ids=[self.device] if self.device.type == "cuda" else None,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-        )
+        self.network = self.exchange.wrap(self.model, self.device)
         image = torch.zeros(1, *self.settings.model.input_shape, device=self.device, dtype=self.dtype)
         self.network.train()
         with torch.compiler.set_stance("force_eager"), self.autocast():  # or one image would be compiled by itself
