@@ -57,7 +57,7 @@ MAY_IMPORT = {
         *("bench", "ray_session.py", "train", "engine", "method", "data"),
         *("run_folder.py", "config.py", "config_file.py", "storage.py", "errors.py"),
     },
-    "bench/commands.py": {"bench", "console.py", "json_output.py", "storage.py", "errors.py"},
+    "bench/commands.py": {"bench", "report", "console.py", "json_output.py", "storage.py", "errors.py"},
     "console.py": {"report", "sweep", "inference", "data", "run_folder.py", "records.py", "config.py"},
     "cli.py": {
         *(
