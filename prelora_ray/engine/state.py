@@ -24,7 +24,7 @@ from prelora_ray.method.adapters import (
     peft_state_dict,
 )
 from prelora_ray.method.architecture import find_targets
-from prelora_ray.method.phases import Decision, Phase, freeze_parameters
+from prelora_ray.method.phases import Decision, Phase, count_parameters, freeze_parameters
 from prelora_ray.schedule import phase_schedule
 
 SWITCH_TOLERANCE = 1e-5
@@ -101,6 +101,14 @@ class TrainState:
     @property
     def dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype
+
+    @property
+    def gradient_bytes(self) -> int:
+        """What every worker exchanges in a step; 0 with one worker."""
+        if self.world_size == 1:
+            return 0
+        dtype = torch.bfloat16 if self.settings.train.gradient_exchange == "bf16" else self.dtype
+        return dtype.itemsize * count_parameters(self.model)[0]
 
     @property
     def format(self) -> Format:

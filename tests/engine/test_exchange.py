@@ -54,6 +54,8 @@ def compare_with_the_mean(rank: int, folder: Path, number_format: str) -> None:
         error, size = (found[name] - each.mean(0)).abs(), each.abs().mean(0)
         assert (error <= bound * size + 1e-30).all(), f"{name}: off by {(error / size).max()}"
         assert torch.equal(found[name], again[name]) and torch.equal(found[name], rebuilt[name]), name
+    values = sum(gradient.numel() for gradient in own.values())
+    assert state.gradient_bytes == values * (2 if number_format == "bf16" else 4)
     goes_through_bf16 = all(torch.equal(gradient, gradient.bfloat16().float()) for gradient in found.values())
     assert goes_through_bf16 == (number_format == "bf16")
     dist.destroy_process_group()
