@@ -182,6 +182,9 @@ class TrainSettings(Section):
     """How an adapted layer is computed: base and adapters apart, or as one product of the merged weights, as fp8 always is."""
     residual: Literal["fp32", "bf16"] = "fp32"
     """Number format of the residual stream between the blocks, where the products are bf16 or fp8."""
+    gradient_exchange: Literal["fp32", "bf16"] = "fp32"
+    """Number format in which workers exchange their gradients; fp32 is that of what trains. bf16 is half the bytes, and rounds
+    to 8 significant bits on each worker and in each sum."""
     compile: bool | Literal["auto"] = "auto"
     """Whether the model's blocks go through torch.compile; auto does on GPUs."""
     cuda_graph: bool = True
@@ -357,6 +360,11 @@ class Settings(Section):
                 f"checkpoint.every_epochs = {self.checkpoint.every_epochs} is not allowed with checkpoint.keep_trunk: it must "
                 f"divide method.window_epochs = {method.window_epochs}"
             )
+        if train.gradient_exchange == "bf16" and train.precision == "fp64":
+            raise ValueError(
+                "train.gradient_exchange = 'bf16' is not allowed with train.precision = 'fp64', of which it would leave 8 "
+                "bits: use fp32, which then is float64"
+            )
         if train.ramp_epochs >= train.epochs:
             raise ValueError(
                 f"train.ramp_epochs = {train.ramp_epochs} is not allowed: it must be below train.epochs = {train.epochs}"
@@ -422,6 +430,8 @@ def without_effect(settings: Settings) -> list[str]:
         sentences.append("method.targets has some of query, key and value: phase lora freezes the fused qkv as a whole")
     if "residual" in train.model_fields_set and train.precision in ("fp32", "fp64"):
         sentences.append(f"train.residual has no effect, as train.precision is {train.precision}")
+    if "gradient_exchange" in train.model_fields_set and settings.workers.max == 1:
+        sentences.append("train.gradient_exchange has no effect, as workers.max is 1")
     if "adapters" in train.model_fields_set and not method.enabled:
         sentences.append("train.adapters has no effect, as method.enabled is false")
     if {"padding"} & augment.model_fields_set and augment.crop != "padded":

@@ -93,6 +93,10 @@ def test_the_papers_recipe():
         ),
         ({"model": {"options": {"in_chans": True}}}, "model.options.in_chans = True is not allowed: it must be 3, or 1"),
         ({"augment": {"policy": "rand-m9;x"}}, "augment.policy = 'rand-m9;x' is not allowed: it must be `3a` or a RandAugment"),
+        (
+            {"train": {"precision": "fp64", "gradient_exchange": "bf16"}},
+            "train.gradient_exchange = 'bf16' is not allowed with train.precision = 'fp64', of which it would leave 8 bits",
+        ),
         ({"name": "../up"}, "name = '../up' is not allowed: it must be 1 to 128 letters"),
     ],
 )
@@ -238,11 +242,11 @@ def test_settings_without_effect_are_told():
             **DATA,
             "method": {"rank_pattern": {".*": 8}, "r_max": 32, "targets": ["query", "fc1"]},
             "augment": {"crop": "center", "padding": 2},
-            "train": {"precision": "fp32", "residual": "bf16"},
+            "train": {"precision": "fp32", "residual": "bf16", "gradient_exchange": "bf16"},
         }
     )
     told = [sentence.split()[0] for sentence in without_effect(settings)]
-    assert told == ["method.r_max", "method.targets", "train.residual", "augment.padding"]
+    assert told == ["method.r_max", "method.targets", "train.residual", "train.gradient_exchange", "augment.padding"]
     full = parse_settings({"name": "run", **DATA, "method": {"enabled": False}, "train": {"adapters": "merged"}})
     assert without_effect(full) == ["train.adapters has no effect, as method.enabled is false"]
     floor = parse_settings({"name": "run", **DATA, "method": {"rank_floor_percent": 0.5, "rank_pattern": {".*": 8}}})
@@ -257,6 +261,7 @@ CHANGES = {
     "augment.flip": (0.1, "always"),
     "train.seed": (3, "always"),
     "train.residual": ("bf16", "always"),
+    "train.gradient_exchange": ("bf16", "always"),
     "train.adapters": ("plain", "switch"),
     "train.micro_batch": (16, "never"),
     "method.targets": (["fc1"], "always"),

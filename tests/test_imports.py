@@ -59,7 +59,7 @@ MAY_IMPORT = {
         *("bench", "ray_session.py", "train", "fault_tolerance", "monitor", "engine", "method", "data"),
         *("run_folder.py", "config.py", "config_file.py", "storage.py", "errors.py"),
     },
-    "bench/commands.py": {"bench", "console.py", "json_output.py", "storage.py", "errors.py"},
+    "bench/commands.py": {"bench", "report", "console.py", "json_output.py", "storage.py", "errors.py"},
     "console.py": {"report", "sweep", "inference", "data", "run_folder.py", "records.py", "config.py"},
     "cli.py": {
         *(

@@ -45,6 +45,56 @@ def _phases(
     _measure(lambda: run(options), out, as_json)
 
 
+@app.command("network")
+def _network(
+    model: UsualModel = None,
+    image_size: UsualImageSize = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Images of each worker; default: 256, on a CPU 8.")] = None,
+    workers: Annotated[int, typer.Option(min=2, help="Processes, each with a GPU of its own.")] = 2,
+    bandwidth: Annotated[
+        list[float] | None, typer.Option(min=0.001, help="Gbit/s of a worker's link; repeatable. Default: 100, 25, 10, 5, 1.")
+    ] = None,
+    bucket: Annotated[int | None, typer.Option(min=1, help="MiB exchanged at once; default: torch's 25.")] = None,
+    residual: Annotated[Literal["fp32", "bf16"], typer.Option(help="Format of the residual stream.")] = "fp32",
+    seconds: Annotated[float, typer.Option(min=0, help="To measure a row for; it takes one step at least.")] = 2.0,
+    row: Annotated[list[str] | None, typer.Option(help="Beginning of the names of rows to measure; repeatable.")] = None,
+    picture: Annotated[str | None, typer.Option(help="Also draw the rows into this HTML file.")] = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Time of a step by phase against the bandwidth between workers, which is simulated behind their own exchange."""
+    from prelora_ray.bench.network import BANDWIDTHS, Options
+    from prelora_ray.bench.network import bench_network as run
+
+    size = _size(model, image_size, batch, batch_on_cpu=8)
+    bandwidths, rows = tuple(bandwidth or BANDWIDTHS), tuple(row or ())
+    options = Options(
+        **size, workers=workers, bandwidths=bandwidths, bucket=bucket, residual=residual, seconds=seconds, rows=rows
+    )
+    _measure(lambda: run(options), out, as_json, picture)
+
+
+@app.command("memory")
+def _memory(
+    model: Annotated[list[str] | None, typer.Option(help="A ViT's name in timm; repeatable. Default: ViT-S, B and L.")] = None,
+    image_size: ImageSize = 224,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Images in a step; repeatable. Default: 256, 512.")] = None,
+    micro_batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Images at once; repeatable. Default: 64, 128, 256.")
+    ] = None,
+    residual: Annotated[Literal["fp32", "bf16"], typer.Option(help="Format of the residual stream.")] = "fp32",
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Peak of a GPU's memory in full, warmup and lora, over models, batches and micro-batches."""
+    from prelora_ray.bench.memory import BATCHES, MICRO_BATCHES, MODELS, Options
+    from prelora_ray.bench.memory import bench_memory as run
+
+    sizes = tuple(batch or BATCHES), tuple(micro_batch or MICRO_BATCHES)
+    options = Options(tuple(model or MODELS), image_size, *sizes, residual)
+    _measure(lambda: run(options), out, as_json)
+
+
 @app.command("data")
 def _data(
     images: Annotated[int, typer.Option(min=100, help="Images in a pass.")] = 2000,
@@ -149,12 +199,12 @@ def _size(model: str | None, image_size: int | None, batch: int | None, *, batch
     return usual_size(batch_on_cpu) | {key: value for key, value in given.items() if value is not None}
 
 
-def _measure(run: Callable[[], dict[str, Any]], out: str | None, as_json: bool) -> None:
+def _measure(run: Callable[[], dict[str, Any]], out: str | None, as_json: bool, picture: str | None = None) -> None:
     from prelora_ray import console
 
-    path = None if out is None else Path(absolute(out))
-    if path is not None and not path.parent.is_dir():
-        raise UserError(f"--out {out} is not allowed: {path.parent} is no folder")
+    for option, path in (("--out", out), ("--picture", picture)):
+        if path is not None and not (folder := Path(absolute(path)).parent).is_dir():
+            raise UserError(f"{option} {path} is not allowed: {folder} is no folder")
     result = run()
     if as_json:
         print_json(result)
@@ -163,8 +213,12 @@ def _measure(run: Callable[[], dict[str, Any]], out: str | None, as_json: bool) 
         for row in result["rows"]:
             for kernel, milliseconds in row.get("kernels", ()):
                 console.out.print(f"{row['name']}: {milliseconds:8.3f} ms  {kernel[:110]}")
-    if path is not None:
-        path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    if out is not None:
+        Path(absolute(out)).write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    if picture is not None:
+        from prelora_ray.report.page import write_network
+
+        write_network(result, picture)
     for name, reason in result.get("missing", {}).items():
         print(f"not measured: {name} ({reason})", file=sys.stderr)
     if result.get("failed") is not None:

@@ -33,12 +33,15 @@ def phase_format(precision: Literal["auto"] | Format, phase: Phase, device: torc
     return precision
 
 
+def has_fp8(device: torch.device) -> bool:
+    """Whether the device has products of e4m3."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _FP8_CAPABILITY
+
+
 def check_precision(precision: Literal["auto"] | Format, device: torch.device) -> None:
     """Raises UserError where the device has not what the setting asks for."""
-    if precision != "fp8":
-        return
-    found = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < _FP8_CAPABILITY:
+    if precision == "fp8" and not has_fp8(device):
+        found = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
         raise UserError(
             f"train.precision = 'fp8' is not allowed on {found}: it needs an NVIDIA GPU of the Ada or Hopper generation or "
             "later; use bf16"

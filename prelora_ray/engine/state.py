@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from prelora_ray.config import Settings
+from prelora_ray.engine.exchange import Exchange, align_gradients
 from prelora_ray.engine.model import compile_blocks, create_model, drop_path_modules
 from prelora_ray.engine.optim import OptimizerState, build_optimizer, optimizer_state
 from prelora_ray.engine.precision import Format, autocast, keep_residual_in_bf16, phase_format, use_products
@@ -24,7 +24,7 @@ from prelora_ray.method.adapters import (
     peft_state_dict,
 )
 from prelora_ray.method.architecture import find_targets
-from prelora_ray.method.phases import Decision, Phase, freeze_parameters
+from prelora_ray.method.phases import Decision, Phase, count_parameters, freeze_parameters
 from prelora_ray.schedule import phase_schedule
 
 SWITCH_TOLERANCE = 1e-5
@@ -48,12 +48,17 @@ class TrainState:
         device: torch.device,
         world_size: int,
         checkpoint: Snapshot | None = None,
+        exchange: Exchange | None = None,
     ) -> None:
-        """The state of a checkpoint, or of a run that begins. `batches` is the number of global batches in an epoch."""
+        """The state of a checkpoint, or of a run that begins. `batches` is the number of global batches in an epoch.
+
+        `exchange`: how workers exchange their gradients, where it is not to be as the settings say.
+        """
         self.settings = settings
         self.batches = batches
         self.device = device
         self.world_size = world_size
+        self.exchange = exchange or Exchange.of(settings.train.gradient_exchange)
         dtype = torch.float64 if settings.train.precision == "fp64" else torch.float32
         self.model = create_model(settings.model, num_classes, settings.train.seed).to(device, dtype)
         self.pretrained_notes: list[str] = []
@@ -62,6 +67,8 @@ class TrainState:
             self.pretrained_notes = load_pretrained(self.model, settings.model.init_from)
         if settings.train.residual == "bf16":
             keep_residual_in_bf16(self.model)
+        if world_size > 1:
+            align_gradients(self.model)
         self.drop_path = drop_path_modules(self.model)
         self.targets = find_targets(self.model, settings.method.targets)
         self.phases = phase_schedule(settings.method, settings.train.ramp_epochs, [target.name for target in self.targets])
@@ -94,6 +101,14 @@ class TrainState:
     @property
     def dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype
+
+    @property
+    def gradient_bytes(self) -> int:
+        """What every worker exchanges in a step; 0 with one worker."""
+        if self.world_size == 1:
+            return 0
+        dtype = torch.bfloat16 if self.settings.train.gradient_exchange == "bf16" else self.dtype
+        return dtype.itemsize * count_parameters(self.model)[0]
 
     @property
     def format(self) -> Format:
@@ -225,12 +240,7 @@ class TrainState:
             compile_blocks(self.model)
         if self.world_size == 1:
             return
-        self.network = DistributedDataParallel(
-            self.model,
-            device_ids=[self.device] if self.device.type == "cuda" else None,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-        )
+        self.network = self.exchange.wrap(self.model, self.device)
         image = torch.zeros(1, *self.settings.model.input_shape, device=self.device, dtype=self.dtype)
         self.network.train()
         with torch.compiler.set_stance("force_eager"), self.autocast():  # or one image would be compiled by itself

@@ -59,6 +59,13 @@ def write_switch_map(taus: list[float], zetas: list[float], maps: dict[str, list
     _write("Where tau and zeta switch", sections, out)
 
 
+def write_network(result: dict[str, Any], out: str) -> None:
+    """Writes what `prelora bench network` found as a picture to the file `out`."""
+    title = f"{result['options']['model']} on {result['options']['workers']} x {result['device']}, {result['date']}"
+    text = "<p>A simulated link of each worker, behind the exchange that this machine makes without limit.</p>"
+    _write("What a step costs over a network", [("network", title, text, figures.network(result["rows"]))], out)
+
+
 def _write(title: str, sections: list[Section], out: str) -> None:
     Path(absolute(out)).write_text(_page(title, sections), encoding="utf-8")
 

@@ -66,7 +66,7 @@ class EpochMeter:
             peak_memory_bytes=_peak_memory_bytes(state.device),
             trainable_parameters=trainable,
             parameters=parameters,
-            gradient_bytes=trainable * state.dtype.itemsize if state.world_size > 1 else 0,
+            gradient_bytes=state.gradient_bytes,
             learning_rate=learning_rate,
             world_size=state.world_size,
         )

@@ -76,6 +76,9 @@ def test_exporter_is_sent_to_and_scraped():
         (["phases", "--out", "/nowhere/phases.json"], "--out /nowhere/phases.json is not allowed: /nowhere is no folder"),
         (["data", "--images", "100"], "--batch 64 is not allowed with --images 100: a pass needs four batches"),
         (["loop", "--batch", "100"], "data.batch_size = 100 is not allowed: it must be a multiple of data.cell = 8"),
+        (["network", "--model", "vit_tinny"], "model.name = 'vit_tinny' is not allowed"),
+        (["network", "--workers", "1"], "Invalid value for '--workers'"),
+        (["network", "--picture", "/nowhere/n.html"], "--picture /nowhere/n.html is not allowed: /nowhere is no folder"),
         (["restart", "--model", "vit_tinny"], "model.name = 'vit_tinny' is not allowed"),
     ],
 )

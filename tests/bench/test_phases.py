@@ -5,7 +5,8 @@ import json
 import pytest
 
 from prelora_ray.bench import phases
-from prelora_ray.bench.phases import RANKS, Row
+from prelora_ray.bench.own import RANKS
+from prelora_ray.bench.phases import Row
 from tests.command import prelora
 
 WIDTH, DEPTH, TOKENS, CLASSES = 192, 12, 17, 1000

@@ -22,13 +22,15 @@ from tests.runs import TINY_VIT, assert_same_bits
 CPU = torch.device("cpu")
 
 
-def train_state(options=TINY_VIT, world_size: int = 1, checkpoint: Snapshot | None = None) -> TrainState:
+def train_state(
+    options=TINY_VIT, world_size: int = 1, checkpoint: Snapshot | None = None, gradient_exchange: str = "fp32"
+) -> TrainState:
     settings = parse_settings(
         {
             "name": "state",
             "data": {"path": "x", "batch_size": 8, "cell": 4},
             "model": {"name": "vit_tiny_patch16_224", "image_size": 8, "options": options},
-            "train": {"epochs": 20, "ramp_epochs": 0},
+            "train": {"epochs": 20, "ramp_epochs": 0, "gradient_exchange": gradient_exchange},
         }
     )
     return TrainState(settings, 10, 1, CPU, world_size, checkpoint)
@@ -105,13 +107,13 @@ WIDE = {"patch_size": 2, "embed_dim": 192, "depth": 2, "num_heads": 2}
 """3.6 MB of parameters, which DDP sums in one bucket at first, and in two from its second step on."""
 
 
-def go_on_as_if_undisturbed(rank: int, folder: Path) -> None:
+def go_on_as_if_undisturbed(rank: int, folder: Path, gradient_exchange: str) -> None:
     """What one of three workers does: with two, a sum is the same in either order."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
-    state = train_state(WIDE, world_size=3)
+    state = train_state(WIDE, 3, None, gradient_exchange)
     train_a_step(state, rank)
-    resumed = train_state(WIDE, world_size=3, checkpoint=state.snapshot([], holds_base=False))
+    resumed = train_state(WIDE, 3, state.snapshot([], holds_base=False), gradient_exchange)
     expected, found = (train_a_step(each, 3 + rank) for each in (state, resumed))
     assert expected.keys() == found.keys() == dict(state.model.named_parameters()).keys()
     different = [name for name, gradient in expected.items() if not torch.equal(gradient, found[name])]
@@ -121,7 +123,8 @@ def go_on_as_if_undisturbed(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def test_a_state_built_anew_sums_gradients_as_the_one_before(tmp_path):
+@pytest.mark.parametrize("gradient_exchange", ["fp32", "bf16"])
+def test_a_state_built_anew_sums_gradients_as_the_one_before(tmp_path, gradient_exchange):
     """To the bit, over several buckets, though DDP arranges them anew after its first backward."""
     set_forkserver_preload([__name__])  # torch is imported once for all three
-    start_processes(go_on_as_if_undisturbed, (tmp_path,), nprocs=3, start_method="forkserver")
+    start_processes(go_on_as_if_undisturbed, (tmp_path, gradient_exchange), nprocs=3, start_method="forkserver")
