@@ -19,9 +19,9 @@ Bucket = torch.futures.Future[torch.Tensor]
 class Link:
     """A worker's one way to the others: its buckets go over it one after the other, each behind its real exchange.
 
-    A bucket of N bytes takes 2 N / bandwidth: in a ring of many workers each sends so much, and receives as much. For so
-    long a kernel of one thread spins on a stream of its own, or on a CPU a thread sleeps, and the step waits for neither
-    before it wants the bucket's mean.
+    A bucket of N bytes takes 2 N / bandwidth: in a ring of many workers each sends so much, and receives as much. For
+    so long a kernel of one thread spins on a stream of its own, or on a CPU a thread sleeps, and the step waits for
+    neither before it wants the bucket's mean.
     """
 
     def __init__(self, device: torch.device) -> None:

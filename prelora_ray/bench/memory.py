@@ -69,7 +69,7 @@ def bench_memory(options: Options) -> dict[str, Any]:
         for row in _rows(options, sizes, device):
             logger.info("%s: %s", row.name, "does not fit" if row.peak_gib is None else f"{row.peak_gib:.1f} GiB")
             rows.append(vars(row))
-    except RuntimeError as error:  # after a fault of the device this process can use it no more; what was measured stands
+    except RuntimeError as error:  # after a device fault this process cannot use it any more; what was measured counts
         logger.debug("", exc_info=True)
         failed = str(error).splitlines()[0]
     except KeyboardInterrupt:

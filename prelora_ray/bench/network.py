@@ -1,7 +1,7 @@
 """Time of a step by phase against the bandwidth between workers: what freezing saves where gradients have far to go.
 
-Every worker is a process, on a GPU of its own or with gloo on a CPU. They exchange their gradients with each other, and a
-simulated link holds up each bucket behind that: what this machine's own exchange takes is in every row.
+Every worker is a process, on a GPU of its own or with gloo on a CPU. They exchange their gradients with each other, and
+a simulated link holds up each bucket behind that: what this machine's own exchange takes is in every row.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Row:
     milliseconds: float
     """Of a step, by wall clock."""
     against_full: float | None
-    """Speed as a multiple of full training's with gradients in float32 over the same link; None where that is not measured."""
+    """Multiple of the speed of full training with float32 gradients over the same link; None without that row."""
     link_milliseconds: float
     """That the simulated link was busy in a step, measured; much of it beside the backward."""
     exchanged_bytes: int
@@ -77,8 +77,8 @@ class Row:
 def bench_network(options: Options) -> dict[str, Any]:
     """Measures every row in as many processes as workers; `rows` and what they ran on, as JSON can hold it.
 
-    `failed` says what ended it before its last row, or is None. Raises UserError for a model that cannot work, and where
-    there is not a GPU for each worker.
+    `failed` says what ended it before its last row, or is None. Raises UserError for a model that cannot work, and
+    where there is not a GPU for each worker.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda" and torch.cuda.device_count() < options.workers:

@@ -13,7 +13,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 Hook = Callable[[Any, dist.GradBucket], torch.futures.Future[torch.Tensor]]
-"""Begins the exchange of a bucket, of a process group (None: all workers); its future holds the mean over the workers."""
+"""Begins the exchange of a bucket, in a process group (None: all workers); its future holds the workers' mean."""
 
 
 @dataclass(frozen=True)
@@ -23,15 +23,15 @@ class Exchange:
     hook: Hook | None = None
     """None is DDP's own: the mean in the number format of what trains."""
     bucket_mb: int | None = None
-    """MiB of gradients, before `hook` makes them smaller, that go at once; None is torch's own: 25, and 1 for the first."""
+    """MiB of gradients that go at once, before `hook` makes them smaller; None: torch's 25, and 1 for the first."""
 
     @classmethod
     def of(cls, number_format: Literal["fp32", "bf16"]) -> Exchange:
         """As `train.gradient_exchange` has it.
 
         In bf16 each worker's gradient is rounded to 8 significant bits, divided by the number of workers, and summed in
-        bf16. With u = 2**-8 and n workers a value is off by at most ((1 + u)**(n + 1) - 1) times the mean of the workers'
-        absolute values; a division by a power of two is exact, which leaves n.
+        bf16. With u = 2**-8 and n workers a value is off by at most ((1 + u)**(n + 1) - 1) times the mean of the
+        workers' absolute values; a division by a power of two is exact, which leaves n.
         """
         return cls(bf16_compress_hook if number_format == "bf16" else None)
 
@@ -45,13 +45,13 @@ class Exchange:
             gradient_as_bucket_view=True,
         )
         hook = self.hook
-        if hook is not None:  # as a lambda: DDP refuses postponed annotations, and by its name torch's bf16 hook on CPUs
+        if hook is not None:  # a lambda: DDP refuses postponed annotations, and on CPUs torch's bf16 hook by its name
             network.register_comm_hook(None, lambda group, bucket: hook(group, bucket))
         return network
 
 
 def align_gradients(model: nn.Module) -> None:
-    """Gives the gradients of tokens and position embeddings, (1, n, width), the strides that DDP's buckets have for them.
+    """Gives the gradients of tokens and position embeddings, (1, n, width), the strides that DDP's buckets have.
 
     The gradient of one image is cut out of a longer sequence, whose stride stays in the dimension of size 1. It has no
     meaning there, but DDP compares it, and warns of a slow copy.

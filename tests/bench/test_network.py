@@ -50,7 +50,7 @@ def test_a_step_waits_for_one_link_that_carries_two_bytes_for_each(result):
         gbit = LINKS[row["name"].rpartition(", ")[2]]
         assert row["gbit_per_second"] == gbit
         busy = 0 if gbit is None else 2 * 8 * row["exchanged_bytes"] / gbit / 1e6
-        assert busy <= row["link_milliseconds"] <= row["milliseconds"]  # or buckets would be on the way beside each other
+        assert busy <= row["link_milliseconds"] <= row["milliseconds"]  # else buckets would overlap on the link
         assert bool(row["link_milliseconds"]) == (gbit is not None)
 
 
