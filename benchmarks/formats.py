@@ -57,7 +57,8 @@ def _begin(trunk: Path, storage: Path, name: str, seed: int, overrides: list[str
         folder.mkdir(parents=True)
         for file in trunk.glob("*.jsonl"):
             os.symlink(file.resolve(), folder / file.name)
-        os.symlink((trunk / "checkpoints").resolve(), folder / "checkpoints")
+        for name in ("checkpoints", "data.json"):
+            os.symlink((trunk / name).resolve(), folder / name)
         content = yaml.safe_load((trunk / "config.yaml").read_text())
         content["train"] |= {"seed": seed, **FORMATS[name]}
         content["checkpoint"]["keep_trunk"] = False
