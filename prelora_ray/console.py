@@ -23,7 +23,7 @@ from prelora_ray.sweep.replay import Replay
 
 if TYPE_CHECKING:
     from prelora_ray.data.manifest import Manifest
-    from prelora_ray.inference.evaluate import Report
+    from prelora_ray.inference.evaluate import EvaluationReport
     from prelora_ray.sweep.map import Point
 
 _PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False, "soft_wrap": True}
@@ -214,7 +214,7 @@ def sweep_table(result: dict[str, Any]) -> Table:
     return table
 
 
-def classes_table(report: Report) -> Table:
+def classes_table(report: EvaluationReport) -> Table:
     """Top-1 of every class."""
     table = Table("class", "images", "top-1")
     counts = report.confusion.sum(1).tolist()
@@ -223,7 +223,7 @@ def classes_table(report: Report) -> Table:
     return table
 
 
-def confusion_table(report: Report) -> Table:
+def confusion_table(report: EvaluationReport) -> Table:
     """Images of each class (row) that were taken for another; the most frequent mistakes of a class come first."""
     table = Table("class", "images", "right", "taken for")
     for i, name in enumerate(report.classes):

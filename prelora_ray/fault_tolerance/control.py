@@ -30,16 +30,16 @@ class Control:
             self._group = dist.new_group(backend="gloo")
         self._pending: tuple[torch.Tensor, dist.Work] | None = None
 
-    def exchange(self, wish: Action) -> Action:
+    def exchange(self, request: Action) -> Action:
         """Takes this step's request (rank 0's counts) and returns that of the step before, on every worker."""
         if self._is_alone:
-            return wish
+            return request
         asked = Action.NONE
         if self._pending is not None:
             box, work = self._pending
             work.wait()
             asked = Action(int(box))
-        box = torch.tensor(int(wish))
+        box = torch.tensor(int(request))
         work = dist.broadcast(box, src=0, group=self._group, async_op=True)
         assert work is not None
         self._pending = box, work

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 BEAT_SECONDS = 5.0
 SILENCE_SECONDS = 60.0
-_LOOK_SECONDS = {True: 0.2, False: 1.0}
+_POLL_SECONDS = {True: 0.2, False: 1.0}
 """Between polls of the others' claims, by whether the run folder is on a disk; a bucket is polled less often."""
 
 CLAIM = "driver"
@@ -98,7 +98,7 @@ class DriverLock:
 
     def _get_in(self) -> None:
         while True:
-            is_laid, others = self._look()
+            is_laid, others = self._poll()
             if is_laid and not others:
                 break
             if min(others, default=self._name) >= self._name:
@@ -106,10 +106,10 @@ class DriverLock:
             elif is_laid:
                 self._folder.remove_file(self._name)  # so that the one of the lowest name finds itself alone
             if others:
-                time.sleep(_LOOK_SECONDS[self._folder.is_local])
+                time.sleep(_POLL_SECONDS[self._folder.is_local])
         self._write(holds=True)
 
-    def _look(self) -> tuple[bool, dict[str, Claim]]:
+    def _poll(self) -> tuple[bool, dict[str, Claim]]:
         """Whether the own claim is there, and all others but those of dead drivers, which it removes.
 
         Raises HeldRunError where a living driver holds the folder.

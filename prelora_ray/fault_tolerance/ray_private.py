@@ -122,20 +122,20 @@ class Guard(ControllerCallback, WorkerGroupCallback):
         self._check = check
         self._seconds = seconds
         self._time = float("-inf")
-        self._looking = Background()
+        self._polling = Background()
         self._raised: Exception | None = None
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
         if self._raised is not None:
             raise self._raised
-        if time.monotonic() - self._time >= self._seconds and not self._looking.is_busy:
+        if time.monotonic() - self._time >= self._seconds and not self._polling.is_busy:
             self._time = time.monotonic()
-            self._looking.begin(self._look)
+            self._polling.begin(self._poll)
 
     def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
         self._check()
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         try:
             self._check()
         except Exception as error:
@@ -153,7 +153,7 @@ class ScalingPolicy(ElasticScalingPolicy):
         super().__init__(scaling_config)
         self._running = 0
         """Size of the group that runs."""
-        self._looked = float("-inf")
+        self._counted = float("-inf")
 
     def make_decision_for_non_running_worker_group(self) -> Any:
         self._running = 0
@@ -182,8 +182,8 @@ class ScalingPolicy(ElasticScalingPolicy):
 
     def _count_nodes(self) -> None:
         """Has Ray's autoscaling coordinator look at the cluster now, without waiting for it."""
-        if time.monotonic() - self._looked > _COUNT_SECONDS:
-            self._looked = time.monotonic()
+        if time.monotonic() - self._counted > _COUNT_SECONDS:
+            self._counted = time.monotonic()
             get_or_create_autoscaling_coordinator().get_reserved_resources.remote("none", recompute=True)
 
 

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 _TRIAL_CPUS = 0.01
 """What a trial's own process asks for; its workers ask for theirs."""
-_LOOK_SECONDS = 2.0
+_POLL_SECONDS = 2.0
 """Between polls whether another trial is done with the run that both stand for."""
 _MODES = {"val_top1": "max", "gpu_hours": "min"}
 
@@ -180,7 +180,7 @@ def _once_free(work: Callable[[], object]) -> None:
             work()
             return
         except HeldRunError:
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(_POLL_SECONDS)
 
 
 class _Report(TuneReportCallback):
@@ -205,13 +205,13 @@ class _Ends(tune.Callback):
         self._trunk = read_record(str(RunFolder.of(plan.trunk)))
         self._done = 0
         self._reserved: list[dict[str, str]] = []
-        self._looked = 0.0
+        self._polled = 0.0
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         """A stopped trial's controller outlives it for a moment, in which it may reserve room anew."""
-        if not self._reserved or time.monotonic() - self._looked < _LOOK_SECONDS:
+        if not self._reserved or time.monotonic() - self._polled < _POLL_SECONDS:
             return
-        self._looked = time.monotonic()
+        self._polled = time.monotonic()
         dead = release_groups_of_dead_actors()
         for names in self._reserved:
             if names["placement_group"] in dead:

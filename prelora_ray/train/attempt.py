@@ -34,7 +34,7 @@ from prelora_ray.train.batch_stream import BatchStream, stream_plan, validates
 from prelora_ray.train.epoch_meter import EpochMeter
 from prelora_ray.train.found_sizes import read_found
 from prelora_ray.train.recorder import RankZeroRecorder, Recorder
-from prelora_ray.train.report import report
+from prelora_ray.train.report import report_to_ray
 from prelora_ray.train.saving import RankZeroSaving, Saving
 
 _CHECK_STEPS = 50
@@ -109,7 +109,7 @@ class WorkerAttempt:
         if self._recorder.progress_is_due():
             self._recorder.progress(self._train_step.local_loss(), self._meter.images_per_second())
             self._saving.record()
-        self._act(self._control.exchange(self._saving.wish()))
+        self._act(self._control.exchange(self._saving.request()))
 
     def mean_loss(self) -> float:
         """Mean training loss over the epoch's images, of all workers."""
@@ -158,7 +158,7 @@ class WorkerAttempt:
         self._recorder.flush_beside()
         has_all = self.rank == 0 and is_last and self._saving.failure is None
         pointer = {"run": str(self.folder), "checkpoint": self._saving.newest()} if has_all else None
-        report(line, decision, self.state, pointer)
+        report_to_ray(line, decision, self.state, pointer)
 
     def _end_last_epoch(self) -> None:
         self._telemetry.send()

@@ -14,7 +14,7 @@ from prelora_ray.method.phases import Decision
 from prelora_ray.records import EpochLine, rank_counts, to_json
 
 
-def report(line: EpochLine, decision: Decision, state: TrainState, pointer: dict[str, Any] | None) -> None:
+def report_to_ray(line: EpochLine, decision: Decision, state: TrainState, pointer: dict[str, Any] | None) -> None:
     """Reports an epoch (its line of epochs.jsonl) to Ray Train, with a tiny checkpoint that holds `pointer`, if given.
 
     Ray's result has metrics only if some report carried a checkpoint, so the last epoch has one, which points to ours.

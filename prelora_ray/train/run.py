@@ -56,7 +56,7 @@ _RAY_TRAIN = {
     "HEALTH_CHECK_INTERVAL_S": "0.25",  # the controller takes up one report a look, and an epoch may be short
     "PREEMPTION_POLL_INTERVAL_S": "0.25",  # the notice has to reach the loop before its data dries up
 }
-_RESIZE_LOOK_SECONDS = 5.0
+_RESIZE_POLL_SECONDS = 5.0
 """Between polls whether there is room for more workers."""
 _STOP_SECONDS = 0.5
 """Between tries to ask the workers to stop, where that fails."""
@@ -239,7 +239,7 @@ def _fit(
         train_loop_config={"settings": settings.model_dump(mode="json")},
         scaling_config=ray.train.ScalingConfig(
             num_workers=(workers.min, workers.max) if is_elastic else workers.max,
-            elastic_resize_monitor_interval_s=_RESIZE_LOOK_SECONDS,
+            elastic_resize_monitor_interval_s=_RESIZE_POLL_SECONDS,
             use_gpu=use_gpu,
             resources_per_worker={"CPU": workers.cpus} | ({"GPU": 1} if use_gpu else {}),
         ),

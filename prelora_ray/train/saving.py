@@ -25,7 +25,7 @@ class Saving:
     failure: str | None = None
     """Why the last save failed; None where it has not."""
 
-    def wish(self) -> Action:
+    def request(self) -> Action:
         """What to ask all workers for after this step."""
         return Action.NONE
 
@@ -81,8 +81,8 @@ class RankZeroSaving(Saving):
     def failure(self) -> str | None:  # type: ignore[override]
         return self._checkpointer.failure
 
-    def wish(self) -> Action:
-        return self._notices.wish(self._state.step, is_busy=self._checkpointer.is_busy)
+    def request(self) -> Action:
+        return self._notices.request(self._state.step, is_busy=self._checkpointer.is_busy)
 
     def save(self, sums: list[list[float]], *, must: bool, val_top1: float | None = None) -> None:
         def snapshot() -> Snapshot:
