@@ -19,6 +19,7 @@ JSON_TYPES = {
     **{"dict[str, str]": "object of strings", "dict[str, float]": "object of numbers", "dict[str, int]": "object of integers"},
     "dict[str, float | None]": "object of numbers, each may be `null`,",
 }
+_MODULE = ast.parse(inspect.getsource(records))
 
 
 def page(text: str) -> str:
@@ -66,8 +67,6 @@ def _meanings(kind: type) -> dict[str, str]:
         if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str)
     }
 
-
-_MODULE = ast.parse(inspect.getsource(records))
 
 if __name__ == "__main__":
     PAGE.write_text(page(PAGE.read_text()))

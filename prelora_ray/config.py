@@ -15,6 +15,18 @@ from prelora_ray.method.ranks import PATTERN_RANKS, Normalize, is_pattern_rank, 
 from prelora_ray.section import Acts, Count, NotNegative, Positive, Section, Share, Whole
 from prelora_ray.storage import NO_KEYS, absolute, without_keys
 
+_RESERVED_OPTIONS = {
+    "img_size": "set model.image_size",
+    "drop_path_rate": "set model.drop_path",
+    "num_classes": "the number of classes comes with the data",
+    "pretrained": "set model.init_from",
+    "checkpoint_path": "set model.init_from",
+}
+_POLICY = re.compile(
+    r"3a|rand(-(m\d+|n[1-9]|mmax[1-9]\d*|mstd\d+(\.\d*)?|p(0(\.\d*)?|1(\.0*)?)|inc[01]|t(weights|3a|3aw)))*", re.ASCII
+)
+"""What timm's parser takes; what it passes over silently, such as a section without a number, is left out."""
+
 
 def _for_each_channel(values: tuple[float, ...]) -> tuple[float, ...]:
     if len(values) not in (1, 3):
@@ -83,15 +95,6 @@ class ModelSettings(Section):
         return self.channels, self.image_size, self.image_size
 
 
-_RESERVED_OPTIONS = {
-    "img_size": "set model.image_size",
-    "drop_path_rate": "set model.drop_path",
-    "num_classes": "the number of classes comes with the data",
-    "pretrained": "set model.init_from",
-    "checkpoint_path": "set model.init_from",
-}
-
-
 class AugmentSettings(Section):
     crop: Literal["random_resized", "padded", "center"] = "random_resized"
     """A crop of random area and aspect ratio; or a shifted crop of the image with a black border; or none."""
@@ -125,12 +128,6 @@ class AugmentSettings(Section):
                 "mmax, numbers behind mstd and p (at most 1), 0 or 1 behind inc, and behind t `weights`, `3a` or `3aw`"
             )
         return policy
-
-
-_POLICY = re.compile(
-    r"3a|rand(-(m\d+|n[1-9]|mmax[1-9]\d*|mstd\d+(\.\d*)?|p(0(\.\d*)?|1(\.0*)?)|inc[01]|t(weights|3a|3aw)))*", re.ASCII
-)
-"""What timm's parser takes; what it passes over silently, such as a section without a number, is left out."""
 
 
 class DataSettings(Section):

@@ -19,6 +19,7 @@ from prelora_ray.section import Section
 from prelora_ray.storage import without_keys
 
 SectionT = TypeVar("SectionT", bound=Section)
+_RULE_START = re.compile(r"^(Input should be|must be) ")
 
 
 def load_settings(
@@ -133,9 +134,6 @@ def _sentences(errors: list[ErrorDetails], known: list[str], prefix: str) -> lis
             message = f"{merged[key]['msg']}, or {message}"
         merged[key] = {**details, "msg": message}
     return [without_keys(_sentence(key, details, known)) for key, details in merged.items()]
-
-
-_RULE_START = re.compile(r"^(Input should be|must be) ")
 
 
 def _sentence(key: str, details: ErrorDetails, known: list[str]) -> str:

@@ -38,6 +38,7 @@ from prelora_ray.storage import Storage
 _SHARDS_PER_BUFFER = 8
 _DIGEST_BYTES = 8
 _EXAMPLES = 3
+_PARTS = "parts"
 
 
 class PrepareError(WorkError):
@@ -258,9 +259,6 @@ def _remove_stale(folder: Storage, shards: set[str]) -> None:
         if name not in shards:
             folder.remove_file(name)
             (folder / _PARTS).remove_file(part)
-
-
-_PARTS = "parts"
 
 
 def _part(shard: str) -> str:

@@ -36,6 +36,8 @@ BASE = "base.safetensors"
 _SCHEMA_VERSION = 2
 _STAGING_BYTES = 2**24
 _NAME = re.compile(r"\d{5,}-\d{6,}")
+_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError)
+"""What a damaged JSON file, or one that holds something else, makes its reader raise."""
 
 
 @dataclass(frozen=True)
@@ -209,10 +211,6 @@ class Checkpoints:
             if name < max(about, default="") and name not in stay:
                 self.folder.remove_folder(name)
                 self._about.pop(name, None)
-
-
-_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError)
-"""What a damaged JSON file, or one that holds something else, makes its reader raise."""
 
 
 class DamagedCheckpointError(RuntimeError):

@@ -30,6 +30,7 @@ tr:nth-child(even) { background: #f5f5f5 }
 .finding, .healthy { border-left: 4px solid #D55E00; padding-left: 0.8em } .healthy { border-color: #009E73 }
 @media print { body { max-width: none } section { break-inside: avoid } }
 """
+_CONFIG: dict[str, Any] = {"displaylogo": False, "responsive": True}
 
 
 def write_report(paths: list[str], out: str, png: str | None = None) -> list[str]:
@@ -152,9 +153,6 @@ def _page(title: str, sections: list[Section]) -> str:
         f"<link rel='icon' href='data:,'><style>{_STYLE}</style><script>{get_plotlyjs()}</script></head>"
         f"<body><h1>{escape(title)}</h1>{''.join(parts)}</body></html>\n"
     )
-
-
-_CONFIG: dict[str, Any] = {"displaylogo": False, "responsive": True}
 
 
 def _write_pictures(pictures: dict[str, go.Figure], folder: Path) -> None:

@@ -16,6 +16,7 @@ from prelora_ray.errors import UserError
 
 Label = int | str | bool
 """A label as a source has it: a number, or a class's name."""
+_Image = tuple[str, Label, tuple[str | int, ...], int | None, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,9 +165,6 @@ class Found:
                 f"{len(order)} labels occur between {order[0]} and {order[-1]}: they become 0 to {len(order) - 1}, and keep "
                 "their numbers as class names"
             )
-
-
-_Image = tuple[str, Label, tuple[str | int, ...], int | None, str]
 
 
 def _key(label: Label) -> Label:

@@ -23,6 +23,7 @@ ENDINGS = PLAIN + COMPRESSED
 _PIECE = 2**24
 _LEAST_FREE = 2**30
 """Bytes that unpacking leaves to whatever else needs the disk, such as Ray; on a small disk a twentieth of it."""
+_MARK_BYTES = 512
 
 
 class UnpackError(WorkError):
@@ -71,9 +72,6 @@ def _check_end(stream: Any, at: int, end: int, where: str) -> None:
     while (left := end - stream.tell()) > 0:
         if any(stream.read(min(left, 2**20))):
             raise UserError(f"{where} goes on behind its end at byte {at:,}: it is several tars in one file")
-
-
-_MARK_BYTES = 512
 
 
 def members_of_all(folder: Storage, tars: list[File]) -> Iterator[File]:
