@@ -47,7 +47,7 @@ def read_named(
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} is not YAML: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no settings: it must be a mapping such as `data: {{path: ...}}`")
     for override in overrides:

@@ -76,7 +76,7 @@ def load_trained(source: str) -> TrainedModel:
                 try:
                     return load(at)
                 except Exception as error:  # whatever a damaged or foreign file makes a reader raise
-                    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                    reason = f"{type(error).__name__}: {one_line(error)[:200]}"
                     raise UserError(f"{str(at)!r} is no exported model: {reason}") from error
     raise UserError(f"{source!r} is no trained model: give a run folder, one of its checkpoints, or an exported model")
 
