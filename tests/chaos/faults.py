@@ -42,6 +42,8 @@ class Target:
     """Steps at which faults happen that belong to a moment of the run."""
     proxy: Proxy | None = None
     """The way to the bucket that holds the run folder; None where it is on a disk."""
+    speed: float = 0.0
+    """The most steps that the run may take in a second, for faults that last some time."""
 
     def worker(self) -> psutil.Process:
         return self.rng.choice(wait_for(self.site.workers, 30, "a worker"))
