@@ -7,6 +7,7 @@ of their stack over images that lie on the device already.
 from __future__ import annotations
 
 import logging
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ RANKS = (8, 16, 32, 32, 32, 64, 64, 8, 32, 32)
 """Dealt out to the modules: 8 to 64, mean 32."""
 _REFERENCE_RANK = 32
 _NUM_CLASSES = 1000
+_CELL = 16
+"""As `data.cell` has it by default; batches that it does not divide have smaller cells."""
 _TARGETS = r".*(attn\.(qkv|proj)|mlp\.fc[12])"
 _HF_TARGETS = r".*layer.*(query|key|value|dense|o_proj|q_proj|k_proj|v_proj|fc1|fc2)"
 
@@ -47,6 +50,8 @@ class Options:
     batch: int
     residual: Literal["fp32", "bf16"] = "fp32"
     """Of our own rows."""
+    drop_path: float = 0.0
+    """Where it is above 0, rows with it as masks and as subsets follow: the same in every block, and timm's linear rule."""
     steps: int = 10
     """Steps in a round; a figure is the median of five rounds."""
     kernels: int = 0
@@ -65,10 +70,12 @@ class Row:
     """Most memory allocated on the device; None on a CPU."""
     mfu: float
     """Operations of the model without adapters over what the measured rate of a bf16 matrix product allows. Backward counts
-    twice the forward's; once, where the base is frozen."""
+    twice the forward's; once, where the base is frozen. Residual branches that are left out count as computed."""
     trainable_share: float
     gradient_bytes: int
     """What data-parallel workers exchange in a step."""
+    compiled_graphs: int = 0
+    """Graphs that torch.compile made for it, each of which costs seconds at a start."""
     kernels: tuple[tuple[str, float], ...] = ()
     """Name and milliseconds a step of the kernels that take the most time on the device."""
 
@@ -134,11 +141,18 @@ class _Bench:
         yield from self._own("fp8", fp8)
         yield from self._own("bf16 last half", prefix, first_share=0.5)
         yield from self._own("fp8 last half", fp8 | prefix, first_share=0.5)
+        if self.options.drop_path:
+            for rule in ("uniform", "linear"):
+                for form in ("mask", "subset"):
+                    keys = {"drop_path": self.options.drop_path, "drop_path_rule": rule, "drop_path_form": form}
+                    yield from self._own(f"bf16 {rule} {form}", {"model": keys}, phases=list(Phase))
+                    yield from self._own(f"fp8 {rule} {form}", fp8 | {"model": keys})
 
     def _wanted(self, name: str) -> bool:
         return not self.options.rows or any(name.startswith(row) for row in self.options.rows)
 
     def _measure(self, name: str, step: Step, model: nn.Module, *, phase: Phase) -> Row:
+        compiled = _compiled_graphs()
         for _ in range(6):  # compiles, tunes, captures; the peak of memory is theirs, as a graph's replay allocates nothing
             step()
         seconds = seconds_per_call(step, self.device, self.options.steps)
@@ -153,6 +167,7 @@ class _Bench:
             flops / seconds / self.matrix_flops,
             trainable / parameters,
             sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad),
+            _compiled_graphs() - compiled,
             kernels,
         )
 
@@ -243,6 +258,11 @@ class _Bench:
         return step
 
 
+def _compiled_graphs() -> int:
+    """By this process, so far."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
 def _top_kernels(step: Step, count: int, steps: int = 3) -> tuple[tuple[str, float], ...]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(steps):
@@ -262,8 +282,8 @@ def _settings(options: Options, changes: dict[str, Any]) -> Settings:
     return parse_settings(
         {
             "name": "bench",
-            "data": {"path": "none", "batch_size": options.batch, "cell": 1},
-            "model": {"name": options.model, "image_size": options.image_size},
+            "data": {"path": "none", "batch_size": options.batch, "cell": math.gcd(options.batch, _CELL)},
+            "model": {"name": options.model, "image_size": options.image_size, **changes.get("model", {})},
             "train": {"precision": "bf16", "residual": options.residual, "adapters": "merged", **changes.get("train", {})},
             "method": changes.get("method", {}),
         }
