@@ -62,7 +62,12 @@ class ModelSettings(Section):
     image_size: Count = 224
     """Side of the square image that the model takes, in pixels."""
     drop_path: Share = 0.0
-    """Stochastic depth: the last block's probability of leaving out a residual branch; earlier blocks have less."""
+    """Stochastic depth: the probability of leaving out a residual branch, in the last block."""
+    drop_path_rule: Literal["linear", "uniform"] = "linear"
+    """What the blocks in front of it have: less and less, down to none in the first, as timm has it; or the same."""
+    drop_path_form: Literal["mask", "subset"] = "mask"
+    """How it is left out: computed and masked, for each image by chance; or not computed, for a fixed number of each cell's
+    images, drawn, which saves its time."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of `timm.create_model`, such as `patch_size` or `depth`; `in_chans: 1` takes images as grey values."""
     init_from: Address | None = None
@@ -431,6 +436,9 @@ def without_effect(settings: Settings) -> list[str]:
         sentences.append("train.gradient_exchange has no effect, as workers.max is 1")
     if "adapters" in train.model_fields_set and not method.enabled:
         sentences.append("train.adapters has no effect, as method.enabled is false")
+    for key in ("drop_path_rule", "drop_path_form"):
+        if key in settings.model.model_fields_set and settings.model.drop_path == 0:
+            sentences.append(f"model.{key} has no effect, as model.drop_path is 0")
     if {"padding"} & augment.model_fields_set and augment.crop != "padded":
         sentences.append(f"augment.padding has no effect, as augment.crop is {augment.crop}")
     if {"min_scale"} & augment.model_fields_set and augment.crop != "random_resized":

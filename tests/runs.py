@@ -27,7 +27,13 @@ def settings(digits: Path, storage: Path, name: str, workers: int, **sections: d
     """A run that its test switches after epoch 3 and that freezes after epoch 5 of 7, all that is drawn turned on."""
     content: dict[str, dict[str, Any]] = {
         "data": {"path": str(digits), "batch_size": 96, "cell": 12, "crop_ratio": 1.0, "decoders": 1},
-        "model": {"name": "vit_tiny_patch16_224", "image_size": 8, "options": TINY_VIT, "drop_path": 0.2},
+        "model": {
+            "name": "vit_tiny_patch16_224",
+            "image_size": 8,
+            "options": TINY_VIT,
+            "drop_path": 0.2,
+            "drop_path_form": "subset",
+        },
         "augment": {"crop": "padded", "padding": 1, "mixup": 0.8, "cutmix": 1.0},
         "train": {"epochs": EPOCHS, "ramp_epochs": 1, "seed": 5},
         "method": {

@@ -243,10 +243,12 @@ def test_settings_without_effect_are_told():
             "method": {"rank_pattern": {".*": 8}, "r_max": 32, "targets": ["query", "fc1"]},
             "augment": {"crop": "center", "padding": 2},
             "train": {"precision": "fp32", "residual": "bf16", "gradient_exchange": "bf16"},
+            "model": {"drop_path_form": "subset"},
         }
     )
     told = [sentence.split()[0] for sentence in without_effect(settings)]
-    assert told == ["method.r_max", "method.targets", "train.residual", "train.gradient_exchange", "augment.padding"]
+    trained = ["train.residual", "train.gradient_exchange", "model.drop_path_form"]
+    assert told == ["method.r_max", "method.targets", *trained, "augment.padding"]
     full = parse_settings({"name": "run", **DATA, "method": {"enabled": False}, "train": {"adapters": "merged"}})
     assert without_effect(full) == ["train.adapters has no effect, as method.enabled is false"]
     floor = parse_settings({"name": "run", **DATA, "method": {"rank_floor_percent": 0.5, "rank_pattern": {".*": 8}}})
@@ -255,6 +257,7 @@ def test_settings_without_effect_are_told():
 
 CHANGES = {
     "model.drop_path": (0.5, "always"),
+    "model.drop_path_form": ("subset", "always"),
     "data.batch_size": (512, "always"),
     "data.path": ("y", "never"),
     "data.decoders": (2, "never"),

@@ -30,6 +30,7 @@ def _phases(
     image_size: UsualImageSize = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Images in a step; default: 256, on a CPU 8.")] = None,
     residual: Annotated[Literal["fp32", "bf16"], typer.Option(help="Format of our rows' residual stream.")] = "fp32",
+    drop_path: Annotated[float, typer.Option(min=0, max=1, help="Also measure this drop path, as masks and as subsets.")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Steps in a round; a figure is the median of five rounds.")] = 10,
     kernels: Annotated[int, typer.Option(help="Name so many kernels of each row, those that take the most time.")] = 0,
     row: Annotated[list[str] | None, typer.Option(help="Beginning of the names of rows to measure; repeatable.")] = None,
@@ -41,7 +42,7 @@ def _phases(
     from prelora_ray.bench.phases import bench_phases as run
 
     size = _size(model, image_size, batch, batch_on_cpu=8)
-    options = Options(**size, residual=residual, steps=steps, kernels=kernels, rows=tuple(row or ()))
+    options = Options(**size, residual=residual, drop_path=drop_path, steps=steps, kernels=kernels, rows=tuple(row or ()))
     _measure(lambda: run(options), out, as_json)
 
 

@@ -98,7 +98,7 @@ def split_batches(options: Options) -> list[tuple[int, int]]:
 def _settings(options: Options, model: str, sizes: tuple[int, int], precision: Literal["auto", "fp8"]) -> Settings:
     batch, micro_batch = sizes
     train = {"precision": precision, "residual": options.residual, "micro_batch": micro_batch}
-    return own_settings(model, options.image_size, batch, train)
+    return own_settings({"name": model, "image_size": options.image_size}, batch, micro_batch, train)
 
 
 def _rows(options: Options, sizes: list[tuple[int, int]], device: torch.device) -> Iterator[Row]:

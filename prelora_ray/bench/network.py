@@ -111,7 +111,8 @@ def bench_network(options: Options) -> dict[str, Any]:
 
 def _settings(options: Options, precision: Literal["auto", "fp8"]) -> Settings:
     train = {"precision": precision, "residual": options.residual}
-    return own_settings(options.model, options.image_size, options.batch * options.workers, train)
+    model = {"name": options.model, "image_size": options.image_size}
+    return own_settings(model, options.batch * options.workers, options.batch, train)
 
 
 def _measure(rank: int, options: Options, device_type: str, folder: str) -> None:

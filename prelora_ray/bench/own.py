@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 
 from prelora_ray.bench.machine import forget
-from prelora_ray.config import Settings
+from prelora_ray.config import DataSettings, Settings
 from prelora_ray.config_file import parse_settings
 from prelora_ray.data.batch import Batch
 from prelora_ray.data.manifest import Manifest, Shard
@@ -60,14 +61,14 @@ class OwnRun:
 
 
 def own_settings(
-    model: str, image_size: int, batch_size: int, train: dict[str, Any], method: dict[str, Any] | None = None
+    model: dict[str, Any], batch_size: int, at_once: int, train: dict[str, Any], method: dict[str, Any] | None = None
 ) -> Settings:
-    """Of a run whose images can be split anywhere."""
+    """Of a run whose workers take `at_once` images through the model; cells are as large as by default, or divide that."""
     return parse_settings(
         {
             "name": "bench",
-            "data": {"path": "none", "batch_size": batch_size, "cell": 1},
-            "model": {"name": model, "image_size": image_size},
+            "data": {"path": "none", "batch_size": batch_size, "cell": math.gcd(at_once, DataSettings(path="none").cell)},
+            "model": model,
             "train": train,
             "method": method or {},
         }

@@ -38,6 +38,8 @@ class Options:
     batch: int
     residual: Literal["fp32", "bf16"] = "fp32"
     """Of our own rows."""
+    drop_path: float = 0.0
+    """Where it is above 0, rows with it as masks and as subsets follow: the same in every block, and timm's linear rule."""
     steps: int = 10
     """Steps in a round; a figure is the median of five rounds."""
     kernels: int = 0
@@ -56,10 +58,12 @@ class Row:
     """Most memory allocated on the device; None on a CPU."""
     mfu: float
     """Operations of the model without adapters over what the measured rate of a bf16 matrix product allows. Backward counts
-    twice the forward's; once, where the base is frozen."""
+    twice the forward's; once, where the base is frozen. Residual branches that are left out count as computed."""
     trainable_share: float
     gradient_bytes: int
     """What data-parallel workers exchange in a step."""
+    compiled_graphs: int = 0
+    """Graphs that torch.compile made for it, each of which costs seconds at a start."""
     kernels: tuple[tuple[str, float], ...] = ()
     """Name and milliseconds a step of the kernels that take the most time on the device."""
 
@@ -69,7 +73,7 @@ def bench_phases(options: Options) -> dict[str, Any]:
 
     `failed` says what ended it before its last row, or is None.
     """
-    check_model(own_settings(options.model, options.image_size, options.batch, {}))
+    check_model(own_settings({"name": options.model, "image_size": options.image_size}, options.batch, options.batch, {}))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rates = {"matrix_flops": matrix_rate(device), "copy_bytes_per_second": copy_rate(device)}
     bench = _Bench(options, device, rates["matrix_flops"])
@@ -126,11 +130,18 @@ class _Bench:
         yield from self._own("fp8", fp8)
         yield from self._own("bf16 last half", prefix, first_share=0.5)
         yield from self._own("fp8 last half", fp8 | prefix, first_share=0.5)
+        if self.options.drop_path:
+            for rule in ("uniform", "linear"):
+                for form in ("mask", "subset"):
+                    keys = {"drop_path": self.options.drop_path, "drop_path_rule": rule, "drop_path_form": form}
+                    yield from self._own(f"bf16 {rule} {form}", {"model": keys}, phases=list(Phase))
+                    yield from self._own(f"fp8 {rule} {form}", fp8 | {"model": keys})
 
     def _wanted(self, name: str) -> bool:
         return not self.options.rows or any(name.startswith(row) for row in self.options.rows)
 
     def _measure(self, name: str, step: Step, model: nn.Module, *, phase: Phase) -> Row:
+        compiled = _compiled_graphs()
         for _ in range(6):  # compiles, tunes, captures; the peak of memory is theirs, as a graph's replay allocates nothing
             step()
         seconds = seconds_per_call(step, self.device, self.options.steps)
@@ -145,6 +156,7 @@ class _Bench:
             flops / seconds / self.matrix_flops,
             trainable / parameters,
             sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad),
+            _compiled_graphs() - compiled,
             kernels,
         )
 
@@ -162,7 +174,8 @@ class _Bench:
         forget(self.device)
         options = self.options
         train = {"precision": "bf16", "residual": options.residual, "adapters": "merged", **changes.get("train", {})}
-        settings = own_settings(options.model, options.image_size, options.batch, train, changes.get("method"))
+        model = {"name": options.model, "image_size": options.image_size, **changes.get("model", {})}
+        settings = own_settings(model, options.batch, options.batch, train, changes.get("method"))
         run = OwnRun(settings, self.device, first_share=first_share)
         for phase in Phase:
             run.enter(phase)
@@ -221,6 +234,11 @@ class _Bench:
 
         model.train()
         return step
+
+
+def _compiled_graphs() -> int:
+    """By this process, so far."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 def _top_kernels(step: Step, count: int, steps: int = 3) -> tuple[tuple[str, float], ...]:

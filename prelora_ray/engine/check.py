@@ -13,7 +13,8 @@ from torch import nn
 from torch._subclasses import fake_tensor
 
 from prelora_ray.config import MethodSettings, ModelSettings, Settings
-from prelora_ray.engine.model import create_model, drop_path_modules, set_drop_path
+from prelora_ray.engine.drop_path import compute_subsets, drop_path_modules, set_drop_path
+from prelora_ray.engine.model import create_model
 from prelora_ray.engine.optim import build_optimizer
 from prelora_ray.engine.precision import Format, autocast, keep_residual_in_bf16, phase_format, use_products
 from prelora_ray.errors import UserError, one_line
@@ -46,6 +47,8 @@ def check_model(settings: Settings) -> list[Target]:
         model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))  # on a CPU: autocast needs a device
         if settings.train.residual == "bf16":
             keep_residual_in_bf16(model)
+        if settings.model.drop_path_form == "subset":
+            compute_subsets(model, settings.data.cell)
         called = _calls(model, targets)
         _try_phase(model, settings, format_, Phase.FULL)
         if by_weight := sorted({target.linear for target in targets} - called):

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import nn
 
 from prelora_ray.config import ModelSettings
-from prelora_ray.data.draws import Draw, generator
+from prelora_ray.engine.drop_path import KeyedDropPath, drop_uniformly
 from prelora_ray.errors import UserError
 from prelora_ray.kernels.merged import FrozenProduct
 from prelora_ray.method.adapters import lora_layers
@@ -21,21 +19,6 @@ make_importable()
 
 import timm  # noqa: E402
 from timm.layers import DropPath, Mlp, PatchDropout  # noqa: E402
-
-
-class KeyedDropPath(nn.Module):
-    """Stochastic depth whose masks are set from outside, for each sample, instead of drawn here."""
-
-    def __init__(self, drop_prob: float) -> None:
-        super().__init__()
-        self.drop_prob = drop_prob
-        self.scale: torch.Tensor | None = None
-        """(samples,): 0 where the branch is left out, else 1 / (1 - drop_prob); None leaves out nothing."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training or self.scale is None:
-            return x
-        return x * self.scale.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
 
 
 def create_model(settings: ModelSettings, num_classes: int, seed: int) -> nn.Module:
@@ -75,6 +58,11 @@ def create_model(settings: ModelSettings, num_classes: int, seed: int) -> nn.Mod
                 f"model.name = {settings.name!r} is not allowed: {name} is a batch norm, whose statistics "
                 "depend on the number of workers"
             )
+    if settings.drop_path_rule == "uniform" and settings.drop_path > 0:
+        try:
+            drop_uniformly(model, settings.drop_path)
+        except ValueError as error:
+            raise UserError(f"model.drop_path_rule = 'uniform' is not allowed: {error}") from None
     return model
 
 
@@ -115,25 +103,3 @@ def gelu_mlps(model: nn.Module) -> dict[str, Mlp]:
         and module.act.approximate == "none"
         and isinstance(module.norm, nn.Identity)
     }
-
-
-def drop_path_modules(model: nn.Module) -> list[KeyedDropPath]:
-    return [module for module in model.modules() if isinstance(module, KeyedDropPath)]
-
-
-def draw_drop_path(
-    modules: Sequence[KeyedDropPath], seed: int, epoch: int, batch: int, cells: Sequence[int], size: int, num_slots: int
-) -> torch.Tensor:
-    """Scales for every module and slot, (modules, num_slots), drawn per cell of `size` slots."""
-    keep = 1 - np.array([module.drop_prob for module in modules])[:, None]
-    scales = np.ones((len(modules), num_slots))
-    for i, cell in enumerate(cells):
-        draws = generator(seed, Draw.DROP_PATH, epoch, batch, cell).random((len(modules), size))
-        scales[:, i * size : (i + 1) * size] = (draws < keep) / np.maximum(keep, np.finfo(float).tiny)
-    return torch.from_numpy(scales)
-
-
-def set_drop_path(modules: Sequence[KeyedDropPath], scales: torch.Tensor | None) -> None:
-    """Sets the scales of the micro-batch that comes next, (modules, samples); None leaves out nothing."""
-    for i, module in enumerate(modules):
-        module.scale = None if scales is None else scales[i]

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from prelora_ray.config import Settings
+from prelora_ray.engine.drop_path import compute_subsets, drop_path_modules
 from prelora_ray.engine.exchange import Exchange, align_gradients
-from prelora_ray.engine.model import compile_blocks, create_model, drop_path_modules
+from prelora_ray.engine.model import compile_blocks, create_model
 from prelora_ray.engine.optim import OptimizerState, build_optimizer, optimizer_state
 from prelora_ray.engine.precision import Format, autocast, keep_residual_in_bf16, phase_format, use_products
 from prelora_ray.engine.pretrained import load_pretrained
@@ -69,6 +70,8 @@ class TrainState:
             keep_residual_in_bf16(self.model)
         if world_size > 1:
             align_gradients(self.model)
+        if settings.model.drop_path_form == "subset":
+            compute_subsets(self.model, settings.data.cell)
         self.drop_path = drop_path_modules(self.model)
         self.targets = find_targets(self.model, settings.method.targets)
         self.phases = phase_schedule(settings.method, settings.train.ramp_epochs, [target.name for target in self.targets])

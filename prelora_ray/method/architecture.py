@@ -18,6 +18,9 @@ _LINEAR_OF = {
     "fc2": "mlp.fc2",
 }
 
+_BLOCK = ("norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2")
+"""The parts of a plain block, besides layer scales: two residual branches, each a norm, what it is for, and a drop path."""
+
 
 @dataclass(frozen=True)
 class Target:
@@ -96,6 +99,17 @@ def blocks_of(model: nn.Module) -> nn.Sequential | nn.ModuleList:
     if not isinstance(blocks, (nn.Sequential, nn.ModuleList)) or len(blocks) == 0:
         raise ValueError(f"{type(model).__name__} has no `blocks`: PreLoRA adapts the blocks of a timm Vision Transformer")
     return blocks
+
+
+def residual_branches(block: nn.Module) -> dict[str, str]:
+    """By the name of the module that begins a residual branch of a block, the name of the drop path that ends it.
+
+    Raises ValueError where the block is not timm's plain one.
+    """
+    parts = tuple(name for name, _ in block.named_children() if name not in ("ls1", "ls2"))
+    if parts != _BLOCK:
+        raise ValueError(f"a {type(block).__name__} is made of {', '.join(parts)}, where a plain block has {', '.join(_BLOCK)}")
+    return {_BLOCK[0]: _BLOCK[2], _BLOCK[3]: _BLOCK[5]}
 
 
 def parameters_in_front(model: nn.Module, layer: int) -> list[nn.Parameter]:
