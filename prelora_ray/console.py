@@ -317,21 +317,23 @@ def _steps_table(plan: Plan) -> Table:
 def _runs_table(plan: Plan) -> Table:
     phases = list(dict.fromkeys(phase for run in plan.runs for phase in run.epochs))
     table = Table()
-    hours = [f"GPU-h {phase}" for phase in phases]
-    for column in ("run", "epochs", *hours, "GPU-hours", "hours", "of full", "of timm", "same cost in full"):
+    for column in ("run", "epochs", *phases, "GPU-hours, by the clock", "of full", "of timm", "same cost in full"):
         table.add_column(column, justify="left" if column == "run" else "right")
     for run in plan.runs:
         table.add_row(
             run.name,
             " + ".join(map(str, run.epochs.values())),
-            *(_number(run.gpu_hours.get(phase)) for phase in phases),
-            _number(run.total_gpu_hours),
-            _number(run.hours),
+            *(_hours(run.gpu_hours.get(phase), run.hours.get(phase)) for phase in phases),
+            _hours(run.total_gpu_hours, run.total_hours),
             f"{run.of_full:.3f}",
             "-" if run.of_timm is None else f"{run.of_timm:.3f}",
             f"{run.full_epochs:.0f} epochs",
         )
     return table
+
+
+def _hours(gpu_hours: float | None, hours: float | None) -> str:
+    return "-" if gpu_hours is None else f"{gpu_hours:,.4g} in {hours:,.3g} h"
 
 
 def _number(value: float | None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -30,7 +29,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Step:
-    """A step of all GPUs together, which take as long as the one with the most images."""
+    """A step of all GPUs together; each computes as many slots for images as the one with most, be they filled or empty."""
 
     compute_seconds: float
     waiting_seconds: float
@@ -39,10 +38,6 @@ class Step:
     @property
     def seconds(self) -> float:
         return self.compute_seconds + self.waiting_seconds
-
-    def epoch_seconds(self, images: int, batch_size: int) -> float:
-        """The last batch computes less where it is smaller, and exchanges as much."""
-        return images / batch_size * self.compute_seconds + math.ceil(images / batch_size) * self.waiting_seconds
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,8 @@ class _Planner:
             )
         self.share = -(-data.num_cells // self.gpus) * data.cell
         """Images in a step of the GPU that has most."""
+        self.steps = -(-source.images // data.batch_size)
+        """In an epoch."""
         bench = read_benches(options.benches, options.gpu)
         self.gpu, self.memory_gib = bench.device, options.memory or bench.memory_gib
         if options.assume_speed is not None:
@@ -139,7 +141,7 @@ class _Planner:
             phase=kind.phase,
             image_size=kind.image_size,
             format=kind.format,
-            images_per_second=self.settings.data.batch_size / self.gpus / step.seconds,
+            images_per_second=self.source.images / (self.gpus * self.steps * step.seconds),
             measured_images_per_second=self.source.measured.get(kind),
             step_ms=1e3 * step.seconds,
             waiting_ms=1e3 * step.waiting_seconds,
@@ -189,7 +191,7 @@ class _Planner:
         return self.settings.train.epochs * self._epoch_gpu_hours(step)
 
     def _epoch_gpu_hours(self, step: Step) -> float:
-        return self.gpus * step.epoch_seconds(self.source.images, self.settings.data.batch_size) / 3600
+        return self.gpus * self.steps * step.seconds / 3600
 
     def _spans(self, switch_epoch: int | None) -> dict[Phase, range]:
         return phase_spans(self.settings.train.epochs, switch_epoch, self.settings.method.warmup_epochs)
@@ -210,8 +212,9 @@ class _Planner:
             switch_epoch=switch_epoch,
             epochs={phase: len(span) for phase, span in self._spans(switch_epoch).items() if span},
             gpu_hours=gpu_hours,
+            hours={phase: hours / self.gpus for phase, hours in gpu_hours.items()},
             total_gpu_hours=total,
-            hours=total / self.gpus,
+            total_hours=total / self.gpus,
             of_full=total / full,
             of_timm=timm and total / timm,
             full_epochs=self.settings.train.epochs * total / full,

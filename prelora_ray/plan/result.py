@@ -16,6 +16,7 @@ class PhasePlan:
     format: str
     """Of the products."""
     images_per_second: float
+    """Over an epoch: its last batch takes as long as the others, however few its images."""
     measured_images_per_second: float | None
     """Of the run that the plan is of; None where it is of a recipe, or the run had no such step."""
     step_ms: float
@@ -49,9 +50,10 @@ class RunPlan:
     switch_epoch: int | None
     epochs: dict[Phase, int]
     gpu_hours: dict[Phase, float]
-    total_gpu_hours: float
-    hours: float
+    hours: dict[Phase, float]
     """By the clock."""
+    total_gpu_hours: float
+    total_hours: float
     of_full: float
     """GPU-hours over those of full training."""
     of_timm: float | None

@@ -8,7 +8,6 @@ from prelora_ray.method.phases import Phase
 from prelora_ray.plan.cost import (
     BACKWARD_SHARE,
     Memory,
-    Step,
     break_even,
     phase_spans,
     ring_seconds_per_byte,
@@ -47,11 +46,6 @@ def test_buckets_are_exchanged_one_behind_the_other():
 
 def test_a_ring_sends_twice_all_but_a_share():
     assert ring_seconds_per_byte(4, 3.0) == pytest.approx(0.5)  # 2 x 3/4 of a byte, at 3 a second
-
-
-def test_an_epoch_computes_its_images_and_waits_at_every_step():
-    # 1000 images are 3 1/3 batches of 300, in 4 steps: 10 s of computing, 4 s of waiting.
-    assert Step(compute_seconds=3, waiting_seconds=1).epoch_seconds(1000, 300) == pytest.approx(14)
 
 
 def test_memory_is_state_and_images():

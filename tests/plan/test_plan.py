@@ -81,7 +81,8 @@ def test_hours_by_hand(recipe, bench):
     assert own["epochs"] == {"full": 4, "warmup": 2, "lora": 6}
     assert own["gpu_hours"] == pytest.approx({"full": 0.04, "warmup": 0.025, "lora": 0.03})
     assert own["total_gpu_hours"] == pytest.approx(0.095)
-    assert own["hours"] == pytest.approx(0.0475)
+    assert own["hours"] == pytest.approx({"full": 0.02, "warmup": 0.0125, "lora": 0.015})
+    assert own["total_hours"] == pytest.approx(0.0475)
     assert own["of_full"] == pytest.approx(0.095 / 0.12)
     assert own["of_timm"] == pytest.approx(0.095 / 0.24)
     assert own["full_epochs"] == pytest.approx(9.5)  # the control: 9.5 epochs of 0.01 h
@@ -89,6 +90,10 @@ def test_hours_by_hand(recipe, bench):
     # After 11 epochs 0.11 + 0.0125; after 10 0.125; after 9 0.09 + 0.025 + 0.005 = 0.12, no less than full; after 8 0.115.
     assert plan["gpu_hours_by_switch"][7:] == pytest.approx([0.115, 0.12, 0.125, 0.1225])
     assert plan["break_even_epoch"] in (8, 9)  # equal up to rounding at 9
+    # 3601 images take a batch more, and so 16/15 of the time.
+    more = planned(recipe, "--bench", bench, "--gpus", "2", "--images", "3601")
+    assert more["runs"][0]["total_gpu_hours"] == pytest.approx(0.12 * 16 / 15)
+    assert more["phases"][0]["images_per_second"] == pytest.approx(100 * 3601 / 3840)
     for run in plan["runs"]:
         assert sum(run["gpu_hours"].values()) == pytest.approx(run["total_gpu_hours"])
         assert sum(run["epochs"].values()) == 12
@@ -115,7 +120,7 @@ def test_what_the_measured_file_says_of_the_papers_run():
     plan = planned(VIT_L, "--bench", H100, "--set", "train.residual=bf16", "--set", "method.switch_epoch=225")
     (own,) = [run for run in plan["runs"] if run["switch_epoch"] == 225]
     assert own["of_timm"] == pytest.approx((225 / 1157 + 10 / 1139 + 65 / 1320) / (300 / 906), rel=1e-3)
-    assert own["total_gpu_hours"] == pytest.approx(1_281_167 * (225 / 1157 + 10 / 1139 + 65 / 1320) / 3600, rel=1e-3)
+    assert own["total_gpu_hours"] == pytest.approx(313 * 4096 * (225 / 1157 + 10 / 1139 + 65 / 1320) / 3600, rel=1e-3)
     full, warmup, lora = plan["phases"]
     assert full["exchanged_bytes"] == 1_217_306_528
     assert warmup["exchanged_bytes"] == pytest.approx(1_273_896_864, rel=0.01)
