@@ -135,7 +135,8 @@ class _Planner:
         memory = None if per_image is None else Memory(trainable, parameters, per_image)
         largest = self._largest_micro_batch(memory, kind.phase)
         setting = self.settings.train.micro_batch
-        micro_batch = min((largest if setting == "auto" else setting) or self.share, self.share)
+        wanted = largest if setting == "auto" else setting
+        micro_batch = min(wanted or self.share, self.share)  # the whole share where neither says less
         step = self._step(expected, micro_batch, trainable)
         return PhasePlan(
             phase=kind.phase,
@@ -149,9 +150,9 @@ class _Planner:
             trainable_parameters=trainable,
             parameters=parameters,
             micro_batch=micro_batch,
-            memory_gib=memory and memory.peak(micro_batch) / 2**30,
+            memory_gib=None if memory is None else memory.peak(micro_batch) / 2**30,
             largest_micro_batch=largest,
-            fits=largest and micro_batch <= largest,
+            fits=None if largest is None else micro_batch <= largest,
             epoch_gpu_hours=self._epoch_gpu_hours(step),
             measured_batch=expected.batch,
             is_estimated=expected.is_estimated,
@@ -223,9 +224,7 @@ class _Planner:
     def _notes(self) -> list[str]:
         options, notes = self.options, list(self.source.notes)
         if options.assume_speed is not None:
-            notes.append(
-                f"assumed, not measured: a GPU {options.assume_speed:g} times as fast as the measured one in all it does"
-            )
+            notes.append(f"assumed, not measured: {self.gpu}, in every phase and format")
         if self.gpus > 1 and options.bandwidth is None:
             notes.append("the exchange of gradients is taken for hidden, as inside a node's NVLink; --bandwidth GBIT counts it")
         if any(plan.is_estimated for plan in self.plans.values()):

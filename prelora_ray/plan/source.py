@@ -87,11 +87,11 @@ def _read_run(folder: RunFolder, settings: Settings, images: int | None) -> Sour
 
 def _count_images(settings: Settings, images: int | None) -> tuple[int, int, list[str]]:
     """Training images, classes, and what of it is assumed."""
+    if images is not None:
+        return images, _IMAGENET_CLASSES, []
     data = Storage(settings.data.path)
     if is_prepared(data):
         manifest = parse_manifest(data)
-        return images or manifest.num_images("train"), len(manifest.classes), []
-    if images is not None:
-        return images, _IMAGENET_CLASSES, []
+        return manifest.num_images("train"), len(manifest.classes), []
     note = f"{settings.data.path} is not prepared here: ImageNet-1k's {_IMAGENET_IMAGES:,} images are assumed, --images N tells"
     return _IMAGENET_IMAGES, _IMAGENET_CLASSES, [note]
