@@ -288,7 +288,7 @@ def planned(plan: Plan) -> Iterator[str | Table]:
 def _steps_table(plan: Plan) -> Table:
     table = Table()
     compares = any(step.measured_images_per_second is not None for step in plan.phases)
-    columns = ["images/s a GPU", "step, ms", "waits, ms", "exchanged, MB", "trains", "at once", "GiB", "fits", "speed"]
+    columns = ["images/s a GPU", "step, ms", "waits, ms", "grads, MB", "trains", "at once", "GiB", "fits", "speed"]
     if compares:
         columns[1:1] = ["measured", "off by"]
     for column in ("phase", "pixels", "format", *columns):
@@ -317,7 +317,7 @@ def _steps_table(plan: Plan) -> Table:
 def _runs_table(plan: Plan) -> Table:
     phases = list(dict.fromkeys(phase for run in plan.runs for phase in run.epochs))
     table = Table()
-    for column in ("run", "epochs", *phases, "GPU-hours, by the clock", "of full", "of timm", "same cost in full"):
+    for column in ("run", "epochs", *phases, "in all, GPU-hours", "of full", "of timm", "same cost in full"):
         table.add_column(column, justify="left" if column == "run" else "right")
     for run in plan.runs:
         table.add_row(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -111,7 +112,7 @@ class Estimator:
         if as_it_is:
             return Expected(row.images_per_second, row.bytes_per_image, row.batch, False, f"measured{residual}")
         own = self._size(image_size)
-        other = forward_size(ModelSettings(name=row.model, image_size=row.image_size), self._num_classes)
+        other = _size_of_row(row.model, row.image_size)
         return Expected(
             row.images_per_second * row.forward_flops / own.flops,
             None if row.bytes_per_image is None else row.bytes_per_image * own.outputs / other.outputs,
@@ -133,6 +134,11 @@ class Estimator:
             model = self._model.model_copy(update={"image_size": image_size})
             self._sizes[image_size] = forward_size(model, self._num_classes)
         return self._sizes[image_size]
+
+
+@functools.cache
+def _size_of_row(model: str, image_size: int) -> ForwardSize:
+    return forward_size(ModelSettings(name=model, image_size=image_size), num_classes=1000)
 
 
 def read_benches(paths: Sequence[str], gpu: str | None) -> Bench:

@@ -147,17 +147,24 @@ def test_the_nearest_row_is_taken(tmp_path, recipe):
         bench_file(tmp_path / "other.json", {"prelora bf16 full": 70.0}, model="vit_base_patch16_224"),
         bench_file(tmp_path / "same.json", {"prelora bf16 full": 90.0}),
     ]
-    arguments = (recipe, "--set", "method.enabled=false", *(part for path in files for part in ("--bench", path)))
+    arguments = (
+        recipe,
+        "--images",
+        "2400",
+        "--set",
+        "method.enabled=false",
+        *(part for path in files for part in ("--bench", path)),
+    )
     (step,) = planned(*arguments)["phases"]
     assert (step["images_per_second"], step["source"]) == (pytest.approx(90), "measured")
-    (step,) = planned(*arguments[:5])["phases"]
+    (step,) = planned(*arguments[:7])["phases"]
     assert (step["images_per_second"], step["source"]) == (pytest.approx(100), "measured with train.residual: bf16")
 
 
 def test_the_micro_batch_that_a_run_found(tmp_path, recipe):
     """docs/performance.md: ViT-L on 79.18 GiB, 444 images a step: 228 at once came to 43.7 GiB, 444 left a snapshot no room."""
     bench = bench_file(tmp_path / "bench.json", {"prelora bf16 full": 100.0}, peak_gib=43.7, batch=228)
-    arguments = (recipe, "--bench", bench, "--set", "method.enabled=false", "--set", "data.batch_size=444")
+    arguments = (recipe, "--bench", bench, "--images", "4440", "--set", "method.enabled=false", "--set", "data.batch_size=444")
     (auto,) = planned(*arguments, "--set", "train.micro_batch=auto")["phases"]
     assert (auto["micro_batch"], auto["fits"]) == (228, True)
     assert auto["memory_gib"] == pytest.approx(43.7)
