@@ -333,7 +333,7 @@ def _runs_table(plan: Plan) -> Table:
 
 
 def _hours(gpu_hours: float | None, hours: float | None) -> str:
-    return "-" if gpu_hours is None else f"{gpu_hours:,.4g} in {hours:,.3g} h"
+    return "-" if gpu_hours is None else f"{_figure(gpu_hours)} in {_figure(hours)} h"
 
 
 def _number(value: float | None) -> str:
