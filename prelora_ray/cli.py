@@ -76,6 +76,49 @@ def train(
 
 
 @app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A recipe; or a run folder, to compare a plan with what was measured.")],
+    overrides: Overrides = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="Number of GPUs; default: the recipe's workers.max.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="Part of the GPU's name, such as H100.")] = None,
+    bench: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE", help="Of `prelora bench phases --out FILE`; repeatable. Default: ours."),
+    ] = None,
+    bandwidth: Annotated[
+        float | None, typer.Option(help="Gbit/s of the slowest link that all gradients pass; default: as inside NVLink.")
+    ] = None,
+    memory: Annotated[float | None, typer.Option(help="Memory of a GPU in GiB; default: as the files say.")] = None,
+    assume_speed: Annotated[
+        float | None, typer.Option(help="Take the GPU for so many times as fast as the measured one.")
+    ] = None,
+    images: Annotated[int | None, typer.Option(min=1, help="Training images; default: those of data.path.")] = None,
+    picture: Annotated[str | None, typer.Option(help="An HTML file for a picture of GPU-hours by switch epoch.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Tell what a recipe will cost: GPU-hours, memory and exchange by phase, beside full training. Runs nothing."""
+    from prelora_ray import console
+    from prelora_ray.plan.planner import Options, plan_recipe
+
+    options = Options(gpus, gpu, tuple(bench or ()), bandwidth, memory, assume_speed, images)
+    result = plan_recipe(recipe, overrides or [], options)
+    if picture is not None:
+        from prelora_ray.report.page import write_plan
+
+        if not result.gpu_hours_by_switch:
+            raise UserError(f"--picture {picture} is not allowed: it is over switch epochs, and method.enabled is false")
+        levels = {run.name: run.total_gpu_hours for run in result.runs if run.switch_epoch is None}
+        write_plan(result.name, result.gpu_hours_by_switch, levels, result.break_even_epoch, picture)
+    if as_json:
+        print_json({**asdict(result), "picture": picture})
+        return
+    for part in console.planned(result):
+        console.out.print(part)
+    if picture is not None:
+        console.out.print(f"{picture}: GPU-hours by switch epoch")
+
+
+@app.command()
 def sweep(
     config: Annotated[str, typer.Argument(help="A sweep, such as jobs/sweeps/digits.yaml.")],
     overrides: Overrides = None,
@@ -86,12 +129,12 @@ def sweep(
     """Search the method's settings: train the trunk once, fork each distinct run from it, and compare."""
     from prelora_ray.sweep.settings import load_sweep
 
-    plan = load_sweep(config, overrides or [], name=name, storage=storage)
+    settings = load_sweep(config, overrides or [], name=name, storage=storage)
 
     from prelora_ray import console
     from prelora_ray.sweep.run import sweep as run
 
-    result = run(plan, console.watch, debug=_debug)
+    result = run(settings, console.watch, debug=_debug)
     if as_json:
         print_json(result)
         return

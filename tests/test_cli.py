@@ -179,7 +179,7 @@ def test_nothing_is_imported_from_the_current_folder(tmp_path):
 def test_help_names_every_command():
     result = prelora("--help")
     assert result.returncode == 0
-    assert {"train", "prepare", "replay", "doctor"} <= set(re.findall(r"\w+", result.stdout))
+    assert {"train", "plan", "prepare", "replay", "doctor"} <= set(re.findall(r"\w+", result.stdout))
 
 
 def tiny_run(tmp_path: Path) -> list[str]:

@@ -59,8 +59,12 @@ MAY_IMPORT = {
         *("bench", "ray_session.py", "train", "fault_tolerance", "monitor", "engine", "method", "data"),
         *("run_folder.py", "config.py", "config_file.py", "storage.py", "errors.py"),
     },
+    "plan": {
+        *("plan", "engine", "method", "data/manifest.py", "schedule.py", "run_folder.py", "records.py"),
+        *("config.py", "config_file.py", "storage.py", "errors.py"),
+    },
     "bench/commands.py": {"bench", "report", "console.py", "json_output.py", "storage.py", "errors.py"},
-    "console.py": {"report", "sweep", "inference", "data", "run_folder.py", "records.py", "config.py"},
+    "console.py": {"report", "sweep", "plan", "inference", "data", "run_folder.py", "records.py", "config.py"},
     "cli.py": {
         *(
             "console.py",
@@ -70,6 +74,7 @@ MAY_IMPORT = {
             "bench",
             "doctor.py",
             "report",
+            "plan",
             "sweep",
             "inference",
             "train",

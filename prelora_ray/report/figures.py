@@ -134,6 +134,21 @@ def network(rows: Sequence[dict[str, Any]]) -> go.Figure:
     return figure
 
 
+def plan(by_switch: list[float], levels: dict[str, float], break_even: int | None) -> go.Figure:
+    """GPU-hours of a run that switches after 1, 2, ... epochs, beside those of runs that never do, by name."""
+    figure = go.Figure(layout=_layout(height=480))
+    epochs = list(range(1, len(by_switch) + 1))
+    curves = {"switched": by_switch, **{name: [hours] * len(epochs) for name, hours in levels.items()}}
+    for index, (name, hours) in enumerate(curves.items()):
+        line = {"color": COLORS[index], "dash": DASHES[index]}
+        figure.add_trace(go.Scatter(x=epochs, y=hours, name=escape(name), mode="lines", line=line))
+    if break_even is not None:
+        figure.add_vline(break_even, line={"color": "black", "dash": "dot", "width": 1}, annotation_text="break-even")
+    figure.update_xaxes(title="epochs before the switch")
+    figure.update_yaxes(title="GPU-hours", rangemode="tozero")
+    return figure
+
+
 def _scatter(
     figure: go.Figure, entries: list[dict[str, Any]], text: list[str], name: str, color: str, symbol: str, mode: str
 ) -> None:

@@ -67,6 +67,11 @@ def write_network(result: dict[str, Any], out: str) -> None:
     _write("What a step costs over a network", [("network", title, text, figures.network(result["rows"]))], out)
 
 
+def write_plan(name: str, by_switch: list[float], levels: dict[str, float], break_even: int | None, out: str) -> None:
+    """Writes a picture of a plan to the file `out`; its values are those of `figures.plan`."""
+    _write(f"Plan of {name}", [("plan", "GPU-hours by switch epoch", "", figures.plan(by_switch, levels, break_even))], out)
+
+
 def _write(title: str, sections: list[Section], out: str) -> None:
     Path(absolute(out)).write_text(_page(title, sections), encoding="utf-8")
 
