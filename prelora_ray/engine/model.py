@@ -12,7 +12,7 @@ from torch import nn
 from prelora_ray.config import ModelSettings
 from prelora_ray.data.draws import Draw, generator
 from prelora_ray.errors import UserError
-from prelora_ray.kernels.merged import FrozenProduct
+from prelora_ray.kernels.merged import HeldProduct
 from prelora_ray.method.adapters import lora_layers
 from prelora_ray.method.architecture import blocks_of
 from prelora_ray.torchvision_ops import make_importable
@@ -89,7 +89,7 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
     torch._dynamo.config.force_parameter_static_shapes = False
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.optimize_ddp = False  # it would cut blocks in two; gradients of whole blocks are early enough
-    if any(isinstance(module, FrozenProduct) for module in model.modules()):
+    if any(isinstance(module, HeldProduct) for module in model.modules()):
         from prelora_ray.kernels.compiler import suit_held_products  # the compiler takes a second to import
 
         suit_held_products()
@@ -99,8 +99,9 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
         for family in layer.rows:
             torch._dynamo.maybe_mark_dynamic(layer.lora_A[family], 0)
             torch._dynamo.maybe_mark_dynamic(layer.lora_B[family], 1)
-        if isinstance(layer.product, FrozenProduct):
-            layer.refresh = torch.compile(layer.refresh, backend=backend)  # type: ignore[method-assign]
+    for module in model.modules():
+        if isinstance(getattr(module, "product", None), HeldProduct):
+            module.refresh = torch.compile(module.refresh, backend=backend)  # type: ignore[assignment, arg-type]
     for block in blocks_of(model):
         block.compile(backend=backend)
 
