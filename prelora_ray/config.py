@@ -455,7 +455,7 @@ def without_effect(settings: Settings) -> list[str]:
         sentences.append(f"train.fp8_from has no effect, as train.precision is {train.precision}")
     if train.precision == "fp8" and train.fp8_from is not Phase.FULL and not method.enabled:
         sentences.append(
-            f"train.precision = fp8 has no effect, as train.fp8_from is {train.fp8_from} and method.enabled is false"
+            f"train.precision = fp8 has no effect, as method.enabled is false and train.fp8_from is {train.fp8_from}"
         )
     if "adapters" in train.model_fields_set and not method.enabled:
         sentences.append("train.adapters has no effect, as method.enabled is false")

@@ -101,7 +101,8 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
             torch._dynamo.maybe_mark_dynamic(layer.lora_B[family], 1)
     for module in model.modules():
         if isinstance(getattr(module, "product", None), HeldProduct):
-            module.refresh = torch.compile(module.refresh, backend=backend)  # type: ignore[assignment, arg-type]
+            # By shape: with sizes that vary a compiler would not know that it can hold a row.
+            module.refresh = torch.compile(module.refresh, dynamic=False, backend=backend)  # type: ignore[assignment, arg-type]
     for block in blocks_of(model):
         block.compile(backend=backend)
 
