@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from prelora_ray.method.architecture import FAMILIES
 from prelora_ray.method.convergence import NormStatistic
-from prelora_ray.method.phases import FreezeScope
+from prelora_ray.method.phases import FreezeScope, Phase
 from prelora_ray.method.ranks import PATTERN_RANKS, Normalize, is_pattern_rank, rank_choices
 from prelora_ray.section import Acts, Count, NotNegative, Positive, Section, Share, Whole
 from prelora_ray.storage import NO_KEYS, absolute, without_keys
@@ -178,10 +178,13 @@ class TrainSettings(Section):
     clip_norm: Positive | None = 1.0
     """Largest norm of the gradient; null does not clip."""
     precision: Literal["auto", "fp64", "fp32", "bf16", "fp8"] = "auto"
-    """Number format of the products; auto is bf16 on GPUs and fp32 on CPUs. fp8 is bf16 before phase lora and e4m3 in it. What
-    trains is float32 (fp64: float64)."""
+    """Number format of the products; auto is bf16 on GPUs and fp32 on CPUs. fp8 is e4m3 from phase `train.fp8_from` on, for the
+    blocks' outputs and the gradients of their inputs, and bf16 for all else. What trains is float32 (fp64: float64)."""
+    fp8_from: Phase = Phase.LORA
+    """First phase whose products are e4m3 where `train.precision` is fp8: full, warmup or lora. A fork may differ from its
+    trunk in it, as in fp8 or bf16, unless one of them is e4m3 in phase full."""
     adapters: Annotated[Literal["plain", "merged"], Acts("switch")] = "merged"
-    """How an adapted layer is computed: base and adapters apart, or as one product of the merged weights, as fp8 always is."""
+    """How an adapted layer is computed: base and adapters apart, or as one product of the merged weights, as e4m3 always is."""
     residual: Literal["fp32", "bf16"] = "fp32"
     """Number format of the residual stream between the blocks, where the products are bf16 or fp8."""
     gradient_exchange: Literal["fp32", "bf16"] = "fp32"
@@ -434,6 +437,12 @@ def without_effect(settings: Settings) -> list[str]:
         sentences.append(f"train.residual has no effect, as train.precision is {train.precision}")
     if "gradient_exchange" in train.model_fields_set and settings.workers.max == 1:
         sentences.append("train.gradient_exchange has no effect, as workers.max is 1")
+    if "fp8_from" in train.model_fields_set and train.precision != "fp8":
+        sentences.append(f"train.fp8_from has no effect, as train.precision is {train.precision}")
+    if train.precision == "fp8" and train.fp8_from is not Phase.FULL and not method.enabled:
+        sentences.append(
+            f"train.precision = fp8 has no effect, as method.enabled is false and train.fp8_from is {train.fp8_from}"
+        )
     if "adapters" in train.model_fields_set and not method.enabled:
         sentences.append("train.adapters has no effect, as method.enabled is false")
     for key in ("drop_path_rule", "drop_path_form"):

@@ -58,6 +58,10 @@ def test_the_papers_recipe():
             "train.precision = 'fp16' is not allowed: it must be 'auto', 'fp64', 'fp32', 'bf16' or 'fp8'",
         ),
         (
+            {"train": {"fp8_from": "freeze"}},
+            "train.fp8_from = 'freeze' is not allowed: it must be 'full', 'warmup' or 'lora'",
+        ),
+        (
             {"data": {"path": "x", "decoders": "many"}},
             "data.decoders = 'many' is not allowed: it must be a valid integer, or 'auto'",
         ),
@@ -251,6 +255,10 @@ def test_settings_without_effect_are_told():
     assert told == ["method.r_max", "method.targets", *trained, "augment.padding"]
     full = parse_settings({"name": "run", **DATA, "method": {"enabled": False}, "train": {"adapters": "merged"}})
     assert without_effect(full) == ["train.adapters has no effect, as method.enabled is false"]
+    fp8 = parse_settings({"name": "run", **DATA, "method": {"enabled": False}, "train": {"precision": "fp8"}})
+    assert without_effect(fp8) == ["train.precision = fp8 has no effect, as method.enabled is false and train.fp8_from is lora"]
+    bf16 = parse_settings({"name": "run", **DATA, "train": {"precision": "bf16", "fp8_from": "full"}})
+    assert without_effect(bf16) == ["train.fp8_from has no effect, as train.precision is bf16"]
     floor = parse_settings({"name": "run", **DATA, "method": {"rank_floor_percent": 0.5, "rank_pattern": {".*": 8}}})
     assert without_effect(floor) == ["method.rank_floor_percent has no effect, as method.rank_pattern gives the ranks"]
 
@@ -301,16 +309,33 @@ def test_a_resume_and_a_fork_may_change_what_does_not_act_before_them(tmp_path, 
     assert (key in SEARCHABLE) == (when == "switch" and section == "method" and name != "enabled")
 
 
-def test_fp8_forks_from_a_trunk_in_bf16(tmp_path):
-    for trunk, precision, is_allowed in (("bf16", "fp8", True), ("fp8", "bf16", True), ("fp32", "fp8", False)):
-        folder = RunFolder(tmp_path)
-        folder.write_settings(parse_settings({"name": "run", **DATA, "train": {"precision": trunk}}))
-        fork = parse_settings({"name": "fork", **DATA, "train": {"precision": precision}})
-        if is_allowed:
-            _check_same_trunk(folder, fork)
-        else:
-            with pytest.raises(UserError, match=r"train\.precision = 'fp8' is not allowed in a fork"):
-                _check_same_trunk(folder, fork)
+@pytest.mark.parametrize(
+    ("trunk", "fork", "refused"),
+    [
+        (("bf16", "lora"), ("fp8", "lora"), None),
+        (("fp8", "lora"), ("bf16", "lora"), None),
+        (("bf16", "lora"), ("fp8", "warmup"), None),
+        (("fp8", "warmup"), ("fp8", "lora"), None),
+        (("fp8", "full"), ("fp8", "full"), None),
+        (("bf16", "lora"), ("bf16", "full"), None),
+        (("fp32", "lora"), ("fp8", "lora"), "train.precision = 'fp8' is not allowed in a fork"),
+        (("bf16", "lora"), ("fp8", "full"), "train.fp8_from = 'full' is not allowed in a fork: its trunk .* with 'lora'"),
+        (("fp8", "full"), ("fp8", "lora"), "train.fp8_from = 'lora' is not allowed in a fork: its trunk .* with 'full'"),
+        (("fp8", "full"), ("bf16", "lora"), "train.fp8_from = 'lora' is not allowed in a fork: its trunk .* with 'full'"),
+    ],
+)
+def test_a_fork_in_fp8_has_a_trunk_that_computes_alike(tmp_path, trunk, fork, refused):
+    folder = RunFolder(tmp_path)
+    run, forked = (
+        parse_settings({"name": "run", **DATA, "train": {"precision": precision, "fp8_from": phase}})
+        for precision, phase in (trunk, fork)
+    )
+    folder.write_settings(run)
+    if refused is None:
+        _check_same_trunk(folder, forked)
+    else:
+        with pytest.raises(UserError, match=refused):
+            _check_same_trunk(folder, forked)
 
 
 def test_every_key_says_when_it_acts():

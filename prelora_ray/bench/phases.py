@@ -124,10 +124,10 @@ class _Bench:
             step, model = build()
             yield self._measure(name, step, model, phase=Phase.FULL if "full" in name else Phase.LORA)
             del step, model
-        fp8, prefix = {"train": {"precision": "fp8"}}, {"method": {"freeze": "prefix"}}
+        fp8, prefix = {"train": {"precision": "fp8", "fp8_from": "full"}}, {"method": {"freeze": "prefix"}}
         yield from self._own("bf16", {}, phases=list(Phase))
         yield from self._own("bf16 plain", {"train": {"adapters": "plain"}}, phases=(Phase.WARMUP, Phase.LORA))
-        yield from self._own("fp8", fp8)
+        yield from self._own("fp8", fp8, phases=list(Phase))
         yield from self._own("bf16 last half", prefix, first_share=0.5)
         yield from self._own("fp8 last half", fp8 | prefix, first_share=0.5)
         if self.options.drop_path:

@@ -34,7 +34,8 @@ def check_model(settings: Settings) -> list[Target]:
     alone, so that an adapter on it would have no effect.
     """
     method = settings.method
-    format_ = phase_format(settings.train.precision, Phase.FULL, torch.device("cuda"))  # fp8 has no kernels for such tensors
+    # As if fp8 came with phase lora: it has no kernels for such tensors.
+    format_ = phase_format(settings.train.precision, Phase.LORA, Phase.FULL, torch.device("cuda"))
     with torch.device("meta"):
         model = create_model(settings.model, _CLASSES, seed=0)
     model.to(torch.float64 if format_ == "fp64" else torch.float32)

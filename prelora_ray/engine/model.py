@@ -10,7 +10,7 @@ from torch import nn
 from prelora_ray.config import ModelSettings
 from prelora_ray.engine.drop_path import KeyedDropPath, drop_uniformly
 from prelora_ray.errors import UserError
-from prelora_ray.kernels.merged import FrozenProduct
+from prelora_ray.kernels.merged import HeldProduct
 from prelora_ray.method.adapters import lora_layers
 from prelora_ray.method.architecture import blocks_of
 from prelora_ray.torchvision_ops import make_importable
@@ -77,7 +77,7 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
     torch._dynamo.config.force_parameter_static_shapes = False
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.optimize_ddp = False  # it would cut blocks in two; gradients of whole blocks are early enough
-    if any(isinstance(module, FrozenProduct) for module in model.modules()):
+    if any(isinstance(module, HeldProduct) for module in model.modules()):
         from prelora_ray.kernels.compiler import suit_held_products  # the compiler takes a second to import
 
         suit_held_products()
@@ -87,8 +87,10 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
         for family in layer.rows:
             torch._dynamo.maybe_mark_dynamic(layer.lora_A[family], 0)
             torch._dynamo.maybe_mark_dynamic(layer.lora_B[family], 1)
-        if isinstance(layer.product, FrozenProduct):
-            layer.refresh = torch.compile(layer.refresh, backend=backend)  # type: ignore[method-assign]
+    for module in model.modules():
+        if isinstance(getattr(module, "product", None), HeldProduct):
+            # By shape: with sizes that vary a compiler would not know that it can hold a row.
+            module.refresh = torch.compile(module.refresh, dynamic=False, backend=backend)  # type: ignore[assignment, arg-type]
     for block in blocks_of(model):
         block.compile(backend=backend)
 

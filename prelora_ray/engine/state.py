@@ -14,7 +14,7 @@ from prelora_ray.engine.drop_path import compute_subsets, drop_path_modules
 from prelora_ray.engine.exchange import Exchange, align_gradients
 from prelora_ray.engine.model import compile_blocks, create_model
 from prelora_ray.engine.optim import OptimizerState, build_optimizer, optimizer_state
-from prelora_ray.engine.precision import Format, autocast, keep_residual_in_bf16, phase_format, use_products
+from prelora_ray.engine.precision import Format, autocast, keep_residual_in_bf16, phase_format, stand_back, use_products
 from prelora_ray.engine.pretrained import load_pretrained
 from prelora_ray.engine.snapshot import Snapshot
 from prelora_ray.method.adapters import (
@@ -116,7 +116,8 @@ class TrainState:
     @property
     def format(self) -> Format:
         """Number format of the products in the phase that the run is in."""
-        return phase_format(self.settings.train.precision, self.phases.phase, self.device)
+        train = self.settings.train
+        return phase_format(train.precision, train.fp8_from, self.phases.phase, self.device)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """What the network is called in."""
@@ -142,6 +143,7 @@ class TrainState:
         moments = optimizer_state(self.model, self.optimizer)
         before = self._probe(self._format_built)
         if decision.switch is not None:
+            stand_back(self.model)  # adapters go into the model's own modules, which alone compute exactly
             exact = self._probe("fp32")
             self._inject(decision.switch)
             change = (self._probe("fp32") - exact).abs().max().item()

@@ -41,30 +41,51 @@ def merged_linear(
     is taken over the rows of x once.
     """
     with torch.autocast(x.device.type, enabled=False):
-        merged = torch.addmm(weight, b, a, alpha=scaling).to(dtype)
+        merged = merge(weight, a, b, scaling).to(dtype)
         return F.linear(x.to(dtype), merged, None if bias is None else bias.to(dtype))
 
 
-class FrozenProduct(nn.Module, ABC):
-    """x (..., in) to x (W + s B A)' + bias, (..., out), for a frozen W and bias.
+def merge(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
+    """W + s B A, (out, in); W itself where the rank is 0."""
+    return torch.addmm(weight, b, a, alpha=scaling) if len(a) else weight
 
-    Holds W + s B A, A and B in the form of its products. `refresh` brings that up to date: once after every change of W, A or
-    B.
+
+class HeldProduct(nn.Module, ABC):
+    """x (..., in) to x (W + s B A)' + bias, (..., out).
+
+    Holds W + s B A, and what else its products take, in their form. `refresh` brings that up to date: once after every change
+    of W, A or B.
     """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.width = width
 
     @torch.no_grad()
     def refresh(self, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> None:
-        """Takes over the values of W (out, in), A (rank, in) and B (out, rank), the rank being the width at most."""
+        """Takes over the values of W (out, in), A (rank, in) and B (out, rank)."""
         with torch.autocast(weight.device.type, enabled=False):
-            self.pack(torch.addmm(weight, b, a, alpha=scaling), a, b)
+            self.pack(merge(weight, a, b, scaling), a, b)
 
     @abstractmethod
     def pack(self, merged: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         """Takes over W + s B A (out, in), A and B."""
+
+    @abstractmethod
+    def forward(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        """As `merged_linear`; of what is held the gradients matter alone, as the values are those of the last `refresh`."""
+
+
+class FrozenProduct(HeldProduct):
+    """For a frozen W and bias, with ranks up to a width."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
 
     @abstractmethod
     def multiply(self, rows: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -79,7 +100,6 @@ class FrozenProduct(nn.Module, ABC):
         b: torch.Tensor,
         scaling: float,
     ) -> torch.Tensor:
-        """As `merged_linear`; of all but x the gradients matter alone, as the values are those of the last `refresh`."""
         with torch.autocast(x.device.type, enabled=False):
             return self.multiply(x.reshape(-1, x.shape[-1]), *self.padded(a, b), scaling).view(*x.shape[:-1], -1)
 

@@ -37,6 +37,7 @@ class _Options(BaseModel):
     image_size: _Count
     batch: _Count
     residual: Literal["fp32", "bf16"]
+    drop_path: Annotated[float, Field(ge=0, le=1)] = 0.0
 
 
 class _File(BaseModel):
@@ -183,7 +184,7 @@ def _measurement(file: _File, row: _Row) -> Measurement:
     flops = row.mfu * file.matrix_flops * seconds / training_passes(Phase(row.name.split()[-1]))
     options = file.options
     return Measurement(
-        row.name,
+        row.name.replace(" subset ", f" subset {options.drop_path:g} "),  # such as `prelora bf16 uniform subset 0.4 full`
         options.model,
         options.image_size,
         options.residual,

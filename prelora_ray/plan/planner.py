@@ -29,8 +29,8 @@ _TIMM = "timm eager full"
 """A benchmark's row: full training as others have it."""
 _SHARES = (0.25, 0.5, 0.75)
 """Of the epochs, after which a recipe is switched besides where it switches itself."""
-_EXCHANGED_BYTES = 4
-"""Of each number of a gradient, as DDP sends it."""
+_EXCHANGED_BYTES = {"fp32": 4, "bf16": 2}
+"""Of each number of a gradient, by `train.gradient_exchange`."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,7 @@ class _Planner:
         """Images in a step of the GPU that has most."""
         self.steps = -(-source.images // data.batch_size)
         """In an epoch."""
+        self.exchanged_bytes = _EXCHANGED_BYTES[self.settings.train.gradient_exchange]
         bench = read_benches(options.benches, options.gpu)
         self.gpu, self.memory_gib = bench.device, options.memory or bench.memory_gib
         if options.assume_speed is not None:
@@ -124,7 +125,7 @@ class _Planner:
     def _phase(self, kind: Workload) -> PhasePlan:
         plain = "plain " if self._is_plain(kind) else ""
         name = f"prelora {kind.format} {plain}{kind.phase}"
-        expected = self.estimator.expect(name, kind.image_size)
+        expected = self._expect_subsets(kind) or self.estimator.expect(name, kind.image_size)
         if expected is None:
             raise UserError(
                 f"phase {kind.phase} in {kind.format} was not measured on {self.gpu}: give --bench FILE with a row `{name}` of "
@@ -146,7 +147,7 @@ class _Planner:
             measured_images_per_second=self.source.measured.get(kind),
             step_ms=1e3 * step.seconds,
             waiting_ms=1e3 * step.waiting_seconds,
-            exchanged_bytes=_EXCHANGED_BYTES * trainable if self.gpus > 1 else 0,
+            exchanged_bytes=self.exchanged_bytes * trainable if self.gpus > 1 else 0,
             trainable_parameters=trainable,
             parameters=parameters,
             micro_batch=micro_batch,
@@ -158,6 +159,16 @@ class _Planner:
             is_estimated=expected.is_estimated,
             source=expected.source,
         )
+
+    @property
+    def _computes_subsets(self) -> bool:
+        return self.settings.model.drop_path > 0 and self.settings.model.drop_path_form == "subset"
+
+    def _expect_subsets(self, kind: Workload) -> Expected | None:
+        """None where no file has subsets at this rate."""
+        model = self.settings.model
+        row = f"prelora {kind.format} {model.drop_path_rule} subset {model.drop_path:g} {kind.phase}"
+        return self.estimator.expect(row, kind.image_size) if self._computes_subsets else None
 
     def _is_plain(self, kind: Workload) -> bool:
         return self.settings.train.adapters == "plain" and kind.phase is not Phase.FULL and kind.format != "fp8"
@@ -180,7 +191,7 @@ class _Planner:
         compute = self.share / (expected.images_per_second * (self.options.assume_speed or 1.0))
         if self.gpus == 1 or self.options.bandwidth is None:
             return Step(compute, 0.0)
-        seconds_per_byte = ring_seconds_per_byte(self.gpus, self.options.bandwidth * 1e9 / 8) * _EXCHANGED_BYTES / 4
+        seconds_per_byte = ring_seconds_per_byte(self.gpus, self.options.bandwidth * 1e9 / 8) * self.exchanged_bytes / 4
         backward = BACKWARD_SHARE * compute * micro_batch / self.share
         return Step(compute, waiting_seconds(4 * trainable, seconds_per_byte, backward))
 
@@ -235,6 +246,8 @@ class _Planner:
         small = [plan for plan in self.plans.values() if 2 * plan.micro_batch < plan.measured_batch]
         if small:
             notes.append(f"measured with {small[0].measured_batch} images at once, here {small[0].micro_batch}: may be slower")
+        if any(self._computes_subsets and self._expect_subsets(kind) is None for kind in self.plans):
+            notes.append("what model.drop_path_form = 'subset' spares is not counted: no file has it at this model.drop_path")
         if self.settings.method.enabled and self.settings.method.freeze == "prefix":
             notes.append("what method.freeze = 'prefix' spares is not counted: the first adapted block is known at the switch")
         return [*notes, "not counted: starting and compiling, waiting for images, validation, checkpoints"]

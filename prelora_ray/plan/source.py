@@ -61,7 +61,9 @@ def read_source(path: str, overrides: Sequence[str], images: int | None) -> Sour
 
 def workload(settings: Settings, epoch: int, phase: Phase) -> Workload:
     """What a step of an epoch (from 0) computes on a GPU, where the run is in a phase then."""
-    return Workload(phase, settings.model.image_size, phase_format(settings.train.precision, phase, torch.device("cuda")))
+    train = settings.train
+    format_ = phase_format(train.precision, train.fp8_from, phase, torch.device("cuda"))
+    return Workload(phase, settings.model.image_size, format_)
 
 
 def _read_run(folder: RunFolder, settings: Settings, images: int | None) -> Source:

@@ -38,12 +38,12 @@ def gradients(network: nn.Module, images: torch.Tensor) -> dict[str, torch.Tenso
 
 def compare_with_the_mean(rank: int, folder: Path, number_format: str) -> None:
     join(rank, folder)
-    state = train_state(WIDE, world_size=WORKERS, gradient_exchange=number_format)
+    state = train_state(WIDE, world_size=WORKERS, train={"gradient_exchange": number_format})
     images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(rank))
     own = gradients(state.model, images)
     found = gradients(state.network, images)
     again = gradients(state.network, images)
-    rebuilt = gradients(train_state(WIDE, world_size=WORKERS, gradient_exchange=number_format).network, images)
+    rebuilt = gradients(train_state(WIDE, world_size=WORKERS, train={"gradient_exchange": number_format}).network, images)
     assert own.keys() == found.keys() and len(own) > 20
     # In bf16: once on each worker, once in their sum; halving is exact. In float32 the sum alone.
     bound = (1 + UNIT) ** 2 - 1 if number_format == "bf16" else 2.0**-23

@@ -13,6 +13,7 @@ from torch.multiprocessing.spawn import start_processes
 
 from prelora_ray.config_file import parse_settings
 from prelora_ray.engine import state as state_module
+from prelora_ray.engine.fp8 import Fp8Mlp
 from prelora_ray.engine.snapshot import Snapshot
 from prelora_ray.engine.state import TrainState
 from prelora_ray.method import adapters
@@ -23,14 +24,14 @@ CPU = torch.device("cpu")
 
 
 def train_state(
-    options=TINY_VIT, world_size: int = 1, checkpoint: Snapshot | None = None, gradient_exchange: str = "fp32"
+    options=TINY_VIT, world_size: int = 1, checkpoint: Snapshot | None = None, train: dict[str, str] | None = None
 ) -> TrainState:
     settings = parse_settings(
         {
             "name": "state",
             "data": {"path": "x", "batch_size": 8, "cell": 4},
             "model": {"name": "vit_tiny_patch16_224", "image_size": 8, "options": options},
-            "train": {"epochs": 20, "ramp_epochs": 0, "gradient_exchange": gradient_exchange},
+            "train": {"epochs": 20, "ramp_epochs": 0, **(train or {})},
         }
     )
     return TrainState(settings, 10, 1, CPU, world_size, checkpoint)
@@ -89,6 +90,22 @@ def test_no_change_of_phase_is_to_come_in_a_runs_own_snapshot(phase):
     resumed = train_state(checkpoint=state.snapshot([], holds_base=False))
     assert resumed.fork is None and resumed.phases.phase is phase
     assert_same_bits(resumed.snapshot([], holds_base=False), state.snapshot([], holds_base=False))
+
+
+def test_fp8_from_phase_full_goes_through_all_phases():
+    """Adapters come in as exactly as ever, and a snapshot has the names and values that one in bf16 has."""
+    bf16, fp8 = (train_state(train={"precision": precision, "fp8_from": "full"}) for precision in ("bf16", "fp8"))
+    for phase in Phase:
+        if phase is not Phase.FULL:
+            enter(bf16, phase)
+            enter(fp8, phase)
+            assert fp8.logit_change is not None and fp8.logit_change < 0.05
+        assert_same_bits(fp8.snapshot([], holds_base=False), bf16.snapshot([], holds_base=False))
+        assert all(isinstance(block.mlp, Fp8Mlp) for block in fp8.model.blocks)
+        fp8.refresh()
+        gradients = train_a_step(copy.deepcopy(fp8), seed=0)
+        trained = {name for name, parameter in fp8.model.named_parameters() if parameter.requires_grad}
+        assert gradients.keys() == trained == {n for n, p in bf16.model.named_parameters() if p.requires_grad}
 
 
 def test_a_snapshot_leaves_out_the_base_that_the_run_folder_holds():
