@@ -128,9 +128,9 @@ def go_on_as_if_undisturbed(rank: int, folder: Path, gradient_exchange: str) -> 
     """What one of three workers does: with two, a sum is the same in either order."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
-    state = train_state(WIDE, 3, None, gradient_exchange)
+    state = train_state(WIDE, 3, None, {"gradient_exchange": gradient_exchange})
     train_a_step(state, rank)
-    resumed = train_state(WIDE, 3, state.snapshot([], holds_base=False), gradient_exchange)
+    resumed = train_state(WIDE, 3, state.snapshot([], holds_base=False), {"gradient_exchange": gradient_exchange})
     expected, found = (train_a_step(each, 3 + rank) for each in (state, resumed))
     assert expected.keys() == found.keys() == dict(state.model.named_parameters()).keys()
     different = [name for name, gradient in expected.items() if not torch.equal(gradient, found[name])]
