@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -48,7 +45,11 @@ def settings(digits: Path, storage: Path, name: str, workers: int, **sections: d
 
 
 def final(run: Settings) -> Snapshot:
-    checkpoints = Checkpoints(RunFolder.of(run))
+    return last(RunFolder.of(run))
+
+
+def last(folder: RunFolder) -> Snapshot:
+    checkpoints = Checkpoints(folder)
     return checkpoints.load(checkpoints.names()[-1])
 
 
@@ -79,21 +80,3 @@ def children(pid: int, title: str) -> list[psutil.Process]:
                 if title in " ".join(process.cmdline()[:1]):
                     found.append(process)
     return found
-
-
-class Killer(threading.Thread):
-    """Sends SIGKILL to one worker, in turn, inside each of the given epochs."""
-
-    def __init__(self, run: Settings, epochs: list[int]) -> None:
-        super().__init__(daemon=True)
-        self._folder = RunFolder.of(run)
-        self._epochs = epochs
-        self.phases: list[str] = []
-
-    def run(self) -> None:
-        for n, epoch in enumerate(self._epochs):
-            wait_inside(self._folder, epoch)
-            workers = sorted(children(os.getpid(), "RayTrainWorker"), key=lambda process: process.pid)
-            victim = workers[n % len(workers)]
-            os.kill(victim.pid, signal.SIGKILL)
-            self.phases.append(Checkpoints(self._folder).newest()[0].state["phases"]["phase"])

@@ -311,9 +311,18 @@ def small_disk(path: Path) -> Iterator[bool]:
 
 
 def run_on_disk(
-    directory: Path, data: Path, faults: list[str], rng: random.Random, *, at_switch_and_end: bool = True
+    directory: Path,
+    data: Path,
+    faults: list[str],
+    rng: random.Random,
+    *,
+    at_switch_and_end: bool = True,
+    plain_workers: int = 1,
 ) -> tuple[list[Cost], Found]:
-    """Raises AssertionError where the run differs from an undisturbed one. Prints as it goes."""
+    """Raises AssertionError where the run differs from an undisturbed one. Prints as it goes.
+
+    `plain_workers`: of the undisturbed run, where faults change the other's number; one is the least work.
+    """
     with small_disk(directory / "runs") as can_be_full:
         if not can_be_full:
             print("no file system of its own for the run folder (that takes root): without full disks")
@@ -324,7 +333,7 @@ def run_on_disk(
             epochs = epochs_for(faults)
             moments[AT_SWITCH] = epochs[0] * BATCHES - STEPS_BEFORE
             moments[AT_END] = sum(epochs) * BATCHES - STEPS_BEFORE
-        return _run(directory, data, faults, epochs, rng, moments)
+        return _run(directory, data, faults, epochs, rng, moments, plain_workers=plain_workers)
 
 
 def run_in_bucket(directory: Path, data: Path, rng: random.Random) -> tuple[list[Cost], Found]:
@@ -342,10 +351,11 @@ def _run(
     rng: random.Random,
     moments: dict[str, int],
     proxy: Proxy | None = None,
+    plain_workers: int = 1,
 ) -> tuple[list[Cost], Found]:
     """The undisturbed run and the disturbed one: in `directory`, or in the bucket behind `proxy`."""
-    # One worker is the least work; where no fault changes the other's number, as many, so that every bit must agree.
-    workers = WORKERS if TAKES_A_NODE.isdisjoint(faults) else 1
+    # Where no fault changes the other's number of workers, it is the same, so that every bit must agree.
+    workers = WORKERS if TAKES_A_NODE.isdisjoint(faults) else plain_workers
     quiet = directory / "quiet"  # outside the file system that fills up
     quiet.mkdir()
     plain = read_config(write_config(quiet, "plain", data, epochs, workers=workers))
