@@ -151,6 +151,7 @@ def failed(reason: str, step: int | None = 3, **kind: bool) -> WorkerCodeError:
     [
         ([[failed("x")], [failed("x")]], "training failed twice at step 3: x"),
         ([[failed("x", None)], [failed("x", None)]], "training failed twice before its first step: x"),
+        ([[failed("x", 0)], [failed("x", 0)]], "training failed twice at step 0: x"),
         ([[failed("x", 4)], [failed("x", 3)]], "training failed twice at step 3: x"),
         ([[failed("x", 3)], [failed("x", 4)]], None),
         ([[failed("x")], [failed("y")], [failed("x")]], None),
