@@ -20,7 +20,7 @@ TINY_VIT = {"patch_size": 2, "embed_dim": 16, "depth": 3, "num_heads": 2}
 SWITCH, FREEZE, EPOCHS = 3, 5, 7
 
 
-def settings(digits: Path, storage: Path, name: str, workers: int, **sections: dict[str, Any]) -> Settings:
+def settings(digits: Path, storage: Path, name: str, workers: int, /, **sections: dict[str, Any]) -> Settings:
     """A run that its test switches after epoch 3 and that freezes after epoch 5 of 7, all that is drawn turned on."""
     content: dict[str, dict[str, Any]] = {
         "data": {"path": str(digits), "batch_size": 96, "cell": 12, "crop_ratio": 1.0, "decoders": 1},
