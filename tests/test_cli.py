@@ -13,7 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
 
+from prelora_ray.cli import app
 from prelora_ray.config import with_absolute_paths
 from prelora_ray.config_file import load_settings
 from prelora_ray.fault_tolerance.ray_private import keep_token_private
@@ -176,10 +178,15 @@ def test_nothing_is_imported_from_the_current_folder(tmp_path):
     assert "'here' is no record" in result.stderr
 
 
-def test_help_names_every_command():
-    result = prelora("--help")
+@pytest.mark.parametrize("words", [(), ("bench",)])
+def test_help_names_every_command(words):
+    """With what it does."""
+    group = typer.main.get_command(app)
+    for word in words:
+        group = group.commands[word]
+    result = prelora_here(*words, "--help")
     assert result.returncode == 0
-    assert {"train", "plan", "prepare", "replay", "doctor"} <= set(re.findall(r"\w+", result.stdout))
+    assert re.findall(r"^  (\w+) +[A-Z]\w+ ", result.stdout, re.MULTILINE) == list(group.commands)
 
 
 def tiny_run(tmp_path: Path) -> list[str]:

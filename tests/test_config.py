@@ -38,13 +38,6 @@ def test_recipes_for_clusters_whose_gpus_come_when_asked_for_ask_for_them(path: 
     assert load_settings(path).workers.gpu is True
 
 
-def test_the_papers_recipe():
-    settings = load_settings(next(path for path in CONFIGS if path.stem == "imagenet_vit_large"))
-    assert (settings.train.epochs, settings.data.batch_size, settings.workers.max) == (300, 4096, 64)
-    method = settings.method
-    assert (method.windows, method.window_epochs, method.warmup_epochs, method.r_min, method.r_max) == (3, 3, 10, 8, 64)
-
-
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [

@@ -7,7 +7,7 @@ import pytest
 from prelora_ray.bench import phases
 from prelora_ray.bench.own import RANKS
 from prelora_ray.bench.phases import Row
-from tests.command import prelora
+from tests.command import prelora_here
 
 WIDTH, DEPTH, TOKENS, CLASSES = 192, 12, 17, 1000
 
@@ -15,7 +15,7 @@ WIDTH, DEPTH, TOKENS, CLASSES = 192, 12, 17, 1000
 @pytest.fixture(scope="module")
 def result() -> dict:
     size = ("--model", "vit_tiny_patch16_224", "--image-size", "64", "--batch", "4", "--steps", "1")
-    done = prelora("bench", "phases", *size, "--row", "timm", "--row", "prelora bf16 lora", "--json")
+    done = prelora_here("bench", "phases", *size, "--row", "timm", "--row", "prelora bf16 lora", "--json")
     assert done.returncode == 0, done.stderr
     assert "not measured: timm compiled full (needs a GPU)" in done.stderr
     return json.loads(done.stdout)

@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
 import torch
@@ -53,30 +53,28 @@ from tests.proxy import Proxy, s3_server
 
 BATCHES = 15
 """Global batches of an epoch."""
+STEPS_PER_SECOND = 15
+"""Of a run during an outage, at the most."""
 STEPS_BETWEEN = 6
 """Fewest steps from one fault's end to the next fault."""
 STEPS = {
     "node added": 100,
     "disk full": 40,
     AT_SWITCH: 150,
+    **dict.fromkeys(IN_BUCKET, 60 * STEPS_PER_SECOND),
+    "bucket out for ten minutes": 600 * STEPS_PER_SECOND,
+    KILLED_IN_OUTAGE: 14,
 }
 """Steps set aside for a fault during which the run trains on."""
 STEPS_OTHER = 14
-OUTAGE_SECONDS = {kind: 60 for kind in IN_BUCKET if kind != KILLED_IN_OUTAGE} | {"bucket out for ten minutes": 600}
-"""How long such a fault lasts, for which steps are set aside by the machine's speed."""
-STEPS_LAST = 150
-"""Steps after the last fault."""
-SECONDS_LAST = 100
-"""The same in a bucket, which hears of steps every 15 s."""
-SPEED_MARGIN = 1.25
-"""How much faster than at first a run may become."""
-SPEED_EPOCHS = (30, 1, 1)
+STEPS_LAST = {"disk": 150, "bucket": 1500}
+"""Steps after the last fault: a fast machine does more than were set aside, and tells a bucket of them every 15 s."""
 STEPS_BEFORE = 40
 """Steps before a moment at which the disk fills up for it."""
 STEPS_BEYOND = 120
 """Most steps by which a fault ends after the steps set aside for it."""
 RECOVERY_SECONDS = 150.0
-REACH_SECONDS = 1800.0
+REACH_SECONDS = 3600.0
 """For the steps between two faults, and to the end, on however slow a machine."""
 
 
@@ -129,24 +127,14 @@ def bucket_plan() -> list[str]:
     return [*before, "bucket out for ten minutes", *after]
 
 
-def _steps(kind: str, speed: float) -> int:
-    """Steps set aside for a fault, where a run takes `speed` steps a second."""
-    return round(OUTAGE_SECONDS[kind] * speed) if kind in OUTAGE_SECONDS else STEPS.get(kind, STEPS_OTHER)
+def _steps(kind: str) -> int:
+    return STEPS.get(kind, STEPS_OTHER)
 
 
-def epochs_for(faults: list[str], speed: float = 0.0) -> tuple[int, int, int]:
+def epochs_for(faults: list[str], place: Literal["disk", "bucket"] = "disk") -> tuple[int, int, int]:
     """Epochs of full, warmup and lora that hold the faults."""
-    per_phase = -(-(STEPS_BETWEEN + sum(_steps(kind, speed) for kind in faults)) // (3 * BATCHES))
-    last = max(STEPS_LAST, round(SECONDS_LAST * speed))
-    return max(3, per_phase), per_phase, per_phase + last // BATCHES
-
-
-def steps_per_second(directory: Path, data: Path) -> float:
-    """The most that a run of as many workers takes here, validation included."""
-    config = read_config(write_config(directory, "speed", data, SPEED_EPOCHS))
-    train(config)
-    lines = RunFolder.of(config).epochs()[2 : SPEED_EPOCHS[0]]
-    return SPEED_MARGIN * BATCHES / statistics.median(line.seconds for line in lines)
+    per_phase = -(-(STEPS_BETWEEN + sum(map(_steps, faults))) // (3 * BATCHES))
+    return max(3, per_phase), per_phase, per_phase + STEPS_LAST[place] // BATCHES
 
 
 def position(folder: RunFolder) -> dict[str, Any]:
@@ -167,7 +155,7 @@ def disturb(target: Target, faults: list[str], tell: Callable[[str], None]) -> l
         if kind in TAKES_A_NODE and waiting[:1] != ["node added"]:
             target.site.add_node(wait=True)  # in its place
         step = target.moments.get(kind) or max(due, healed + STEPS_BETWEEN)
-        due += _steps(kind, target.speed)
+        due += _steps(kind)
         before = wait_for(functools.partial(_progress, target, step), REACH_SECONDS, f"step {step}, for {kind!r}")
         if kind not in target.moments:
             time.sleep(target.rng.random())
@@ -192,7 +180,7 @@ def disturb(target: Target, faults: list[str], tell: Callable[[str], None]) -> l
 def _next(waiting: list[str], healed: int, moments: dict[str, int]) -> str:
     """Takes the fault that comes next: the one for the switch before any that may reach it."""
     kind = waiting[0]
-    if AT_SWITCH in waiting and healed + STEPS.get(kind, STEPS_OTHER) + STEPS_BEYOND > moments[AT_SWITCH]:
+    if AT_SWITCH in waiting and healed + _steps(kind) + STEPS_BEYOND > moments[AT_SWITCH]:
         kind = AT_SWITCH
     waiting.remove(kind)
     return kind
@@ -269,8 +257,8 @@ def page(disk: tuple[list[Cost], Found], bucket: tuple[list[Cost], Found], secon
 A ViT of 3 blocks on scikit-learn's digits in float64, 1 to {WORKERS} workers on nodes of one CPU each, all on one machine of
 {os.cpu_count()} CPU cores; {versions}. Seconds are from the fault to the next trained step:
 for a drained node from the notice, {DRAIN_SECONDS} s before it goes; for a node that is added, from the start of its processes;
-for a disk that is full at the end, from when it fills up. Where they are 0 the run trained on. On the disk the
-undisturbed run trains beside it on the same cores, as long as it lasts; in the bucket it trains after it.
+for a disk that is full at the end, from when it fills up. Where they are 0 the run trained on. The undisturbed run trains
+beside it on the same cores, as long as it lasts.
 
 ## On a disk: {len(on_disk)} faults
 
@@ -323,9 +311,18 @@ def small_disk(path: Path) -> Iterator[bool]:
 
 
 def run_on_disk(
-    directory: Path, data: Path, faults: list[str], rng: random.Random, *, at_switch_and_end: bool = True
+    directory: Path,
+    data: Path,
+    faults: list[str],
+    rng: random.Random,
+    *,
+    at_switch_and_end: bool = True,
+    plain_workers: int = 1,
 ) -> tuple[list[Cost], Found]:
-    """Raises AssertionError where the run differs from an undisturbed one. Prints as it goes."""
+    """Raises AssertionError where the run differs from an undisturbed one. Prints as it goes.
+
+    `plain_workers`: of the undisturbed run, where faults change the other's number; one is the least work.
+    """
     with small_disk(directory / "runs") as can_be_full:
         if not can_be_full:
             print("no file system of its own for the run folder (that takes root): without full disks")
@@ -336,15 +333,14 @@ def run_on_disk(
             epochs = epochs_for(faults)
             moments[AT_SWITCH] = epochs[0] * BATCHES - STEPS_BEFORE
             moments[AT_END] = sum(epochs) * BATCHES - STEPS_BEFORE
-        return _run(directory, data, faults, epochs, rng, moments)
+        return _run(directory, data, faults, epochs, rng, moments, plain_workers=plain_workers)
 
 
 def run_in_bucket(directory: Path, data: Path, rng: random.Random) -> tuple[list[Cost], Found]:
     """Raises AssertionError where the run differs from an undisturbed one. Prints as it goes."""
     faults = bucket_plan()
-    speed = steps_per_second(directory, data)
     with s3_server() as proxy:
-        return _run(directory, data, faults, epochs_for(faults, speed), rng, {}, proxy, speed)
+        return _run(directory, data, faults, epochs_for(faults, "bucket"), rng, {}, proxy)
 
 
 def _run(
@@ -355,30 +351,26 @@ def _run(
     rng: random.Random,
     moments: dict[str, int],
     proxy: Proxy | None = None,
-    speed: float = 0.0,
+    plain_workers: int = 1,
 ) -> tuple[list[Cost], Found]:
-    """The undisturbed run and the disturbed one: in `directory`, or in the bucket behind `proxy`.
-
-    `speed`: the most steps that the disturbed run may take in a second, for faults that last some time. So that it is no
-    slower than that, the undisturbed run then comes after it.
-    """
-    # One worker is the least work; where no fault changes the other's number, as many, so that every bit must agree.
-    workers = WORKERS if TAKES_A_NODE.isdisjoint(faults) else 1
+    """The undisturbed run and the disturbed one: in `directory`, or in the bucket behind `proxy`."""
+    # Where no fault changes the other's number of workers, it is the same, so that every bit must agree.
+    workers = WORKERS if TAKES_A_NODE.isdisjoint(faults) else plain_workers
     quiet = directory / "quiet"  # outside the file system that fills up
     quiet.mkdir()
     plain = read_config(write_config(quiet, "plain", data, epochs, workers=workers))
     beside = ThreadPoolExecutor()
-    undisturbed = None if proxy else beside.submit(train, plain)  # on another Ray: this process's
+    undisturbed = beside.submit(train, plain)  # on another Ray: this process's
     site = Site(directory)
     try:
         config = write_config(directory, "disturbed", data, epochs, storage="s3://bucket/runs" if proxy else None)
         folder = run_folder(config)
         site.start_driver(config)
-        target = Target(site, config, folder, rng, moments, proxy, speed)
+        target = Target(site, config, folder, rng, moments, proxy)
         costs = disturb(target, faults, functools.partial(print, flush=True))
         finished = folder.epochs()
         assert [line.epoch for line in finished] == list(range(sum(epochs)))
-        (undisturbed or beside.submit(train, plain)).result(timeout=REACH_SECONDS)
+        undisturbed.result(timeout=REACH_SECONDS)
         found = compare(folder, RunFolder.of(plain))
         check(found, costs, folder)
         return costs, found

@@ -16,7 +16,7 @@ import psutil
 
 from prelora_ray.fault_tolerance.checkpoint import Checkpoints
 from prelora_ray.run_folder import RunFolder
-from tests.chaos.site import Site, wait_for
+from tests.chaos.site import OwnRay, Site, wait_for
 from tests.disk import Disk
 from tests.proxy import Proxy, State
 
@@ -34,7 +34,7 @@ SLOW_BYTES_PER_SECOND = 2e4
 class Target:
     """What a fault is done to."""
 
-    site: Site
+    site: Site | OwnRay
     config: Path
     folder: RunFolder
     rng: random.Random
@@ -42,8 +42,6 @@ class Target:
     """Steps at which faults happen that belong to a moment of the run."""
     proxy: Proxy | None = None
     """The way to the bucket that holds the run folder; None where it is on a disk."""
-    speed: float = 0.0
-    """The most steps that the run may take in a second, for faults that last some time."""
 
     def worker(self) -> psutil.Process:
         return self.rng.choice(wait_for(self.site.workers, 30, "a worker"))

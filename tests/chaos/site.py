@@ -85,6 +85,18 @@ class Site:
         return _children(node, "RayTrainWorker")
 
 
+class OwnRay:
+    """The site of a run whose driver is this process, with a Ray of its own."""
+
+    def workers(self) -> list[psutil.Process]:
+        """The run's workers, by process number."""
+        return sorted(children(os.getpid(), "RayTrainWorker"), key=lambda process: process.pid)
+
+    def controller(self) -> psutil.Process:
+        """Ray Train's controller."""
+        return wait_for(lambda: children(os.getpid(), "TrainController"), 30, "a controller")[0]
+
+
 def _children(node: Any, title: str) -> list[psutil.Process]:
     """Processes of a node whose title holds `title`."""
     raylets = node.all_processes.get("raylet")
