@@ -71,7 +71,7 @@ def train(
     if result["ranks"]:
         console.out.print("ranks: " + ", ".join(f"{count} modules of {rank}" for rank, count in result["ranks"].items()))
     console.out.print(console.result_line(result))
-    for diagnosis in folder.events(Diagnosis):
+    for diagnosis in folder.events_of(Diagnosis):
         console.out.print(diagnosis.message)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from typing import Any
 
 from prelora_ray.data.check import check_prepared
 from prelora_ray.errors import UserError, one_line
@@ -45,7 +46,7 @@ def _check_records(folder: RunFolder) -> list[str]:
     return findings
 
 
-_KINDS = {kind.FILE: kind for kind in (Event, NormsLine, WindowLine, EpochLine)}
+_KINDS: dict[str, Any] = {kind.FILE: kind for kind in (Event, NormsLine, WindowLine, EpochLine)}
 
 
 def _parse_each_line(content: bytes, name: str) -> None:

@@ -116,9 +116,13 @@ class RunFolder(Storage):
         """The lines that stand, by epoch."""
         return standing(self.records(EpochLine), lambda line: line.epoch)
 
-    def events(self, kind: type[EventT] = Event) -> list[EventT]:  # type: ignore[assignment]  # of a TypeVar's default
-        """All events of a kind, in file order: none replaces another."""
-        return [event for event in self.records(Event) if isinstance(event, kind)]
+    def events(self) -> list[Event]:
+        """All events, in file order: none replaces another."""
+        return self.records(Event)
+
+    def events_of(self, kind: type[EventT]) -> list[EventT]:
+        """All events of a kind, in file order."""
+        return [event for event in self.events() if isinstance(event, kind)]
 
     def read_progress(self) -> Progress:
         """Where the run is right now. Raises ValueError where that is damaged, and OSError where it was not written."""

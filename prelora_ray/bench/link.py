@@ -91,7 +91,7 @@ class Link:
             self._spans.append((begin, time.perf_counter()))
             carried.set_result(mean)
         except RuntimeError as error:  # DDP waits for `carried`, and raises it
-            carried.set_exception(error)
+            carried.set_exception(error)  # type: ignore[arg-type]  # as torch declares it
 
     def _calibrate(self) -> float:
         """Cycles a second of the GPU's clock."""

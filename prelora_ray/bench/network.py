@@ -145,11 +145,12 @@ class _Worker:
 
     def rows(self) -> Iterator[Row]:
         run = self._run("auto")
-        for phase, number_formats in (
-            (Phase.FULL, ("fp32", "bf16")),
-            (Phase.WARMUP, ("fp32", "bf16")),
-            (Phase.LORA, ("fp32",)),
-        ):
+        measured: dict[Phase, tuple[NumberFormat, ...]] = {
+            Phase.FULL: ("fp32", "bf16"),
+            Phase.WARMUP: ("fp32", "bf16"),
+            Phase.LORA: ("fp32",),
+        }
+        for phase, number_formats in measured.items():
             yield from self._rows(run, phase, phase.value, number_formats)
         if has_fp8(self.device):
             del run

@@ -20,7 +20,7 @@ from prelora_ray.bench.machine import describe
 from prelora_ray.config_file import parse_settings
 from prelora_ray.data import stream
 from prelora_ray.data.batch import Pass, StreamPlan
-from prelora_ray.data.manifest import Manifest, Shard
+from prelora_ray.data.manifest import Manifest, Shard, Split
 from prelora_ray.data.prepare import plan as plan_tasks
 from prelora_ray.data.prepare_settings import PrepareSettings
 from prelora_ray.data.sources import Columns, Splits
@@ -34,7 +34,7 @@ SIZES = {"imagenet-1k": 1_281_167, "imagenet-21k": 14_197_122}
 
 def made_up_plan(images: int, rank: int = 0, world_size: int = 8) -> StreamPlan:
     """What a worker streams of so many images, prepared as by default: 2048 in a file, about 1 MiB in a row group."""
-    splits = {"train": _shards("train", images), "val": _shards("val", 50_000)}
+    splits: dict[Split, tuple[Shard, ...]] = {"train": _shards("train", images), "val": _shards("val", 50_000)}
     manifest = Manifest(tuple(f"class {i}" for i in range(1000)), splits, 0, {})
     settings = parse_settings({"name": "rehearsal", "data": {"path": "nowhere", "batch_size": 4096, "cell": 16}})
     return stream_plan(settings, manifest, rank, world_size)

@@ -77,7 +77,7 @@ def _of_run(run: RunFolder, epochs: int) -> dict[str, Any]:
         "epochs": len(lines),
         "val_top1": last_top1(lines),
         "gpu_hours": straight_hours(run, epochs) if lines else None,
-        "diagnosis": [event.signature for event in run.events(Diagnosis)],
+        "diagnosis": [event.signature for event in run.events_of(Diagnosis)],
         "trainable_fraction": lora.trainable_fraction if lora else None,
     }
 

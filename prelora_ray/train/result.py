@@ -12,7 +12,7 @@ def summarize(folder: RunFolder) -> dict[str, Any]:
     """The contents of result.json, from the lines that stand."""
     epochs, events = folder.epochs(), folder.events()
     phases = phase_summaries(epochs)
-    switches, freezes = folder.events(Switch), folder.events(Freeze)
+    switches, freezes = folder.events_of(Switch), folder.events_of(Freeze)
     result = Result(
         epochs=epochs[-1].epoch + 1,
         switch_epoch=switches[-1].switch_epoch if switches else None,
