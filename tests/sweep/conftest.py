@@ -22,10 +22,6 @@ GRID: dict[str, dict[str, Any]] = {
     "like the recipe": {},
     "alike": {"tau": 500},
     "without warmup": {"windows": 5, "warmup_epochs": 0},
-    "rash": {
-        **{"windows": 5, "warmup_epochs": 0, "rank_pattern": {".*": 4}},
-        **{"adapter_learning_rate_scale": 100.0, "adapter_ramp_steps": 0},
-    },
     "diverging": {"adapter_learning_rate_scale": 1e30},
 }
 """Settings of the sweep, by what they are for."""
