@@ -80,7 +80,7 @@ def plan(
     recipe: Annotated[str, typer.Argument(help="A recipe; or a run folder, to compare a plan with what was measured.")],
     overrides: Overrides = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="Number of GPUs; default: the recipe's workers.max.")] = None,
-    gpu: Annotated[str | None, typer.Option(help="Part of the GPU's name, such as H100.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="Part of the GPU's name; default: H100, or that of --bench.")] = None,
     bench: Annotated[
         list[str] | None,
         typer.Option(metavar="FILE", help="Of `prelora bench phases --out FILE`; repeatable. Default: ours."),

@@ -143,10 +143,13 @@ def _size_of_row(model: str, image_size: int) -> ForwardSize:
 
 
 def read_benches(paths: Sequence[str], gpu: str | None) -> Bench:
-    """The rows of these files, or where there are none of those that come with the project, of GPUs with `gpu` in their name.
+    """The rows of these files, of GPUs with `gpu` in their name.
 
-    Raises UserError where a file is none, or they are of no such GPU, or of several kinds.
+    Where there are no paths they are the files that come with the project, and `gpu` is H100 if not given. Raises UserError
+    where a file is none, or they are of no such GPU, or of several kinds.
     """
+    if not paths and gpu is None:
+        gpu = "H100"
     files = [_read(Path(path)) for path in paths or sorted(map(str, _SHIPPED.glob("*.json")))]
     devices = sorted({file.device for file in files})
     chosen = [device for device in devices if gpu is None or gpu.lower() in device.lower()]

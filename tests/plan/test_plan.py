@@ -206,7 +206,7 @@ def test_a_run_is_compared_with_its_plan(tmp_path, recipe, bench):
 def test_what_cannot_be_planned_is_told(tmp_path, recipe, bench):
     own = (recipe, "--bench", bench)
     assert refused(recipe, "--gpu", "b300").startswith(
-        "--gpu b300 is not allowed: measured is NVIDIA H100 80GB HBM3; give --bench"
+        "--gpu b300 is not allowed: measured is NVIDIA H100 80GB HBM3 and NVIDIA H200; give --bench"
     )
     for option in ("--bandwidth", "--memory", "--assume-speed"):
         assert refused(*own, option, "0") == f"{option} 0 is not allowed: it must be a number above 0"
@@ -252,4 +252,7 @@ def test_no_ray_and_every_shipped_file_can_be_read():
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == "no ray"
     assert "switch after 150" in result.stdout and "break-even: " in result.stdout
+    assert "NVIDIA H100 80GB HBM3" in result.stdout
+    fp8 = ("--set", "train.precision=fp8", "--set", "train.fp8_from=full", "--set", "train.residual=bf16")
+    assert "NVIDIA H200" in prelora_here("plan", VIT_L, "--gpu", "h200", *fp8).stdout
     assert "ImageNet-1k's 1,281,167 images are assumed" in result.stdout
