@@ -50,9 +50,9 @@ def train_step(settings: Settings) -> TrainStep:
     return TrainStep(TrainState(settings, 10, 1, torch.device("cpu"), 1), plan)
 
 
-def batch(ids: np.ndarray) -> Batch:
+def batch(ids: np.ndarray, size: int = 8) -> Batch:
     rng = np.random.default_rng(0)
-    images = torch.from_numpy(rng.integers(0, 256, (len(ids), 8, 8, 3), np.uint8))
+    images = torch.from_numpy(rng.integers(0, 256, (len(ids), size, size, 3), np.uint8))
     labels = torch.from_numpy(np.where(ids >= 0, rng.integers(0, 10, len(ids)), -1))
     return Batch("train", 0, 0, images, labels, ids)
 
@@ -69,11 +69,14 @@ def gradients_of_a_step(step: TrainStep, content: Batch) -> dict[str, torch.Tens
     return gradients
 
 
-@pytest.mark.parametrize(("micro_batch", "channels"), [(None, 3), (4, 3), (8, 3), (16, 3), (8, 1)])
-def test_gradient_is_the_mean_over_the_global_batch(tmp_path, micro_batch, channels):
-    step = train_step(settings(tmp_path, channels, micro_batch=micro_batch))
-    reference = train_step(settings(tmp_path, channels)).state.model
-    content = batch(IDS)
+@pytest.mark.parametrize(
+    ("micro_batch", "channels", "size"), [(None, 3, 8), (4, 3, 8), (8, 3, 8), (16, 3, 8), (8, 1, 8), (8, 3, 6)]
+)
+def test_gradient_is_the_mean_over_the_global_batch(tmp_path, micro_batch, channels, size):
+    train = {"resolution": [{"until": 1, "image_size": size}]}
+    step = train_step(settings(tmp_path, channels, micro_batch=micro_batch, **train))
+    reference = train_step(settings(tmp_path, channels, **train)).state.model
+    content = batch(IDS, size)
     gradients = gradients_of_a_step(step, content)
     filled = torch.from_numpy(IDS >= 0)
     mean = torch.tensor((0.485, 0.456, 0.406), dtype=torch.float64)
@@ -89,16 +92,17 @@ def test_gradient_is_the_mean_over_the_global_batch(tmp_path, micro_batch, chann
     assert step.epoch_sums() == (pytest.approx(21 * loss.item(), rel=1e-6), 21)
 
 
-@pytest.mark.parametrize("micro_batch", [None, 4, 8, 16])
-def test_mixing_label_smoothing_and_drop_path_are_the_same_in_every_micro_batch(tmp_path, micro_batch):
+@pytest.mark.parametrize(("micro_batch", "size"), [(None, 8), (4, 8), (8, 8), (16, 8), (8, 6)])
+def test_mixing_label_smoothing_and_drop_path_are_the_same_in_every_micro_batch(tmp_path, micro_batch, size):
     """Image by image, and the loss as torch's own cross entropy has it."""
     augment = {"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1}
-    run = settings(tmp_path, augment=augment, drop_path=0.5, micro_batch=micro_batch)
-    step, reference, content = train_step(run), train_step(run).state, batch(IDS)
+    resolution = [{"until": 1, "image_size": size}]
+    run = settings(tmp_path, augment=augment, drop_path=0.5, micro_batch=micro_batch, resolution=resolution)
+    step, reference, content = train_step(run), train_step(run).state, batch(IDS, size)
     gradients = gradients_of_a_step(step, content)
 
     key = (run.train.seed, 0, 0, range(6), 4)
-    plan = plan_mixing(Mixing(0.8, 1.0), *key, IDS, 8)
+    plan = plan_mixing(Mixing(0.8, 1.0), *key, IDS, size)
     images = step._normalize(content.images)
     mixed = plan.weight.view(-1, 1, 1, 1) * images + (1 - plan.weight).view(-1, 1, 1, 1) * images[plan.partner]
     cuts = [(slot, box) for slot, box in enumerate(plan.box.tolist()) if any(box)]
