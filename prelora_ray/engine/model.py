@@ -44,8 +44,8 @@ class KeyedDropPath(nn.Module):
 def create_model(settings: ModelSettings, num_classes: int, seed: int, *, any_size: bool = False) -> nn.Module:
     """A timm Vision Transformer with freshly drawn weights, float32, on the CPU.
 
-    With `any_size` it takes images of other sizes too, for which timm interpolates the positions in each forward. Its
-    parameters are the same, and so are the logits of images of `image_size`.
+    With `any_size` it takes images of other sizes too, for which timm interpolates the positions in each forward, in
+    float32. Its parameters are the same, and so are the logits of images of `image_size`.
 
     Raises UserError where timm knows no such model or refuses an option, and where the model would
     draw from a generator in training, as dropout does: stochastic depth is the regulariser that can

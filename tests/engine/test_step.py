@@ -123,7 +123,8 @@ def test_mixing_label_smoothing_and_drop_path_are_the_same_in_every_micro_batch(
     loss = (weight * own + (1 - weight) * partners).mean()
     loss.backward()
     for name, parameter in reference.model.named_parameters():
-        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-12, atol=1e-12)
+        is_resampled = name == "pos_embed" and size != 8  # in float32, by timm
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-12, atol=1e-9 if is_resampled else 1e-12)
     assert step.epoch_sums() == (pytest.approx(21 * loss.item(), rel=1e-12), 21)
 
 
