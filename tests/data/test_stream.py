@@ -98,7 +98,7 @@ def growing(settings: Settings) -> Settings:
     return parse_settings({**content, "train": {**content["train"], "epochs": 12, "resolution": steps}})
 
 
-GROWING_PASSES = [*(Pass("train", epoch) for epoch in range(4)), Pass("val", 3)]
+GROWING_PASSES = [Pass("train", 0), Pass("train", 1), Pass("val", 1), Pass("train", 2), Pass("train", 3), Pass("val", 3)]
 
 
 @pytest.fixture(scope="module")
@@ -107,9 +107,15 @@ def grown(growing: Settings, ray_cluster: None) -> Cells:
 
 
 @pytest.mark.parametrize(
-    ("epochs", "size", "policy"), [((0, 1), 4, None), ((2,), 6, "rand-m5-inc1"), ((3,), 8, None)], ids=["4", "6", "8"]
+    ("places", "size", "policy"),
+    [
+        ([("train", 0), ("train", 1)], 4, None),
+        ([("train", 2)], 6, "rand-m5-inc1"),
+        ([("val", 1), ("train", 3), ("val", 3)], 8, None),
+    ],
+    ids=["4", "6", "8"],
 )
-def test_images_that_grow_are_those_of_a_run_of_their_size(settings, grown, epochs, size, policy):
+def test_images_that_grow_are_those_of_a_run_of_their_size(settings, grown, places, size, policy):
     model, augment = settings.model, settings.augment
     alone = settings.model_copy(
         update={
@@ -117,8 +123,8 @@ def test_images_that_grow_are_those_of_a_run_of_their_size(settings, grown, epoc
             "augment": augment.model_copy(update={"policy": policy}),
         }
     )
-    passes = [each for each in GROWING_PASSES if each.epoch in epochs]  # with epoch 3, at the full size, its validation
-    assert {key: content for key, content in grown.items() if key[1] in epochs} == seen_cells(alone, 0, 1, passes)
+    expected = seen_cells(alone, 0, 1, [Pass(*place) for place in places])
+    assert {key: content for key, content in grown.items() if key[:2] in places} == expected
 
 
 def test_images_grow_alike_on_any_number_of_workers_and_behind_a_resume(growing, grown):
@@ -126,7 +132,7 @@ def test_images_grow_alike_on_any_number_of_workers_and_behind_a_resume(growing,
     for rank in range(3):
         together |= seen_cells(growing, rank, 3, GROWING_PASSES)
     assert together == grown
-    rest = {key: content for key, content in grown.items() if key[1] > 1 or (key[1] == 1 and key[2] >= 4)}
+    rest = {key: content for key, content in grown.items() if key[1:3] >= (1, 4) or key[:2] == ("val", 1)}
     assert seen_cells(growing, 0, 1, [Pass("train", 1, 4), *GROWING_PASSES[2:]]) == rest
 
 
