@@ -2,9 +2,9 @@
 
     python benchmarks/formats.py TRUNK STORAGE [--formats plain merged fp8] [--seeds 0 1 2] [--set method.tau=0.5 ...]
 
-TRUNK is the folder of a run of full training that kept its checkpoints (`checkpoint.keep_trunk`), STORAGE where the runs go
-that fork from it. Of each seed all formats see the same images: it draws the order of the data and the adapters from the switch
-on. Prints each run as a line of JSON, then mean and spread of each format.
+TRUNK is the folder of a run of full training that kept its checkpoints (`checkpoint.keep_trunk`); the runs that fork
+from it go to STORAGE. A seed draws the adapters, and the order of the data from the switch on: all formats of one seed
+see the same images. Prints each run as a line of JSON, then mean and spread of each format.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def _begin(trunk: Path, storage: Path, name: str, seed: int, overrides: list[str
         folder.mkdir(parents=True)
         for file in trunk.glob("*.jsonl"):
             os.symlink(file.resolve(), folder / file.name)
-        os.symlink((trunk / "checkpoints").resolve(), folder / "checkpoints")
+        for name in ("checkpoints", "data.json"):
+            os.symlink((trunk / name).resolve(), folder / name)
         content = yaml.safe_load((trunk / "config.yaml").read_text())
         content["train"] |= {"seed": seed, **FORMATS[name]}
         content["checkpoint"]["keep_trunk"] = False

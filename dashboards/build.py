@@ -17,6 +17,8 @@ from grafana_foundation_sdk.models.dashboard import (
 
 SOURCE = DataSourceRef(type_val="prometheus", uid="${source}")
 HERE = Path(__file__).parent / "grafana"
+_WORKER = "{{run}} {{worker}}"
+_OPERATOR = "{{operator}}"
 
 
 def run() -> dashboard.Dashboard:
@@ -260,10 +262,6 @@ def pipeline() -> dashboard.Dashboard:
             ],
         },
     )
-
-
-_WORKER = "{{run}} {{worker}}"
-_OPERATOR = "{{operator}}"
 
 
 def _board(uid: str, title: str, description: str) -> dashboard.Dashboard:

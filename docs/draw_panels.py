@@ -1,6 +1,6 @@
 """Draws the panels of the run dashboard from a Prometheus: `python docs/draw_panels.py ADDRESS RUN OUT.png [HOURS]`.
 
-The queries are those of `dashboards/grafana/run.json`. Panels without data (those for GPUs, on a machine without) are left out.
+The queries are those of `dashboards/grafana/run.json`. Panels without data are left out, such as a CPU run's for GPUs.
 """
 
 from __future__ import annotations

@@ -6,17 +6,17 @@ from prelora_ray.monitor.metrics import RunMetrics, WorkerMetrics
 
 HEAD = """# Metrics
 
-What the exporter serves at `/metrics`; written by `python docs/make_metrics.py`. It is a detached actor on the cluster's head
-that takes no CPU of its own, started by the first run and shared by all. It listens on loopback, port 9464, unless
-`monitor.host` and `monitor.port` say otherwise; where the port is taken it goes to the next free one, and the run says so.
-`/healthz` answers `ok`; all else is refused.
+What the exporter serves at `/metrics`; written by `python docs/make_metrics.py`. The exporter is a detached actor on
+the cluster's head that reserves no CPU, started by the first run and shared by all. It listens on loopback, port 9464,
+unless `monitor.host` and `monitor.port` say otherwise; where the port is taken it uses the next free one, and the run
+says so. `/healthz` answers `ok`; all else is 404.
 
-Every worker sends all of its values about once a second and never waits for an answer, so a lost message costs nothing, and an
-exporter that dies has them again a second after Ray has started it anew. Workers that leave the group are dropped at once,
-silent ones after 60 s; a finished run's last values stay for 5 minutes.
+Every worker sends all of its values about once a second and never waits for an answer. So a lost message costs nothing,
+and an exporter that died has all values again a second after Ray has restarted it. Workers that leave the group are
+dropped at once, silent ones after 60 s; a finished run's last values stay for 5 minutes.
 
-`run` is the run's folder, such as `/mnt/shared/runs/digits`, which no two runs share; of an address in a bucket what stands
-before an `@` is left out. Workers' counters begin anew with each attempt, as Prometheus expects of a process that starts again.
+`run` is the path or address of the run's folder, such as `/mnt/shared/runs/digits`, which no two runs share. Workers'
+counters begin anew with each attempt, as Prometheus expects of a process that was restarted.
 
 | metric | type | labels | meaning |
 | --- | --- | --- | --- |

@@ -9,16 +9,17 @@ from dataclasses import fields
 from pathlib import Path
 
 from prelora_ray import records
-from prelora_ray.records import EVENTS, EpochLine, Event, NormsLine, Progress, WindowLine
+from prelora_ray.records import EVENTS, EpochLine, Event, NormsLine, Progress, Result, WindowLine
 
 PAGE = Path(__file__).with_name("run-folder.md")
 BEGIN = "<!-- Written by `python docs/make_records.py`. -->\n"
 END = "<!-- Written by hand again. -->\n"
 JSON_TYPES = {
     **{"int": "integer", "float": "number", "str": "string", "bool": "boolean", "None": "`null`"},
-    **{"dict[str, str]": "object of strings", "dict[str, float]": "object of numbers"},
+    **{"dict[str, str]": "object of strings", "dict[str, float]": "object of numbers", "dict[str, int]": "object of integers"},
     "dict[str, float | None]": "object of numbers, each may be `null`,",
 }
+_MODULE = ast.parse(inspect.getsource(records))
 
 
 def page(text: str) -> str:
@@ -28,7 +29,7 @@ def page(text: str) -> str:
 
 
 def tables() -> str:
-    parts = [_table(kind) for kind in (NormsLine, WindowLine, EpochLine, Progress, Event)]
+    parts = [_table(kind) for kind in (NormsLine, WindowLine, EpochLine, Progress, Result, Event)]
     rows = [f"| `{name}` | {_sentence(kind)} | {_own_keys(kind)} |" for name, kind in EVENTS.items()]
     parts.append("| event | what happened | keys of its own |\n| --- | --- | --- |\n" + "\n".join(rows) + "\n")
     return "\n" + "\n".join(parts) + "\n"
@@ -66,8 +67,6 @@ def _meanings(kind: type) -> dict[str, str]:
         if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str)
     }
 
-
-_MODULE = ast.parse(inspect.getsource(records))
 
 if __name__ == "__main__":
     PAGE.write_text(page(PAGE.read_text()))

@@ -1,4 +1,4 @@
-"""Prepares images on the cluster it runs on: `ray job submit --working-dir . -- python jobs/prepare.py SOURCE OUT [OPTIONS]`.
+"""Prepares images on the cluster: `ray job submit --working-dir . -- python jobs/prepare.py SOURCE OUT [OPTIONS]`.
 
 Takes what `prelora prepare` takes. A job that is submitted again goes on where the one before was stopped.
 """

@@ -1,4 +1,4 @@
-"""Writes a report where the run folders are: `ray job submit --working-dir . -- python jobs/report.py RUN... [OPTIONS]`.
+"""Writes a report on the cluster: `ray job submit --working-dir . -- python jobs/report.py RUN... [OPTIONS]`.
 
 Takes what `prelora report` takes; give `--out` a place that outlives the job.
 """

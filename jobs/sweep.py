@@ -1,4 +1,4 @@
-"""Runs a sweep on the cluster it runs on: `ray job submit --working-dir . -- python jobs/sweep.py CONFIG [OPTIONS]`.
+"""Runs a sweep on the cluster: `ray job submit --working-dir . -- python jobs/sweep.py CONFIG [OPTIONS]`.
 
 Takes what `prelora sweep` takes. A job that is submitted again under the same name goes on with its sweep.
 """

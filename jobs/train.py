@@ -1,4 +1,4 @@
-"""Trains a recipe on the cluster it runs on: `ray job submit --working-dir . -- python jobs/train.py CONFIG [OPTIONS]`.
+"""Trains a recipe on the cluster: `ray job submit --working-dir . -- python jobs/train.py CONFIG [OPTIONS]`.
 
 Takes what `prelora train` takes. A job that is submitted again under the same name resumes its run.
 """

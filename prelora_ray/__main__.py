@@ -4,7 +4,7 @@ import os
 import sys
 
 if not sys.flags.safe_path and sys.path[0] != os.path.dirname(os.path.dirname(os.path.abspath(__file__))):
-    del sys.path[0]  # the current folder, where something by the name of a library may lie
+    del sys.path[0]  # the current folder, which may hold a module with the name of a library
 
 from prelora_ray.cli import main
 

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from prelora_ray.bench import commands as bench
+from prelora_ray.data.prepare_settings import PrepareSettings
 from prelora_ray.errors import InterruptedRunError, UserError, WorkError
 from prelora_ray.json_output import Json, print_json
+from prelora_ray.options import options_of
 
 if TYPE_CHECKING:
     from prelora_ray.config import MethodSettings
@@ -69,9 +71,51 @@ def train(
     if result["ranks"]:
         console.out.print("ranks: " + ", ".join(f"{count} modules of {rank}" for rank, count in result["ranks"].items()))
     console.out.print(console.result_line(result))
-    for event in folder.events():
-        if isinstance(event, Diagnosis):
-            console.out.print(event.message)
+    for diagnosis in folder.events_of(Diagnosis):
+        console.out.print(diagnosis.message)
+
+
+@app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A recipe; or a run folder, to compare a plan with what was measured.")],
+    overrides: Overrides = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="Number of GPUs; default: the recipe's workers.max.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="Part of the GPU's name, such as H100.")] = None,
+    bench: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE", help="Of `prelora bench phases --out FILE`; repeatable. Default: ours."),
+    ] = None,
+    bandwidth: Annotated[
+        float | None, typer.Option(help="Gbit/s of the slowest link that all gradients pass; default: as inside NVLink.")
+    ] = None,
+    memory: Annotated[float | None, typer.Option(help="Memory of a GPU in GiB; default: as the files say.")] = None,
+    assume_speed: Annotated[
+        float | None, typer.Option(help="Take the GPU for so many times as fast as the measured one.")
+    ] = None,
+    images: Annotated[int | None, typer.Option(min=1, help="Training images; default: those of data.path.")] = None,
+    picture: Annotated[str | None, typer.Option(help="An HTML file for a picture of GPU-hours by switch epoch.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Tell what a recipe will cost: GPU-hours, memory and exchange by phase, beside full training. Runs nothing."""
+    from prelora_ray import console
+    from prelora_ray.plan.planner import Options, plan_recipe
+
+    options = Options(gpus, gpu, tuple(bench or ()), bandwidth, memory, assume_speed, images)
+    result = plan_recipe(recipe, overrides or [], options)
+    if picture is not None:
+        from prelora_ray.report.page import write_plan
+
+        if not result.gpu_hours_by_switch:
+            raise UserError(f"--picture {picture} is not allowed: it is over switch epochs, and method.enabled is false")
+        levels = {run.name: run.total_gpu_hours for run in result.runs if run.switch_epoch is None}
+        write_plan(result.name, result.gpu_hours_by_switch, levels, result.break_even_epoch, picture)
+    if as_json:
+        print_json({**asdict(result), "picture": picture})
+        return
+    for part in console.planned(result):
+        console.out.print(part)
+    if picture is not None:
+        console.out.print(f"{picture}: GPU-hours by switch epoch")
 
 
 @app.command()
@@ -85,12 +129,12 @@ def sweep(
     """Search the method's settings: train the trunk once, fork each distinct run from it, and compare."""
     from prelora_ray.sweep.settings import load_sweep
 
-    plan = load_sweep(config, overrides or [], name=name, storage=storage)
+    settings = load_sweep(config, overrides or [], name=name, storage=storage)
 
     from prelora_ray import console
     from prelora_ray.sweep.run import sweep as run
 
-    result = run(plan, console.watch, debug=_debug)
+    result = run(settings, console.watch, debug=_debug)
     if as_json:
         print_json(result)
         return
@@ -104,44 +148,24 @@ def sweep(
 
 
 @app.command()
+@options_of(PrepareSettings)
 def prepare(
     source: Annotated[
         str, typer.Argument(help="`digits`; a folder of images, tars, Parquet or IDX files; or one tar, Parquet file or table.")
     ],
     out: Annotated[str, typer.Argument(help="Folder that the prepared images go into.")],
-    val_fraction: Annotated[float, typer.Option(help="Share of each class held out where the source has no val.")] = 0.2,
-    size: Annotated[int, typer.Option(help="Longest shorter side of a stored image, in pixels.")] = 256,
-    max_bad: Annotated[float, typer.Option(help="Largest share of unreadable images before the job fails.")] = 0.001,
-    max_overlap: Annotated[float, typer.Option(help="Largest share of val that is in train too before the job fails.")] = 0.01,
-    seed: Annotated[int, typer.Option(help="Seed of the held-out choice and the rows' order.")] = 0,
-    quality: Annotated[int, typer.Option(help="JPEG quality of images that are encoded anew.")] = 92,
-    train_split: Annotated[str | None, typer.Option(help="Pattern of the files or folders that train.")] = None,
-    val_split: Annotated[str | None, typer.Option(help="Pattern of the files or folders that validate.")] = None,
-    image_column: Annotated[str | None, typer.Option(help="Column of images, in a Parquet file or a table.")] = None,
-    label_column: Annotated[str | None, typer.Option(help="Column of labels.")] = None,
+    *,
     as_json: Json = False,
+    settings: PrepareSettings,
 ) -> None:
     """Turn images into the Parquet files that training streams."""
     from prelora_ray import console
     from prelora_ray.config import absolute_source
-    from prelora_ray.data.prepare import PrepareSettings
     from prelora_ray.data.prepare import prepare as run
     from prelora_ray.nodes import check_seen_by_all_nodes
     from prelora_ray.ray_session import ray_session
     from prelora_ray.storage import absolute
 
-    settings = PrepareSettings(
-        val_fraction=val_fraction,
-        size=size,
-        max_bad=max_bad,
-        max_overlap=max_overlap,
-        seed=seed,
-        quality=quality,
-        train_split=train_split,
-        val_split=val_split,
-        image_column=image_column,
-        label_column=label_column,
-    )
     start = time.monotonic()
     with ray_session(debug=_debug), console.progress("images") as show:
         place, folder = absolute_source(source), absolute(out)
@@ -348,7 +372,7 @@ def doctor(
     path: Annotated[str, typer.Argument(help="A prepared folder, or a run folder.")],
     as_json: Json = False,
 ) -> None:
-    """Look for damage: checksums, and whether every image, record and checkpoint can be read. Exit status 1 where there is."""
+    """Look for damage: are checksums right, can every image, record and checkpoint be read? Exit status 1 if not."""
     from prelora_ray import console
     from prelora_ray.doctor import examine
 

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import re
 import statistics
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from prelora_ray.method.architecture import FAMILIES
 from prelora_ray.method.convergence import NormStatistic
-from prelora_ray.method.phases import Freeze
+from prelora_ray.method.phases import FreezeScope, Phase
 from prelora_ray.method.ranks import PATTERN_RANKS, Normalize, is_pattern_rank, rank_choices
+from prelora_ray.section import Acts, Count, NotNegative, Positive, Section, Share, Whole
 from prelora_ray.storage import NO_KEYS, absolute, without_keys
 
-Count = Annotated[int, Field(ge=1, strict=True)]
-Whole = Annotated[int, Field(ge=0, strict=True)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
+_RESERVED_OPTIONS = {
+    "img_size": "set model.image_size",
+    "drop_path_rate": "set model.drop_path",
+    "num_classes": "the number of classes comes with the data",
+    "pretrained": "set model.init_from",
+    "checkpoint_path": "set model.init_from",
+}
+_POLICY = re.compile(
+    r"3a|rand(-(m\d+|n[1-9]|mmax[1-9]\d*|mstd\d+(\.\d*)?|p(0(\.\d*)?|1(\.0*)?)|inc[01]|t(weights|3a|3aw)))*", re.ASCII
+)
+"""What timm's parser takes; what it passes over silently, such as a section without a number, is left out."""
 
 
 def _for_each_channel(values: tuple[float, ...]) -> tuple[float, ...]:
@@ -29,23 +35,6 @@ def _for_each_channel(values: tuple[float, ...]) -> tuple[float, ...]:
 
 
 ForEachChannel = AfterValidator(_for_each_channel)
-
-
-@dataclass(frozen=True)
-class Acts:
-    """Marks a key, or a section for the keys in it, with when it acts on what a run computes; `acts` tells.
-
-    `always` is from the start on, and needs no mark; `switch` is from the switch on, so that forks of one trunk may differ
-    in it; `never` is speed, place and watching, which may change whenever a run is resumed.
-    """
-
-    when: Literal["always", "switch", "never"]
-
-
-class Section(BaseModel):
-    """Settings with a sentence under each key; an unknown key is a mistake."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 def _check_folder_name(name: str) -> str:
@@ -73,8 +62,13 @@ class ModelSettings(Section):
     image_size: Count = 224
     """Side of the square image that the model takes, in pixels."""
     drop_path: Share = 0.0
-    """Stochastic depth: the last block's probability of leaving out a residual branch; earlier blocks have less."""
-    options: dict[str, Any] = {}
+    """Stochastic depth: the probability of leaving out a residual branch, in the last block."""
+    drop_path_rule: Literal["linear", "uniform"] = "linear"
+    """What the blocks in front of it have: less and less, down to none in the first, as timm has it; or the same."""
+    drop_path_form: Literal["mask", "subset"] = "mask"
+    """How it is left out: computed and masked, for each image by chance; or not computed, for a fixed number of each cell's
+    images, drawn, which saves its time."""
+    options: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of `timm.create_model`, such as `patch_size` or `depth`; `in_chans: 1` takes images as grey values."""
     init_from: Address | None = None
     """A timm checkpoint that the run starts from, a file or an address in a bucket; null draws the weights."""
@@ -106,15 +100,6 @@ class ModelSettings(Section):
         return self.channels, self.image_size, self.image_size
 
 
-_RESERVED_OPTIONS = {
-    "img_size": "set model.image_size",
-    "drop_path_rate": "set model.drop_path",
-    "num_classes": "the number of classes comes with the data",
-    "pretrained": "set model.init_from",
-    "checkpoint_path": "set model.init_from",
-}
-
-
 def _check_policy(policy: str) -> str:
     if not _POLICY.fullmatch(policy):
         raise ValueError(
@@ -124,10 +109,6 @@ def _check_policy(policy: str) -> str:
     return policy
 
 
-_POLICY = re.compile(
-    r"3a|rand(-(m\d+|n[1-9]|mmax[1-9]\d*|mstd\d+(\.\d*)?|p(0(\.\d*)?|1(\.0*)?)|inc[01]|t(weights|3a|3aw)))*", re.ASCII
-)
-"""What timm's parser takes; what it passes over silently, such as a section without a number, is left out."""
 Policy = Annotated[str, AfterValidator(_check_policy)]
 """RandAugment in timm's notation, or `3a`."""
 
@@ -165,13 +146,13 @@ class DataSettings(Section):
     batch_size: Count = 1024
     """Images in a global batch, over all workers."""
     cell: Count = 16
-    """Images in a cell, the group that is never split between workers or micro-batches, and inside which images are mixed."""
+    """Images in a cell, a group that is never split between workers or micro-batches; images are mixed inside it."""
     shuffle_row_groups: Count = 16
     """Row groups whose rows are shuffled together."""
     decoders: Annotated[Count | Literal["auto"], Acts("never")] = "auto"
     """Decoding processes of each worker; auto is its share of the node's CPUs, which the GPUs of the node share."""
     mean: Annotated[tuple[Share, ...], ForEachChannel] = (0.485, 0.456, 0.406)
-    """Mean of each channel, in 0..1; one value, such as [0.5], stands for all three. With in_chans 1 their average counts."""
+    """Mean of each channel, in 0..1; one value, such as [0.5], stands for all three. With in_chans 1 it is averaged."""
     std: Annotated[tuple[Positive, ...], ForEachChannel] = (0.229, 0.224, 0.225)
     """Standard deviation of each channel; one value stands for all three. With in_chans 1 their average counts."""
     crop_ratio: Annotated[float, Field(gt=0, le=1)] = 0.875
@@ -209,12 +190,18 @@ class TrainSettings(Section):
     clip_norm: Positive | None = 1.0
     """Largest norm of the gradient; null does not clip."""
     precision: Literal["auto", "fp64", "fp32", "bf16", "fp8"] = "auto"
-    """Number format of the products; auto is bf16 on GPUs and fp32 on CPUs. fp8 is bf16 before phase lora and e4m3 in it. What
-    trains is float32 (fp64: float64)."""
+    """Number format of the products; auto is bf16 on GPUs and fp32 on CPUs. fp8 is e4m3 from phase `train.fp8_from` on, for the
+    blocks' outputs and the gradients of their inputs, and bf16 for all else. What trains is float32 (fp64: float64)."""
+    fp8_from: Phase = Phase.LORA
+    """First phase whose products are e4m3 where `train.precision` is fp8: full, warmup or lora. A fork may differ from its
+    trunk in it, as in fp8 or bf16, unless one of them is e4m3 in phase full."""
     adapters: Annotated[Literal["plain", "merged"], Acts("switch")] = "merged"
-    """How an adapted layer is computed: base and adapters apart, or as one product of the merged weights, as fp8 always is."""
+    """How an adapted layer is computed: base and adapters apart, or as one product of the merged weights, as e4m3 always is."""
     residual: Literal["fp32", "bf16"] = "fp32"
     """Number format of the residual stream between the blocks, where the products are bf16 or fp8."""
+    gradient_exchange: Literal["fp32", "bf16"] = "fp32"
+    """Number format in which workers exchange their gradients; fp32 is that of what trains. bf16 is half the bytes, and rounds
+    to 8 significant bits on each worker and in each sum."""
     compile: bool | Literal["auto"] = "auto"
     """Whether the model's blocks go through torch.compile; auto does on GPUs."""
     cuda_graph: bool = True
@@ -259,10 +246,9 @@ class MethodSettings(Section):
     """Smallest rank, a power of two."""
     r_max: Count = 64
     """Largest rank, a power of two."""
-    rank_floor: Literal[0] | None = None
-    """Rank of modules that hardly change any more: 0 gives them no adapter, and they freeze too; null has no floor."""
-    rank_floor_percent: NotNegative = 0.1
-    """Change over the last step, in percent, below which `rank_floor` applies; the module that changes most keeps its rank."""
+    rank_floor_percent: NotNegative = 0.0
+    """Change over the last step, in percent, below which a module gets no adapter and freezes as it is; the one that
+    changes most always has an adapter."""
     normalize: Normalize = "family"
     """Whether changes are min-max normalised within each family or over all modules."""
     rank_pattern: dict[str, Whole] | None = None
@@ -271,19 +257,14 @@ class MethodSettings(Section):
     """s in W + s B A, which is lora_alpha / rank."""
     targets: Annotated[tuple[_Family, ...], Acts("always")] = FAMILIES  # type: ignore[assignment]
     """Which matrices of a block get adapters."""
-    freeze: Freeze = "adapted"
-    """What phase lora freezes: the adapted weights, all but the head, or the adapted weights and all in front of them."""
+    freeze: FreezeScope = "adapted"
+    """What phase lora freezes: the adapted weights, all but the head, or the adapted weights and all before them."""
     adapter_learning_rate_scale: Positive = 1.0
     """The adapters' learning rate, as a multiple of the run's."""
     adapter_ramp_steps: Whole = 50
     """Steps over which the adapters' learning rate rises from 0 after the switch."""
     adapter_weight_decay: NotNegative = 0.0
     """AdamW's weight decay on A and B."""
-
-    @property
-    def floor_percent(self) -> float:
-        """Change below which a module gets no adapter."""
-        return 0.0 if self.rank_floor is None else self.rank_floor_percent
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -312,12 +293,17 @@ class WorkerSettings(Section):
     cpus: Positive = 1.0
     """CPUs that each worker asks Ray for."""
     gpu: bool | Literal["auto"] = "auto"
-    """Whether each worker takes a GPU; auto does where the cluster has enough of them as the run begins, and a resumed run
-    keeps to that."""
+    """Whether each worker takes a GPU; auto does where the cluster has enough of them as the run begins, and a resumed
+    run keeps to that."""
     max_failures: Annotated[int, Field(ge=-1, strict=True)] = 10
     """Failures of workers that a run survives, preemptions not counted; -1 is any number."""
     hang_seconds: Positive = 120.0
-    """A worker without progress for so long is ended, and the group starts again; starts and compilations have 10 times it."""
+    """A worker without progress for so long is ended, and the group restarts; starts and compilations may take 10
+    times as long."""
+
+    def take_gpus(self, there: float) -> bool:
+        """What `gpu` comes to where a cluster has so many GPUs."""
+        return there >= self.min if self.gpu == "auto" else self.gpu
 
 
 class CheckpointSettings(Section):
@@ -372,7 +358,7 @@ class Settings(Section):
 
     @property
     def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation of each channel that the model takes; of grey, the averages over red, green and blue."""
+        """Mean and standard deviation of each channel that the model takes; of grey, the averages over the colours."""
         mean, std = self.data.mean, self.data.std
         if self.model.channels == 1:
             return (statistics.mean(mean),), (statistics.mean(std),)
@@ -409,6 +395,11 @@ class Settings(Section):
             raise ValueError(
                 f"checkpoint.every_epochs = {self.checkpoint.every_epochs} is not allowed with checkpoint.keep_trunk: it must "
                 f"divide method.window_epochs = {method.window_epochs}"
+            )
+        if train.gradient_exchange == "bf16" and train.precision == "fp64":
+            raise ValueError(
+                "train.gradient_exchange = 'bf16' is not allowed with train.precision = 'fp64', of which it would leave 8 "
+                "bits: use fp32, which then is float64"
             )
         if train.ramp_epochs >= train.epochs:
             raise ValueError(
@@ -491,16 +482,25 @@ def without_effect(settings: Settings) -> list[str]:
     elif method.rank_pattern is not None:
         sentences += [
             f"method.{key} has no effect, as method.rank_pattern gives the ranks"
-            for key in sorted(given & {"r_min", "r_max", "normalize", "rank_floor", "rank_floor_percent"})
+            for key in sorted(given & {"r_min", "r_max", "normalize", "rank_floor_percent"})
         ]
-    elif method.rank_floor is None and "rank_floor_percent" in given:
-        sentences.append("method.rank_floor_percent has no effect, as method.rank_floor is not 0")
     if 0 < len({"query", "key", "value"} & set(method.targets)) < 3 and method.enabled:
         sentences.append("method.targets has some of query, key and value: phase lora freezes the fused qkv as a whole")
     if "residual" in train.model_fields_set and train.precision in ("fp32", "fp64"):
         sentences.append(f"train.residual has no effect, as train.precision is {train.precision}")
+    if "gradient_exchange" in train.model_fields_set and settings.workers.max == 1:
+        sentences.append("train.gradient_exchange has no effect, as workers.max is 1")
+    if "fp8_from" in train.model_fields_set and train.precision != "fp8":
+        sentences.append(f"train.fp8_from has no effect, as train.precision is {train.precision}")
+    if train.precision == "fp8" and train.fp8_from is not Phase.FULL and not method.enabled:
+        sentences.append(
+            f"train.precision = fp8 has no effect, as method.enabled is false and train.fp8_from is {train.fp8_from}"
+        )
     if "adapters" in train.model_fields_set and not method.enabled:
         sentences.append("train.adapters has no effect, as method.enabled is false")
+    for key in ("drop_path_rule", "drop_path_form"):
+        if key in settings.model.model_fields_set and settings.model.drop_path == 0:
+            sentences.append(f"model.{key} has no effect, as model.drop_path is 0")
     if {"padding"} & augment.model_fields_set and augment.crop != "padded":
         sentences.append(f"augment.padding has no effect, as augment.crop is {augment.crop}")
     if {"min_scale"} & augment.model_fields_set and augment.crop != "random_resized":

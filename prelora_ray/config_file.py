@@ -13,11 +13,13 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from prelora_ray.config import MethodSettings, Section, Settings, inner_section
+from prelora_ray.config import MethodSettings, Settings, inner_section
 from prelora_ray.errors import UserError, one_line
+from prelora_ray.section import Section
 from prelora_ray.storage import without_keys
 
 SectionT = TypeVar("SectionT", bound=Section)
+_RULE_START = re.compile(r"^(Input should be|must be) ")
 
 
 def load_settings(
@@ -45,7 +47,7 @@ def read_named(
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} is not YAML: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no settings: it must be a mapping such as `data: {{path: ...}}`")
     for override in overrides:
@@ -92,7 +94,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str) -> Any:
-    """What a YAML text holds. Raises yaml.YAMLError where it is none, or holds what looks like a date or number and is none."""
+    """The content of a YAML text. Raises yaml.YAMLError where it is no YAML, or holds an invalid date or number."""
     try:
         return yaml.load(text, Loader=_UniqueKeyLoader)
     except (ValueError, KeyError, AttributeError) as error:  # of YAML's own constructors, such as for 2026-13-01
@@ -133,9 +135,6 @@ def _sentences(errors: list[ErrorDetails], known: list[str], prefix: str) -> lis
             message = f"{merged[key]['msg']}, or {message}"
         merged[key] = {**details, "msg": message}
     return [without_keys(_sentence(key[0], details, known)) for key, details in merged.items()]
-
-
-_RULE_START = re.compile(r"^(Input should be|must be) ")
 
 
 def _sentence(key: str, details: ErrorDetails, known: list[str]) -> str:

@@ -23,7 +23,8 @@ from prelora_ray.sweep.replay import Replay
 
 if TYPE_CHECKING:
     from prelora_ray.data.manifest import Manifest
-    from prelora_ray.inference.evaluate import Report
+    from prelora_ray.inference.evaluate import EvaluationReport
+    from prelora_ray.plan.result import Plan
     from prelora_ray.sweep.map import Point
 
 _PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False, "soft_wrap": True}
@@ -94,7 +95,7 @@ class _Watcher(threading.Thread):
                     self._bar.console.print(text)
             if self._folder.exists("progress.json"):
                 self._show_position(self._folder.read_progress())
-        except (OSError, ValueError):  # the next look will tell; the run itself does not depend on it
+        except (OSError, ValueError):  # the next poll will show it; the run itself does not depend on it
             pass
 
     def _new(self) -> list[records.Event | records.EpochLine]:
@@ -157,7 +158,7 @@ class _Watcher(threading.Thread):
 
 
 def prepared(manifest: Manifest) -> Iterator[str | Table]:
-    """What became of a source: how it was read, what was stored of each class, and what was left out."""
+    """What `prepare` made of a source: how it was read, what was stored of each class, and what was left out."""
     counts = manifest.counts
     if counts is None:
         return
@@ -215,7 +216,7 @@ def sweep_table(result: dict[str, Any]) -> Table:
     return table
 
 
-def classes_table(report: Report) -> Table:
+def classes_table(report: EvaluationReport) -> Table:
     """Top-1 of every class."""
     table = Table("class", "images", "top-1")
     counts = report.confusion.sum(1).tolist()
@@ -224,7 +225,7 @@ def classes_table(report: Report) -> Table:
     return table
 
 
-def confusion_table(report: Report) -> Table:
+def confusion_table(report: EvaluationReport) -> Table:
     """Images of each class (row) that were taken for another; the most frequent mistakes of a class come first."""
     table = Table("class", "images", "right", "taken for")
     for i, name in enumerate(report.classes):
@@ -264,6 +265,76 @@ def switch_map_table(points: Sequence[Point]) -> Table:
         share = _percent(point.trainable_fraction)
         table.add_row(_number(point.tau), _number(point.zeta), switch, counts, share, _number(point.hours))
     return table
+
+
+def planned(plan: Plan) -> Iterator[str | Table]:
+    """A plan: what it is of, its kinds of step, its runs, and what is assumed."""
+    link = "" if plan.bandwidth_gbit is None else f", {plan.bandwidth_gbit:g} Gbit/s between them"
+    yield (
+        f"{plan.name}: {plan.model}, {plan.epochs} epochs of {plan.images:,} images in batches of {plan.batch_size:,}, on "
+        f"{plan.gpus} x {plan.gpu}{link}"
+    )
+    yield _steps_table(plan)
+    yield _runs_table(plan)
+    if plan.gpu_hours_by_switch:
+        epoch = plan.break_even_epoch
+        yield (
+            "no switch epoch costs less than full training"
+            if epoch is None
+            else (f"break-even: a switch after epoch {epoch} or before costs less than full training")
+        )
+    yield from plan.notes
+
+
+def _steps_table(plan: Plan) -> Table:
+    table = Table()
+    compares = any(step.measured_images_per_second is not None for step in plan.phases)
+    columns = ["images/s a GPU", "step, ms", "waits, ms", "grads, MB", "trains", "at once", "GiB", "fits", "speed"]
+    if compares:
+        columns[1:1] = ["measured", "off by"]
+    for column in ("phase", "pixels", "format", *columns):
+        table.add_column(column, justify="left" if column in ("phase", "format", "fits", "speed") else "right")
+    for step in plan.phases:
+        rate = step.measured_images_per_second
+        told = ("-", "-") if rate is None else (f"{rate:,.0f}", f"{step.images_per_second / rate - 1:+.1%}")
+        table.add_row(
+            step.phase,
+            str(step.image_size),
+            step.format,
+            f"{step.images_per_second:,.0f}",
+            *(told if compares else ()),
+            f"{step.step_ms:,.0f}",
+            f"{step.waiting_ms:,.0f}",
+            f"{step.exchanged_bytes / 1e6:,.1f}",
+            _percent(step.trainable_parameters / step.parameters),
+            str(step.micro_batch),
+            _number(step.memory_gib),
+            {None: "?", True: "yes", False: f"no, {step.largest_micro_batch} do"}[step.fits],
+            step.source,
+        )
+    return table
+
+
+def _runs_table(plan: Plan) -> Table:
+    phases = list(dict.fromkeys(phase for run in plan.runs for phase in run.epochs))
+    table = Table()
+    for column in ("run", "epochs", *phases, "in all, GPU-hours", "of full", "of timm", "same cost in full"):
+        table.add_column(column, justify="left" if column == "run" else "right")
+    for run in plan.runs:
+        table.add_row(
+            run.name,
+            " + ".join(map(str, run.epochs.values())),
+            *(_hours(run.gpu_hours.get(phase), run.hours.get(phase)) for phase in phases),
+            _hours(run.total_gpu_hours, run.total_hours),
+            f"{run.of_full:.3f}",
+            "-" if run.of_timm is None else f"{run.of_timm:.3f}",
+            f"{run.full_epochs:.0f} epochs",
+        )
+    return table
+
+
+def _hours(gpu_hours: float | None, hours: float | None) -> str:
+    return "-" if gpu_hours is None else f"{_figure(gpu_hours)} in {_figure(hours)} h"
 
 
 def _number(value: float | None) -> str:

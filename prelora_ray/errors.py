@@ -1,8 +1,8 @@
-"""What the command line tells in one sentence; any other error is the program's own, and told with a traceback."""
+"""Errors that the command line reports in one sentence; any other is a bug, and comes with its traceback."""
 
 
 class UserError(ValueError):
-    """What the user asked for cannot be.
+    """The user's request is wrong.
 
     The message is one sentence, or one a line, naming the key or the file, the value, and what would be right.
     """

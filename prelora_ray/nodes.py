@@ -1,4 +1,4 @@
-"""What the nodes of a cluster see of the disks that the driver sees."""
+"""Whether the nodes of a cluster see the paths that the driver sees."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _ANSWER_SECONDS = 60.0
 
 
 def check_seen_by_all_nodes(reads: Iterable[str] = (), writes: Iterable[str] = ()) -> None:
-    """Has every node that work may come to look for absolute local paths: those that are there, and folders to write into.
+    """Has every node that may get work look for absolute local paths: those that are there, and folders to write into.
 
-    A folder to write into is made, and holds a hidden file for the time of the check. What is no absolute path, such as an
-    address in a bucket, is passed over, and so are nodes that join later.
+    A folder to write into is made, and holds a hidden file during the check. What is no absolute path, such as an
+    address in a bucket, is not checked, and neither are nodes that join later.
 
     Raises UserError, with the path and the node, where a node does not see one.
     """
@@ -44,7 +44,7 @@ def check_seen_by_all_nodes(reads: Iterable[str] = (), writes: Iterable[str] = (
 
 
 def _other_nodes() -> dict[str, str]:
-    """Names by id, of the nodes besides the driver's that have CPUs, as a head may have none and gets no work then."""
+    """Names by id of the nodes other than the driver's that have CPUs: a head without any gets no work."""
     own = ray.get_runtime_context().get_node_id()
     return {
         node["NodeID"]: node["NodeManagerHostname"] + f" ({node['NodeManagerAddress']})"
@@ -54,7 +54,7 @@ def _other_nodes() -> dict[str, str]:
 
 
 def _something_of(path: str) -> str:
-    """The path itself, or a file in it where it is a folder: where a share is not mounted, its mount point may be there."""
+    """The path itself, or a file in it where it is a folder: a mount point may be there without its share."""
     if not os.path.isdir(path):
         return path
     with os.scandir(path) as entries:
@@ -62,7 +62,7 @@ def _something_of(path: str) -> str:
 
 
 def _look(nodes: dict[str, str], looked_for: dict[str, str]) -> None:
-    """`looked_for`: the path to tell by the file to look for. A node that does not answer is passed over: it may be going."""
+    """`looked_for`: file to look for -> path to name in the error. Ignores nodes that do not answer: they may go."""
     task = ray.remote(num_cpus=0, max_retries=0)(_missing)
     asked = {
         task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(list(looked_for)): name

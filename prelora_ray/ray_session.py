@@ -19,8 +19,8 @@ from prelora_ray.fault_tolerance.ray_private import JobConfig, keep_token_privat
 def ray_session(*, debug: bool = False) -> Iterator[bool]:
     """Ray for the time of the block: the cluster that RAY_ADDRESS names, as under `ray job submit`, or an embedded one.
 
-    Yields whether it is an embedded one, which will never have more CPUs or GPUs than this machine. Raises UserError for an
-    address that is none.
+    Yields whether it is an embedded one, which will never have more CPUs or GPUs than this machine. Raises UserError
+    for an invalid address.
     """
     if ray.is_initialized():
         yield False

@@ -1,7 +1,7 @@
-"""What a run records in its folder, line by line, and what is read off these lines in more than one place.
+"""What a run records in its folder, line by line, and what several packages derive from these lines.
 
-The docstring of a field says what it means; docs/run-folder.md is made of them. Fields stand in the order in which they are
-written. One with a default, but `event`, is not in what an earlier version wrote.
+The docstring of a field says what it means; the tables of docs/run-folder.md are generated from them. Fields are in the
+order in which they are written. A field with a default, other than `event`, is missing in records of earlier versions.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeVar
 
 @dataclass(frozen=True, kw_only=True)
 class NormsLine:
-    """What the partial convergence test is fed: a line an epoch."""
+    """Input of the partial convergence test: a line an epoch."""
 
     FILE: ClassVar[str] = "norms.jsonl"
 
@@ -31,7 +31,7 @@ class NormsLine:
 
 @dataclass(frozen=True, kw_only=True)
 class WindowLine:
-    """What the test found: a line a window."""
+    """Results of the test: a line a window."""
 
     FILE: ClassVar[str] = "windows.jsonl"
 
@@ -57,7 +57,7 @@ class WindowLine:
 
 @dataclass(frozen=True, kw_only=True)
 class EpochLine:
-    """What an epoch came to, and what it took: a line an epoch."""
+    """Results and costs of an epoch: a line an epoch."""
 
     FILE: ClassVar[str] = "epochs.jsonl"
 
@@ -88,13 +88,13 @@ class EpochLine:
     data_wait_seconds: float
     """Part of `train_seconds` in which rank 0 waited for data."""
     peak_memory_bytes: int
-    """On a GPU what rank 0 allocated at most since the phase was built; on a CPU what its process ever held at most."""
+    """Most memory of rank 0: on a GPU allocated since the phase was built, on a CPU ever held by the process."""
     trainable_parameters: int
     """Parameters that trained."""
     parameters: int
     """Parameters of the model, adapters included."""
     gradient_bytes: int = 0
-    """What every worker exchanges in a step; 0 with one worker."""
+    """Bytes of gradients that every worker exchanges in a step; 0 with one worker."""
     learning_rate: float
     """Of the epoch's last step."""
     world_size: int
@@ -129,6 +129,36 @@ class Progress:
     """Mean training loss of rank 0 in the epoch so far."""
     images_per_second: float
     """Images of all workers over the time of the epoch so far."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a finished run came to."""
+
+    FILE: ClassVar[str] = "result.json"
+
+    epochs: int
+    """Completed epochs."""
+    switch_epoch: int | None
+    """Completed epochs when phase full ended; `null` where the run never switched."""
+    freeze_epoch: int | None
+    """Completed epochs when phase lora began; `null` where it never did."""
+    val_top1: float | None
+    """Top-1 accuracy of the last validation, in 0..1."""
+    best_val_top1: float | None
+    """The highest of all validations."""
+    images_per_second: dict[str, float]
+    """Images over seconds of training, validation not counted, by phase."""
+    peak_memory_bytes: dict[str, int]
+    """The most in any epoch of the phase, as in epochs.jsonl, by phase."""
+    trainable_fraction: dict[str, float]
+    """Of the parameters, those that train, by phase."""
+    ranks: dict[str, int] | None
+    """Modules of each rank, by rank; `null` where the run never switched."""
+    restarts: int
+    """Attempts after the first."""
+    seconds: float
+    """Time from each attempt's first event to its last, all attempts together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,9 +200,9 @@ class Restart(Event):
 
     event: str = "restart"
     cause: str | None
-    """Why the attempt before ended: `failure`, `preemption`, `stop` or `driver` (it died)."""
+    """Why the previous attempt ended: `failure`, `preemption`, `stop` or `driver` (it died)."""
     seconds: float | None = None
-    """Time since the attempt before last told where it was."""
+    """Time since the previous attempt last wrote progress.json."""
     steps_again: int = 0
     """Steps that have to be done again."""
     world_size: int
@@ -183,22 +213,22 @@ class Restart(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Resize(Event):
-    """An attempt has another number of workers than the one before."""
+    """An attempt has another number of workers than the previous one."""
 
     event: str = "resize"
     world_size: int
     """Workers from here on."""
     before: int | None
-    """Workers of the attempt before; `null` where it told none."""
+    """Workers of the previous attempt; `null` where it recorded none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InitFrom(Event):
-    """Something about the weights that `model.init_from` names."""
+    """A note on the weights that `model.init_from` names, such as that the head is another one."""
 
     event: str = "init_from"
     message: str
-    """It in words."""
+    """The note."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,7 +291,7 @@ class MicroBatch(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSaved(Event):
-    """A checkpoint is written, whole."""
+    """A checkpoint is committed."""
 
     event: str = "checkpoint"
     checkpoint: str
@@ -289,7 +319,7 @@ class CheckpointDamaged(Event):
 
     event: str = "checkpoint_damaged"
     message: str
-    """Which one, and what of it."""
+    """Which one, and what is damaged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,12 +357,12 @@ class Diagnosis(Event):
     limit: float
     """What it should not have exceeded, in percent."""
     message: str
-    """All of it in words, with what to try."""
+    """The finding in words, with what to try."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fork(Event):
-    """The run begins with lines of its trunk: an event with the time of the trunk's first one, and one with the last's."""
+    """The run begins with lines of its trunk. Two events, with the times of the trunk's first and last ones."""
 
     event: str = "fork"
     trunk: str
@@ -340,19 +370,20 @@ class Fork(Event):
 
 
 EVENTS: dict[str, type[Event]] = {vars(kind)["event"]: kind for kind in Event.__subclasses__()}
-"""What `event` says, and the class of such events."""
+"""The class of each kind of event, by what its `event` says."""
 BEGINNINGS = RunStarted, Restart
-"""Of an attempt."""
+"""The events with which an attempt begins."""
 
 Line = NormsLine | WindowLine | EpochLine | Event
+EventT = TypeVar("EventT", bound=Event)
 LineT = TypeVar("LineT", NormsLine, WindowLine, EpochLine)
-Record = TypeVar("Record", NormsLine, WindowLine, EpochLine, Event, Progress)
+Record = TypeVar("Record", NormsLine, WindowLine, EpochLine, Event, Progress, Result)
 
 
 def from_json(kind: type[Record], content: Mapping[str, Any], file: str) -> Record:
-    """What an object of `file` says; keys that a later version added are passed over.
+    """The record that a JSON object of `file` holds; keys that a later version added are ignored.
 
-    An event becomes one of its own class, and a plain one where there is none. Raises ValueError where a key is missing.
+    An event becomes one of its own class, or a plain `Event` without one. Raises ValueError where a key is missing.
     """
     own = EVENTS.get(str(content.get("event")), Event) if kind is Event else kind
     missing = [f.name for f in fields(own) if f.default is MISSING and f.name not in content]
@@ -361,7 +392,7 @@ def from_json(kind: type[Record], content: Mapping[str, Any], file: str) -> Reco
     return own(**{f.name: content[f.name] for f in fields(own) if f.name in content})  # type: ignore[return-value]
 
 
-def to_json(record: Line | Progress) -> dict[str, Any]:
+def to_json(record: Line | Progress | Result) -> dict[str, Any]:
     """The object to write."""
     return {f.name: getattr(record, f.name) for f in fields(record)}
 
@@ -378,7 +409,7 @@ def standing(lines: Iterable[LineT], key: Callable[[LineT], int]) -> list[LineT]
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseSummary:
-    """What a run's epochs in a phase came to."""
+    """A run's epochs in one phase, summed up."""
 
     phase: str
     epochs: int
@@ -406,7 +437,7 @@ def by_phase(epochs: Iterable[EpochLine]) -> dict[str, list[EpochLine]]:
 
 
 def phase_summaries(epochs: Iterable[EpochLine]) -> dict[str, PhaseSummary]:
-    """By phase, in their order."""
+    """A summary of each phase, in their order."""
     return {phase: _summary(phase, lines) for phase, lines in by_phase(epochs).items()}
 
 
@@ -442,7 +473,7 @@ def _summary(phase: str, lines: Sequence[EpochLine]) -> PhaseSummary:
 
 
 def reservations(events: Iterable[Event]) -> list[dict[str, str]]:
-    """What Ray Train has reserved for each attempt that tells it."""
+    """What Ray Train has reserved for each attempt that recorded it."""
     return [event.reservation for event in events if isinstance(event, BEGINNINGS) and event.reservation]
 
 

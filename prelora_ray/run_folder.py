@@ -5,7 +5,7 @@
       ranks.json, micro_batch.json, progress.json, end.json, result.json, checkpoints/, tensorboard/, ray/
 
 docs/run-folder.md describes every file. Lines carry an ``attempt`` that counts restarts: where two
-lines speak of the same epoch, window or batch, the later attempt stands.
+lines are of the same epoch, window or batch, the later attempt's stands.
 """
 
 from __future__ import annotations
@@ -26,7 +26,20 @@ import yaml
 from prelora_ray.config import Settings
 from prelora_ray.config_file import parse_settings, parse_yaml
 from prelora_ray.errors import UserError, one_line
-from prelora_ray.records import EpochLine, Event, Line, NormsLine, Progress, Record, WindowLine, from_json, standing, to_json
+from prelora_ray.records import (
+    EpochLine,
+    Event,
+    EventT,
+    Line,
+    NormsLine,
+    Progress,
+    Record,
+    Result,
+    WindowLine,
+    from_json,
+    standing,
+    to_json,
+)
 from prelora_ray.storage import Storage
 
 
@@ -47,7 +60,7 @@ class RunFolder(Storage):
             raise self._damaged("config.yaml", one_line(error)) from None
         if not isinstance(content, dict):
             raise self._damaged("config.yaml", "it holds no settings")
-        return parse_settings(content)
+        return parse_settings(_with_keys_of_now(content))
 
     def write_settings(self, settings: Settings) -> None:
         """Writes the resolved settings, every key."""
@@ -55,7 +68,7 @@ class RunFolder(Storage):
         self.write_bytes("config.yaml", content.encode())
 
     def read_classes(self) -> tuple[str, ...]:
-        """Names of the classes that the run was begun with."""
+        """Names of the classes that the run is trained on."""
         content = self.read_json("data.json")
         if "classes" not in content:
             raise self._damaged("data.json", "it names no classes")
@@ -83,7 +96,7 @@ class RunFolder(Storage):
         return parse_lines(self.read_bytes(name))
 
     def records(self, kind: type[Record], name: str | None = None) -> list[Record]:
-        """All lines of a kind, in file order, of its own file or of `name`. One that lacks what it must have is passed over."""
+        """All lines of a kind, in file order, of its own file or of `name`. One that lacks a key is ignored."""
         name = name or kind.FILE
         found = []
         for line in self.read_lines(name):
@@ -104,12 +117,26 @@ class RunFolder(Storage):
         return standing(self.records(EpochLine), lambda line: line.epoch)
 
     def events(self) -> list[Event]:
-        """All of them: each happened."""
+        """All events, in file order: none replaces another."""
         return self.records(Event)
+
+    def events_of(self, kind: type[EventT]) -> list[EventT]:
+        """All events of a kind, in file order."""
+        return [event for event in self.events() if isinstance(event, kind)]
 
     def read_progress(self) -> Progress:
         """Where the run is right now. Raises ValueError where that is damaged, and OSError where it was not written."""
         return from_json(Progress, self.read_json(Progress.FILE), f"{self}/{Progress.FILE}")
+
+    def read_result(self) -> dict[str, Any]:
+        """The result of a finished run, with the keys of `Result`. Raises UserError, with a sentence, where it is
+        damaged."""
+        content = self.read_json(Result.FILE)
+        try:
+            from_json(Result, content, "it")
+        except ValueError as error:
+            raise self._damaged(Result.FILE, str(error)) from None
+        return content
 
     def write_records(self, kind: type[Record], lines: Iterable[Line]) -> None:
         """Writes the file of a kind of line whole; infinite numbers become null."""
@@ -117,9 +144,10 @@ class RunFolder(Storage):
 
 
 def parse_lines(content: bytes) -> list[dict[str, Any]]:
-    """The lines that hold a JSON object. What a killed writer or a lost disk left of others, anywhere, is passed over.
+    """The lines that hold a JSON object. What a killed writer or a lost disk left of others, anywhere, is ignored.
 
-    Nothing brings such a line back, and the others stand without it. Who needs all of them, as a replay does, has to look.
+    Nothing brings such a line back, and the others are valid without it. A caller that needs all of them, such as a
+    replay, has to check that none is missing.
     """
     lines = []
     for line in content.splitlines():
@@ -132,9 +160,9 @@ def parse_lines(content: bytes) -> list[dict[str, Any]]:
 class Appender:
     """Appends to one file of a run folder.
 
-    On a disk what is appended is there once `append` returns; on a full one it waits for room, and so does the file
-    itself. Object stores cannot append: there it gathers in a local file, which `flush` uploads whole. One thread may
-    append while another flushes.
+    On a disk what is appended is there once `append` returns. On a full disk it waits in memory for room; so does the
+    file's creation. Object stores cannot append: there it gathers in a local file, which `flush` uploads whole. One
+    thread may append while another flushes.
     """
 
     def __init__(self, folder: Storage, name: str) -> None:
@@ -144,9 +172,9 @@ class Appender:
         self._lock = threading.Lock()
         self._pending = b"" if folder.is_local or not folder.exists(name) else folder.read_bytes(name)
         self._num_bytes = 0
-        """In the file."""
+        """Bytes in the file."""
         self._uploaded = len(self._pending)
-        """Bytes of it that are in the bucket."""
+        """Bytes of the file that are in the bucket."""
 
     def append(self, content: bytes) -> None:
         with self._lock:
@@ -154,7 +182,7 @@ class Appender:
             self._drain()
 
     def flush(self) -> bool:
-        """Returns whether all that was appended before is there; where it is not, the next flush tries again."""
+        """Returns whether all that was appended so far is stored; where it is not, the next flush tries again."""
         with self._lock:
             self._drain()
             if self._pending or self._folder.is_local:
@@ -186,7 +214,7 @@ class Appender:
 
 
 class LineWriter(Appender):
-    """Appends JSON lines; infinite numbers become null. A line that a killed writer left unfinished stays one by itself."""
+    """Appends JSON lines; infinite numbers become null. A line that a killed writer left unfinished is ended first."""
 
     def _open(self) -> IO[bytes]:
         file = super()._open()
@@ -213,7 +241,7 @@ class RecordWriter:
         self._writers[line.FILE].write(**to_json(line))
 
     def progress_is_due(self) -> bool:
-        """Whether it is time to tell where the run is; then not again for a while."""
+        """Whether progress.json is due again; once it says so, not again for a while."""
         now = time.monotonic()
         is_due = now - self._progress_time >= (1.0 if self._folder.is_local else 15.0)
         if is_due:
@@ -222,16 +250,26 @@ class RecordWriter:
 
     def progress(self, progress: Progress) -> None:
         """Replaces progress.json."""
-        with contextlib.suppress(OSError):  # on a full disk the next one will tell
+        with contextlib.suppress(OSError):  # on a full disk: the next one is soon due
             self._folder.write_json(Progress.FILE, _finite(to_json(progress)))
 
     def flush_events(self) -> None:
-        """Has a bucket hold the events so far, which tell a later attempt its number; the rest waits for `flush`."""
+        """Uploads the events so far, from which a later attempt takes its number; the rest waits for `flush`."""
         self._writers[Event.FILE].flush()
 
     def flush(self) -> bool:
-        """Returns whether all that was recorded is there."""
+        """Returns whether all that was recorded is stored."""
         return all(writer.flush() for writer in self._writers.values())  # where one fails, the others would too
+
+
+def _with_keys_of_now(content: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a run folder that an earlier version wrote: there `rank_floor` says whether `rank_floor_percent`
+    counts."""
+    method = content.get("method")
+    if not isinstance(method, dict) or "rank_floor" not in method:
+        return content
+    dropped = ("rank_floor",) if method["rank_floor"] == 0 else ("rank_floor", "rank_floor_percent")
+    return {**content, "method": {key: value for key, value in method.items() if key not in dropped}}
 
 
 def _encoded(line: dict[str, Any]) -> bytes:

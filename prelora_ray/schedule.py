@@ -1,4 +1,4 @@
-"""The schedule of phases that settings describe, and what it decides over a record: for the run, a fork, a replay alike."""
+"""The schedule of phases that settings describe, and what it decides over a record: for run, fork and replay alike."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def ranks_for(method: MethodSettings, change: dict[str, float], names: Sequence[
             return match_rank_pattern(method.rank_pattern, names)
         except ValueError as error:
             raise UserError(f"method.rank_pattern: {error}") from None
-    return assign_ranks(change, method.r_min, method.r_max, method.normalize, method.floor_percent)
+    return assign_ranks(change, method.r_min, method.r_max, method.normalize, method.rank_floor_percent)
 
 
 def decide(schedule: PhaseSchedule, epochs: Iterable[NormsLine]) -> list[Decision]:

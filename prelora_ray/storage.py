@@ -24,14 +24,14 @@ T = TypeVar("T")
 _READ_WAITS = (0.1, 0.5, 2.0)
 """Seconds before each further try of a read."""
 _READ_SECONDS = 5.0
-"""After so many a read is not tried again: a bucket's own client does that for 6 s or longer."""
+"""After so many seconds a read is not tried again: a bucket's own client has then tried for 6 s or longer."""
 _TEMPORARY = re.compile(r"(.+)\.[0-9a-f]{32}\.tmp")
 _SYNCS_NO_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
-"""How a file share says that it cannot."""
+"""Errors with which a file share says that it cannot sync a folder."""
 
 
 def patiently(read: Callable[[], T]) -> T:
-    """What `read` returns. An OSError may pass, and is raised where it stays for some seconds; a missing file at once."""
+    """What `read` returns, tried again for some seconds after an OSError. A missing file is raised at once."""
     end = time.monotonic() + _READ_SECONDS
     for wait in _READ_WAITS:
         try:
@@ -46,7 +46,7 @@ def patiently(read: Callable[[], T]) -> T:
 
 
 def once_reachable(reach: Callable[[], T], seconds: float, meanwhile: Callable[[], None] = lambda: None) -> T:
-    """What `reach` returns, tried again after each OSError, which is raised once so many seconds have passed.
+    """What `reach` returns, tried again after each OSError, which is raised once `seconds` have passed.
 
     Calls `meanwhile` before each further try.
     """
@@ -62,8 +62,8 @@ def once_reachable(reach: Callable[[], T], seconds: float, meanwhile: Callable[[
 
 
 def absolute(path: str | os.PathLike[str]) -> str:
-    """A local path (``~/x``, ``file:///x``, or from the current folder) from the root on, which any process takes for the same
-    place; the URI of a bucket as it is."""
+    """A local path (``~/x``, ``file:///x``, or relative to the current folder) as an absolute one, which is the same
+    place for any process; the URI of a bucket as it is."""
     path = os.fspath(path).removeprefix("file://")
     if "://" in path:
         return path
@@ -88,7 +88,7 @@ def without_keys(text: str) -> str:
 
 
 def check_holds_no_keys(path: str) -> str:
-    """The path or URI as it is. Raises UserError, which tells no secret, where it holds keys."""
+    """The path or URI as it is. Raises UserError, without repeating the secret, where it holds keys."""
     if _KEYS.search(path):
         raise UserError(f"{without_keys(path)!r} is not allowed: it must be {NO_KEYS}")
     return path
@@ -97,8 +97,8 @@ def check_holds_no_keys(path: str) -> str:
 class Storage:
     """One folder, named by a path or a URI (``s3://bucket/path``, ``gs://bucket/path``).
 
-    Its name (`uri`, and as a string) is absolute, so that it can be handed to processes that run in other folders. Raises
-    UserError for a URI that holds keys, or that names no kind of bucket that is known.
+    Its name (`uri`, and as a string) is absolute, so that it can be handed to processes that run in other folders.
+    Raises UserError for a URI that holds keys, or names an unknown kind of bucket.
 
     A file that is written whole appears whole: on a disk by renaming, on an object store because an
     upload does. Object stores can neither append nor rename, so `append` works on disks alone.
@@ -122,7 +122,7 @@ class Storage:
         return isinstance(self.filesystem, pyarrow.fs.LocalFileSystem)
 
     def __truediv__(self, name: str) -> Self:
-        below = copy.copy(self)  # a bucket's client is made once: each asks the bucket where it is
+        below = copy.copy(self)  # with the same client: each new one asks the bucket for its region
         below.uri, below.path = posixpath.join(self.uri, name), posixpath.join(self.path, name)
         return below
 
@@ -158,12 +158,12 @@ class Storage:
             entries: list[pyarrow.fs.FileInfo] = self.filesystem.get_file_info(
                 pyarrow.fs.FileSelector(self.path, allow_not_found=True)
             )
-        except FileNotFoundError:  # it was made while pyarrow looked a second time whether it is there
+        except FileNotFoundError:  # pyarrow looks twice, and it was made in between
             return []
         return entries
 
     def open_file(self, name: str) -> pa.NativeFile:
-        """A file to be read from any position. On a disk its name may be bytes that are no UTF-8, as for all that reads."""
+        """A file to be read from any position. On a disk its name may be bytes that are no UTF-8, as in all reads."""
         if self.is_local:
             return pa.OSFile(os.fsencode(self.file(name)))
         return self.filesystem.open_input_file(self.file(name))
@@ -195,7 +195,7 @@ class Storage:
         _sync_folder(os.path.dirname(path))
 
     def remove_unfinished(self, but: Collection[str] = ()) -> None:
-        """Removes what writers that were killed have left of files directly in the folder, but of names that begin so."""
+        """Removes what killed writers left of files directly in the folder, but for names that begin as in `but`."""
         for name in self.list_files():
             match = _TEMPORARY.fullmatch(name)
             if match and not match[1].startswith(tuple(but)):
@@ -240,7 +240,7 @@ def _make_folder(path: str) -> None:
 
 
 def _sync_folder(path: str) -> None:
-    """Has a disk keep the names in a folder: that of a file which was renamed stays what it was until then."""
+    """Makes the names in a folder durable: without it, a loss of power may undo a renaming."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,8 +1,8 @@
 """Makes torchvision importable beside a torch build that its binary does not match.
 
-timm and PEFT import torchvision for transforms that are plain Python. torchvision's import, however,
-registers shapes for its compiled operators and fails where they cannot be loaded, as with a CPU-only
-torch and the CUDA wheel of torchvision that package indexes serve. Declaring the two operators is
+timm and PEFT import torchvision for transforms that are plain Python. But torchvision's import
+registers shapes for its compiled operators, and fails where they cannot be loaded, as with a CPU-only
+torch and the CUDA wheel of torchvision that package indexes serve. Declaring two operators is
 enough for all that timm and PEFT use; the compiled decoders stay unavailable.
 """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import tempfile
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,10 +15,16 @@ import torch
 from torch import nn
 
 from prelora_ray.config import Settings
+from prelora_ray.monitor.exporter import start_exporter
+from prelora_ray.monitor.telemetry import run_label
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.torchvision_ops import make_importable
 from prelora_ray.train.run import train
+from tests import prometheus
+from tests.chaos.site import wait_for
 from tests.disk import Disk
+from tests.disturbed import EACH_PHASE, Disturbed, train_disturbed
+from tests.prometheus import Prometheus
 from tests.proxy import Proxy, s3_server
 from tests.runs import TINY_VIT, settings
 
@@ -69,6 +76,7 @@ def bucket(proxy: Proxy) -> str:
 def ray_cluster(bucket: str) -> Iterator[None]:
     """One embedded cluster with a few more CPUs than the machine has, as its workers mostly wait for each other."""
     os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # a socket's path must be short
+    os.environ["OMP_NUM_THREADS"] = "1"  # also for workers that hold several CPUs, so that all sum alike
     ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
@@ -92,7 +100,7 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def undisturbed(digits: Path, storage: Path) -> Callable[..., Settings]:
-    """The undisturbed run on a number of workers, trained once."""
+    """The undisturbed run on a number of workers, trained once; beside its folder, in `<name>.metrics`, what was exported."""
     done: dict[tuple[int, str], Settings] = {}
 
     def get(workers: int, precision: str = "fp32") -> Settings:
@@ -100,9 +108,34 @@ def undisturbed(digits: Path, storage: Path) -> Callable[..., Settings]:
             run = settings(digits, storage, f"plain-{workers}-{precision}", workers, train={"precision": precision})
             train(run)
             done[workers, precision] = run
+            with urllib.request.urlopen(f"http://{exporter(run)}/metrics", timeout=10) as answer:
+                Path(RunFolder.of(run).path).with_suffix(".metrics").write_bytes(answer.read())
         return done[workers, precision]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def disturbed(digits: Path, storage: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Disturbed]:
+    """A run on two workers that hold every CPU, with a fault in each phase; watched where there is a Prometheus."""
+    run = settings(digits, storage, "disturbed", 2, checkpoint={"every_steps": 4}, workers={"cpus": 2.0})
+    if prometheus.PROGRAM is None:
+        yield train_disturbed(run, EACH_PHASE)
+        return
+    server = Prometheus(tmp_path_factory.mktemp("prometheus"), exporter(run))
+    try:
+        done = train_disturbed(run, EACH_PHASE)
+        done.prometheus = server
+        loss = RunFolder.of(run).epochs()[-1].loss
+        wait_for(lambda: server.query(f'prelora_loss{{run="{run_label(run)}"}} == {loss!r}'), 30, "the last scrape")
+        yield done
+    finally:
+        server.close()
+
+
+def exporter(run: Settings) -> str:
+    """Where the cluster's exporter listens."""
+    return start_exporter(run.monitor.host, run.monitor.port)
 
 
 def samples(folder: RunFolder) -> dict[tuple[int, int], list[int]]:

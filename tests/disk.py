@@ -18,7 +18,7 @@ class Disk:
         self._thread = threading.Thread()
 
     def fill(self, *, inodes: bool = False) -> None:
-        """Returns when nothing has room any more. With `inodes`, no empty file either, as where those take blocks too."""
+        """Returns when nothing has room any more; with `inodes`, not even an empty file, as on some file systems."""
         self._fillers.mkdir(exist_ok=True)
         self._take(inodes)
         self._is_over.clear()

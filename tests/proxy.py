@@ -19,7 +19,7 @@ _CHUNK_BYTES = 2**16
 
 
 class Proxy:
-    """Passes on what comes to its port, in threads of this process. Off, it ends connections; silent, it never answers."""
+    """Forwards connections to its port, in threads of this process. Off, it ends them; silent, it never answers."""
 
     def __init__(self, host: str, port: int) -> None:
         self._server = host, port

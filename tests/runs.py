@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -23,14 +20,20 @@ TINY_VIT = {"patch_size": 2, "embed_dim": 16, "depth": 3, "num_heads": 2}
 SWITCH, FREEZE, EPOCHS = 3, 5, 7
 
 
-def settings(digits: Path, storage: Path, name: str, workers: int, **sections: dict[str, Any]) -> Settings:
+def settings(digits: Path, storage: Path, name: str, workers: int, /, **sections: dict[str, Any]) -> Settings:
     """A run that its test switches after epoch 3 and that freezes after epoch 5 of 7, all that is drawn turned on.
 
     Its images grow after epoch 2, in phase full, and after epoch 6, in phase lora.
     """
     content: dict[str, dict[str, Any]] = {
         "data": {"path": str(digits), "batch_size": 96, "cell": 12, "crop_ratio": 1.0, "decoders": 1},
-        "model": {"name": "vit_tiny_patch16_224", "image_size": 8, "options": TINY_VIT, "drop_path": 0.2},
+        "model": {
+            "name": "vit_tiny_patch16_224",
+            "image_size": 8,
+            "options": TINY_VIT,
+            "drop_path": 0.2,
+            "drop_path_form": "subset",
+        },
         "augment": {"crop": "padded", "padding": 1, "mixup": 0.8, "cutmix": 1.0},
         "train": {
             "epochs": EPOCHS,
@@ -56,7 +59,11 @@ def settings(digits: Path, storage: Path, name: str, workers: int, **sections: d
 
 
 def final(run: Settings) -> Snapshot:
-    checkpoints = Checkpoints(RunFolder.of(run))
+    return last(RunFolder.of(run))
+
+
+def last(folder: RunFolder) -> Snapshot:
+    checkpoints = Checkpoints(folder)
     return checkpoints.load(checkpoints.names()[-1])
 
 
@@ -87,21 +94,3 @@ def children(pid: int, title: str) -> list[psutil.Process]:
                 if title in " ".join(process.cmdline()[:1]):
                     found.append(process)
     return found
-
-
-class Killer(threading.Thread):
-    """Sends SIGKILL to one worker, in turn, inside each of the given epochs."""
-
-    def __init__(self, run: Settings, epochs: list[int]) -> None:
-        super().__init__(daemon=True)
-        self._folder = RunFolder.of(run)
-        self._epochs = epochs
-        self.phases: list[str] = []
-
-    def run(self) -> None:
-        for n, epoch in enumerate(self._epochs):
-            wait_inside(self._folder, epoch)
-            workers = sorted(children(os.getpid(), "RayTrainWorker"), key=lambda process: process.pid)
-            victim = workers[n % len(workers)]
-            os.kill(victim.pid, signal.SIGKILL)
-            self.phases.append(Checkpoints(self._folder).newest()[0].state["phases"]["phase"])

@@ -13,7 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
 
+from prelora_ray.cli import app
 from prelora_ray.config import with_absolute_paths
 from prelora_ray.config_file import load_settings
 from prelora_ray.fault_tolerance.ray_private import keep_token_private
@@ -39,7 +41,7 @@ def record(tmp_path: Path) -> Path:
 
 
 def test_replay_of_a_record_as_json(record):
-    # With windows of one epoch, step s changes the norms by 8 / 2^(s-1) and twice that percent: 12 / 2^(s-1) in the mean.
+    # With windows of one epoch, step s changes the norms by 8 / 2^(s-1) and twice that percent: mean 12 / 2^(s-1).
     # tau 1 and k = 3 want 12 / 2^(s-1) < 1 at t - 1 and t: s = 5 (0.75) is the first, so t = 6, after 7 epochs.
     result = prelora_here(
         "replay", str(record), "--tau", "1", "--zeta", "5", "--windows", "3", "--window-epochs", "1", "--r-min", "4",
@@ -176,10 +178,15 @@ def test_nothing_is_imported_from_the_current_folder(tmp_path):
     assert "'here' is no record" in result.stderr
 
 
-def test_help_names_every_command():
-    result = prelora("--help")
+@pytest.mark.parametrize("words", [(), ("bench",)])
+def test_help_names_every_command(words):
+    """With what it does."""
+    group = typer.main.get_command(app)
+    for word in words:
+        group = group.commands[word]
+    result = prelora_here(*words, "--help")
     assert result.returncode == 0
-    assert {"train", "prepare", "replay", "doctor"} <= set(re.findall(r"\w+", result.stdout))
+    assert re.findall(r"^  (\w+) +[A-Z]\w+ ", result.stdout, re.MULTILINE) == list(group.commands)
 
 
 def tiny_run(tmp_path: Path) -> list[str]:

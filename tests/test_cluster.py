@@ -43,7 +43,7 @@ def test_gpus_are_spot_a100s_and_the_head_does_no_work(cluster):
 
 def test_nothing_is_open_to_the_world(cluster):
     assert cluster["provider"]["use_internal_ips"] is True
-    for node in cluster["available_node_types"].values():  # without a group of yours Ray makes one that lets anybody in by SSH
+    for node in cluster["available_node_types"].values():  # else Ray makes a group that lets anybody in by SSH
         assert node["node_config"]["SecurityGroupIds"]
     commands = cluster["head_start_ray_commands"] + cluster["worker_start_ray_commands"]
     starts = [command for command in commands if "ray start" in command]

@@ -38,13 +38,6 @@ def test_recipes_for_clusters_whose_gpus_come_when_asked_for_ask_for_them(path: 
     assert load_settings(path).workers.gpu is True
 
 
-def test_the_papers_recipe():
-    settings = load_settings(next(path for path in CONFIGS if path.stem == "imagenet_vit_large"))
-    assert (settings.train.epochs, settings.data.batch_size, settings.workers.max) == (300, 4096, 64)
-    method = settings.method
-    assert (method.windows, method.window_epochs, method.warmup_epochs, method.r_min, method.r_max) == (3, 3, 10, 8, 64)
-
-
 def steps(*steps: tuple) -> dict:
     """A schedule of (until, image_size) or (until, image_size, policy)."""
     keys = "until", "image_size", "policy"
@@ -62,6 +55,10 @@ def steps(*steps: tuple) -> dict:
         (
             {"train": {"precision": "fp16"}},
             "train.precision = 'fp16' is not allowed: it must be 'auto', 'fp64', 'fp32', 'bf16' or 'fp8'",
+        ),
+        (
+            {"train": {"fp8_from": "freeze"}},
+            "train.fp8_from = 'freeze' is not allowed: it must be 'full', 'warmup' or 'lora'",
         ),
         (
             {"data": {"path": "x", "decoders": "many"}},
@@ -99,6 +96,10 @@ def steps(*steps: tuple) -> dict:
         ),
         ({"model": {"options": {"in_chans": True}}}, "model.options.in_chans = True is not allowed: it must be 3, or 1"),
         ({"augment": {"policy": "rand-m9;x"}}, "augment.policy = 'rand-m9;x' is not allowed: it must be `3a` or a RandAugment"),
+        (
+            {"train": {"precision": "fp64", "gradient_exchange": "bf16"}},
+            "train.gradient_exchange = 'bf16' is not allowed with train.precision = 'fp64', of which it would leave 8 bits",
+        ),
         ({"name": "../up"}, "name = '../up' is not allowed: it must be 1 to 128 letters"),
         (steps((1.5, 64)), "train.resolution.until = 1.5 is not allowed: it must be a valid integer, or less than 1"),
         (steps((True, 64)), "train.resolution.until = True is not allowed: it must be a valid integer"),
@@ -278,25 +279,33 @@ def test_settings_without_effect_are_told():
             **DATA,
             "method": {"rank_pattern": {".*": 8}, "r_max": 32, "targets": ["query", "fc1"]},
             "augment": {"crop": "center", "padding": 2},
-            "train": {"precision": "fp32", "residual": "bf16"},
+            "train": {"precision": "fp32", "residual": "bf16", "gradient_exchange": "bf16"},
+            "model": {"drop_path_form": "subset"},
         }
     )
     told = [sentence.split()[0] for sentence in without_effect(settings)]
-    assert told == ["method.r_max", "method.targets", "train.residual", "augment.padding"]
+    trained = ["train.residual", "train.gradient_exchange", "model.drop_path_form"]
+    assert told == ["method.r_max", "method.targets", *trained, "augment.padding"]
     full = parse_settings({"name": "run", **DATA, "method": {"enabled": False}, "train": {"adapters": "merged"}})
     assert without_effect(full) == ["train.adapters has no effect, as method.enabled is false"]
-    floor = parse_settings({"name": "run", **DATA, "method": {"rank_floor_percent": 0.5}})
-    assert without_effect(floor) == ["method.rank_floor_percent has no effect, as method.rank_floor is not 0"]
+    fp8 = parse_settings({"name": "run", **DATA, "method": {"enabled": False}, "train": {"precision": "fp8"}})
+    assert without_effect(fp8) == ["train.precision = fp8 has no effect, as method.enabled is false and train.fp8_from is lora"]
+    bf16 = parse_settings({"name": "run", **DATA, "train": {"precision": "bf16", "fp8_from": "full"}})
+    assert without_effect(bf16) == ["train.fp8_from has no effect, as train.precision is bf16"]
+    floor = parse_settings({"name": "run", **DATA, "method": {"rank_floor_percent": 0.5, "rank_pattern": {".*": 8}}})
+    assert without_effect(floor) == ["method.rank_floor_percent has no effect, as method.rank_pattern gives the ranks"]
 
 
 CHANGES = {
     "model.drop_path": (0.5, "always"),
+    "model.drop_path_form": ("subset", "always"),
     "data.batch_size": (512, "always"),
     "data.path": ("y", "never"),
     "data.decoders": (2, "never"),
     "augment.flip": (0.1, "always"),
     "train.seed": (3, "always"),
     "train.residual": ("bf16", "always"),
+    "train.gradient_exchange": ("bf16", "always"),
     "train.adapters": ("plain", "switch"),
     "train.micro_batch": (16, "never"),
     "train.resolution": ([{"until": 9, "image_size": 64}], "always"),
@@ -334,16 +343,33 @@ def test_a_resume_and_a_fork_may_change_what_does_not_act_before_them(tmp_path, 
     assert (key in SEARCHABLE) == (when == "switch" and section == "method" and name != "enabled")
 
 
-def test_fp8_forks_from_a_trunk_in_bf16(tmp_path):
-    for trunk, precision, is_allowed in (("bf16", "fp8", True), ("fp8", "bf16", True), ("fp32", "fp8", False)):
-        folder = RunFolder(tmp_path)
-        folder.write_settings(parse_settings({"name": "run", **DATA, "train": {"precision": trunk}}))
-        fork = parse_settings({"name": "fork", **DATA, "train": {"precision": precision}})
-        if is_allowed:
-            _check_same_trunk(folder, fork)
-        else:
-            with pytest.raises(UserError, match=r"train\.precision = 'fp8' is not allowed in a fork"):
-                _check_same_trunk(folder, fork)
+@pytest.mark.parametrize(
+    ("trunk", "fork", "refused"),
+    [
+        (("bf16", "lora"), ("fp8", "lora"), None),
+        (("fp8", "lora"), ("bf16", "lora"), None),
+        (("bf16", "lora"), ("fp8", "warmup"), None),
+        (("fp8", "warmup"), ("fp8", "lora"), None),
+        (("fp8", "full"), ("fp8", "full"), None),
+        (("bf16", "lora"), ("bf16", "full"), None),
+        (("fp32", "lora"), ("fp8", "lora"), "train.precision = 'fp8' is not allowed in a fork"),
+        (("bf16", "lora"), ("fp8", "full"), "train.fp8_from = 'full' is not allowed in a fork: its trunk .* with 'lora'"),
+        (("fp8", "full"), ("fp8", "lora"), "train.fp8_from = 'lora' is not allowed in a fork: its trunk .* with 'full'"),
+        (("fp8", "full"), ("bf16", "lora"), "train.fp8_from = 'lora' is not allowed in a fork: its trunk .* with 'full'"),
+    ],
+)
+def test_a_fork_in_fp8_has_a_trunk_that_computes_alike(tmp_path, trunk, fork, refused):
+    folder = RunFolder(tmp_path)
+    run, forked = (
+        parse_settings({"name": "run", **DATA, "train": {"precision": precision, "fp8_from": phase}})
+        for precision, phase in (trunk, fork)
+    )
+    folder.write_settings(run)
+    if refused is None:
+        _check_same_trunk(folder, forked)
+    else:
+        with pytest.raises(UserError, match=refused):
+            _check_same_trunk(folder, forked)
 
 
 def test_every_key_says_when_it_acts():

@@ -13,11 +13,11 @@ from rich.console import Console
 from prelora_ray import console
 from prelora_ray.config_file import parse_settings
 from prelora_ray.engine.evaluation import Evaluation
-from prelora_ray.inference.evaluate import Report
+from prelora_ray.inference.evaluate import EvaluationReport
 from tests.lines import event
 
 TEXT = "runs/[old]/:x: [/bold] [red]"
-REPORT = Report(Evaluation(loss=1.0, top1=0.5, top5=1.0, images=2), (TEXT, "b"), torch.tensor([[0, 1], [1, 0]]))
+REPORT = EvaluationReport(Evaluation(loss=1.0, top1=0.5, top5=1.0, images=2), (TEXT, "b"), torch.tensor([[0, 1], [1, 0]]))
 SWEEP = {
     "path": TEXT,
     "pareto": [],

@@ -9,9 +9,11 @@ import pytest
 
 from prelora_ray.config_file import parse_settings
 from prelora_ray.fault_tolerance.checkpoint import Checkpoints
+from prelora_ray.records import to_json
 from prelora_ray.run_folder import LineWriter, RunFolder
 from tests.command import prelora_here
 from tests.fault_tolerance.test_checkpoint import checkpoint
+from tests.lines import epoch_line
 
 NEWEST = "checkpoints/00002-000000"
 
@@ -22,7 +24,7 @@ def run(tmp_path: Path) -> Path:
     folder.write_settings(parse_settings({"name": "run", "data": {"path": "data"}}))
     folder.write_json("data.json", {"classes": ["cat", "dog"]})
     for attempt in (0, 1):
-        LineWriter(folder, "epochs.jsonl").write(attempt=attempt, epoch=attempt)
+        LineWriter(folder, "epochs.jsonl").write(**to_json(epoch_line(attempt)))
     for epoch in (1, 2):
         Checkpoints(folder).save(checkpoint(epoch))
     return tmp_path
@@ -66,10 +68,17 @@ def test_damage_of_any_file_is_found(run, file, told):
     assert found[0].startswith(f"{run}{told}") and "\n" not in found[0]
 
 
-def test_a_line_that_is_no_object_is_found(run):
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("5", "line 3 is no object"),
+        ('{"epoch": 2}', "line 3 holds an object without 'attempt', which it must have: {'epoch': 2}"),
+    ],
+)
+def test_a_line_of_another_kind_is_found(run, line, told):
     with open(run / "epochs.jsonl", "a") as file:
-        file.write("5\n")
-    assert findings(run) == [f"{run}/epochs.jsonl cannot be read: line 3 is no object"]
+        file.write(line + "\n")
+    assert findings(run) == [f"{run}/epochs.jsonl cannot be read: {told}"]
 
 
 def test_a_checkpoint_is_no_run(run):

@@ -1,4 +1,4 @@
-"""`ray job submit` from a clean checkout to a head that asks for a token: submit, follow, stop, submit again, resume."""
+"""`ray job submit` from a fresh clone to a head that asks for a token: submit, follow, stop, submit again, resume."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     environment.pop("RAY_ADDRESS", None)
     start = ["start", "--head", "--port=0", "--num-cpus=4", f"--temp-dir={directory}"]
-    ports = [f"--dashboard-port={port}", f"--dashboard-agent-listen-port={free_port()}"]  # another Ray may have the usual ones
+    ports = [f"--dashboard-port={port}", f"--dashboard-agent-listen-port={free_port()}"]  # others may be taken
     subprocess.run([RAY, *start, *ports], check=True, env=environment, capture_output=True)
 
     def call(verb: str, *arguments: str, token: str | None = None) -> subprocess.CompletedProcess[str]:

@@ -1,6 +1,6 @@
-"""At ImageNet's size, with a manifest that is made up: what nobody sees on digits, counted in calls, walks and bytes.
+"""At ImageNet's size, with a made-up manifest: costs that are too small to see on digits, in calls, walks and bytes.
 
-A call is one of Python's or of a C function; a walk goes over all row groups, which a call into C can hide.
+A call is of a Python or C function; a walk goes over all row groups, which one call into C can hide.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import pytest
 import torch
 from ray import cloudpickle
 
-from benchmarks.rehearsal import SIZES, NoImages, made_up_plan
+from prelora_ray.bench.rehearsal import SIZES, NoImages, made_up_plan
 from prelora_ray.config_file import parse_settings
 from prelora_ray.data import stream
 from prelora_ray.data.batch import Batch, Pass, StreamPlan
-from prelora_ray.data.prepare import PrepareSettings
 from prelora_ray.data.prepare import plan as plan_tasks
+from prelora_ray.data.prepare_settings import PrepareSettings
 from prelora_ray.data.sources import Item, Source
 from prelora_ray.data.sources.folder import FileReader
 from prelora_ray.engine.state import TrainState

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import yaml
 
 from prelora_ray.run_folder import LineWriter, RunFolder, parse_lines
 from prelora_ray.storage import Storage
@@ -48,7 +49,25 @@ def test_classes_that_are_not_there_are_told(tmp_path):
         RunFolder(tmp_path).read_classes()
 
 
+def test_a_result_that_lacks_a_key_is_told(tmp_path):
+    (tmp_path / "result.json").write_text('{"epochs": 3}')
+    with pytest.raises(ValueError, match=r"result\.json is damaged \(it holds an object without 'switch_epoch'"):
+        RunFolder(tmp_path).read_result()
+
+
 def test_infinite_numbers_become_null(tmp_path):
     LineWriter(Storage(tmp_path), "w.jsonl").write(change={"query": float("inf"), "key": 1 / 3}, list=[float("nan")])
     text = (tmp_path / "w.jsonl").read_text()
     assert json.loads(text) == {"change": {"query": None, "key": 1 / 3}, "list": [None]}
+
+
+@pytest.mark.parametrize(("rank_floor", "percent"), [(None, 0.0), (0, 0.1)])
+def test_the_two_keys_of_the_rank_floor_are_read_as_one(tmp_path, rank_floor, percent):
+    written = {
+        "name": "run",
+        "data": {"path": "x"},
+        "method": {"rank_floor": rank_floor, "rank_floor_percent": 0.1, "tau": 1.0},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(written))
+    method = RunFolder(tmp_path).read_settings().method
+    assert (method.rank_floor_percent, method.tau) == (percent, 1.0)

@@ -30,6 +30,7 @@ def _phases(
     image_size: UsualImageSize = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Images in a step; default: 256, on a CPU 8.")] = None,
     residual: Annotated[Literal["fp32", "bf16"], typer.Option(help="Format of our rows' residual stream.")] = "fp32",
+    drop_path: Annotated[float, typer.Option(min=0, max=1, help="Also measure this drop path, as masks and as subsets.")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Steps in a round; a figure is the median of five rounds.")] = 10,
     kernels: Annotated[int, typer.Option(help="Name so many kernels of each row, those that take the most time.")] = 0,
     row: Annotated[list[str] | None, typer.Option(help="Beginning of the names of rows to measure; repeatable.")] = None,
@@ -41,7 +42,57 @@ def _phases(
     from prelora_ray.bench.phases import bench_phases as run
 
     size = _size(model, image_size, batch, batch_on_cpu=8)
-    options = Options(**size, residual=residual, steps=steps, kernels=kernels, rows=tuple(row or ()))
+    options = Options(**size, residual=residual, drop_path=drop_path, steps=steps, kernels=kernels, rows=tuple(row or ()))
+    _measure(lambda: run(options), out, as_json)
+
+
+@app.command("network")
+def _network(
+    model: UsualModel = None,
+    image_size: UsualImageSize = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Images of each worker; default: 256, on a CPU 8.")] = None,
+    workers: Annotated[int, typer.Option(min=2, help="Processes, each with a GPU of its own.")] = 2,
+    bandwidth: Annotated[
+        list[float] | None, typer.Option(min=0.001, help="Gbit/s of a worker's link; repeatable. Default: 100, 25, 10, 5, 1.")
+    ] = None,
+    bucket: Annotated[int | None, typer.Option(min=1, help="MiB exchanged at once; default: torch's 25.")] = None,
+    residual: Annotated[Literal["fp32", "bf16"], typer.Option(help="Format of the residual stream.")] = "fp32",
+    seconds: Annotated[float, typer.Option(min=0, help="To measure a row for; it takes one step at least.")] = 2.0,
+    row: Annotated[list[str] | None, typer.Option(help="Beginning of the names of rows to measure; repeatable.")] = None,
+    picture: Annotated[str | None, typer.Option(help="Also draw the rows into this HTML file.")] = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Time of a step by phase against the bandwidth between workers, which is simulated behind their own exchange."""
+    from prelora_ray.bench.network import BANDWIDTHS, Options
+    from prelora_ray.bench.network import bench_network as run
+
+    size = _size(model, image_size, batch, batch_on_cpu=8)
+    bandwidths, rows = tuple(bandwidth or BANDWIDTHS), tuple(row or ())
+    options = Options(
+        **size, workers=workers, bandwidths=bandwidths, bucket=bucket, residual=residual, seconds=seconds, rows=rows
+    )
+    _measure(lambda: run(options), out, as_json, picture)
+
+
+@app.command("memory")
+def _memory(
+    model: Annotated[list[str] | None, typer.Option(help="A ViT's name in timm; repeatable. Default: ViT-S, B and L.")] = None,
+    image_size: ImageSize = 224,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Images in a step; repeatable. Default: 256, 512.")] = None,
+    micro_batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Images at once; repeatable. Default: 64, 128, 256.")
+    ] = None,
+    residual: Annotated[Literal["fp32", "bf16"], typer.Option(help="Format of the residual stream.")] = "fp32",
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Peak of a GPU's memory in full, warmup and lora, over models, batches and micro-batches."""
+    from prelora_ray.bench.memory import BATCHES, MICRO_BATCHES, MODELS, Options
+    from prelora_ray.bench.memory import bench_memory as run
+
+    sizes = tuple(batch or BATCHES), tuple(micro_batch or MICRO_BATCHES)
+    options = Options(tuple(model or MODELS), image_size, *sizes, residual)
     _measure(lambda: run(options), out, as_json)
 
 
@@ -95,6 +146,53 @@ def _restart(
     _measure(lambda: run(Options(model, image_size, batch)), out, as_json)
 
 
+@app.command("checkpoint")
+def _checkpoint(
+    model: ModelName = "vit_base_patch16_224",
+    image_size: ImageSize = 224,
+    batch: Annotated[int, typer.Option(min=1, help="Images in a step.")] = 256,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """What a checkpoint costs the steps that go on while it is written."""
+    from prelora_ray.bench.checkpoint import bench_checkpoint as run
+
+    _measure(lambda: run(model, image_size, batch), out, as_json)
+
+
+@app.command("prepare")
+def _prepare(
+    images: Annotated[int, typer.Option(min=16, help="Images to prepare.")] = 8192,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Images a second and core of `prelora prepare`, and of a plain process pool that does the same work."""
+    from prelora_ray.bench.prepare import bench_prepare as run
+
+    _measure(lambda: run(images), out, as_json)
+
+
+@app.command("exporter")
+def _exporter(
+    workers: Annotated[int, typer.Option(min=1, help="Workers that send.")] = 64,
+    seconds: Annotated[int, typer.Option(min=2, help="Messages of each worker, one a second.")] = 20,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """How long a message to the metrics' exporter holds up a worker, and how long a scrape takes."""
+    from prelora_ray.bench.exporter import bench_exporter as run
+
+    _measure(lambda: run(workers, seconds), out, as_json)
+
+
+@app.command("rehearsal")
+def _rehearsal(out: Out = None, as_json: Json = False) -> None:
+    """What the size of ImageNet-1k and 21k costs beside its images, with made-up manifests."""
+    from prelora_ray.bench.rehearsal import bench_rehearsal as run
+
+    _measure(run, out, as_json)
+
+
 def _size(model: str | None, image_size: int | None, batch: int | None, *, batch_on_cpu: int) -> dict[str, Any]:
     from prelora_ray.bench.machine import usual_size
 
@@ -102,12 +200,12 @@ def _size(model: str | None, image_size: int | None, batch: int | None, *, batch
     return usual_size(batch_on_cpu) | {key: value for key, value in given.items() if value is not None}
 
 
-def _measure(run: Callable[[], dict[str, Any]], out: str | None, as_json: bool) -> None:
+def _measure(run: Callable[[], dict[str, Any]], out: str | None, as_json: bool, picture: str | None = None) -> None:
     from prelora_ray import console
 
-    path = None if out is None else Path(absolute(out))
-    if path is not None and not path.parent.is_dir():
-        raise UserError(f"--out {out} is not allowed: {path.parent} is no folder")
+    for option, path in (("--out", out), ("--picture", picture)):
+        if path is not None and not (folder := Path(absolute(path)).parent).is_dir():
+            raise UserError(f"{option} {path} is not allowed: {folder} is no folder")
     result = run()
     if as_json:
         print_json(result)
@@ -116,8 +214,12 @@ def _measure(run: Callable[[], dict[str, Any]], out: str | None, as_json: bool) 
         for row in result["rows"]:
             for kernel, milliseconds in row.get("kernels", ()):
                 console.out.print(f"{row['name']}: {milliseconds:8.3f} ms  {kernel[:110]}")
-    if path is not None:
-        path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    if out is not None:
+        Path(absolute(out)).write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    if picture is not None:
+        from prelora_ray.report.page import write_network
+
+        write_network(result, picture)
     for name, reason in result.get("missing", {}).items():
         print(f"not measured: {name} ({reason})", file=sys.stderr)
     if result.get("failed") is not None:

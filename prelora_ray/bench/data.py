@@ -24,7 +24,8 @@ from prelora_ray.config_file import parse_settings
 from prelora_ray.data.augment import Augmenter
 from prelora_ray.data.batch import Pass
 from prelora_ray.data.manifest import Manifest, read_manifest
-from prelora_ray.data.prepare import PrepareSettings, prepare
+from prelora_ray.data.prepare import prepare
+from prelora_ray.data.prepare_settings import PrepareSettings
 from prelora_ray.data.rows import read_encoded
 from prelora_ray.data.stream import stream_batches
 from prelora_ray.errors import UserError

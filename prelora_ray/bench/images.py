@@ -14,7 +14,7 @@ _PHOTOGRAPH = (960, 641)
 
 
 def write_images(folder: Path, count: int) -> None:
-    """`count` images of two classes for training, and 16 for validation, as `prelora prepare` reads folders of images."""
+    """`count` training images of two classes, and 16 for validation, in folders as `prelora prepare` reads them."""
     photographs = [Image.fromarray(pixels).resize(_PHOTOGRAPH) for pixels in load_sample_images()["images"]]
     rng = np.random.default_rng(0)
     for i in range(count + 16):

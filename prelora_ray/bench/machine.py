@@ -18,9 +18,11 @@ _PACKAGES = ("torch", "timm", "peft", "transformers", "ray", "numpy", "pyarrow",
 
 def describe(device: torch.device) -> dict[str, Any]:
     """Date, processor or GPU, and versions."""
+    on_gpu = device.type == "cuda"
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine(),
+        "memory_gib": torch.cuda.get_device_properties(device).total_memory / 2**30 if on_gpu else None,
         "cpus": os.cpu_count(),
         "python": platform.python_version(),
         "versions": {name: version for name in _PACKAGES if (version := _version(name))},

@@ -1,41 +1,32 @@
 """Images a second by phase: our own step, and what the usual stacks make of the same work.
 
-Our rows take the step of training whole: mixing, loss, clipping and optimizer included. The reference rows take the plain loop
-of their stack over images that lie on the device already.
+Our rows measure the whole training step: mixing, loss, clipping and optimizer included. The reference rows measure the
+plain loop of their stack, on images that are on the device already.
 """
 
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from prelora_ray.bench.machine import copy_rate, describe, forget, matrix_rate, seconds_per_call
-from prelora_ray.config import ModelSettings, Settings
-from prelora_ray.config_file import parse_settings
-from prelora_ray.data.batch import Batch, StreamPlan
-from prelora_ray.data.manifest import Manifest, Shard
+from prelora_ray.bench.own import NUM_CLASSES, OwnRun, own_settings
+from prelora_ray.config import ModelSettings
+from prelora_ray.engine.check import check_model
 from prelora_ray.engine.flops import forward_flops, training_passes
-from prelora_ray.engine.state import TrainState
-from prelora_ray.engine.step import TrainStep
-from prelora_ray.method.architecture import blocks_of
+from prelora_ray.engine.precision import has_fp8
 from prelora_ray.method.phases import Phase, count_parameters
-from prelora_ray.train.batch_stream import stream_plan
 
 logger = logging.getLogger(__name__)
 
 Step = Callable[[], object]
-RANKS = (8, 16, 32, 32, 32, 64, 64, 8, 32, 32)
-"""Dealt out to the modules: 8 to 64, mean 32."""
 _REFERENCE_RANK = 32
-_NUM_CLASSES = 1000
 _TARGETS = r".*(attn\.(qkv|proj)|mlp\.fc[12])"
 _HF_TARGETS = r".*layer.*(query|key|value|dense|o_proj|q_proj|k_proj|v_proj|fc1|fc2)"
 
@@ -47,6 +38,8 @@ class Options:
     batch: int
     residual: Literal["fp32", "bf16"] = "fp32"
     """Of our own rows."""
+    drop_path: float = 0.0
+    """Where it is above 0, rows with it as masks and as subsets follow: the same in every block, and timm's linear rule."""
     steps: int = 10
     """Steps in a round; a figure is the median of five rounds."""
     kernels: int = 0
@@ -65,10 +58,12 @@ class Row:
     """Most memory allocated on the device; None on a CPU."""
     mfu: float
     """Operations of the model without adapters over what the measured rate of a bf16 matrix product allows. Backward counts
-    twice the forward's; once, where the base is frozen."""
+    twice the forward's; once, where the base is frozen. Residual branches that are left out count as computed."""
     trainable_share: float
     gradient_bytes: int
     """What data-parallel workers exchange in a step."""
+    compiled_graphs: int = 0
+    """Graphs that torch.compile made for it, each of which costs seconds at a start."""
     kernels: tuple[tuple[str, float], ...] = ()
     """Name and milliseconds a step of the kernels that take the most time on the device."""
 
@@ -78,6 +73,7 @@ def bench_phases(options: Options) -> dict[str, Any]:
 
     `failed` says what ended it before its last row, or is None.
     """
+    check_model(own_settings({"name": options.model, "image_size": options.image_size}, options.batch, options.batch, {}))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rates = {"matrix_flops": matrix_rate(device), "copy_bytes_per_second": copy_rate(device)}
     bench = _Bench(options, device, rates["matrix_flops"])
@@ -86,7 +82,7 @@ def bench_phases(options: Options) -> dict[str, Any]:
         for row in bench.rows():
             logger.info("%s: %.0f images/s", row.name, row.images_per_second)
             rows.append(vars(row))
-    except RuntimeError as error:  # after a fault of the device this process can use it no more; what was measured stands
+    except RuntimeError as error:  # after a device fault this process cannot use it any more; what was measured counts
         logger.debug("", exc_info=True)
         failed = str(error).splitlines()[0]
     except KeyboardInterrupt:
@@ -104,9 +100,9 @@ class _Bench:
         """Why a row was not measured, by its name."""
         size = options.image_size
         self.images = torch.randn(options.batch, 3, size, size, device=device)
-        self.labels = torch.randint(_NUM_CLASSES, (options.batch,), device=device)
+        self.labels = torch.randint(NUM_CLASSES, (options.batch,), device=device)
         model = ModelSettings(name=options.model, image_size=options.image_size)
-        self.forward_flops = forward_flops(model, _NUM_CLASSES)
+        self.forward_flops = forward_flops(model, NUM_CLASSES)
 
     def rows(self) -> Iterator[Row]:
         on_gpu = self.device.type == "cuda"
@@ -128,17 +124,24 @@ class _Bench:
             step, model = build()
             yield self._measure(name, step, model, phase=Phase.FULL if "full" in name else Phase.LORA)
             del step, model
-        fp8, prefix = {"train": {"precision": "fp8"}}, {"method": {"freeze": "prefix"}}
+        fp8, prefix = {"train": {"precision": "fp8", "fp8_from": "full"}}, {"method": {"freeze": "prefix"}}
         yield from self._own("bf16", {}, phases=list(Phase))
         yield from self._own("bf16 plain", {"train": {"adapters": "plain"}}, phases=(Phase.WARMUP, Phase.LORA))
-        yield from self._own("fp8", fp8)
+        yield from self._own("fp8", fp8, phases=list(Phase))
         yield from self._own("bf16 last half", prefix, first_share=0.5)
         yield from self._own("fp8 last half", fp8 | prefix, first_share=0.5)
+        if self.options.drop_path:
+            for rule in ("uniform", "linear"):
+                for form in ("mask", "subset"):
+                    keys = {"drop_path": self.options.drop_path, "drop_path_rule": rule, "drop_path_form": form}
+                    yield from self._own(f"bf16 {rule} {form}", {"model": keys}, phases=list(Phase))
+                    yield from self._own(f"fp8 {rule} {form}", fp8 | {"model": keys})
 
     def _wanted(self, name: str) -> bool:
         return not self.options.rows or any(name.startswith(row) for row in self.options.rows)
 
     def _measure(self, name: str, step: Step, model: nn.Module, *, phase: Phase) -> Row:
+        compiled = _compiled_graphs()
         for _ in range(6):  # compiles, tunes, captures; the peak of memory is theirs, as a graph's replay allocates nothing
             step()
         seconds = seconds_per_call(step, self.device, self.options.steps)
@@ -153,6 +156,7 @@ class _Bench:
             flops / seconds / self.matrix_flops,
             trainable / parameters,
             sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad),
+            _compiled_graphs() - compiled,
             kernels,
         )
 
@@ -164,35 +168,24 @@ class _Bench:
         wanted = [phase for phase in phases if self._wanted(names[phase])]
         if not wanted:
             return
-        if "fp8" in title and (self.device.type != "cuda" or torch.cuda.get_device_capability(self.device) < (8, 9)):
+        if "fp8" in title and not has_fp8(self.device):
             self.missing.update(dict.fromkeys((names[phase] for phase in wanted), "needs a GPU with products of e4m3"))
             return
         forget(self.device)
-        settings = _settings(self.options, changes)
-        plan = _plan(settings, self.options.batch)
-        state = TrainState(settings, _NUM_CLASSES, 10**6, self.device, world_size=1)
-        train_step, batch = TrainStep(state, plan), self._batch()
-        if wanted[0] is Phase.FULL:
-            yield self._measure(names[Phase.FULL], lambda: train_step.train(batch), state.model, phase=Phase.FULL)
-        ranks = _ranks([t.name for t in state.targets if t.layer >= first_share * len(blocks_of(state.model))])
-        state.enter(Phase.WARMUP, ranks)
-        forget(self.device)
-        if Phase.WARMUP in wanted:
-            yield self._measure(names[Phase.WARMUP], lambda: train_step.train(batch), state.model, phase=Phase.WARMUP)
-        state.enter(Phase.LORA)
-        forget(self.device)
-        if Phase.LORA in wanted:
-            yield self._measure(names[Phase.LORA], lambda: train_step.train(batch), state.model, phase=Phase.LORA)
-
-    def _batch(self) -> Batch:
-        size = self.options.image_size
-        images = torch.randint(256, (self.options.batch, size, size, 3), dtype=torch.uint8)
-        return Batch("train", 0, 0, images, self.labels.cpu(), np.arange(self.options.batch))
+        options = self.options
+        train = {"precision": "bf16", "residual": options.residual, "adapters": "merged", **changes.get("train", {})}
+        model = {"name": options.model, "image_size": options.image_size, **changes.get("model", {})}
+        settings = own_settings(model, options.batch, options.batch, train, changes.get("method"))
+        run = OwnRun(settings, self.device, first_share=first_share)
+        for phase in Phase:
+            run.enter(phase)
+            if phase in wanted:
+                yield self._measure(names[phase], run.step, run.state.model, phase=phase)
 
     def _timm(self, *, compiled: bool) -> tuple[Step, nn.Module]:
         import timm
 
-        model = timm.create_model(self.options.model, img_size=self.options.image_size, num_classes=_NUM_CLASSES)
+        model = timm.create_model(self.options.model, img_size=self.options.image_size, num_classes=NUM_CLASSES)
         model = model.to(self.device)
         return self._plain_step(torch.compile(model) if compiled else model, model), model
 
@@ -200,7 +193,7 @@ class _Bench:
         import peft
         import timm
 
-        model = timm.create_model(self.options.model, img_size=self.options.image_size, num_classes=_NUM_CLASSES)
+        model = timm.create_model(self.options.model, img_size=self.options.image_size, num_classes=NUM_CLASSES)
         model = peft.get_peft_model(model, _peft_config(_TARGETS, "head")).to(self.device)
         return self._plain_step(torch.compile(model) if compiled else model, model), model
 
@@ -219,7 +212,7 @@ class _Bench:
             image_size=self.options.image_size,
             patch_size=like.patch_embed.patch_size[0],
         )
-        config.num_labels = _NUM_CLASSES
+        config.num_labels = NUM_CLASSES
         model: Any = ViTForImageClassification(config)
         if adapters:
             model = peft.get_peft_model(model, _peft_config(_HF_TARGETS, "classifier"))
@@ -243,6 +236,11 @@ class _Bench:
         return step
 
 
+def _compiled_graphs() -> int:
+    """By this process, so far."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
 def _top_kernels(step: Step, count: int, steps: int = 3) -> tuple[tuple[str, float], ...]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(steps):
@@ -256,27 +254,3 @@ def _peft_config(targets: str, head: str) -> Any:
     import peft
 
     return peft.LoraConfig(r=_REFERENCE_RANK, lora_alpha=2 * _REFERENCE_RANK, target_modules=targets, modules_to_save=[head])
-
-
-def _settings(options: Options, changes: dict[str, Any]) -> Settings:
-    return parse_settings(
-        {
-            "name": "bench",
-            "data": {"path": "none", "batch_size": options.batch, "cell": 1},
-            "model": {"name": options.model, "image_size": options.image_size},
-            "train": {"precision": "bf16", "residual": options.residual, "adapters": "merged", **changes.get("train", {})},
-            "method": changes.get("method", {}),
-        }
-    )
-
-
-def _plan(settings: Settings, batch: int) -> StreamPlan:
-    shard = Shard("none", (batch,), 0, "")
-    manifest = Manifest(tuple(map(str, range(_NUM_CLASSES))), {"train": (shard,), "val": (shard,)}, 0, {})
-    return stream_plan(settings, manifest, rank=0, world_size=1)
-
-
-def _ranks(names: list[str]) -> dict[str, int]:
-    dealt = [RANKS[i % len(RANKS)] for i in range(len(names))]
-    random.Random(0).shuffle(dealt)
-    return dict(zip(names, dealt, strict=True))

@@ -47,7 +47,7 @@ class Options:
 
 
 def bench_loop(options: Options) -> dict[str, Any]:
-    """Our worker loop under Ray Train, over JPEG files that Ray Data decodes, against the same steps over batches in memory."""
+    """Our loop under Ray Train, on JPEG files that Ray Data decodes, against the same steps on batches in memory."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as directory:
         settings = _settings(directory, options)

@@ -26,7 +26,7 @@ Pixels = NDArray[np.uint8]
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom, in pixels."""
 _MARGIN = 8
-"""Pixels around a box that its resizing may look at: two of the result's, of which each is less than two of the source's."""
+"""Pixels around a box that resizing may use: two of the result's, each of which is less than two of the source's."""
 Crop = Literal["random_resized", "padded", "center"]
 
 
@@ -110,8 +110,8 @@ class Augmenter:
 def read_crop(encoded: bytes, size: int, choose_box: Callable[[int, int], Box]) -> Image.Image:
     """The part of an image inside a box, in RGB, resized to `size` x `size`.
 
-    `choose_box` gets the image's width and height. A JPEG is decoded at the smallest scale (1, 1/2, 1/4, 1/8) that leaves the
-    box `size` pixels on each side, which costs a fraction of the whole image's decoding.
+    `choose_box` gets the image's width and height. A JPEG is decoded at the smallest scale (1, 1/2, 1/4, 1/8) that
+    leaves the box `size` pixels on each side, which costs a fraction of the whole image's decoding.
     """
     image = Image.open(io.BytesIO(encoded), formats=FORMATS)  # reads its header alone
     width, height = image.size
@@ -193,7 +193,7 @@ def _color_transforms(augmentation: Augmentation) -> list[Callable[[Image.Image]
 def _timm_policies() -> ModuleType:
     """timm's `data/auto_augment.py` without timm.
 
-    The file needs Pillow and numpy; the package around it needs torch, which would take each decoder seconds and 400 MB.
+    The file needs Pillow and numpy; the package around it needs torch, which costs each decoder seconds and 400 MB.
     """
     package = importlib.util.find_spec("timm")
     assert package is not None and package.origin is not None

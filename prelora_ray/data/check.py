@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from prelora_ray.data.augment import undecodable
 from prelora_ray.data.damage import DamagedDataError, check_shard, damaged_row
 from prelora_ray.data.manifest import Shard, parse_manifest
+from prelora_ray.errors import one_line
 from prelora_ray.storage import Storage
 
 
@@ -24,7 +25,7 @@ def check_prepared(folder: Storage, on_progress: Callable[[int, int], None] = la
     manifest = parse_manifest(folder)
     shards = [shard for shards in manifest.splits.values() for shard in shards]
     findings: list[str] = []
-    # Threads will do: hashing and decoding run without Python's lock.
+    # Threads suffice: hashing and decoding release Python's lock.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = pool.map(lambda shard: list(_check_shard(folder, shard, len(manifest.classes))), shards)
         for done, of_shard in enumerate(found, 1):
@@ -38,7 +39,7 @@ def _check_shard(folder: Storage, shard: Shard, num_classes: int) -> Iterator[st
     try:
         content = folder.read_bytes(shard.file)
     except OSError as error:
-        yield f"{name} cannot be read: {' '.join(str(error).split())}"
+        yield f"{name} cannot be read: {one_line(error)}"
         return
     try:
         check_shard(folder, shard, content)
@@ -49,7 +50,7 @@ def _check_shard(folder: Storage, shard: Shard, num_classes: int) -> Iterator[st
         groups = tuple(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))
         rows = file.read().to_pylist()
     except (OSError, pa.ArrowException) as error:
-        yield f"{name} is no whole Parquet file: {' '.join(str(error).split())}"
+        yield f"{name} is no whole Parquet file: {one_line(error)}"
         return
     if groups != shard.row_groups:
         yield f"{name} has row groups of {groups} rows, and its manifest says {shard.row_groups}"

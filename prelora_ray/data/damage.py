@@ -1,4 +1,4 @@
-"""Prepared data that is not what `prepare` wrote. It is the same at every attempt, so it is named at the first."""
+"""Prepared data that is not what `prepare` wrote. A retry would find it too, so the first attempt reports it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def damaged_row(folder: Storage, file: str, row: int, source: str | None, reason
 
 
 def _source(folder: Storage, file: str, row: int) -> str | None:
-    """What a row was made from; None where its shard does not tell."""
+    """What a row was made from; None where its shard cannot be read for it."""
     try:
         with folder.filesystem.open_input_file(folder.file(file)) as stream:
             source: str = pq.read_table(stream, columns=["source"])["source"][row].as_py()

@@ -1,4 +1,4 @@
-"""One source image to the bytes that are stored: upright, in RGB, reduced. Of a file that is no whole image it is said why."""
+"""Turns a source image into the bytes to store: upright, RGB, reduced; or says why a file is no whole image."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ IMAGE_ENDINGS = frozenset(f".{ending}" for ending in _ENDINGS.split())
 """Endings by which a file claims to be an image, whether or not its format can be read."""
 
 _ENDING = re.compile(r"\.[a-z0-9]*[a-z][a-z0-9]*")
-"""What is behind a dot in `22.05_0` is none."""
+"""It has a letter: what follows the dot in `22.05_0` is none."""
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _LOSSLESS_SIDE = 64
@@ -85,7 +85,7 @@ def encode(content: bytes, size: int, quality: int, max_pixels: int) -> bytes:
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file claims by its name to be an image, as one without an ending does too."""
+    """Whether a file's name claims that it is an image; one without an ending does."""
     ending = os.path.splitext(name)[1].lower()
     return not _ENDING.fullmatch(ending) or ending in IMAGE_ENDINGS
 
@@ -96,15 +96,15 @@ def is_other_file(name: str, content: bytes) -> bool:
         return False
     try:
         with _pillow_kept_quiet():
-            _read(content, max_pixels=0)  # of which an image has more: none is decoded
-    except Exception as error:  # any other error is one of an image, if a broken one
+            _read(content, max_pixels=0)  # every image has more, so none is decoded
+    except Exception as error:  # any other error means an image, if a broken one
         return isinstance(error, UnidentifiedImageError)
     return False
 
 
 @contextmanager
 def _pillow_kept_quiet() -> Iterator[None]:
-    """Inside, Pillow neither prints warnings nor has an opinion of its own on an image's size."""
+    """Inside the block, Pillow prints no warnings and sets no limit of its own on an image's size."""
     limit = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = None
     try:
@@ -187,7 +187,7 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 
 
 def _is_stored_untouched(image: Image.Image, content: bytes) -> bool:
-    """Whether training can read the file as it is. simplejpeg ends the process over a lossless JPEG that it is to reduce."""
+    """Whether training can read the file as it is. simplejpeg aborts the process when it reduces a lossless JPEG."""
     if image.mode not in ("RGB", "L"):
         return False
     return image.format == "PNG" or (image.format == "JPEG" and _jpeg_process(content) in (0xC0, 0xC1, 0xC2))
@@ -236,7 +236,7 @@ def _segments(jpeg: bytes) -> Iterator[tuple[int, int, int]]:
     """Marker, start and end of each segment in front of a JPEG's pixels."""
     at = 2
     while at + 4 <= len(jpeg) and jpeg[at] == 0xFF and jpeg[at + 1] != 0xDA:
-        if jpeg[at + 1] == 0xFF:  # a byte to fill up
+        if jpeg[at + 1] == 0xFF:  # a fill byte
             at += 1
             continue
         end = at + 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
@@ -264,7 +264,7 @@ def _stored(image: Image.Image, turn: Image.Transpose | None, size: int, quality
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey of more than 8 bits in 8, where Pillow's conversion would clip all but the darkest to white."""
+    """Reduces grey of more than 8 bits to 8: Pillow's own conversion would clip all but the darkest values to white."""
     if image.mode[0] not in "IF":
         return image
     values = np.asarray(image)
@@ -305,7 +305,7 @@ def _number(image: TiffImageFile, tag: int, default: int) -> int:
 
 
 def _reason(error: Exception) -> str:
-    """What an error of a decoder says of the file: one line, and no address of this process's memory."""
+    """What a decoder's error says of the file, in one line and without memory addresses."""
     if isinstance(error, UnidentifiedImageError):
         return "it is no image of a kind that can be read"
     text = re.sub(r" at 0x[0-9a-fA-F]+", "", next(iter(str(error).splitlines()), ""))

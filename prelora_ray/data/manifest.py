@@ -115,7 +115,7 @@ def read_manifest(folder: Storage) -> Manifest:
 
 
 def parse_manifest(folder: Storage) -> Manifest:
-    """Reads the manifest, without a look at the shards. Raises UserError where there is none of a known schema version."""
+    """Reads the manifest alone, without the shards. Raises UserError where there is none of a known schema version."""
     if not folder.exists("manifest.json"):
         raise UserError(f"{folder} is no prepared folder (it has no manifest.json): run `prelora prepare SOURCE {folder}`")
     try:

@@ -35,7 +35,7 @@ class Mixing:
 
 @dataclass(frozen=True)
 class MixPlan:
-    """For each of n slots: with whom it is mixed, and how."""
+    """For each of n slots: which one it is mixed with, and how."""
 
     partner: torch.Tensor
     """(n,), int64: slot of the partner, in the same cell."""
@@ -48,7 +48,7 @@ class MixPlan:
 def plan_mixing(
     mixing: Mixing, seed: int, epoch: int, batch: int, cells: Sequence[int], size: int, ids: Ids, image_size: int
 ) -> MixPlan:
-    """Draws the mixing of a worker's `cells`, of `size` slots each, at the front of `ids` (n,), -1 where a slot is empty."""
+    """Draws the mixing of a worker's `cells`, `size` slots each, the first of `ids` (n,); -1 is an empty slot."""
     n = len(ids)
     partner, weight, box = np.arange(n), np.ones(n), np.zeros((n, 4), np.int64)
     if mixing.is_on:
@@ -83,9 +83,9 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 def normalize(
     images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """uint8 (n, height, width, 3) to normalised `dtype` (n, channels, height, width), one channel for each value of `mean`.
+    """uint8 (n, height, width, 3) to normalised `dtype` (n, channels, height, width).
 
-    One channel is the grey value.
+    There is a channel for each value of `mean`; a single one is the grey value.
     """
     if len(mean) == 1:
         images = _grey(images)

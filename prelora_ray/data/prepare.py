@@ -1,9 +1,9 @@
 """Source images to prepared Parquet, as a Ray Data job over all CPUs.
 
-The rows of each split are put into a seeded shuffle, so that class-sorted sources do not make class-sorted row groups, and
-cut into shards. Each shard is one task and one file, written whole, with a note of what it was made from beside it; so a
-job that was killed keeps the shards that stand, one whose source has changed makes anew those that it has to, and the same
-images and settings give the same bytes. The manifest comes last.
+The rows of each split are shuffled by the seed, so that class-sorted sources do not make class-sorted row groups, and
+cut into shards. Each shard is one task and one file, written whole, with a note of what it was made from beside it. So
+a job that was killed keeps its finished shards, one whose source has changed makes only the changed shards anew, and
+the same images and settings give the same bytes. The manifest comes last.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from prelora_ray.data.draws import Draw, generator
 from prelora_ray.data.encode import BadImageError, encode, is_other_file
 from prelora_ray.data.manifest import SCHEMA_VERSION, Counts, Manifest, Shard, Skipped, Split, is_prepared, write_manifest
+from prelora_ray.data.prepare_settings import PrepareSettings
 from prelora_ray.data.sources import Columns, Item, Reader, Source, Splits, open_source
 from prelora_ray.data.sources.source import ending
 from prelora_ray.data.stream import quiet_data_context
@@ -37,50 +38,7 @@ from prelora_ray.storage import Storage
 _SHARDS_PER_BUFFER = 8
 _DIGEST_BYTES = 8
 _EXAMPLES = 3
-
-
-@dataclass(frozen=True)
-class PrepareSettings:
-    val_fraction: float = 0.2
-    """Share of each class held out for validation, where the source has no validation images of its own."""
-    size: int = 256
-    """Longest that the shorter side of a stored image may be, in pixels; larger images are reduced."""
-    max_bad: float = 0.001
-    """Largest share of unreadable images before the job fails."""
-    max_overlap: float = 0.01
-    """Largest share of validation images that are among the training images too, before the job fails."""
-    seed: int = 0
-    """Seed of the held-out choice and of the rows' order."""
-    quality: int = 92
-    """JPEG quality of images that are encoded anew; images with a side of up to 64 pixels become PNG, which is lossless."""
-    train_split: str | None = None
-    """Pattern of the files or folders that train, where their names have no word such as `train`."""
-    val_split: str | None = None
-    """Pattern of the files or folders that validate, where their names have no word such as `val` or `test`."""
-    image_column: str | None = None
-    """Column of a table or Parquet file that holds images or their files; None takes a usual name, such as `image`."""
-    label_column: str | None = None
-    """Column that holds labels; None takes a usual name, such as `label`."""
-    max_pixels: int = 100_000_000
-    """Most pixels of a source image; a larger one is taken for a decompression bomb and counts as unreadable."""
-    shard_rows: int = 2048
-    """Images in a Parquet file."""
-    row_group_bytes: int = 2**20
-    """Encoded bytes in a row group, about: the unit that training reads."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.val_fraction < 1:
-            raise UserError(f"--val-fraction {self.val_fraction} is not allowed: it must lie between 0 and 1")
-        for name in ("max_bad", "max_overlap"):
-            if not 0 <= getattr(self, name) <= 1:
-                option = f"--{name.replace('_', '-')} {getattr(self, name)}"
-                raise UserError(f"{option} is not allowed: it must lie in 0 to 1")
-        if self.size < 1:
-            raise UserError(f"--size {self.size} is not allowed: it is a number of pixels, at least 1")
-        if not 1 <= self.quality <= 100:
-            raise UserError(f"--quality {self.quality} is not allowed: it must lie in 1 to 100")
-        if self.seed < 0:
-            raise UserError(f"--seed {self.seed} is not allowed: it is a whole number from 0 on")
+_PARTS = "parts"
 
 
 class PrepareError(WorkError):
@@ -97,9 +55,9 @@ def prepare(
 
     `on_progress` is called with the images done and their total.
 
-    Raises UserError for a source that is none; PrepareError where more than ``settings.max_bad`` of the images cannot be
-    read, more than ``settings.max_overlap`` of the validation images are among the training images too, or a class is left
-    without a training image.
+    Raises UserError for an invalid source; PrepareError where more than ``settings.max_bad`` of the images cannot be
+    read, more than ``settings.max_overlap`` of the validation images are among the training images too, or a class is
+    left without a training image.
     """
     settings = settings or PrepareSettings()
     folder = Storage(out)
@@ -131,7 +89,7 @@ def prepare(
             for split in dict.fromkeys(task.split for task in tasks)
         },
         bad=len(bad),
-        settings={"source": source, **asdict(settings)},
+        settings={"source": source, **settings.model_dump()},
         counts=_count(source, opened, tasks, written, settings, len(copies)),
     )
     _remove_stale(folder, {task.file for task in tasks})
@@ -140,7 +98,7 @@ def prepare(
 
 
 def _check_is_ours(folder: Storage, source: str) -> None:
-    """Raises UserError for a folder to write into that holds other things than an earlier `prepare` has written."""
+    """Raises UserError for an output folder that holds anything but what an earlier `prepare` has written."""
     if source != "digits" and os.path.realpath(Storage(source).path) == os.path.realpath(folder.path):
         raise UserError(f"{folder.uri!r} is the source itself: give another folder for the prepared images")
     files = [name for name in (*folder.list_files(), *folder.list_folders()) if not name.startswith(".")]
@@ -149,10 +107,10 @@ def _check_is_ours(folder: Storage, source: str) -> None:
 
 
 def plan(source: Source, out: str, settings: PrepareSettings, train_too: frozenset[str] = frozenset()) -> list[ShardTask]:
-    """The tasks that prepare a source, one a shard. Each carries its own images' places, and of the source only its reader.
+    """The tasks that prepare a source, one a shard. Each carries its own images' places and the source's reader alone.
 
-    `train_too`: names of images that are not to be held out. Raises UserError where no images are left to train on or to
-    validate with.
+    `train_too`: names of images that are not to be held out. Raises UserError where no images are left to train on or
+    to validate with.
     """
     tasks = []
     for split, items in _split(source, settings, train_too).items():
@@ -163,7 +121,7 @@ def plan(source: Source, out: str, settings: PrepareSettings, train_too: frozens
 
 
 def _run(tasks: list[ShardTask], on_progress: Callable[[int, int], None]) -> list[_Written]:
-    """Runs all tasks on Ray's CPUs; what each has written, in their order."""
+    """Runs all tasks on Ray's CPUs; returns what each has written, in their order."""
     quiet_data_context()
     references = [ray.put(task) for task in tasks]
     sizes = [len(task.items) for task in tasks]
@@ -273,7 +231,7 @@ def _in_both(tasks: list[ShardTask], written: list[_Written]) -> list[tuple[Item
 
 
 def _relabeled(tasks: list[ShardTask], written: list[_Written]) -> list[tuple[Item, Item]]:
-    """Images of another class than the first that is the same byte for byte, each with that one."""
+    """Images of another class than the first image with the same bytes, each with that one."""
     digests, items = _stored(tasks, written, "train", "val")
     labels = np.array([item.label for item in items])
     _, first, number = np.unique(digests, return_index=True, return_inverse=True)
@@ -301,9 +259,6 @@ def _remove_stale(folder: Storage, shards: set[str]) -> None:
         if name not in shards:
             folder.remove_file(name)
             (folder / _PARTS).remove_file(part)
-
-
-_PARTS = "parts"
 
 
 def _part(shard: str) -> str:
@@ -340,7 +295,7 @@ class ShardTask:
     settings: PrepareSettings
 
     def run(self) -> _Written:
-        """Writes the shard, unless it is there and made from the same."""
+        """Writes the shard, unless it is there already, made from the same images with the same settings."""
         folder = Storage(self.out)
         fingerprint = self._fingerprint()
         if (there := _read_part(folder, self.file, fingerprint)) is not None:
@@ -383,7 +338,7 @@ class ShardTask:
 
     def _fingerprint(self) -> str:
         """Changes with anything that the shard is made from."""
-        content = [SCHEMA_VERSION, repr(self.reader), repr(self.items), repr(asdict(self.settings))]
+        content = [SCHEMA_VERSION, repr(self.reader), repr(self.items), repr(self.settings.model_dump())]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

@@ -38,18 +38,18 @@ _RELEASE_SECONDS = 5.0
 def stream_batches(plan: StreamPlan, schedule: Sequence[Pass], decoders: int) -> Iterator[Batch]:
     """Yields this worker's batches of every pass in turn, decoded by `decoders` processes.
 
-    Runs inside a Ray Train worker, or anywhere where Ray is up. Raises DamagedDataError where what was read is not what was
-    prepared; any other error may pass.
+    Runs inside a Ray Train worker, or anywhere where Ray is up. Raises DamagedDataError where what was read is not what
+    was prepared; any other error may pass.
     """
     context = quiet_data_context()
     options = context.execution_options
     options.preserve_order = True
     options.resource_limits = options.resource_limits.copy(object_store_memory=_store_bytes(plan, decoders))
-    context.op_resource_reservation_ratio = 1.0  # half for the reader and half for the decoders: neither takes the other's
+    context.op_resource_reservation_ratio = 1.0  # half for the reader, half for the decoders: neither takes the other's
     context.downstream_capacity_backpressure_ratio = None  # it would idle decoders whose blocks are not asked for yet
-    # While the decoders have no room, Ray Data has the reader go on all the same: seldom, or it reads the whole run ahead.
+    # While the decoders have no room, Ray Data still lets the reader go on: seldom, or it reads the whole run ahead.
     context.output_backpressure_guard_release_interval_s = _RELEASE_SECONDS
-    # Ray Data fetches from the reader a few times a second: two blocks each time, its default, keep no more decoders busy.
+    # Ray Data fetches from the reader a few times a second: two blocks a time, its default, are few for many decoders.
     context._max_num_blocks_in_streaming_gen_buffer = decoders + 2
     context.target_max_block_size = 1  # one yielded row is one block; None would buffer the whole stream
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
@@ -84,8 +84,8 @@ def stream_batches(plan: StreamPlan, schedule: Sequence[Pass], decoders: int) ->
 def _store_bytes(plan: StreamPlan, decoders: int) -> int:
     """Object store for the encoded and decoded blocks on their way.
 
-    Of the decoders' half, Ray Data keeps one half for running tasks and one for blocks that wait. With twice a block for each
-    decoder in either, no decoder waits for room.
+    Of the decoders' half, Ray Data keeps one half for running tasks and one for blocks that wait. With twice a block
+    for each decoder in either, no decoder waits for room.
     """
     sizes = [augmentation.image_size for augmentation in plan.augmentations]
     block = max(plan.batches_per_block(size) * plan.num_slots * size**2 * 3 for size in sizes)

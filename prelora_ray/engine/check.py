@@ -1,4 +1,4 @@
-"""What a run will do to its model, tried before Ray starts: on tensors that have shapes and number formats, and no values."""
+"""Tries what a run will do to its model before Ray starts, on tensors with shapes and number formats but no values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import nn
 from torch._subclasses import fake_tensor
 
 from prelora_ray.config import MethodSettings, ModelSettings, Settings
-from prelora_ray.engine.model import create_model, drop_path_modules, set_drop_path
+from prelora_ray.engine.drop_path import compute_subsets, drop_path_modules, set_drop_path
+from prelora_ray.engine.model import create_model
 from prelora_ray.engine.optim import build_optimizer
 from prelora_ray.engine.precision import Format, autocast, keep_residual_in_bf16, phase_format, use_products
 from prelora_ray.errors import UserError, one_line
@@ -33,7 +34,8 @@ def check_model(settings: Settings) -> list[Target]:
     target's layer is used by its weight alone, so that an adapter on it would have no effect.
     """
     method = settings.method
-    format_ = phase_format(settings.train.precision, Phase.FULL, torch.device("cuda"))  # fp8 has no kernels for such tensors
+    # As if fp8 came with phase lora: it has no kernels for such tensors.
+    format_ = phase_format(settings.train.precision, Phase.LORA, Phase.FULL, torch.device("cuda"))
     with torch.device("meta"):
         model = create_model(settings.model, _CLASSES, seed=0, any_size=bool(settings.train.resolution))
     model.to(torch.float64 if format_ == "fp64" else torch.float32)
@@ -43,9 +45,11 @@ def check_model(settings: Settings) -> list[Target]:
         raise UserError(f"model.name = {settings.model.name!r} is not allowed: {error}") from None
     ranks = _largest_ranks(method, targets)
     with _without_values():
-        model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))  # on a CPU, as autocast wants a device
+        model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))  # on a CPU: autocast needs a device
         if settings.train.residual == "bf16":
             keep_residual_in_bf16(model)
+        if settings.model.drop_path_form == "subset":
+            compute_subsets(model, settings.data.cell)
         called = _calls(model, targets)
         _try_phase(model, settings, format_, Phase.FULL)
         for step in settings.train.resolution:
@@ -105,7 +109,8 @@ def _calls(model: nn.Module, targets: list[Target]) -> set[str]:
 
 def _try_phase(model: nn.Module, settings: Settings, format_: Format, phase: Phase) -> None:
     """What a phase does to a model: a step, an evaluation, a checkpoint."""
-    told = f"model.name = {settings.model.name!r} is not allowed with options {settings.model.options}"
+    asked = settings.model
+    told = f"model.name = {asked.name!r} is not allowed with image_size {asked.image_size} and options {asked.options}"
     try:
         for layer in use_products(model, format_, settings.train.adapters):
             layer.refresh()

@@ -1,4 +1,4 @@
-"""The modules that stand in for a frozen model's own where its products are e4m3."""
+"""The modules that stand in for a model's own where its products are e4m3."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from prelora_ray.kernels.fp8 import Adapter, Fp8FrozenLinear, fp8_mlp
+from prelora_ray.kernels.fp8_trained import Fp8TrainedLinear, fp8_trained_mlp
 from prelora_ray.method.adapters import LoraLinear
 
 
@@ -40,24 +41,31 @@ class Fp8Linear(StandIn):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear)
-        self.product = Fp8FrozenLinear(self.weight, self.bias, width=0)
-        self.product.refresh(self.weight, *adapter_of(self))
+        trains = self.weight.requires_grad
+        self.product = Fp8TrainedLinear(self.weight) if trains else Fp8FrozenLinear(self.weight, self.bias, width=0)
+        self.refresh()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.product(x, self.weight, self.bias, *adapter_of(self))
         return y
 
+    def refresh(self) -> None:
+        """Brings the product up to date with the layer's weights."""
+        self.product.refresh(self.weight, *adapter_of(self))
+
 
 class Fp8Mlp(StandIn):
-    """Two layers with exact GELU in between, each computed in e4m3."""
+    """Two layers with exact GELU in between, each computed in e4m3, the weights of both frozen or of both training."""
 
     takes_over = ("fc1", "fc2")
     fc1: Any
-    """A LoraLinear or Fp8Linear, its product an Fp8FrozenLinear."""
+    """A LoraLinear or Fp8Linear, its product an Fp8FrozenLinear or an Fp8TrainedLinear."""
     fc2: Any
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         first, second = self.fc1, self.fc2
+        if isinstance(first.product, Fp8TrainedLinear):
+            return fp8_trained_mlp(x, *((each.product, each.weight, each.bias, adapter_of(each)) for each in (first, second)))
         return fp8_mlp(x, first.product, adapter_of(first), second.product, adapter_of(second))
 
 

@@ -48,9 +48,8 @@ def find_micro_batch(state: TrainState, sizes: Sequence[int], backward: Callable
 
 
 def bytes_to_spare(state: TrainState, total: int) -> int:
-    """What a step must leave of a GPU of `total` bytes: for a snapshot, which stays there until it is written, and the rest.
-
-    To the rest belong the moments before the first step, which makes them.
+    """What a step must leave free of a GPU of `total` bytes: room for a snapshot, which stays until it is written, some
+    spare memory, and before the first step, which makes them, the optimizer's moments.
     """
     moments = 0 if state.optimizer.state else state.moment_bytes()
     return int(_SPARE * total) + state.snapshot_bytes() + moments

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import nn
 
 from prelora_ray.config import ModelSettings
-from prelora_ray.data.draws import Draw, generator
+from prelora_ray.engine.drop_path import KeyedDropPath, drop_uniformly
 from prelora_ray.errors import UserError, one_line
-from prelora_ray.kernels.merged import FrozenProduct
+from prelora_ray.kernels.merged import HeldProduct
 from prelora_ray.method.adapters import lora_layers
 from prelora_ray.method.architecture import blocks_of
 from prelora_ray.torchvision_ops import make_importable
@@ -24,21 +22,6 @@ from timm.layers import DropPath, Mlp, PatchDropout  # noqa: E402
 
 _ANY_SIZE = "dynamic_img_size"
 """timm's option for models that interpolate their positions."""
-
-
-class KeyedDropPath(nn.Module):
-    """Stochastic depth whose masks are set from outside, for each sample, instead of drawn here."""
-
-    def __init__(self, drop_prob: float) -> None:
-        super().__init__()
-        self.drop_prob = drop_prob
-        self.scale: torch.Tensor | None = None
-        """(samples,): 0 where the branch is left out, else 1 / (1 - drop_prob); None leaves out nothing."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training or self.scale is None:
-            return x
-        return x * self.scale.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
 
 
 def create_model(settings: ModelSettings, num_classes: int, seed: int, *, any_size: bool = False) -> nn.Module:
@@ -87,6 +70,11 @@ def create_model(settings: ModelSettings, num_classes: int, seed: int, *, any_si
                 f"model.name = {settings.name!r} is not allowed: {name} is a batch norm, whose statistics "
                 "depend on the number of workers"
             )
+    if settings.drop_path_rule == "uniform" and settings.drop_path > 0:
+        try:
+            drop_uniformly(model, settings.drop_path)
+        except ValueError as error:
+            raise UserError(f"model.drop_path_rule = 'uniform' is not allowed: {error}") from None
     return model
 
 
@@ -102,7 +90,7 @@ def compile_blocks(model: nn.Module, backend: str = "inductor", *, any_size: boo
     torch._dynamo.config.force_parameter_static_shapes = False
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.optimize_ddp = False  # it would cut blocks in two; gradients of whole blocks are early enough
-    if any(isinstance(module, FrozenProduct) for module in model.modules()):
+    if any(isinstance(module, HeldProduct) for module in model.modules()):
         from prelora_ray.kernels.compiler import suit_held_products  # the compiler takes a second to import
 
         suit_held_products()
@@ -112,8 +100,10 @@ def compile_blocks(model: nn.Module, backend: str = "inductor", *, any_size: boo
         for family in layer.rows:
             torch._dynamo.maybe_mark_dynamic(layer.lora_A[family], 0)
             torch._dynamo.maybe_mark_dynamic(layer.lora_B[family], 1)
-        if isinstance(layer.product, FrozenProduct):
-            layer.refresh = torch.compile(layer.refresh, backend=backend)  # type: ignore[method-assign]
+    for module in model.modules():
+        if isinstance(getattr(module, "product", None), HeldProduct):
+            # By shape: with sizes that vary a compiler would not know that it can hold a row.
+            module.refresh = torch.compile(module.refresh, dynamic=False, backend=backend)  # type: ignore[assignment, arg-type]
     for block in blocks_of(model):
         block.compile(backend=backend, dynamic=False if any_size else None)
 
@@ -128,25 +118,3 @@ def gelu_mlps(model: nn.Module) -> dict[str, Mlp]:
         and module.act.approximate == "none"
         and isinstance(module.norm, nn.Identity)
     }
-
-
-def drop_path_modules(model: nn.Module) -> list[KeyedDropPath]:
-    return [module for module in model.modules() if isinstance(module, KeyedDropPath)]
-
-
-def draw_drop_path(
-    modules: Sequence[KeyedDropPath], seed: int, epoch: int, batch: int, cells: Sequence[int], size: int, num_slots: int
-) -> torch.Tensor:
-    """Scales for every module and slot, (modules, num_slots), drawn per cell of `size` slots."""
-    keep = 1 - np.array([module.drop_prob for module in modules])[:, None]
-    scales = np.ones((len(modules), num_slots))
-    for i, cell in enumerate(cells):
-        draws = generator(seed, Draw.DROP_PATH, epoch, batch, cell).random((len(modules), size))
-        scales[:, i * size : (i + 1) * size] = (draws < keep) / np.maximum(keep, np.finfo(float).tiny)
-    return torch.from_numpy(scales)
-
-
-def set_drop_path(modules: Sequence[KeyedDropPath], scales: torch.Tensor | None) -> None:
-    """Sets the scales of the micro-batch that comes next, (modules, samples); None leaves out nothing."""
-    for i, module in enumerate(modules):
-        module.scale = None if scales is None else scales[i]

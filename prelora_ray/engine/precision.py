@@ -14,7 +14,8 @@ from prelora_ray.engine.fp8 import Fp8Linear, Fp8Mlp, StandIn
 from prelora_ray.engine.model import gelu_mlps
 from prelora_ray.errors import UserError
 from prelora_ray.kernels.fp8 import MULTIPLE, Fp8FrozenLinear
-from prelora_ray.kernels.merged import FrozenLinear, FrozenProduct, merged_linear
+from prelora_ray.kernels.fp8_trained import Fp8TrainedLinear
+from prelora_ray.kernels.merged import FrozenLinear, HeldProduct, merged_linear
 from prelora_ray.method.adapters import LoraLinear, Product, lora_layers
 from prelora_ray.method.architecture import blocks_of
 from prelora_ray.method.phases import Phase
@@ -24,26 +25,26 @@ _FP8_CAPABILITY = (8, 9)
 """The first NVIDIA GPUs with products of e4m3: Ada; Hopper is (9, 0)."""
 
 
-class PrecisionError(UserError):
-    """The hardware does not have the format that the settings ask for."""
-
-
-def phase_format(precision: Literal["auto"] | Format, phase: Phase, device: torch.device) -> Format:
-    """The format of a phase's products. `fp8` is for a frozen base, so for phase lora; bf16 stands in front of it."""
+def phase_format(precision: Literal["auto"] | Format, fp8_from: Phase, phase: Phase, device: torch.device) -> Format:
+    """The format of a phase's products; `fp8` is that from phase `fp8_from` on, and bf16 in front of it."""
     if precision == "auto":
         return "bf16" if device.type == "cuda" else "fp32"
-    if precision == "fp8" and phase is not Phase.LORA:
+    phases = list(Phase)
+    if precision == "fp8" and phases.index(phase) < phases.index(fp8_from):
         return "bf16"
     return precision
 
 
+def has_fp8(device: torch.device) -> bool:
+    """Whether the device has products of e4m3."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _FP8_CAPABILITY
+
+
 def check_precision(precision: Literal["auto"] | Format, device: torch.device) -> None:
-    """Raises PrecisionError where the device has not what the setting asks for."""
-    if precision != "fp8":
-        return
-    found = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < _FP8_CAPABILITY:
-        raise PrecisionError(
+    """Raises UserError where the device has not what the setting asks for."""
+    if precision == "fp8" and not has_fp8(device):
+        found = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
+        raise UserError(
             f"train.precision = 'fp8' is not allowed on {found}: it needs an NVIDIA GPU of the Ada or Hopper generation or "
             "later; use bf16"
         )
@@ -54,56 +55,55 @@ def autocast(format_: Format, device: torch.device) -> AbstractContextManager[An
     return torch.autocast(device.type, torch.bfloat16) if format_ in ("bf16", "fp8") else nullcontext()
 
 
-def use_products(model: nn.Module, format_: Format, adapters: Literal["plain", "merged"]) -> list[LoraLinear]:
+def use_products(model: nn.Module, format_: Format, adapters: Literal["plain", "merged"]) -> list[LoraLinear | Fp8Linear]:
     """Has the linear layers of the blocks computed as the settings say.
 
     Returns those that want a `refresh` before each forward.
     """
-    _stand_back(blocks_of(model))
-    layers = lora_layers(model).values()
+    stand_back(model)
+    layers = list(lora_layers(model).values())
     widths: dict[torch.Size, int] = {}
     for layer in layers:
         width = math.ceil(layer.rank / MULTIPLE) * MULTIPLE
         widths[layer.weight.shape] = max(width, widths.get(layer.weight.shape, 0))
-    holding = []
     for layer in layers:
         layer.product = _product(layer, format_, adapters, widths[layer.weight.shape])
-        if isinstance(layer.product, FrozenProduct):
-            holding.append(layer)
     if format_ == "fp8":
         _stand_in(blocks_of(model))
-    return holding
+    adapted = [layer for layer in layers if isinstance(layer.product, HeldProduct)]
+    return adapted + [layer for layer in model.modules() if isinstance(layer, Fp8Linear) and layer.weight.requires_grad]
 
 
 def _stand_in(blocks: nn.Module) -> None:
-    """Puts modules of e4m3 in the place of frozen layers without adapters, and of MLPs whose layers all are e4m3."""
+    """Puts modules of e4m3 in the place of layers without adapters, and of MLPs whose layers both are e4m3 and alike."""
     for name, layer in list(blocks.named_modules()):
         if type(layer) is nn.Linear and _fits_fp8(layer):
             blocks.set_submodule(name, Fp8Linear(layer))
     for name, mlp in gelu_mlps(blocks).items():
-        if all(isinstance(getattr(layer, "product", None), Fp8FrozenLinear) for layer in (mlp.fc1, mlp.fc2)):
+        if {type(getattr(layer, "product", None)) for layer in (mlp.fc1, mlp.fc2)} in ({Fp8FrozenLinear}, {Fp8TrainedLinear}):
             blocks.set_submodule(name, Fp8Mlp(mlp))
 
 
-def _stand_back(blocks: nn.Module) -> None:
+def stand_back(model: nn.Module) -> None:
     """Gives the model its own modules back."""
+    blocks = blocks_of(model)
     for name, module in list(blocks.named_modules()):
         if isinstance(module, StandIn):
             blocks.set_submodule(name, module.plain())
 
 
 def _fits_fp8(layer: nn.Linear | LoraLinear) -> bool:
-    is_frozen = not layer.weight.requires_grad
-    return is_frozen and layer.in_features % MULTIPLE == 0 and layer.out_features % MULTIPLE == 0
+    return layer.in_features % MULTIPLE == 0 and layer.out_features % MULTIPLE == 0
 
 
 def _product(layer: LoraLinear, format_: Format, adapters: Literal["plain", "merged"], width: int) -> Product | None:
     if adapters == "plain" and format_ != "fp8":
         return None
     dtype = {"fp64": torch.float64, "fp32": torch.float32}.get(format_, torch.bfloat16)
-    if layer.weight.requires_grad:
-        return partial(merged_linear, dtype=dtype)
-    if format_ == "fp8" and _fits_fp8(layer):
+    is_fp8, trains = format_ == "fp8" and _fits_fp8(layer), layer.weight.requires_grad
+    if trains:
+        return Fp8TrainedLinear(layer.weight) if is_fp8 else partial(merged_linear, dtype=dtype)
+    if is_fp8:
         return Fp8FrozenLinear(layer.weight, layer.bias, width)
     return FrozenLinear(layer.weight, layer.bias, width, dtype)
 

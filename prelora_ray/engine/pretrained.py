@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from prelora_ray.errors import UserError
+from prelora_ray.errors import UserError, one_line
 from prelora_ray.method.architecture import head_parameters
 from prelora_ray.storage import Storage
 from prelora_ray.torchvision_ops import make_importable
@@ -38,7 +38,7 @@ def load_pretrained(model: nn.Module, path: str) -> list[str]:
         try:
             tensors = checkpoint_filter_fn(tensors, model)
         except (RuntimeError, ValueError, KeyError, AssertionError) as error:
-            raise UserError(f"model.init_from = {path!r} does not fit the model: {' '.join(str(error).split())}") from error
+            raise UserError(f"model.init_from = {path!r} does not fit the model: {one_line(error)}") from error
     told = []
     if sentence := _adapt_channels(tensors, own, f"{getattr(model, 'pretrained_cfg', {}).get('first_conv')}.weight"):
         told.append(sentence)
@@ -68,7 +68,7 @@ def load_pretrained(model: nn.Module, path: str) -> list[str]:
 
 
 def _adapt_channels(tensors: dict[str, torch.Tensor], own: dict[str, torch.Tensor], name: str) -> str | None:
-    """Makes the weights `name` (width, channels, height, width of a patch) those of RGB or of grey, as the model's own are.
+    """Makes the weights `name` (width, channels, height and width of a patch) RGB's or grey's, as the model's own are.
 
     A grey image, normalised alike, then means the same to both. Returns a sentence where they were not so before.
     """
@@ -97,6 +97,6 @@ def _read(path: str) -> dict[str, torch.Tensor]:
             if all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
                 return dict(tensors)
         except Exception as error:  # whatever a damaged or foreign file makes a reader raise
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            reason = f"{type(error).__name__}: {one_line(error)[:200]}"
             raise UserError(f"model.init_from = {path!r} cannot be read as a timm checkpoint: {reason}") from error
     raise UserError(f"model.init_from = {path!r} is no timm checkpoint: it holds other things than tensors")

@@ -17,8 +17,8 @@ class Snapshot:
     """All that a run needs to go on."""
 
     state: dict[str, Any]
-    """JSON: "epoch" and "batch" (the position), and what the training state adds; "fork": whether the change of phase that
-    "phases" tells of is still to come, as in the checkpoint of a trunk that a fork begins with."""
+    """JSON: "epoch" and "batch" (the position), and what the training state adds; "fork": whether the change of phase
+    that "phases" tells of is still to come, as in the checkpoint of a trunk that a fork begins with."""
     model: Tensors
     """The model's own tensors, by timm's names, less those in `base`."""
     optimizer: OptimizerState

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from prelora_ray.config import Settings
-from prelora_ray.engine.model import compile_blocks, create_model, drop_path_modules
+from prelora_ray.engine.drop_path import compute_subsets, drop_path_modules
+from prelora_ray.engine.exchange import Exchange, align_gradients
+from prelora_ray.engine.model import compile_blocks, create_model
 from prelora_ray.engine.optim import OptimizerState, build_optimizer, optimizer_state
-from prelora_ray.engine.precision import Format, autocast, keep_residual_in_bf16, phase_format, use_products
+from prelora_ray.engine.precision import Format, autocast, keep_residual_in_bf16, phase_format, stand_back, use_products
 from prelora_ray.engine.pretrained import load_pretrained
 from prelora_ray.engine.snapshot import Snapshot
 from prelora_ray.method.adapters import (
@@ -24,7 +25,7 @@ from prelora_ray.method.adapters import (
     peft_state_dict,
 )
 from prelora_ray.method.architecture import find_targets
-from prelora_ray.method.phases import Decision, Phase, freeze_parameters
+from prelora_ray.method.phases import Decision, Phase, count_parameters, freeze_parameters
 from prelora_ray.schedule import phase_schedule
 
 SWITCH_TOLERANCE = 1e-5
@@ -48,12 +49,17 @@ class TrainState:
         device: torch.device,
         world_size: int,
         checkpoint: Snapshot | None = None,
+        exchange: Exchange | None = None,
     ) -> None:
-        """The state of a checkpoint, or of a run that begins. `batches` is the number of global batches in an epoch."""
+        """The state of a checkpoint, or of a run that begins. `batches` is the number of global batches in an epoch.
+
+        `exchange`: how workers exchange their gradients, where it is not to be as the settings say.
+        """
         self.settings = settings
         self.batches = batches
         self.device = device
         self.world_size = world_size
+        self.exchange = exchange or Exchange.of(settings.train.gradient_exchange)
         dtype = torch.float64 if settings.train.precision == "fp64" else torch.float32
         self.model = create_model(settings.model, num_classes, settings.train.seed, any_size=self._any_size).to(device, dtype)
         self.pretrained_notes: list[str] = []
@@ -62,6 +68,10 @@ class TrainState:
             self.pretrained_notes = load_pretrained(self.model, settings.model.init_from)
         if settings.train.residual == "bf16":
             keep_residual_in_bf16(self.model)
+        if world_size > 1:
+            align_gradients(self.model)
+        if settings.model.drop_path_form == "subset":
+            compute_subsets(self.model, settings.data.cell)
         self.drop_path = drop_path_modules(self.model)
         self.targets = find_targets(self.model, settings.method.targets)
         self.phases = phase_schedule(settings.method, settings.train.ramp_epochs, [target.name for target in self.targets])
@@ -73,7 +83,7 @@ class TrainState:
         self.fork: Decision | None = None
         """The change of phase that the checkpoint of a trunk has yet to go through, where a fork begins with one."""
         self.logit_change: float | None = None
-        """Largest change of a logit at the last change of phase: what another number format and other products make of it."""
+        """Largest change of a logit at the last change of phase, by another number format and other products."""
         self.network: nn.Module = self.model
         if checkpoint is not None:
             self._load(checkpoint)
@@ -96,9 +106,18 @@ class TrainState:
         return next(self.model.parameters()).dtype
 
     @property
+    def gradient_bytes(self) -> int:
+        """What every worker exchanges in a step; 0 with one worker."""
+        if self.world_size == 1:
+            return 0
+        dtype = torch.bfloat16 if self.settings.train.gradient_exchange == "bf16" else self.dtype
+        return dtype.itemsize * count_parameters(self.model)[0]
+
+    @property
     def format(self) -> Format:
         """Number format of the products in the phase that the run is in."""
-        return phase_format(self.settings.train.precision, self.phases.phase, self.device)
+        train = self.settings.train
+        return phase_format(train.precision, train.fp8_from, self.phases.phase, self.device)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """What the network is called in."""
@@ -133,6 +152,7 @@ class TrainState:
         moments = optimizer_state(self.model, self.optimizer)
         before = self._probe(self._format_built)
         if decision.switch is not None:
+            stand_back(self.model)  # adapters go into the model's own modules, which alone compute exactly
             exact = self._probe("fp32")
             self._inject(decision.switch)
             change = (self._probe("fp32") - exact).abs().max().item()
@@ -144,7 +164,7 @@ class TrainState:
         self.logit_change = (self._probe(self.format) - before).abs().max().item()
 
     def refresh(self) -> None:
-        """Brings up to date what products hold of weights that a step changes: in front of each step and each evaluation."""
+        """Brings up to date what products hold of weights that a step changes. Call before each step and evaluation."""
         for layer in self._holding:
             layer.refresh()
 
@@ -176,7 +196,7 @@ class TrainState:
         )
 
     def snapshot_bytes(self) -> int:
-        """What the largest snapshot of this phase takes on the device: with the frozen base, and moments of all that trains."""
+        """Bytes of this phase's largest snapshot on the device: with the frozen base, and all moments."""
         saved = sum(tensor.nbytes for part in self._saved_tensors() for tensor in part.values())
         return saved + self.moment_bytes()
 
@@ -185,7 +205,7 @@ class TrainState:
         return sum(2 * parameter.nbytes + _STEP_BYTES for parameter in self.model.parameters() if parameter.requires_grad)
 
     def _saved_tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """The model's own tensors that train or are no parameters, those that phase lora has frozen, and the adapters'."""
+        """The model's own tensors that train or are no parameters, those that phase lora has frozen, and adapters'."""
         model = base_state_dict(self.model)
         frozen: set[str] = set()
         if self.phases.phase is Phase.LORA:
@@ -234,12 +254,7 @@ class TrainState:
             compile_blocks(self.model, any_size=self._any_size)
         if self.world_size == 1:
             return
-        self.network = DistributedDataParallel(
-            self.model,
-            device_ids=[self.device] if self.device.type == "cuda" else None,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-        )
+        self.network = self.exchange.wrap(self.model, self.device)
         image = torch.zeros(1, *self.settings.model.input_shape, device=self.device, dtype=self.dtype)
         self.network.train()
         with torch.compiler.set_stance("force_eager"), self.autocast():  # or one image would be compiled by itself

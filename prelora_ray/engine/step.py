@@ -13,9 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 from prelora_ray.data.batch import Batch, StreamPlan
 from prelora_ray.data.mixing import Mixing, MixPlan, mix, normalize, plan_mixing, soft_targets, to_device
 from prelora_ray.engine.cuda_graph import CudaGraph
+from prelora_ray.engine.drop_path import draw_drop_path, set_drop_path
 from prelora_ray.engine.evaluation import Evaluation, Evaluator, all_reduce
 from prelora_ray.engine.micro_batch import FoundSizes, find_micro_batch, micro_batch_sizes
-from prelora_ray.engine.model import draw_drop_path, set_drop_path
 from prelora_ray.engine.optim import set_learning_rate
 from prelora_ray.engine.state import TrainState
 from prelora_ray.method.phases import Phase
@@ -123,7 +123,7 @@ class TrainStep:
         state.optimizer.zero_grad()
 
     def _add_gradients(self, inputs: dict[str, torch.Tensor], starts: range, *, exchanges: bool) -> torch.Tensor:
-        """Takes the micro-batches that begin at `starts` through the model and back; sum of their losses, and their images.
+        """Takes the micro-batches that begin at `starts` through the model and back; sums of their losses and images.
 
         `exchanges`: whether workers exchange their gradients, after the last of them.
         """
@@ -149,6 +149,7 @@ class TrainStep:
                 loss = torch.where(filled, losses, 0).sum()
                 (loss * inputs["scale"]).backward()
             sums += torch.stack([loss.detach(), filled.sum()])
+        set_drop_path(state.drop_path, None)
         return sums
 
     def check_finite(self) -> None:

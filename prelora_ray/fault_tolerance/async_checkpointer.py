@@ -33,10 +33,10 @@ class Saved:
 
 
 class AsyncCheckpointer(Background):
-    """A thread that writes, commits and prunes. What it did waits in `results` for the loop to record."""
+    """A thread that writes, commits and prunes. `results` returns what it has done, for the loop to record."""
 
     def __init__(self, checkpoints: Checkpoints, retention: Retention, write_first: Callable[[], None] = lambda: None) -> None:
-        """`write_first`: writes what must be there before a checkpoint is; one that cannot be written has failed too."""
+        """`write_first`: writes what must be there before a checkpoint is; if it fails, so does the save."""
         super().__init__()
         self._write_first = write_first
         self._checkpoints = checkpoints
@@ -49,9 +49,10 @@ class AsyncCheckpointer(Background):
     def start(
         self, take: Callable[[], Snapshot], seconds: float = math.inf, meanwhile: Callable[[], None] = lambda: None
     ) -> bool:
-        """Takes a snapshot, which nothing may change any more, and writes it; returns whether it does.
+        """Takes a snapshot, which nothing may change any more, and begins to write it.
 
-        It does not where another one is still being written after so many seconds. Calls `meanwhile` as `wait` does.
+        Returns False, without a snapshot, where another one is still being written after `seconds`. Calls `meanwhile`
+        as `wait` does.
         """
         self.wait(seconds, meanwhile)
         if self.is_busy:
@@ -83,7 +84,7 @@ class AsyncCheckpointer(Background):
             self._write_first()
             with _beside_training(checkpoint):
                 self._checkpoints.save(checkpoint)
-        except OSError as failure:  # a full disk, an unreachable bucket: training goes on, and the next save tries again
+        except OSError as failure:  # a full disk, an unreachable bucket: training goes on, the next save tries again
             error = f"{type(failure).__name__}: {one_line(failure)[:300]}"
         except BaseException:
             logger.exception("saving failed")

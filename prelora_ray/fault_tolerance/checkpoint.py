@@ -8,8 +8,8 @@
       manifest.json         size and SHA-256 of every file above, and of the base that it refers to; phase and top-1
     checkpoints/base.safetensors    what phase lora has frozen, stored once
 
-The name is the position: epochs done, and batches done in the epoch after. A checkpoint that turned out damaged is set aside
-as <epoch>-<batch>.damaged.
+The name is the position: epochs done, and batches done in the next epoch. A checkpoint that was found damaged is set
+aside as <epoch>-<batch>.damaged.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ BASE = "base.safetensors"
 _SCHEMA_VERSION = 2
 _STAGING_BYTES = 2**24
 _NAME = re.compile(r"\d{5,}-\d{6,}")
+_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError)
+"""What a damaged JSON file, or one that holds something else, makes its reader raise."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Checkpoints:
         self._base: dict[str, Any] | None = None
 
     def save(self, checkpoint: Snapshot) -> None:
-        """Writes and commits a checkpoint; on return it is whole. Where this fails, nothing of it stays to fill up a disk."""
+        """Writes and commits a checkpoint; on return it is whole. On failure, what it wrote to a disk is removed."""
         try:
             self._save(checkpoint)
         except BaseException:
@@ -132,7 +134,7 @@ class Checkpoints:
         """Reads a checkpoint.
 
         Raises DamagedCheckpointError where a file is missing or is not what its manifest says, OtherSchemaError where
-        another version of this program wrote it, and OSError where it cannot be read, which says nothing of what is in it.
+        another version of this program wrote it, and OSError where it cannot be read: then it may still be whole.
         """
         folder = self.folder / name
         try:
@@ -174,17 +176,17 @@ class Checkpoints:
             _check_schema(name, about)
 
     def remove_unfinished(self) -> None:
-        """Removes what saves that were killed have left. Only who alone saves may call this."""
+        """Removes what killed saves have left. Call it only while nothing else saves."""
         self.folder.remove_unfinished()
         for name in set(self._folders()) - set(self.names()):
             self.folder.remove_folder(name)
 
     def set_aside(self, name: str) -> None:
-        """Keeps a damaged checkpoint for whoever looks into it, as none of the checkpoints any more."""
+        """Keeps a damaged checkpoint under another name, for inspection: it no longer counts as a checkpoint."""
         self.folder.rename_folder(name, f"{name}.damaged")
 
     def about(self) -> dict[str, dict[str, Any]]:
-        """Schema, position, phase and accuracy of every committed checkpoint whose manifest is not damaged, oldest first."""
+        """Schema, position, phase and accuracy of every committed checkpoint with a readable manifest, oldest first."""
         found = {}
         for name in self.names():
             if name not in self._about:
@@ -211,16 +213,12 @@ class Checkpoints:
                 self._about.pop(name, None)
 
 
-_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError)
-"""What a damaged JSON file, or one that holds something else, makes its reader raise."""
-
-
 class DamagedCheckpointError(RuntimeError):
     """A checkpoint is not what its manifest says."""
 
 
 class OtherSchemaError(UserError):
-    """A checkpoint is laid out as another version of this program does it."""
+    """A checkpoint was written by another version of this program, with another layout."""
 
 
 def _read_manifest(folder: Storage) -> dict[str, Any]:
@@ -234,7 +232,7 @@ def _check_schema(name: str, manifest: dict[str, Any]) -> None:
 
 
 def _on_cpu(tensors: Tensors) -> Tensors:
-    """On a GPU by way of pinned memory: a copy into any other keeps the whole device waiting."""
+    """The tensors on the CPU; from a GPU through pinned memory, as a copy into any other stalls the whole device."""
     if not any(tensor.is_cuda for tensor in tensors.values()):
         return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     staging = torch.empty(_STAGING_BYTES, dtype=torch.uint8, pin_memory=True)
@@ -254,7 +252,7 @@ def copy_in_pieces(tensor: torch.Tensor, staging: torch.Tensor) -> torch.Tensor:
 
 
 def _safetensors(tensors: Tensors) -> bytes:
-    """By way of a file, as `safetensors.torch.save`, and `torch.save` too, hold up every thread of the process meanwhile."""
+    """Through a file: `safetensors.torch.save`, and `torch.save` too, hold up every thread of the process meanwhile."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "tensors")
         try:

@@ -1,4 +1,4 @@
-"""How all workers do the same thing after the same step, without waiting for each other at any."""
+"""Has all workers do the same thing after the same step, though no step waits for another worker."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class Action(IntEnum):
     SAVE = 1
     """Gather what a checkpoint needs, which rank 0 then writes."""
     STOP = 2
-    """Save, wait until it is committed, and end: the driver was asked to."""
+    """Save, wait until it is committed, and end: the driver was asked to stop."""
     LEAVE = 3
     """Save, wait until it is committed, and end: the driver goes on without the nodes that are about to go."""
 
 
 class Control:
-    """Rank 0's wish of one step reaches all workers at the next one, by a broadcast that runs beside the step."""
+    """Rank 0's request of one step reaches all workers at the next one, by a broadcast that runs beside the step."""
 
     def __init__(self) -> None:
         self._group = None
@@ -30,16 +30,16 @@ class Control:
             self._group = dist.new_group(backend="gloo")
         self._pending: tuple[torch.Tensor, dist.Work] | None = None
 
-    def exchange(self, wish: Action) -> Action:
-        """Takes this step's wish (rank 0's counts) and returns that of the step before, on every worker."""
+    def exchange(self, request: Action) -> Action:
+        """Takes this step's request (rank 0's counts) and returns that of the step before, on every worker."""
         if self._is_alone:
-            return wish
+            return request
         asked = Action.NONE
         if self._pending is not None:
             box, work = self._pending
             work.wait()
             asked = Action(int(box))
-        box = torch.tensor(int(wish))
+        box = torch.tensor(int(request))
         work = dist.broadcast(box, src=0, group=self._group, async_op=True)
         assert work is not None
         self._pending = box, work

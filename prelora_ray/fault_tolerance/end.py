@@ -1,4 +1,4 @@
-"""How an attempt ended: a record of its own, as the last line of a log may be the one that found no room."""
+"""How an attempt ended: a record of its own, as a full disk may have no room for the last line of a log."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ EndKind = Literal["finished", "stop", "preemption", "failed"]
 
 @dataclass(frozen=True)
 class End:
-    """What rank 0 writes as its last act, and the driver goes by; or the driver itself, where the workers failed for good."""
+    """Written last by rank 0, for the driver to act on; or by the driver itself, where the workers failed for good."""
 
     end: EndKind
-    """All epochs are trained, recorded and saved; asked to stop; nodes are about to go; another try would not help."""
+    """In this order: all epochs are trained, recorded and saved; the run was asked to stop; nodes are about to go;
+    another try would not help."""
     epoch: int | None = None
     step: int | None = None
     """Where rank 0 stood."""
@@ -40,5 +41,5 @@ def read_end(folder: RunFolder) -> End | None:
 
 
 def remove_end(folder: RunFolder) -> None:
-    """Before an attempt, that no earlier one's is taken for its own."""
+    """To be called before an attempt, so that an earlier one's record is not taken for its own."""
     folder.remove_file(FILE)

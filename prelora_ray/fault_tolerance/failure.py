@@ -18,7 +18,7 @@ from prelora_ray.errors import UserError, one_line
 _OWN = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RuntimeError, TypeError, ValueError)
 """What code that is wrong, or is given what it cannot take, raises."""
 _SURROUNDINGS = (dist.DistError, torch.AcceleratorError, torch.OutOfMemoryError)
-"""Those among them that lost peers, broken devices and full memory raise; where they have no type of their own, their words."""
+"""Those of them that tell of lost peers, broken devices or full memory; for others, words that do."""
 _SURROUNDINGS_SAY = re.compile(
     "gloo|nccl|cuda error|connection|timed out|timeout|out of memory|allocate memory|new thread|no space left", re.IGNORECASE
 )
@@ -56,9 +56,9 @@ def _restored(reason: str, step: int | None, is_final: bool, is_repeated: bool) 
 
 @contextmanager
 def own_failures(step: Callable[[], int | None]) -> Iterator[None]:
-    """Raises WorkerCodeError in place of what the code inside raises by itself; what its surroundings do to it stays as it is.
+    """Raises WorkerCodeError in place of errors of the code inside; those of its surroundings stay as they are.
 
-    A UserError is a mistake in the settings that was found late, and so final; damaged data is the same at every attempt.
+    Final are a UserError, a mistake in the settings that was found late, and damaged data, the same at every attempt.
     """
     try:
         yield
@@ -70,7 +70,7 @@ def own_failures(step: Callable[[], int | None]) -> Iterator[None]:
 
 
 def failures_of(error: BaseException) -> list[WorkerCodeError]:
-    """The workers' own failures that ended an attempt; none where a worker or its node was lost, which explains the others."""
+    """The workers' own failures that ended an attempt; none where a lost worker or node explains the others."""
     found = list(getattr(error, "worker_failures", {}).values())
     if any(isinstance(_unwrapped(failure), ray.exceptions.RayActorError) for failure in found):
         return []
@@ -78,10 +78,10 @@ def failures_of(error: BaseException) -> list[WorkerCodeError]:
 
 
 def is_own(error: BaseException) -> bool:
-    """Whether code raised it by its own fault, as far as that can be told: what is in doubt is not its own."""
+    """Whether the code itself is at fault, as far as that can be told; in doubt it is not."""
     cause, line = _unwrapped(error), root_cause(error)
     kind: Any = type(cause)
-    if isinstance(cause, ray.exceptions.UserCodeException):  # of Ray Data, which tells what was raised by its name alone
+    if isinstance(cause, ray.exceptions.UserCodeException):  # Ray Data's, in which the error is left as a name alone
         kind = getattr(builtins, line.split(":")[0], None)
     is_code = isinstance(kind, type) and issubclass(kind, _OWN) and not issubclass(kind, _SURROUNDINGS)
     return is_code and not _SURROUNDINGS_SAY.search(line)
@@ -100,7 +100,7 @@ def root_cause(error: BaseException) -> str:
 
 
 def _rank(failure: BaseException) -> int:
-    """Of several workers' failures the one with the smallest tells most: others lost a peer by it."""
+    """The smaller, the closer to the cause: of several workers' failures, the others lost a peer by it."""
     if isinstance(failure, WorkerCodeError):
         return 0
     return 1 if isinstance(_unwrapped(failure), ray.exceptions.RayActorError) else 2

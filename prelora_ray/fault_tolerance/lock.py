@@ -1,19 +1,20 @@
 """One driver to a run folder, on disks, file shares and object stores alike.
 
-Every driver lays a claim: a file of its own, ``driver-<nonce>.json``, which its heartbeat changes. It is in once a listing
-made after its claim shows no other living one. Of two claims one was there before the other's driver listed, so that two
-never both get in; of several that start at once, that of the lowest name stays and the others withdraw.
+Every driver writes a claim: a file of its own, ``driver-<nonce>.json``, which its heartbeat changes. It holds the
+folder once a listing made after its claim shows no other living claim. Of two claims one was there before the other's
+driver listed, so two never both hold it. Of several that start at once, the one of the lowest name stays; the others
+withdraw.
 
-No clock is compared with another machine's. A driver lives whose process this one sees running, or whose claim changes
-while this one looks; it is dead once its process is seen to have ended, or its claim has not changed for `SILENCE_SECONDS` of
+No clock is compared with another machine's. A driver is alive if its process is seen to run, or its claim changes while
+this one polls. It is dead once its process is seen to have ended, or its claim has not changed for `SILENCE_SECONDS` of
 this process's own clock. A dead driver's claim is removed, and a driver whose claim is gone stops.
 
-This asks one thing of the storage: a listing shows every file that was written before it. Disks do that, S3 and GCS
-do, and an NFS client lists a directory anew once it has written into it. On a store that does not, drivers are kept apart
-that start further from each other than its listings lag. A conditional upload would do without, but pyarrow cannot ask for one.
+This asks one thing of the storage: a listing shows every file that was written before it. Disks, S3 and GCS do that,
+and an NFS client lists a directory anew once it has written into it. On a store that does not, only drivers that start
+further apart than its listings lag are kept apart. A conditional upload would do without, but pyarrow has none.
 
-What no file can keep out: a driver that was suspended, or cut off from the storage, for so long that another took over may
-write between its return and its next look at its claim, `BEAT_SECONDS` later at most.
+One thing no file can prevent: a driver that was suspended, or cut off from the storage, for so long that another took
+over may write until it next checks its claim, at most `BEAT_SECONDS` after its return.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ logger = logging.getLogger(__name__)
 
 BEAT_SECONDS = 5.0
 SILENCE_SECONDS = 60.0
-_LOOK_SECONDS = {True: 0.2, False: 1.0}
-"""Between looks at the others' claims, by whether the run folder is on a disk or in a bucket that has to be asked."""
+_POLL_SECONDS = {True: 0.2, False: 1.0}
+"""Between polls of the others' claims, by whether the run folder is on a disk; a bucket is polled less often."""
 
 CLAIM = "driver"
 """What the names of claims begin with."""
@@ -57,9 +58,9 @@ class LostRunError(WorkError):
 class DriverLock:
     """Holds a run folder for the time of a block.
 
-    Raises HeldRunError where a living driver holds it: at once where that one's process can be seen, else after its next
-    heartbeat. Takes over from a dead one: at once, else after `silence_seconds`. Raises LostRunError at the end of a block
-    in which another driver has taken over.
+    Raises HeldRunError where a living driver holds it: at once where that one's process can be seen, else after its
+    next heartbeat. Takes over from a dead one: at once, else after `silence_seconds`. Raises LostRunError at the end of
+    the block where another driver has taken over.
     """
 
     def __init__(self, folder: RunFolder, silence_seconds: float = SILENCE_SECONDS) -> None:
@@ -97,19 +98,19 @@ class DriverLock:
 
     def _get_in(self) -> None:
         while True:
-            is_laid, others = self._look()
+            is_laid, others = self._poll()
             if is_laid and not others:
                 break
             if min(others, default=self._name) >= self._name:
                 self._write(holds=False)
             elif is_laid:
-                self._folder.remove_file(self._name)  # whoever comes first is to find itself alone
+                self._folder.remove_file(self._name)  # so that the one of the lowest name finds itself alone
             if others:
-                time.sleep(_LOOK_SECONDS[self._folder.is_local])
+                time.sleep(_POLL_SECONDS[self._folder.is_local])
         self._write(holds=True)
 
-    def _look(self) -> tuple[bool, dict[str, Claim]]:
-        """Whether the own claim is laid, and all others but those of dead drivers, which it removes.
+    def _poll(self) -> tuple[bool, dict[str, Claim]]:
+        """Whether the own claim is there, and all others but those of dead drivers, which it removes.
 
         Raises HeldRunError where a living driver holds the folder.
         """
@@ -128,7 +129,7 @@ class DriverLock:
         return is_laid, others
 
     def _lives(self, name: str, claim: Claim, start: float) -> bool | None:
-        """Whether the driver of a claim that was read after `start` of the own clock lives; None while that is not known."""
+        """Whether a claim's driver is alive, None if not known yet. `start`: own clock, before the claim was read."""
         is_running = _is_running(claim)
         if is_running is not None:
             return is_running
@@ -149,7 +150,7 @@ class DriverLock:
                 others = claims(self._folder)
                 is_laid = others.pop(self._name, None) is not None
                 if not is_laid or any(_holds(claim) for claim in others.values()):
-                    # Two that hold: one was suspended inside a beat, and has brought its claim back. Neither goes on.
+                    # Two hold it: one was suspended inside a beat, which brought its claim back. Neither goes on.
                     self._folder.remove_file(self._name)
                     return
                 self._write(holds=True)
@@ -192,7 +193,7 @@ def _check(folder: RunFolder, name: str) -> None:
 
 
 def _holds(claim: Claim) -> bool:
-    """Whether a claim's driver got in; where it does not tell, it did."""
+    """Whether a claim's driver holds the folder; where it does not say, it does."""
     return bool(claim.get("holds", True))
 
 

@@ -16,10 +16,10 @@ from prelora_ray.run_folder import RunFolder
 
 STOP_FILE = "stop.json"
 """The driver's request to stop."""
-_LOOK_SECONDS = {True: 0.2, False: 3.0}
-"""Between looks for the driver's request, by whether the run folder is on a disk or in a bucket that has to be asked."""
+_POLL_SECONDS = {True: 0.2, False: 3.0}
+"""Between polls for the driver's request, by whether the run folder is on a disk; a bucket is polled less often."""
 _ROOM_SECONDS = 1.0
-"""Between looks for room to grow: Ray Train, which then starts the group again, looks every 5 s."""
+"""Between polls for room to grow: Ray Train, which then starts the group again, polls every 5 s."""
 
 
 def room_to_grow(workers: WorkerSettings, world_size: int, *, uses_gpu: bool) -> bool:
@@ -31,25 +31,25 @@ def room_to_grow(workers: WorkerSettings, world_size: int, *, uses_gpu: bool) ->
 
 
 class StopRequest:
-    """Looks for the driver's request beside the loop, as storage that cannot be reached may take its time to say so."""
+    """Polls for the driver's request beside the loop, as unreachable storage may take minutes to say so."""
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
         self._closed = threading.Event()
         self.is_there = False
-        threading.Thread(target=self._look, daemon=True).start()
+        threading.Thread(target=self._poll, daemon=True).start()
 
     def close(self) -> None:
         self._closed.set()
 
-    def _look(self) -> None:
-        while not self.is_there and not self._closed.wait(_LOOK_SECONDS[self._folder.is_local]):
+    def _poll(self) -> None:
+        while not self.is_there and not self._closed.wait(_POLL_SECONDS[self._folder.is_local]):
             with contextlib.suppress(OSError):  # then nothing is known of a request
                 self.is_there = self._folder.exists(STOP_FILE)
 
 
 class Notices:
-    """What rank 0 wishes after each step."""
+    """Decides what rank 0 asks all workers for after each step."""
 
     def __init__(self, folder: RunFolder, settings: CheckpointSettings, has_room: Callable[[], bool] = lambda: False) -> None:
         """`has_room`: whether the group is about to grow, which costs what was not saved."""
@@ -61,7 +61,7 @@ class Notices:
         self._save_time = time.monotonic()
         self._save_step: int | None = None
 
-    def wish(self, step: int, *, is_busy: bool) -> Action:
+    def request(self, step: int, *, is_busy: bool) -> Action:
         """What rank 0 asks for after `step` steps. `is_busy`: whether a checkpoint is being written."""
         now = time.monotonic()
         if self._save_step is None:

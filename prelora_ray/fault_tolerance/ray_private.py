@@ -1,8 +1,9 @@
-"""What Ray 2.60 keeps to itself and an elastic run needs, in one place.
+"""The parts of Ray 2.60's private API that an elastic run needs, in one place.
 
-A run reserves room: an elastic one with Ray's autoscaling coordinator, every one by a placement group. Where its controller or
-driver dies, the first stays for 180 s and the second until Ray's dashboard tells that the controller is dead, which an embedded
-Ray has not; the same run, started again, would wait for its own ghost. Nor does Ray clear away an actor that died unborn.
+A run reserves room: an elastic one with Ray's autoscaling coordinator, every one by a placement group. Where its
+controller or driver dies, the first reservation stays for 180 s, and the second until Ray's dashboard, which an
+embedded Ray does not have, reports the controller dead. The same run, started again, would wait for what it has itself
+reserved. Nor does Ray remove an actor that was registered by a process that died before it was created ("unborn").
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from prelora_ray.fault_tolerance.failure import WorkerCodeError, failures_of
 _SHUTDOWN_SECONDS = 2
 _COUNT_SECONDS = 2.0
 _UNBORN_SECONDS = 1.0
-"""A living process has a registered actor created within milliseconds."""
+"""How long a registered actor may wait to be created: a living process does that within milliseconds."""
 _DATA_ACTORS = {
     "ActorLocationTracker": "ActorLocationTracker",
     "AutoscalingCoordinator": "AutoscalingCoordinator",
@@ -48,8 +49,8 @@ _DATA_ACTORS = {
 class JobConfig(ray.job_config.JobConfig):
     """Ray's, whose workers import from where the driver does.
 
-    Ray has them look first in the folder of the driver's script and in the folder that the driver was started in, where
-    something by the name of a library may lie; and it does not hand on where the driver found this package.
+    Ray's own has them look first in the folder of the driver's script and in the one that the driver was started in,
+    which may hold a module with the name of a library; and it does not pass on where the driver found this package.
     """
 
     _py_driver_sys_path: list[str]
@@ -66,9 +67,9 @@ class JobConfig(ray.job_config.JobConfig):
 
 
 class TorchTrainer(ray.train.torch.TorchTrainer):
-    """Ray Train's, which does not try again what would fail alike, and counts on no node that is about to go.
+    """Ray Train's, which does not retry what would fail alike, and does not count on nodes that are about to go.
 
-    It has no actor that shares out datasets: every worker streams its own part, and a start is sooner.
+    It starts no actor that shares out datasets: every worker streams its own part, so a start takes less time.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
@@ -82,7 +83,7 @@ class TorchTrainer(ray.train.torch.TorchTrainer):
 
 
 class FailurePolicy(DefaultFailurePolicy):
-    """Ray Train's, which ends a run whose worker fails for good, or a second time as in the attempt before, no step further."""
+    """Ray Train's, which ends a run whose worker fails for good, or as in the previous attempt and no step further."""
 
     def __init__(self, failure_config: ray.train.FailureConfig) -> None:
         super().__init__(failure_config)
@@ -113,28 +114,28 @@ class TorchConfig(ray.train.torch.TorchConfig):
 class Guard(ControllerCallback, WorkerGroupCallback):
     """A callback of Ray Train that ends a fit, workers and all and without another try, once `check` raises.
 
-    Its controller calls `check` every few seconds, and before it starts workers: also where the driver is suspended. While
-    workers train, `check` runs in a thread: it may wait for storage, and the controller must not, as the workers wait for it.
+    Its controller calls `check` every few seconds, and before it starts workers: also where the driver is suspended.
+    While workers train, `check` runs in a thread: it may wait for storage, but the workers wait for the controller.
     """
 
     def __init__(self, check: Callable[[], None], seconds: float) -> None:
         self._check = check
         self._seconds = seconds
         self._time = float("-inf")
-        self._looking = Background()
+        self._polling = Background()
         self._raised: Exception | None = None
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
         if self._raised is not None:
             raise self._raised
-        if time.monotonic() - self._time >= self._seconds and not self._looking.is_busy:
+        if time.monotonic() - self._time >= self._seconds and not self._polling.is_busy:
             self._time = time.monotonic()
-            self._looking.begin(self._look)
+            self._polling.begin(self._poll)
 
     def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
         self._check()
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         try:
             self._check()
         except Exception as error:
@@ -144,15 +145,15 @@ class Guard(ControllerCallback, WorkerGroupCallback):
 class ScalingPolicy(ElasticScalingPolicy):
     """Ray Train's, with no more workers in a new group than have room on the nodes that are to stay.
 
-    Ray counts a node that is about to go as room until it is gone, though it starts nothing on it; and it counts nodes every
-    20 s, in which time it waits for those that are gone. What it asks of an autoscaler stays as it is.
+    Ray counts a node that is about to go as room until it is gone, though it starts nothing on it. And it counts nodes
+    every 20 s, and meanwhile waits for those that are gone. What it asks of an autoscaler is unchanged.
     """
 
     def __init__(self, scaling_config: ray.train.ScalingConfig) -> None:
         super().__init__(scaling_config)
         self._running = 0
         """Size of the group that runs."""
-        self._looked = float("-inf")
+        self._counted = float("-inf")
 
     def make_decision_for_non_running_worker_group(self) -> Any:
         self._running = 0
@@ -181,34 +182,34 @@ class ScalingPolicy(ElasticScalingPolicy):
 
     def _count_nodes(self) -> None:
         """Has Ray's autoscaling coordinator look at the cluster now, without waiting for it."""
-        if time.monotonic() - self._looked > _COUNT_SECONDS:
-            self._looked = time.monotonic()
+        if time.monotonic() - self._counted > _COUNT_SECONDS:
+            self._counted = time.monotonic()
             get_or_create_autoscaling_coordinator().get_reserved_resources.remote("none", recompute=True)
 
 
 def let_trials_be_stopped() -> None:
-    """Has Ray Train find its cluster where Tune stops a trial, also on a machine with another cluster's address on file.
+    """Has Ray Train find its cluster where Tune stops a trial, also where a file on the machine names another cluster.
 
-    The actor that gives back a stopped trial's room asks for its cluster without an address; where that
-    fails nobody hears of it, and the room is lost to all trials after.
+    The actor that gives back a stopped trial's room looks for its cluster without an address; where that
+    fails, it does so silently, and the room is lost to all later trials.
     """
     ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
 
 
 def keep_token_private() -> None:
-    """Takes the token that Ray makes, a password to what it runs, from the machine's other users: Ray leaves it open to all.
+    """Makes Ray's token, a password to all that it runs, readable to its owner alone: Ray lets every user read it.
 
-    Its folder is made too, so that the token is private from its first moment on.
+    Makes its folder too, so that the token is private from its first moment on.
     """
     folder = Path.home() / ".ray"
-    with contextlib.suppress(OSError):  # a home that is none, or of somebody else
+    with contextlib.suppress(OSError):  # no home folder, or somebody else's
         folder.mkdir(mode=0o700, exist_ok=True)
         (folder / "auth_token").chmod(0o600)
 
 
 def preemption() -> Any:
-    """Ray's PreemptionInfo as far as this worker has heard; None while no node of the group is about to go.
+    """Ray's PreemptionInfo, as far as this worker has received it; None while no node of the group is about to go.
 
     `ray.train.get_preemption_info` tells the same, but waits for every worker to call it.
     """
@@ -247,7 +248,7 @@ def release_groups_of_dead_actors() -> set[str]:
         group.placement_group_id.hex()
         for group in table
         if group.creator_actor_dead
-        and group.creator_actor_id != ActorID.nil().binary()  # the driver's own groups, of no actor, count as a dead one's
+        and group.creator_actor_id != ActorID.nil().binary()  # the driver's own groups: no actor counts as a dead one
         and not group.is_detached
         and group.creator_job_id.hex() == job
         and group.state != PlacementGroupTableData.REMOVED
@@ -260,8 +261,8 @@ def release_groups_of_dead_actors() -> set[str]:
 def remove_unborn_actors() -> None:
     """Removes those of Ray Data's shared actors that were registered by a process that died before it had them created.
 
-    A worker that is killed a moment after the node of such an actor went may leave one: all that stream
-    find it by its name, and wait for it forever.
+    A worker that is killed just after the node of such an actor went may leave one: every stream
+    then finds it by its name, and waits for it forever.
     """
     unborn = _registered_only()
     if unborn:

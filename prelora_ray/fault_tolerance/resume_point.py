@@ -1,4 +1,4 @@
-"""Where an attempt begins, and what became of the one before."""
+"""Where an attempt begins, and how the previous one ended."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class ResumePoint:
     damaged: dict[str, str]
     """A sentence for each newer checkpoint that is damaged, by name."""
     cause: str | None
-    """Why the attempt before ended: `preemption`, `stop`, `driver` (it died) or `failure`."""
+    """Why the previous attempt ended: `preemption`, `stop`, `driver` (it died) or `failure`."""
     seconds: float | None
-    """Since the attempt before last told where it was."""
+    """Since the previous attempt last wrote progress.json."""
     last_step: int
-    """Steps that the attempt before had done, as far as it told."""
+    """Steps that the previous attempt had done, by its progress.json."""
     world_size: int | None
-    """Workers of the attempt before."""
+    """Workers of the previous attempt."""
 
 
 def find_resume_point(folder: RunFolder, checkpoints: Checkpoints) -> tuple[ResumePoint, Snapshot | None]:

@@ -9,9 +9,9 @@ import threading
 import time
 
 PATIENCE = 10
-"""How many times longer than a step's limit a start, a compilation or a last save may take."""
+"""A start, a compilation or a last save may take so many times a step's limit."""
 OUTAGE_PATIENCE = PATIENCE // 2
-"""How many times a step's limit an attempt's start, and the driver between two, wait for storage that cannot be reached."""
+"""An attempt's start, and the driver between two, wait so many times a step's limit for unreachable storage."""
 
 
 class Watchdog:

@@ -26,7 +26,7 @@ _BATCH = 256
 
 
 @dataclass(frozen=True)
-class Report:
+class EvaluationReport:
     evaluation: Evaluation
     classes: tuple[str, ...]
     confusion: torch.Tensor
@@ -42,14 +42,14 @@ class Report:
 
 def evaluate(
     source: str, data: str | None = None, on_progress: Callable[[int, int], None] = lambda done, total: None
-) -> Report:
+) -> EvaluationReport:
     """Evaluates `source` (whatever `load_trained` takes) on the validation images of `data`. Needs a running Ray.
 
     Without `data` they are those that the run was trained with. Uses a GPU where Ray has one. `on_progress`
     is called with the images done and their total.
 
-    Raises UserError where there is no such model or data, or their classes differ; DamagedDataError where an image cannot
-    be read.
+    Raises UserError where there is no such model or data, or their classes differ; DamagedDataError where an image
+    cannot be read.
     """
     model = load_trained(source)
     data = data or model.data
@@ -68,7 +68,7 @@ def evaluate(
     try:
         for reference in task.options(num_returns="streaming").remote(model, str(folder), manifest, decoders):
             done = ray.get(reference)
-            if isinstance(done, Report):
+            if isinstance(done, EvaluationReport):
                 return done
             on_progress(done, total)
     except ray.exceptions.RayTaskError as error:
@@ -79,7 +79,7 @@ def evaluate(
 
 
 def _evaluate(model: TrainedModel, path: str, manifest: Manifest, decoders: int) -> Iterator[Any]:
-    """Yields the images done so far, again and again, and in the end the report."""
+    """Yields the number of images done so far after each batch, and in the end the report."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module = model.module.to(device)
     prepared = model.preprocessing
@@ -94,7 +94,7 @@ def _evaluate(model: TrainedModel, path: str, manifest: Manifest, decoders: int)
     for images in evaluator.run(predict, batches, _BATCH):
         done += images
         yield done
-    yield Report(evaluator.result(), manifest.classes, evaluator.confusion)
+    yield EvaluationReport(evaluator.result(), manifest.classes, evaluator.confusion)
 
 
 def _plan(model: TrainedModel, path: str, manifest: Manifest) -> StreamPlan:

@@ -1,4 +1,4 @@
-"""A run's model in the forms that other tools load, each loaded back and compared before it is handed over."""
+"""A run's model in the forms that other tools load, each loaded back and compared before `out` appears."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def _write_timm(run: RunModel, path: Path, tensors: dict[str, torch.Tensor]) -> 
     save_for_hf(
         model,
         str(path),
-        model_config={"label_names": list(run.classes), "pretrained_cfg": {"tag": settings.name}},  # not timm's own weights
+        model_config={"label_names": list(run.classes), "pretrained_cfg": {"tag": settings.name}},  # not timm's weights
         safe_serialization=True,
         data_config={
             "input_size": settings.model.input_shape,

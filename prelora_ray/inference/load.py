@@ -21,7 +21,7 @@ from torch import nn
 from prelora_ray.config import Settings
 from prelora_ray.engine.snapshot import Snapshot
 from prelora_ray.engine.state import restore_model
-from prelora_ray.errors import UserError
+from prelora_ray.errors import UserError, one_line
 from prelora_ray.fault_tolerance.checkpoint import Checkpoints, DamagedCheckpointError
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
@@ -76,7 +76,7 @@ def load_trained(source: str) -> TrainedModel:
                 try:
                     return load(at)
                 except Exception as error:  # whatever a damaged or foreign file makes a reader raise
-                    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                    reason = f"{type(error).__name__}: {one_line(error)[:200]}"
                     raise UserError(f"{str(at)!r} is no exported model: {reason}") from error
     raise UserError(f"{source!r} is no trained model: give a run folder, one of its checkpoints, or an exported model")
 
@@ -99,12 +99,17 @@ def load_run_model(source: str) -> RunModel:
         raise UserError(f"{source!r}: {error}") from None
     if checkpoint is None:
         raise UserError(f"{source!r} has no whole checkpoint yet")
-    return _run_model(settings, folder.read_classes(), checkpoint)
+    return _run_model(folder, settings, checkpoint)
 
 
-def _run_model(settings: Settings, classes: tuple[str, ...], checkpoint: Snapshot) -> RunModel:
-    data = settings.data
-    model = restore_model(settings, len(classes), checkpoint).float().eval()
+def _run_model(folder: RunFolder, settings: Settings, checkpoint: Snapshot) -> RunModel:
+    classes, data = folder.read_classes(), settings.data
+    try:
+        model = restore_model(settings, len(classes), checkpoint).float().eval()
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise UserError(
+            f"{folder}: config.yaml or data.json does not fit checkpoint {checkpoint.name}: {one_line(error)[:200]}"
+        ) from None
     preprocessing = Preprocessing(settings.model.image_size, *settings.normalization, data.crop_ratio)
     return RunModel(model, classes, preprocessing, data.path, settings, checkpoint.name)
 

@@ -1,4 +1,4 @@
-"""What torch.compile should know of these products."""
+"""Settings of torch.compile that suit these products."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _WIDEST_ROW = 4096
 class WholeRows(InductorChoices):
     """Keeps a row of up to 4096 numbers in registers while it is reduced.
 
-    Scaling a row needs its largest value first. By default a row that is wide, or part of a wider matrix, is read once for each
-    reduction and once more for what follows, and what is in front of them, such as a norm, is computed as often.
+    Scaling a row needs its largest value first. By default a row that is wide, or part of a wider matrix, is read once
+    for each reduction and once more for what follows; what precedes them, such as a norm, is computed just as often.
     """
 
     @staticmethod
@@ -34,9 +34,9 @@ class WholeRows(InductorChoices):
 def suit_held_products() -> None:
     """Has this process compile with whole rows, and without gaps between them.
 
-    A gap that aligns the rows of y and x A', together 3216 wide say, costs more than it brings: a product writes its bias
-    along only where its result has none, and else the bias is written first, row for row, in a pass of its own.
+    Gaps would align the rows of y and x A', together 3216 wide for instance, and cost more than they gain: cuBLAS adds
+    the bias within a product only where the result has none. Else the bias is written first, in a pass of its own.
     """
     torch._inductor.config.comprehensive_padding = False
-    torch._inductor.config.inductor_choices_class = WholeRows  # for threads that have not compiled yet, as those of backwards
+    torch._inductor.config.inductor_choices_class = WholeRows  # for threads that compile later, such as the backward's
     V.set_choices_handler(WholeRows())

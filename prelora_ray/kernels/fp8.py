@@ -1,7 +1,7 @@
 """The product of a frozen linear layer with adapters in 8-bit floating point (e4m3), scaled by row.
 
-As `merged.py` has it, with x, dy and the two halves of M rounded to e4m3, each row by a scale of its own; sums are float32,
-results bfloat16. x is kept for the backward in 8 bits. Gradients of A and B are products of bfloat16.
+As `merged.py` has it, with x, dy and the two halves of M rounded to e4m3, each row by a scale of its own; sums are
+float32, results bfloat16. x is kept for the backward in 8 bits. Gradients of A and B are products of bfloat16.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from prelora_ray.kernels.gelu import gelu_quantize, gelu_quantize_backward
 from prelora_ray.kernels.merged import FrozenProduct, frozen_bias
+from prelora_ray.kernels.passes import gelu_quantize_both, gelu_quantize_both_backward
 from prelora_ray.kernels.rows import Operand, quantize
 
 MULTIPLE = 16
@@ -40,45 +41,58 @@ class Adapter(NamedTuple):
     scaling: float
 
 
-class Fp8FrozenLinear(FrozenProduct):
-    """In e4m3, with results in bfloat16. `in`, `out` and the width are multiples of 16."""
+class Operands(nn.Module):
+    """Buffers for a layer's weights (out, in) as its two products take them, with room for `width` rows more."""
 
     forward_values: torch.Tensor
     forward_scale: torch.Tensor
     backward_values: torch.Tensor
     backward_scale: torch.Tensor
-    bias: torch.Tensor
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, width: int) -> None:
-        super().__init__(width)
+    def __init__(self, weight: torch.Tensor, width: int) -> None:
+        super().__init__()
         out_features, in_features = weight.shape
         shapes = {"forward": (out_features + width, in_features), "backward": (in_features + width, out_features)}
         for name, shape in shapes.items():
             values = torch.zeros(shape, dtype=torch.float8_e4m3fn, device=weight.device)
             self.register_buffer(f"{name}_values", values, persistent=False)
             self.register_buffer(f"{name}_scale", torch.ones(shape[0], 1, device=weight.device), persistent=False)
+
+    @property
+    def both(self) -> tuple[Operand, Operand]:
+        """(out + width, in) and (in + width, out)."""
+        return Operand(self.forward_values, self.forward_scale), Operand(self.backward_values, self.backward_scale)
+
+    def fill(self, forward: torch.Tensor, backward: torch.Tensor) -> None:
+        for operand, x in zip(self.both, (forward, backward), strict=True):
+            rounded = quantize(x)
+            operand.values.copy_(rounded.values)
+            operand.scale.copy_(rounded.scale)
+
+
+class Fp8FrozenLinear(FrozenProduct):
+    """In e4m3, with results in bfloat16. `in`, `out` and the width are multiples of 16."""
+
+    bias: torch.Tensor
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, width: int) -> None:
+        super().__init__(width)
+        self.operands = Operands(weight, width)
         longer = F.pad(frozen_bias(weight, bias), (0, width))  # x A' has none
         self.register_buffer("bias", longer.bfloat16(), persistent=False)
 
     @property
     def packed(self) -> Packed:
-        forward = Operand(self.forward_values, self.forward_scale)
-        return Packed(forward, Operand(self.backward_values, self.backward_scale), self.bias)
+        return Packed(*self.operands.both, self.bias)
 
     def pack(self, merged: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         spare = self.width - len(a)
-        _fill(self.packed.forward, F.pad(torch.cat([merged, a]), (0, 0, 0, spare)))
-        _fill(self.packed.backward, F.pad(torch.cat([merged, b], dim=1).t(), (0, 0, 0, spare)))
+        forward, backward = torch.cat([merged, a]), torch.cat([merged, b], dim=1).t()
+        self.operands.fill(F.pad(forward, (0, 0, 0, spare)), F.pad(backward, (0, 0, 0, spare)))
 
     def multiply(self, rows: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
         y: torch.Tensor = _Product.apply(rows, a, b, self.packed, scaling)
         return y
-
-
-def _fill(operand: Operand, x: torch.Tensor) -> None:
-    rounded = quantize(x)
-    operand.values.copy_(rounded.values)
-    operand.scale.copy_(rounded.scale)
 
 
 def scaled_product(x: Operand, w: Operand, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -131,7 +145,7 @@ class _Product(torch.autograd.Function):
 
 
 class _Mlp(torch.autograd.Function):
-    """`_Product` twice; h is all that the first one gives, (rows, hidden + width); its hidden values are kept for GELU."""
+    """`_Product` twice. h is all that the first one gives, (rows, hidden + width); its hidden values are kept."""
 
     @staticmethod
     def forward(
@@ -147,7 +161,7 @@ class _Mlp(torch.autograd.Function):
         (first, second), hidden, out_features = packed, len(b1), len(b2)
         rounded = quantize(x)
         h = scaled_product(rounded, first.forward, first.bias)
-        g, kept = gelu_quantize(h, hidden)
+        g, kept = gelu_quantize_both(h, hidden)
         both = scaled_product(g, second.forward, second.bias)
         xa, ga = h[:, hidden:].contiguous(), both[:, out_features:].contiguous()
         ctx.save_for_backward(*rounded, xa, *kept, ga, *first.backward, *second.backward)
@@ -161,7 +175,7 @@ class _Mlp(torch.autograd.Function):
         (scaling1, scaling2), (x_dtype, a_dtype) = ctx.scalings, ctx.dtypes
         in_features, hidden = x.shape[1], h.shape[1]
         both = scaled_product(quantize(dy), Operand(back2, back2_scale))
-        g, dh, dh_rounded = gelu_quantize_backward(both, Operand(h, h_scale))
+        g, dh, dh_rounded = gelu_quantize_both_backward(both, Operand(h, h_scale))
         da2 = (both[:, hidden:].t() @ g).to(a_dtype) * scaling2
         db2 = (dy.t() @ ga).to(a_dtype) * scaling2
         both = scaled_product(dh_rounded, Operand(back1, back1_scale))

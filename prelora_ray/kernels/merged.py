@@ -1,10 +1,10 @@
 """A linear layer with low-rank adapters as one product.
 
-With W (out, in), A (rank, in) and B (out, rank) the layer applies W + s B A, which is added in the parameters' own format and
-rounded once to that of the product: rounding W first would hide a small s B A.
+With W (out, in), A (rank, in) and B (out, rank) the layer applies W + s B A. The sum is taken in the parameters' own
+format and rounded once to that of the product: rounding W first would hide a small s B A.
 
-Once W is frozen, a step needs x A' and dy B for the adapters' gradients, and both ride along in the two large products, so
-that no activation is read a second time for them:
+Once W is frozen, a step needs x A' and dy B for the adapters' gradients. The two large products compute both, so that
+no activation is read a second time for them:
 
     M = [ W + s B A   B ]      x  M[:, :in]'  = [ y    x A' ]
         [ A           0 ]      dy M[:out, :]  = [ dx   dy B ]
@@ -12,8 +12,8 @@ that no activation is read a second time for them:
     dA = s (dy B)' x
     dB = s dy' (x A')
 
-M keeps room for `width` rows of A and columns of B, of which those beyond the rank stay zero: layers of one shape and different
-ranks then compute alike, so that one compiled block of fixed sizes serves them all.
+M has room for `width` rows of A and columns of B, of which those beyond the rank stay zero. Layers of one shape and
+different ranks then compute alike, so that one compiled block of fixed sizes serves them all.
 """
 
 from __future__ import annotations
@@ -37,34 +37,55 @@ def merged_linear(
 ) -> torch.Tensor:
     """x (..., in) to x (W + s B A)' + bias, (..., out) in `dtype`, the number format of the product.
 
-    For a `weight` (out, in) that trains: its gradient, taken once over the rows of x, gives those of `a` (rank, in) and `b`
-    (out, rank), which see no row of x.
+    For a `weight` (out, in) that trains: the gradients of `a` (rank, in) and `b` (out, rank) follow from its own, which
+    is taken over the rows of x once.
     """
     with torch.autocast(x.device.type, enabled=False):
-        merged = torch.addmm(weight, b, a, alpha=scaling).to(dtype)
+        merged = merge(weight, a, b, scaling).to(dtype)
         return F.linear(x.to(dtype), merged, None if bias is None else bias.to(dtype))
 
 
-class FrozenProduct(nn.Module, ABC):
-    """x (..., in) to x (W + s B A)' + bias, (..., out), for a frozen W and bias.
+def merge(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
+    """W + s B A, (out, in); W itself where the rank is 0."""
+    return torch.addmm(weight, b, a, alpha=scaling) if len(a) else weight
 
-    Holds W + s B A, A and B in the form of its products. `refresh` brings that up to date: once after every change of W, A or
-    B.
+
+class HeldProduct(nn.Module, ABC):
+    """x (..., in) to x (W + s B A)' + bias, (..., out).
+
+    Holds W + s B A, and what else its products take, in their form. `refresh` brings that up to date: once after every change
+    of W, A or B.
     """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.width = width
 
     @torch.no_grad()
     def refresh(self, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> None:
-        """Takes over the values of W (out, in), A (rank, in) and B (out, rank), the rank being the width at most."""
+        """Takes over the values of W (out, in), A (rank, in) and B (out, rank)."""
         with torch.autocast(weight.device.type, enabled=False):
-            self.pack(torch.addmm(weight, b, a, alpha=scaling), a, b)
+            self.pack(merge(weight, a, b, scaling), a, b)
 
     @abstractmethod
     def pack(self, merged: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         """Takes over W + s B A (out, in), A and B."""
+
+    @abstractmethod
+    def forward(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        """As `merged_linear`; of what is held the gradients matter alone, as the values are those of the last `refresh`."""
+
+
+class FrozenProduct(HeldProduct):
+    """For a frozen W and bias, with ranks up to a width."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
 
     @abstractmethod
     def multiply(self, rows: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -79,7 +100,6 @@ class FrozenProduct(nn.Module, ABC):
         b: torch.Tensor,
         scaling: float,
     ) -> torch.Tensor:
-        """As `merged_linear`; of all but x the gradients matter alone, as the values are those of the last `refresh`."""
         with torch.autocast(x.device.type, enabled=False):
             return self.multiply(x.reshape(-1, x.shape[-1]), *self.padded(a, b), scaling).view(*x.shape[:-1], -1)
 
@@ -120,7 +140,7 @@ def frozen_bias(weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor
 
 
 class _Product(torch.autograd.Function):
-    """y, with gradients for x, A and B. `a` and `b` stand there for their gradients: their values are in `matrix`."""
+    """y, with gradients for x, A and B. `a` and `b` are there for their gradients: their values are in `matrix`."""
 
     @staticmethod
     def forward(

@@ -8,7 +8,7 @@ import torch
 
 E4M3_MAX = 448.0
 SMALLEST = 1e-12
-"""What a row's largest value counts as at least, so that a row of zeros has a scale."""
+"""A row's largest value counts as at least this, so that a row of zeros has a scale."""
 
 
 class Operand(NamedTuple):
@@ -21,6 +21,6 @@ class Operand(NamedTuple):
 
 
 def quantize(x: torch.Tensor) -> Operand:
-    """Of x (rows, columns)."""
+    """x (rows, columns) in e4m3, each row scaled by its largest absolute value."""
     scale = x.abs().amax(dim=1, keepdim=True).float().clamp(min=SMALLEST) / E4M3_MAX
     return Operand((x.float() / scale).to(torch.float8_e4m3fn).contiguous(), scale)

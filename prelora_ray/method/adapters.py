@@ -1,4 +1,4 @@
-"""Low-rank adapters in PEFT's layout: inject, save, load, merge. The plain form, which is the reference.
+"""Low-rank adapters in PEFT's layout: inject, save, load, merge. The plain form, the reference for `kernels/`.
 
 An adapter adds s B A x to the output of a linear layer, with A (rank, in_features), B (out_features,
 rank) and s = lora_alpha / rank, the same for every module. timm's fused ``attn.qkv`` carries up to
@@ -24,7 +24,7 @@ from prelora_ray.method.ranks import check_ranks
 PEFT_PREFIX = "base_model.model."
 
 Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, float], torch.Tensor]
-"""A fast form of a layer's forward: of x, W, bias, A, B and s, with A and B as `LoraLinear.fused` gives them."""
+"""A fast form of a layer's forward. Arguments: x, W, bias, A, B and s, with A and B as from `LoraLinear.fused`."""
 
 
 class LoraLinear(nn.Module):
@@ -43,7 +43,7 @@ class LoraLinear(nn.Module):
         self.bias = linear.bias
         self.scaling = scaling
         self.product: Product | None = None
-        """Computes the layer; None does so plainly."""
+        """Computes the layer's output; None computes it in the plain form."""
         self.rows = {target.family: (target.start, target.stop) for target in targets}
         self.lora_A = nn.ParameterDict(
             {t.family: nn.Parameter(self.weight.new_empty(ranks[t.name], t.in_features)) for t in targets}
@@ -68,7 +68,7 @@ class LoraLinear(nn.Module):
 
     @property
     def rank(self) -> int:
-        """Of all slices' adapters together."""
+        """Sum of the ranks of all slices' adapters."""
         return sum(len(a) for a in self.lora_A.values())
 
     def fused(self) -> tuple[torch.Tensor, torch.Tensor]:

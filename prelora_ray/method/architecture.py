@@ -18,6 +18,9 @@ _LINEAR_OF = {
     "fc2": "mlp.fc2",
 }
 
+_BLOCK = ("norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2")
+"""The parts of a plain block, besides layer scales: two residual branches, each a norm, what it is for, and a drop path."""
+
 
 @dataclass(frozen=True)
 class Target:
@@ -98,8 +101,19 @@ def blocks_of(model: nn.Module) -> nn.Sequential | nn.ModuleList:
     return blocks
 
 
+def residual_branches(block: nn.Module) -> dict[str, str]:
+    """By the name of the module that begins a residual branch of a block, the name of the drop path that ends it.
+
+    Raises ValueError where the block is not timm's plain one.
+    """
+    parts = tuple(name for name, _ in block.named_children() if name not in ("ls1", "ls2"))
+    if parts != _BLOCK:
+        raise ValueError(f"a {type(block).__name__} is made of {', '.join(parts)}, where a plain block has {', '.join(_BLOCK)}")
+    return {_BLOCK[0]: _BLOCK[2], _BLOCK[3]: _BLOCK[5]}
+
+
 def parameters_in_front(model: nn.Module, layer: int) -> list[nn.Parameter]:
-    """Those of all that an image goes through before it comes to block `layer`."""
+    """Parameters of all that an image passes before block `layer`."""
     children = [name for name, _ in model.named_children()]  # timm registers them in the order of its forward
     behind = {f"blocks.{i}" for i in range(layer, len(blocks_of(model)))} | set(children[children.index("blocks") + 1 :])
     return [

@@ -39,7 +39,7 @@ class Verdict:
     in_ramp: bool
     """Some window that the test compares lies in the learning-rate ramp, so that no verdict is taken."""
     largest: tuple[float, float] | None
-    """Largest family change and largest loss change of the steps that the test looks at; None where it takes no verdict."""
+    """Largest family change and loss change of the steps that the test looks at; None where it takes no verdict."""
     converged: bool
 
     def is_under(self, tau: float, zeta: float) -> bool:
@@ -47,7 +47,7 @@ class Verdict:
         return self.largest is not None and self.largest[0] < tau and self.largest[1] <= zeta
 
     def record(self) -> dict[str, Any]:
-        """What a run keeps of it on file; norms of a window are those on file for its epochs."""
+        """What a run records of it; norms.jsonl has the norms."""
         return {
             "window": self.window.index,
             "epoch_end": self.window.epoch_end,

@@ -11,21 +11,21 @@ from typing import Literal, Protocol
 Signature = Literal["early_switch", "insufficient_warmup", "uniform_ranks"]
 
 LEVEL_PERCENT = 5.0
-"""How far the loss must fall behind the trunk's curve to be called levelled off."""
+"""The loss has levelled off if it falls further than this behind the trunk's curve, ..."""
 ERRORS = 3.0
-"""And how many standard errors of the two slopes that must be."""
+"""... and further than so many standard errors of the two slopes together."""
 JUMP_PERCENT = 2.0
-"""Smallest rise of the loss at the freeze that is called a jump."""
+"""The loss has jumped if it rises by more than this at the freeze, ..."""
 JUMP_SPREADS = 3.0
-"""And how many times the usual change from epoch to epoch it must be."""
+"""... and by more than so many times its usual change from epoch to epoch."""
 UNIFORM_SHARE = 0.9
-"""Share of the modules at one rank from which on ranks are called uniform."""
+"""Ranks are uniform if at least this share of the modules has the same one."""
 _LOOK_BACK = 10
-"""Epochs in front of the freeze that tell the usual change of the loss."""
+"""Epochs before the freeze that give the usual change of the loss."""
 _FEWEST = 4
-"""Epochs that a line is fitted to at least."""
+"""Fewest epochs that a line is fitted to."""
 _LARGEST_EXPONENT = 100.0
-"""Of a number that still makes sense as a percentage; a loss next to 0 has a far larger one."""
+"""Largest exponent that is turned into a percentage: a loss close to 0 leads to a far larger one."""
 
 
 class Epoch(Protocol):

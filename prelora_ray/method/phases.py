@@ -14,7 +14,7 @@ from prelora_ray.method.adapters import is_adapter_parameter, lora_layers
 from prelora_ray.method.architecture import Target, head_parameters, layer_of, parameters_in_front
 from prelora_ray.method.convergence import ConvergenceTest, Verdict
 
-Freeze = Literal["adapted", "all_but_head", "prefix"]
+FreezeScope = Literal["adapted", "all_but_head", "prefix"]
 
 
 class Phase(StrEnum):
@@ -85,7 +85,7 @@ class PhaseSchedule:
         return Decision(verdict, switch, freeze)
 
     def enter(self, phase: Phase, ranks: dict[str, int] | None, completed: int) -> Decision:
-        """Goes on in a later phase after `completed` epochs, whatever the test says; from full on with these `ranks`."""
+        """Enters a later phase after `completed` epochs, whatever the test says; on leaving full, with `ranks`."""
         switches = self.phase is Phase.FULL and phase is not Phase.FULL
         freezes = self.phase is not Phase.LORA and phase is Phase.LORA
         if switches:
@@ -123,7 +123,7 @@ class PhaseSchedule:
         self.test.load_state_dict(state["test"])
 
 
-def freeze_parameters(model: nn.Module, targets: Sequence[Target], freeze: Freeze) -> None:
+def freeze_parameters(model: nn.Module, targets: Sequence[Target], freeze: FreezeScope) -> None:
     """Freezes what phase lora no longer trains.
 
     ``adapted``: the weights and biases of the target modules' linear layers (a fused qkv as a whole), those

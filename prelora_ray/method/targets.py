@@ -12,7 +12,7 @@ from prelora_ray.method.architecture import Target
 
 
 def target_weight(model: nn.Module, target: Target) -> torch.Tensor:
-    """Weight (out_features, in_features) that the module applies: W, or W + s B A once it has an adapter."""
+    """Weight (out_features, in_features) that the module applies: W, or W + s B A where it has an adapter."""
     linear: Any = model.get_submodule(target.linear)
     weight: torch.Tensor = linear.weight[target.start : target.stop]
     return weight + linear.delta(target.family) if _is_adapted(model, target) else weight

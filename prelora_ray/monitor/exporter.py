@@ -1,4 +1,4 @@
-"""One address that serves the metrics of all runs of a cluster: a detached actor on the head, which no worker waits for."""
+"""Serves the metrics of all runs of a cluster at one address: a detached actor on the head that nobody waits for."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from prelora_ray.monitor.metrics import merged
 
 NAME, NAMESPACE = "prelora-exporter", "prelora"
 SILENT_SECONDS = 60.0
-"""A worker that says nothing for so long has left."""
+"""A worker that sends nothing for so long has left."""
 KEEP_SECONDS = 300.0
 """How long a finished run's last values stay, and those of one that fell silent."""
 REQUEST_SECONDS = 5.0
 """How long a client may take to send its request, and to take the answer."""
 PORTS = 50
-"""Ports that are tried, from the wished one on."""
+"""Ports that are tried, from the requested one on."""
 
 
 class Board(Collector):
-    """The last word of every source of every run."""
+    """The latest values of every source of every run."""
 
     def __init__(self, clock: Any = time.monotonic) -> None:
         self._clock = clock
@@ -36,7 +36,7 @@ class Board(Collector):
         self._finished: dict[str, float] = {}
 
     def update(self, run: str, source: str, metrics: list[Metric], world_size: int) -> None:
-        """Takes what a source says; workers that the group no longer has are forgotten. Sources are ranks, and `run`."""
+        """Takes a source's values, and drops workers that have left the group. A source is a rank, or `run`."""
         with self._lock:
             self._finished.pop(run, None)
             said = self._said.setdefault(run, {})
@@ -111,14 +111,14 @@ def serve(board: Board, host: str, port: int) -> ThreadingHTTPServer:
 
 
 class Exporter:
-    """The actor. It loses what it heard when it dies, and hears all of it again within a second."""
+    """The actor. When it dies it loses all values, and receives them again within a second of its restart."""
 
     def __init__(self, host: str, port: int) -> None:
         self._board = Board()
         self._server = serve(self._board, host, port)
 
     def address(self) -> str:
-        """As it stands in a URL: an IPv6 address is in brackets."""
+        """Host and port as in a URL: an IPv6 address is in brackets."""
         host, port = str(self._server.server_address[0]), self._server.server_address[1]
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 

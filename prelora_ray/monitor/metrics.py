@@ -68,7 +68,7 @@ class RunMetrics(_Metrics):
         self.world_size = self._gauge("world_size", "Workers of the group.")
         self.restarts = self._counter("restarts", "Times that the group was started again, by cause.", ["cause"])
         self.checkpoint_seconds = self._gauge("checkpoint_seconds", "Duration of the last save, from snapshot to commit.")
-        self.checkpoint_time = self._gauge("checkpoint_timestamp_seconds", "Time of the last commit, since the epoch of Unix.")
+        self.checkpoint_time = self._gauge("checkpoint_timestamp_seconds", "Time of the last commit, in seconds since 1970.")
         self.diagnosis = self._gauge("diagnosis_info", "1 for each failure signature that the run shows.", ["signature"])
 
 

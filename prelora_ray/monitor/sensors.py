@@ -1,4 +1,4 @@
-"""What a GPU does now."""
+"""Utilization and power of a GPU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Sensors:
             logger.info("no utilization and power of the GPU: %s", error)
 
     def read(self) -> tuple[float, float] | None:
-        """(share of the time in which a kernel ran, watts); None where nobody tells."""
+        """(share of the time in which a kernel ran, watts); None where NVML does not tell."""
         if self._handle is None:
             return None
         try:

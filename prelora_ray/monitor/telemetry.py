@@ -1,4 +1,4 @@
-"""What a worker tells the cluster's exporter of a run."""
+"""What workers send to the cluster's exporter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 
 from prelora_ray.config import Settings
 from prelora_ray.engine.flops import forward_flops, peak_flops, training_passes
-from prelora_ray.fault_tolerance.async_checkpointer import Saved
 from prelora_ray.method.phases import Phase
 from prelora_ray.monitor.client import Client
 from prelora_ray.monitor.metrics import RunMetrics, WorkerMetrics
@@ -21,7 +20,7 @@ from prelora_ray.records import Diagnosis, EpochLine, Event, Restart, WindowLine
 from prelora_ray.run_folder import RunFolder
 
 _RATE_SECONDS = 5.0
-"""What images_per_second is the mean over, at least."""
+"""Shortest time over which images_per_second is the mean."""
 
 
 def run_label(settings: Settings) -> str:
@@ -135,10 +134,10 @@ class RunTelemetry:
         if line.loss_change is not None:
             self._metrics.loss_change.labels(self._run).set(line.loss_change)
 
-    def saved(self, saved: Saved) -> None:
-        if saved.error is None:
-            self._metrics.checkpoint_seconds.labels(self._run).set(saved.seconds)
-            self._metrics.checkpoint_time.labels(self._run).set(time.time())
+    def saved(self, seconds: float) -> None:
+        """A checkpoint is committed, so many seconds after its snapshot."""
+        self._metrics.checkpoint_seconds.labels(self._run).set(seconds)
+        self._metrics.checkpoint_time.labels(self._run).set(time.time())
 
     def diagnosis(self, signature: str) -> None:
         self._metrics.diagnosis.labels(self._run, signature).set(1)

@@ -1,4 +1,4 @@
-"""The figures of a report, as plotly draws them. It takes some tags in a text for markup, so what is read is escaped."""
+"""The figures of a report, drawn by plotly, which reads some tags as markup: texts from records are escaped."""
 
 from __future__ import annotations
 
@@ -116,6 +116,40 @@ def switch_map(taus: list[float], zetas: list[float], values: list[list[float | 
     return figure
 
 
+def network(rows: Sequence[dict[str, Any]]) -> go.Figure:
+    """Time of a step, and speed as a multiple of full training's, over the bandwidth of each worker's link."""
+    panels = {"milliseconds": "ms a step", "against_full": "speed, of full"}
+    figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.06)
+    figure.update_layout(_layout(height=620, left=80, modebar="v"))
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        lines.setdefault(row["name"].rpartition(", ")[0], []).append(row)
+    for index, (name, points) in enumerate(lines.items()):
+        links = [point["name"].rpartition(", ")[2] for point in points]
+        for panel, key in enumerate(panels, 1):
+            values = [point[key] for point in points]
+            _line(figure, panel, links, values, name, index, markers=True, legend=panel == 1)
+    for panel, title in enumerate(panels.values(), 1):
+        figure.update_yaxes(title=title, type="log", row=panel, col=1)
+    figure.update_xaxes(title="link of each worker", type="category", row=2, col=1)
+    return figure
+
+
+def plan(by_switch: list[float], levels: dict[str, float], break_even: int | None) -> go.Figure:
+    """GPU-hours of a run that switches after 1, 2, ... epochs, beside those of runs that never do, by name."""
+    figure = go.Figure(layout=_layout(height=480))
+    epochs = list(range(1, len(by_switch) + 1))
+    curves = {"switched": by_switch, **{name: [hours] * len(epochs) for name, hours in levels.items()}}
+    for index, (name, hours) in enumerate(curves.items()):
+        line = {"color": COLORS[index], "dash": DASHES[index]}
+        figure.add_trace(go.Scatter(x=epochs, y=hours, name=escape(name), mode="lines", line=line))
+    if break_even is not None:
+        figure.add_vline(break_even, line={"color": "black", "dash": "dot", "width": 1}, annotation_text="break-even")
+    figure.update_xaxes(title="epochs before the switch")
+    figure.update_yaxes(title="GPU-hours", rangemode="tozero")
+    return figure
+
+
 def _scatter(
     figure: go.Figure, entries: list[dict[str, Any]], text: list[str], name: str, color: str, symbol: str, mode: str
 ) -> None:
@@ -158,7 +192,7 @@ def _layout(*, height: int, left: int = 60, modebar: str = "h") -> dict[str, Any
 def _line(
     figure: go.Figure,
     row: int,
-    x: list[int],
+    x: Sequence[int | str],
     y: list[Any],
     name: str,
     index: int,

@@ -30,6 +30,7 @@ tr:nth-child(even) { background: #f5f5f5 }
 .finding, .healthy { border-left: 4px solid #D55E00; padding-left: 0.8em } .healthy { border-color: #009E73 }
 @media print { body { max-width: none } section { break-inside: avoid } }
 """
+_CONFIG: dict[str, Any] = {"displaylogo": False, "responsive": True}
 
 
 def write_report(paths: list[str], out: str, png: str | None = None) -> list[str]:
@@ -57,6 +58,18 @@ def write_switch_map(taus: list[float], zetas: list[float], maps: dict[str, list
         for index, (title, values) in enumerate(maps.items())
     ]
     _write("Where tau and zeta switch", sections, out)
+
+
+def write_network(result: dict[str, Any], out: str) -> None:
+    """Writes what `prelora bench network` found as a picture to the file `out`."""
+    title = f"{result['options']['model']} on {result['options']['workers']} x {result['device']}, {result['date']}"
+    text = "<p>A simulated link of each worker, behind the exchange that this machine makes without limit.</p>"
+    _write("What a step costs over a network", [("network", title, text, figures.network(result["rows"]))], out)
+
+
+def write_plan(name: str, by_switch: list[float], levels: dict[str, float], break_even: int | None, out: str) -> None:
+    """Writes a picture of a plan to the file `out`; its values are those of `figures.plan`."""
+    _write(f"Plan of {name}", [("plan", "GPU-hours by switch epoch", "", figures.plan(by_switch, levels, break_even))], out)
 
 
 def _write(title: str, sections: list[Section], out: str) -> None:
@@ -147,13 +160,10 @@ def _page(title: str, sections: list[Section]) -> str:
     )
 
 
-_CONFIG: dict[str, Any] = {"displaylogo": False, "responsive": True}
-
-
 def _write_pictures(pictures: dict[str, go.Figure], folder: Path) -> None:
     """Raises UserError where there is no browser to draw them."""
     folder.mkdir(parents=True, exist_ok=True)
-    logging.getLogger("choreographer").setLevel(logging.CRITICAL)  # it tells of half-read messages, which it reads again
+    logging.getLogger("choreographer").setLevel(logging.CRITICAL)  # it logs half-read messages, then reads them again
     try:
         for name, figure in pictures.items():
             figure.write_image(folder / f"{name}.png", width=1100, scale=2)

@@ -5,15 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from prelora_ray.config import Settings, flat
 from prelora_ray.errors import UserError
-from prelora_ray.records import EpochLine, Event, WindowLine
+from prelora_ray.records import EpochLine, Event, EventT, WindowLine
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import absolute
-
-EventT = TypeVar("EventT", bound=Event)
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ def read_runs(paths: Sequence[str]) -> list[RunRecords]:
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
-    """For each path the shortest end of it, in whole parts, that no other one has: `digits`, or `a/digits` and `b/digits`."""
+    """For each path its shortest end, in whole parts, that no other one has: `digits`, or `a/digits` and `b/digits`."""
     parts = [path.rstrip("/").split("/") for path in paths]
     names = []
     for own in parts:

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def sweep_table(sweep: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of sweep.json: full training first, then the settings, the best first; `*` marks the Pareto front."""
+    """Head and rows of sweep.json: full training, then the settings from the best on; `*` marks the Pareto front."""
     keys = list(sweep["settings"][0]["setting"])
     names = [key.removeprefix("method.") for key in keys]
     head = [*names, "switch", "trains, %", "GPU-hours", "top-1, %", "", "diagnosis", "run"]

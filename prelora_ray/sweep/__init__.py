@@ -1,1 +1,1 @@
-"""What different settings of the test would have done: replay."""
+"""Other settings of the method: replay and map of a record, forks of a trunk, sweeps on Ray Tune, and their cost."""

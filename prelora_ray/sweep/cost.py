@@ -1,4 +1,4 @@
-"""What runs cost, from the speed that was measured, in GPU-hours: those of all workers (on CPUs a worker counts as a GPU)."""
+"""What runs cost at their measured speed, in GPU-hours of all workers (on CPUs a worker counts as a GPU)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def own_hours(run: RunFolder) -> float:
 
 
 def pareto_front(points: Iterable[tuple[float, float]]) -> list[int]:
-    """Indices of the (accuracy, cost) pairs that no other one beats in one without losing in the other, cheapest first."""
+    """Indices of the (accuracy, cost) pairs on the Pareto front, the cheapest first."""
     front: list[int] = []
     best = float("-inf")
     points = list(points)

@@ -1,4 +1,4 @@
-"""A run that begins where the phase full of another one, its trunk, ends for it."""
+"""A run that begins where another one, its trunk, would leave phase full with its settings."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from prelora_ray.schedule import decide, phase_schedule
 from prelora_ray.sweep.replay import read_record
 
 ATTEMPT = -1
-"""Of the lines that a fork takes over from its trunk: the run's own attempts count from 0."""
+"""Attempt of the lines that a fork takes over from its trunk: the run's own attempts count from 0."""
 
 
 def fork(trunk: RunFolder, settings: Settings) -> int:
-    """Makes a run folder that stands where a straight run with these settings leaves phase full, and returns that epoch.
+    """Makes a run folder at the point where a straight run with these settings leaves phase full; returns that epoch.
 
     `train` then goes on from there, to the same weights. Does nothing where the folder has been made
     before. The trunk is any run that kept its checkpoints (`checkpoint.keep_trunk`).
@@ -66,13 +66,16 @@ def fork(trunk: RunFolder, settings: Settings) -> int:
 
 def _check_same_trunk(trunk: RunFolder, settings: Settings) -> None:
     ours, theirs = flat(settings), flat(trunk.read_settings())
+    now, before = _in_phase_full(ours), _in_phase_full(theirs)
     for key in ours | theirs:
-        if acts(key) == "always" and _before_the_switch(key, ours.get(key)) != _before_the_switch(key, theirs.get(key)):
+        if acts(key) == "always" and now.get(key) != before.get(key):
             raise UserError(
                 f"{key} = {ours.get(key)!r} is not allowed in a fork: its trunk {trunk} was run with {theirs.get(key)!r}"
             )
 
 
-def _before_the_switch(key: str, value: Any) -> Any:
-    """What a value comes to in phase full: there, fp8 is bf16."""
-    return "bf16" if (key, value) == ("train.precision", "fp8") else value
+def _in_phase_full(keys: dict[str, Any]) -> dict[str, Any]:
+    """What the keys come to there: fp8 is bf16, but for what is e4m3 from phase full on."""
+    is_fp8 = keys["train.precision"] == "fp8"
+    precision = {"train.precision": "bf16"} if is_fp8 else {}
+    return keys | precision | {"train.fp8_from": is_fp8 and keys["train.fp8_from"] == Phase.FULL}

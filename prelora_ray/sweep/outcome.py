@@ -1,4 +1,4 @@
-"""What a setting comes to before anything is trained: which run it stands for. Settings that agree in it are one run."""
+"""Which run a setting stands for, known before anything is trained. Settings that agree in it are one run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def outcome(plan: Plan, setting: Setting, trunk: Record) -> Outcome:
 
 
 def _trial_name(settings: Settings, setting: Setting, switch_epoch: int, ranks: dict[str, int]) -> str:
-    """Tells the switch and what was searched of the rest, and ends in a digest of all that makes the run what it is."""
+    """Names the switch and what else was searched, and ends in a digest of all that makes the run what it is."""
     after = settings.method.model_dump(mode="json", exclude={*OF_THE_TEST, "rank_pattern"})
     digest = hashlib.blake2b(json.dumps([ranks, after], sort_keys=True).encode(), digest_size=4).hexdigest()
     told = [f"switch-{switch_epoch}"]

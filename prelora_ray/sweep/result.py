@@ -15,7 +15,7 @@ from prelora_ray.sweep.settings import Plan, Setting
 
 
 def write_note(plan: Plan, setting: Setting, **content: Any) -> dict[str, Any]:
-    """Adds to a setting's note (`ended`: finished, stopped or failed; `message`: why it failed), and returns all of it."""
+    """Adds to a setting's note (`ended`: finished, stopped or failed; `message`: why it failed), and returns it."""
     folder, name = RunFolder(plan.folder) / "settings", f"{_digest(setting)}.json"
     before = folder.read_json(name) if folder.exists(name) else {"setting": setting, "ended": None, "message": None}
     folder.write_json(name, before | content)
@@ -32,7 +32,7 @@ def is_finished(plan: Plan, trial: str) -> bool:
 
 
 def summarize_sweep(plan: Plan) -> dict[str, Any]:
-    """The contents of sweep.json: each setting with its run and what that came to, the Pareto front, and the cost.
+    """The contents of sweep.json: each setting with its run and that one's results, the Pareto front, and the cost.
 
     `naive_gpu_hours` is what the settings would have cost had each been trained by itself from the start.
     `smallest_warmup` is that of the finished runs whose loss did not jump at the freeze, where warmups are compared.
@@ -70,14 +70,14 @@ def summarize_sweep(plan: Plan) -> dict[str, Any]:
 
 
 def _of_run(run: RunFolder, epochs: int) -> dict[str, Any]:
-    """What a run came to; of one that was stopped, as far as it came."""
+    """A run's results; of one that was stopped, those so far."""
     lines = run.epochs()
     lora = phase_summaries(lines).get("lora")
     return {
         "epochs": len(lines),
         "val_top1": last_top1(lines),
         "gpu_hours": straight_hours(run, epochs) if lines else None,
-        "diagnosis": [event.signature for event in run.events() if isinstance(event, Diagnosis)],
+        "diagnosis": [event.signature for event in run.events_of(Diagnosis)],
         "trainable_fraction": lora.trainable_fraction if lora else None,
     }
 

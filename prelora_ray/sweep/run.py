@@ -37,8 +37,8 @@ logger = logging.getLogger(__name__)
 
 _TRIAL_CPUS = 0.01
 """What a trial's own process asks for; its workers ask for theirs."""
-_LOOK_SECONDS = 2.0
-"""Between looks whether another trial is done with the run that both stand for."""
+_POLL_SECONDS = 2.0
+"""Between polls whether another trial is done with the run that both stand for."""
 _MODES = {"val_top1": "max", "gpu_hours": "min"}
 
 
@@ -71,7 +71,7 @@ def sweep(plan: Plan, watch: Callable[[Settings], AbstractContextManager[None]],
 
 
 def _search(plan: Plan, earlier: list[dict[str, Any]]) -> None:
-    """Trains what the settings stand for: those of a grid, or drawn ones, or Optuna's, which begins with the `earlier`."""
+    """Trains what the settings stand for: those of a grid, drawn ones, or Optuna's, which begin with the `earlier`."""
     sweep = plan.sweep
     if sweep.search == "optuna":
         space = {key: _dimension(values) for key, values in sweep.space.items()}
@@ -137,7 +137,7 @@ def _concurrent(plan: Plan) -> int:
     workers, has = plan.trunk.workers, ray.cluster_resources()
     room = has.get("CPU", 1) / (workers.max * workers.cpus + 1)
     gpus = has.get("GPU", 0)
-    if workers.gpu is True or (workers.gpu == "auto" and gpus >= workers.min):
+    if workers.take_gpus(gpus):
         room = min(room, gpus / workers.max)
     return max(1, int(room))
 
@@ -155,7 +155,7 @@ def _trial(config: dict[str, Any], plan: Plan) -> None:
 
 
 def _train_or_go_on(plan: Plan, setting: Setting, *, was_stopped: bool) -> None:
-    """Trains the run that a setting stands for; of one that was stopped, only says what it did."""
+    """Trains the run that a setting stands for; of one that was stopped, only reports what it did."""
     trunk = RunFolder.of(plan.trunk)
     found = outcome(plan, setting, read_record(str(trunk)))
     settings = plan.trunk if found.switch_epoch is None else plan.settings_of(setting, found.trial)
@@ -174,13 +174,13 @@ def _train_or_go_on(plan: Plan, setting: Setting, *, was_stopped: bool) -> None:
 
 
 def _once_free(work: Callable[[], object]) -> None:
-    """Does the work on a run, once no other trial is at it: its setting may stand for the same run."""
+    """Does the work on a run, once no other trial works on it: its setting may stand for the same run."""
     while True:
         try:
             work()
             return
         except HeldRunError:
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(_POLL_SECONDS)
 
 
 class _Report(TuneReportCallback):
@@ -205,13 +205,13 @@ class _Ends(tune.Callback):
         self._trunk = read_record(str(RunFolder.of(plan.trunk)))
         self._done = 0
         self._reserved: list[dict[str, str]] = []
-        self._looked = 0.0
+        self._polled = 0.0
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         """A stopped trial's controller outlives it for a moment, in which it may reserve room anew."""
-        if not self._reserved or time.monotonic() - self._looked < _LOOK_SECONDS:
+        if not self._reserved or time.monotonic() - self._polled < _POLL_SECONDS:
             return
-        self._looked = time.monotonic()
+        self._polled = time.monotonic()
         dead = release_groups_of_dead_actors()
         for names in self._reserved:
             if names["placement_group"] in dead:

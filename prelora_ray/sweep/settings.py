@@ -11,8 +11,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from prelora_ray.config import Address, Count, FolderName, MethodSettings, Section, Settings, Whole, acts, with_absolute_paths
+from prelora_ray.config import Address, FolderName, MethodSettings, Settings, acts, with_absolute_paths
 from prelora_ray.config_file import load_settings, parse_section, parse_settings, read_named
+from prelora_ray.errors import UserError
+from prelora_ray.section import Count, Section, Whole
 
 Setting = dict[str, Any]
 """A value for each key that a sweep searches, such as {"method.tau": 0.5, "method.r_max": 32}."""
@@ -27,7 +29,6 @@ OF_THE_TEST = (
     "r_min",
     "r_max",
     "normalize",
-    "rank_floor",
     "rank_floor_percent",
 )
 """Keys of the method that decide when a run switches and with which ranks, and nothing after."""
@@ -173,6 +174,11 @@ class Plan:
         self.folder = f"{base.storage.rstrip('/')}/{sweep.name}"
         for setting in self.settings_to_try():
             self.settings_of(setting, "check")
+        if sweep.asha is not None and sweep.asha.grace_epochs > base.train.epochs:
+            raise UserError(
+                f"asha.grace_epochs = {sweep.asha.grace_epochs} is not allowed: it must not exceed train.epochs = "
+                f"{base.train.epochs}"
+            )
 
     @property
     def trunk(self) -> Settings:

@@ -1,1 +1,1 @@
-"""The main job: a Ray Train worker loop through all phases, and the driver that starts it."""
+"""Training a run: the loop that Ray Train's workers run through all phases, and the driver that starts them."""

@@ -1,4 +1,4 @@
-"""What the loop calls: one attempt of a run on one worker."""
+"""One attempt of a run on one worker: what the loop calls."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ from prelora_ray.train.batch_stream import BatchStream, stream_plan, validates
 from prelora_ray.train.epoch_meter import EpochMeter
 from prelora_ray.train.found_sizes import read_found
 from prelora_ray.train.recorder import RankZeroRecorder, Recorder
-from prelora_ray.train.report import report
+from prelora_ray.train.report import report_to_ray
 from prelora_ray.train.saving import RankZeroSaving, Saving
 
 _CHECK_STEPS = 50
-"""Steps between looks whether the loss is still finite, each of which waits for the device."""
+"""Steps between checks whether the loss is still finite, each of which waits for the device."""
 
 
 class StoppedError(Exception):
-    """The run stops here for now, and has committed where it stands."""
+    """The attempt ends here, and has committed a checkpoint."""
 
 
 class WorkerAttempt:
@@ -112,7 +112,7 @@ class WorkerAttempt:
         if self._recorder.progress_is_due():
             self._recorder.progress(self._train_step.local_loss(), self._meter.images_per_second())
             self._saving.record()
-        self._act(self._control.exchange(self._saving.wish()))
+        self._act(self._control.exchange(self._saving.request()))
 
     def mean_loss(self) -> float:
         """Mean training loss over the epoch's images, of all workers."""
@@ -161,7 +161,7 @@ class WorkerAttempt:
         self._recorder.flush_beside()
         has_all = self.rank == 0 and is_last and self._saving.failure is None
         pointer = {"run": str(self.folder), "checkpoint": self._saving.newest()} if has_all else None
-        report(line, decision, self.state, pointer)
+        report_to_ray(line, decision, self.state, pointer)
 
     def _end_last_epoch(self) -> None:
         self._telemetry.send()
@@ -274,7 +274,7 @@ def _from_rank_0(content: Any) -> Any:
 
 
 def _own_sums(sums: list[list[float]], rank: int, world_size: int) -> tuple[float, float]:
-    """This worker's share of the sums in a checkpoint: its own, or with another number of workers all of them on rank 0."""
+    """This worker's share of the sums in a checkpoint: its own; with another number of workers, rank 0 has them all."""
     if len(sums) == world_size:
         return sums[rank][0], sums[rank][1]
     if rank != 0:

@@ -28,7 +28,7 @@ class BatchStream:
         workers_on_node: int,
         on_batch: Callable[[], None] = lambda: None,
     ) -> None:
-        """`start` is the position, (epochs done, batches done in the epoch after); `on_batch` is called as each is taken."""
+        """`start`: position, (epochs done, batches done in the next epoch). `on_batch` is called after each batch."""
         self._on_batch = on_batch
         self._batches = stream_batches(plan, _passes(settings, *start), _decoders(settings, workers_on_node))
         self._next: Batch | None = None

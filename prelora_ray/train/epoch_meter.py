@@ -1,4 +1,4 @@
-"""What an epoch took on this worker, from its first batch here until all of it is a line of epochs.jsonl."""
+"""What an epoch takes on this worker, from its first batch until its line of epochs.jsonl."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class EpochMeter:
         return images / (time.monotonic() - self._start)
 
     def end_training(self, loss: float, images: int) -> float:
-        """All batches are trained. `loss`, `images`: sums over all workers and the whole epoch. Returns the mean loss."""
+        """All batches are trained. `loss`, `images`: sums over all workers and the epoch. Returns the mean loss."""
         self._loss, self._images = loss / images, images
         self._train_seconds = time.monotonic() - self._start
         self._train_wait_seconds = self.wait_seconds
@@ -67,7 +67,7 @@ class EpochMeter:
             peak_memory_bytes=_peak_memory_bytes(state.device),
             trainable_parameters=trainable,
             parameters=parameters,
-            gradient_bytes=trainable * state.dtype.itemsize if state.world_size > 1 else 0,
+            gradient_bytes=state.gradient_bytes,
             learning_rate=learning_rate,
             world_size=state.world_size,
         )

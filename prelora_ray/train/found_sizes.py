@@ -1,4 +1,4 @@
-"""micro_batch.json: the micro-batches that a run found to fit on its GPUs, so that its next attempt need not search again."""
+"""micro_batch.json: the micro-batches that a run found to fit on its GPUs, to save its next attempt the search."""
 
 from __future__ import annotations
 

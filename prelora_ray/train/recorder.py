@@ -1,4 +1,4 @@
-"""What an attempt leaves in the run folder, and tells TensorBoard and Prometheus."""
+"""What an attempt records in the run folder, and for TensorBoard and Prometheus."""
 
 from __future__ import annotations
 
@@ -69,10 +69,10 @@ class Recorder:
         self._audit = LineWriter(folder, f"samples-{rank}.jsonl") if settings.audit_samples else None
         self._flushing = Background()
         self._flush_lock = threading.Lock()
-        """A flush may be the checkpointer's, which has the records written before a checkpoint."""
+        """A flush may also be the checkpointer's, which has the records written before a checkpoint."""
 
     def progress_is_due(self) -> bool:
-        """Whether it is time to tell where the run is; then not again for a while."""
+        """Whether `progress` is due again; once it says so, not again for a while."""
         return False
 
     def samples(self, batch: Batch) -> None:
@@ -124,12 +124,12 @@ class Recorder:
             self._flushing.begin(work)
 
     def flush_samples(self) -> None:
-        """Flushes in front of a checkpoint, from which a later attempt goes on without these samples.
+        """Flushes before a checkpoint, from which a later attempt goes on without these samples.
 
-        No step waits long for that: where the storage does not answer, they are lost if this worker dies before it does.
+        No step waits long for that: while the storage does not answer, they are lost if this worker dies.
         """
         if self._audit:
-            self._flushing.wait(_SAMPLES_SECONDS, self._watchdog.beat)  # for one that has begun without the last of them
+            self._flushing.wait(_SAMPLES_SECONDS, self._watchdog.beat)  # for one that began before the last samples
             self.flush_beside()
             self._flushing.wait(_SAMPLES_SECONDS, self._watchdog.beat)
 
@@ -237,8 +237,8 @@ class RankZeroRecorder(Recorder):
 
     def saved(self, results: Iterable[Saved]) -> None:
         for saved in results:
-            self._telemetry.saved(saved)
             if saved.error is None:
+                self._telemetry.saved(saved.seconds)
                 self._event(CheckpointSaved, checkpoint=saved.name, seconds=saved.seconds)
             else:
                 self._event(CheckpointFailed, checkpoint=saved.name, seconds=saved.seconds, message=saved.error)
@@ -267,10 +267,10 @@ class RankZeroRecorder(Recorder):
         self._event(RunFailed, message=message)
 
     def finish(self, kind: EndKind, seconds: float, message: str | None = None) -> None:
-        """And then how the attempt ended.
+        """Also records then how the attempt ended.
 
-        Raises OSError where that is in vain: the attempt has failed. Where no other one is to follow, the driver tells that
-        the record is missing.
+        Raises OSError where that fails: so has the attempt. Where no other one follows, the driver reports that the
+        record is missing.
         """
         end = End(kind, self._state.epoch, self._state.step, message)
         self._finish_flushing(seconds, lambda: write_end(self._folder, end))
@@ -314,7 +314,7 @@ class RankZeroRecorder(Recorder):
         return all(flush() for flush in flushes)  # where one fails, the others would too
 
     def _write_ranks(self) -> bool:
-        """Writes ranks.json once in an attempt, from what every checkpoint holds too; returns whether it is there, if due."""
+        """Writes ranks.json once an attempt, from what checkpoints hold too; returns whether it is there, if due."""
         ranks = self._state.phases.ranks
         if ranks is not None and not self._wrote_ranks:
             with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""What Ray Train, and Tune above it, hears of each epoch."""
+"""What each epoch reports to Ray Train, and to Tune above it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from prelora_ray.method.phases import Decision
 from prelora_ray.records import EpochLine, rank_counts, to_json
 
 
-def report(line: EpochLine, decision: Decision, state: TrainState, pointer: dict[str, Any] | None) -> None:
-    """Reports an epoch (its line of epochs.jsonl) to Ray Train, with a tiny checkpoint that holds `pointer`, where it is given.
+def report_to_ray(line: EpochLine, decision: Decision, state: TrainState, pointer: dict[str, Any] | None) -> None:
+    """Reports an epoch (its line of epochs.jsonl) to Ray Train, with a tiny checkpoint that holds `pointer`, if given.
 
-    Ray's result has metrics where some report carried a checkpoint, so the last epoch has one, which points to ours. One
-    with each epoch would have Ray write to the run folder each time, and end the attempt where the disk is full.
+    Ray's result has metrics only if some report carried a checkpoint, so the last epoch has one, which points to ours.
+    With one each epoch Ray would write to the run folder each time, and end the attempt where the disk is full.
     """
     phases, method, verdict = state.phases, state.settings.method, decision.verdict
     metrics = {

@@ -1,37 +1,32 @@
-"""What a run came to, from the records in its folder."""
+"""A run's result, from the records in its folder."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from prelora_ray.records import Event, Freeze, Switch, last_top1, phase_summaries, rank_counts, top1s
+from prelora_ray.records import Event, Freeze, Result, Switch, last_top1, phase_summaries, rank_counts, to_json, top1s
 from prelora_ray.run_folder import RunFolder
 
 
 def summarize(folder: RunFolder) -> dict[str, Any]:
-    """The contents of result.json, from the lines that stand.
-
-    Throughput is images over seconds of training, validation not counted. On a GPU
-    `peak_memory_bytes` is the most that was allocated in the phase; on a CPU the most that the process
-    ever held until then.
-    """
+    """The contents of result.json, from the lines that stand."""
     epochs, events = folder.epochs(), folder.events()
     phases = phase_summaries(epochs)
-    switched = [event.switch_epoch for event in events if isinstance(event, Switch)]
-    frozen = [event.freeze_epoch for event in events if isinstance(event, Freeze)]
-    return {
-        "epochs": epochs[-1].epoch + 1,
-        "switch_epoch": switched[-1] if switched else None,
-        "freeze_epoch": frozen[-1] if frozen else None,
-        "val_top1": last_top1(epochs),
-        "best_val_top1": max(top1s(epochs), default=None),
-        "images_per_second": {phase: summary.images_per_second for phase, summary in phases.items()},
-        "peak_memory_bytes": {phase: summary.peak_memory_bytes for phase, summary in phases.items()},
-        "trainable_fraction": {phase: summary.trainable_fraction for phase, summary in phases.items()},
-        "ranks": {str(rank): n for rank, n in rank_counts(folder.read_json("ranks.json")).items()} if switched else None,
-        "restarts": max((event.attempt for event in events), default=0),
-        "seconds": sum(_seconds_by_attempt(events).values()),
-    }
+    switches, freezes = folder.events_of(Switch), folder.events_of(Freeze)
+    result = Result(
+        epochs=epochs[-1].epoch + 1,
+        switch_epoch=switches[-1].switch_epoch if switches else None,
+        freeze_epoch=freezes[-1].freeze_epoch if freezes else None,
+        val_top1=last_top1(epochs),
+        best_val_top1=max(top1s(epochs), default=None),
+        images_per_second={phase: summary.images_per_second for phase, summary in phases.items()},
+        peak_memory_bytes={phase: summary.peak_memory_bytes for phase, summary in phases.items()},
+        trainable_fraction={phase: summary.trainable_fraction for phase, summary in phases.items()},
+        ranks={str(rank): n for rank, n in rank_counts(folder.read_json("ranks.json")).items()} if switches else None,
+        restarts=max((event.attempt for event in events), default=0),
+        seconds=sum(_seconds_by_attempt(events).values()),
+    )
+    return to_json(result)
 
 
 def _seconds_by_attempt(events: list[Event]) -> dict[int, float]:

@@ -56,8 +56,8 @@ _RAY_TRAIN = {
     "HEALTH_CHECK_INTERVAL_S": "0.25",  # the controller takes up one report a look, and an epoch may be short
     "PREEMPTION_POLL_INTERVAL_S": "0.25",  # the notice has to reach the loop before its data dries up
 }
-_RESIZE_LOOK_SECONDS = 5.0
-"""Between looks whether there is room for more workers."""
+_RESIZE_POLL_SECONDS = 5.0
+"""Between polls whether there is room for more workers."""
 _STOP_SECONDS = 0.5
 """Between tries to ask the workers to stop, where that fails."""
 
@@ -83,7 +83,7 @@ def train(settings: Settings, *, debug: bool = False, callbacks: Sequence[ray.tr
         if folder.exists("data.json"):
             folder.read_classes()  # raises, where it is damaged, before Ray starts
     if folder.exists("result.json"):
-        result = folder.read_json("result.json")
+        result = folder.read_result()
         logger.info("run %s has finished already; give another --name for a new one", folder)
         return result
     check_model(settings)
@@ -158,7 +158,7 @@ def _start_exporter(settings: Settings) -> None:
 
 @contextmanager
 def stop_on_sigterm(folder: RunFolder) -> Iterator[None]:
-    """On SIGTERM, asks the workers to save where they stand and to end: by an empty file, which has room on most full disks."""
+    """On SIGTERM, asks the workers to save and to end, by an empty file: even most full disks have room for that."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -187,14 +187,14 @@ def stop_on_sigterm(folder: RunFolder) -> Iterator[None]:
 
 
 def _settle_gpu(settings: Settings, before: Settings | None, gpus: float) -> Settings:
-    """The settings with what `workers.gpu: auto` comes to: what the run has, or at its begin whether Ray has enough GPUs."""
+    """The settings with `workers.gpu: auto` resolved: to what the run had, or at first whether Ray has enough GPUs."""
     workers = settings.workers
     if workers.gpu != "auto":
         return settings
     if before is not None and before.workers.gpu != "auto":
         gpu, why = before.workers.gpu, "as the run has had it so far"
     else:
-        gpu = gpus >= workers.min
+        gpu = workers.take_gpus(gpus)
         why = f"as Ray has {gpus:g} GPUs and workers.min is {workers.min}"
         why += "" if gpu else "; for GPUs that come once they are asked for, set it to true"
     logger.info("workers.gpu: auto is %s, %s", str(gpu).lower(), why)
@@ -202,7 +202,7 @@ def _settle_gpu(settings: Settings, before: Settings | None, gpus: float) -> Set
 
 
 def _check_room(settings: Settings, is_embedded: bool) -> None:
-    """Ray Train waits for room without a word; so say it, and refuse where none can ever come."""
+    """Ray Train waits for room silently: warns of that, and raises UserError where room can never come."""
     workers, has = settings.workers, ray.cluster_resources()
     for resource, each in (("CPU", workers.cpus), ("GPU", 1.0 if workers.gpu is True else 0.0)):
         needed, there = workers.min * each, has.get(resource, 0)
@@ -239,7 +239,7 @@ def _fit(
         train_loop_config={"settings": settings.model_dump(mode="json")},
         scaling_config=ray.train.ScalingConfig(
             num_workers=(workers.min, workers.max) if is_elastic else workers.max,
-            elastic_resize_monitor_interval_s=_RESIZE_LOOK_SECONDS,
+            elastic_resize_monitor_interval_s=_RESIZE_POLL_SECONDS,
             use_gpu=use_gpu,
             resources_per_worker={"CPU": workers.cpus} | ({"GPU": 1} if use_gpu else {}),
         ),
@@ -267,7 +267,7 @@ def _fit(
 def _fit_again_and_again(
     trainer: TorchTrainer, folder: RunFolder, check_lock: Callable[[], None], workers: WorkerSettings
 ) -> None:
-    """Fits; where Ray Train's controller dies or the workers leave nodes that are about to go, goes on with new ones."""
+    """Fits, and starts again where Ray Train's controller dies or the workers leave nodes that are about to go."""
     lost = 0
     while True:
         _wait_for_storage(folder, workers)
@@ -314,7 +314,7 @@ def _prepare_once(settings: Settings) -> None:
 
 
 def _check_unchanged(before: Settings, now: Settings, folder: RunFolder) -> None:
-    """Raises UserError where a run is resumed with settings that would make another run of it."""
+    """Raises UserError where a run is resumed with settings that would change its result."""
     old, new = (flat(settings) for settings in (before, now))
     for key in sorted(old | new):
         if old.get(key) == new.get(key) or acts(key) == "never":
@@ -329,7 +329,7 @@ def _check_unchanged(before: Settings, now: Settings, folder: RunFolder) -> None
 
 
 def _check_same_data(folder: RunFolder, settings: Settings, manifest: Manifest) -> None:
-    """Notes what the run is trained on. Raises UserError where that is not what it was begun with."""
+    """Records what the run is trained on. Raises UserError where that is not what it began with."""
     content = {"classes": list(manifest.classes), "fingerprint": manifest.fingerprint}
     if not folder.exists("data.json"):
         folder.write_json("data.json", content)

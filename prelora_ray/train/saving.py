@@ -25,24 +25,24 @@ class Saving:
     failure: str | None = None
     """Why the last save failed; None where it has not."""
 
-    def wish(self) -> Action:
+    def request(self) -> Action:
         """What to ask all workers for after this step."""
         return Action.NONE
 
     def save(self, sums: list[list[float]], *, must: bool, val_top1: float | None = None) -> None:
         """Saves where the run stands, beside training.
 
-        Where another save is still under way, it waits: as long as it takes if it `must`, half of `workers.hang_seconds` at an
-        epoch's end, not at all inside an epoch; then this one is left out, as the next one is as good. The other workers wait
-        for rank 0 meanwhile, and have to know where that may be for long. `sums`: the epoch's sums so far of every worker;
-        empty at its end.
+        Where another save is still under way, it waits: as long as that takes if it `must`, half of
+        `workers.hang_seconds` at an epoch's end, not at all inside an epoch. After that this save is left out: the next
+        one is as good. The other workers wait for rank 0 meanwhile, and have to know where that may take long. `sums`:
+        the epoch's sums so far of every worker; empty at its end.
         """
 
     def wait(self) -> None:
         """Returns when nothing is being saved."""
 
     def finish(self) -> None:
-        """As `wait`; where the save failed, tries again a few times: what it holds is the last of the run."""
+        """As `wait`; where the save failed, tries again for a while: nothing newer will be saved."""
 
     def record(self) -> None:
         """Records what became of saves since the last call."""
@@ -81,8 +81,8 @@ class RankZeroSaving(Saving):
     def failure(self) -> str | None:  # type: ignore[override]
         return self._checkpointer.failure
 
-    def wish(self) -> Action:
-        return self._notices.wish(self._state.step, is_busy=self._checkpointer.is_busy)
+    def request(self) -> Action:
+        return self._notices.request(self._state.step, is_busy=self._checkpointer.is_busy)
 
     def save(self, sums: list[list[float]], *, must: bool, val_top1: float | None = None) -> None:
         def snapshot() -> Snapshot:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from contextlib import closing
 from typing import Any
 
+import ray.train.torch
+
 from prelora_ray.config_file import parse_settings
 from prelora_ray.engine.micro_batch import MemoryShortageError
-from prelora_ray.engine.precision import PrecisionError, check_precision
+from prelora_ray.engine.precision import check_precision
 from prelora_ray.engine.step import NonFiniteLossError
+from prelora_ray.errors import UserError
 from prelora_ray.fault_tolerance.failure import own_failures
 from prelora_ray.train.attempt import StoppedError, WorkerAttempt
 
@@ -20,10 +23,11 @@ def train_worker(config: dict[str, Any]) -> None:
     holds the run's settings.
     """
     with own_failures(lambda: None):
-        attempt = WorkerAttempt(parse_settings(config["settings"]))
+        settings = parse_settings(config["settings"])
+        check_precision(settings.train.precision, ray.train.torch.get_device())
+        attempt = WorkerAttempt(settings)
     with closing(attempt), own_failures(lambda: attempt.state.step):
         try:
-            check_precision(attempt.settings.train.precision, attempt.state.device)
             for epoch in range(attempt.state.epoch, attempt.settings.train.epochs):
                 attempt.begin_epoch()
                 for batch in attempt.stream.take("train", epoch):
@@ -35,6 +39,6 @@ def train_worker(config: dict[str, Any]) -> None:
             attempt.finish()
         except StoppedError:
             pass
-        except (NonFiniteLossError, PrecisionError, MemoryShortageError) as error:
+        except (NonFiniteLossError, UserError, MemoryShortageError) as error:
             # The same on every worker and on every retry, so no retry helps.
             attempt.fail(str(error))

@@ -1,4 +1,4 @@
-"""`prelora bench data`, `loop` and `restart`, small, as a user calls them."""
+"""The benchmarks beside `phases`, small, as a user calls them."""
 
 from __future__ import annotations
 
@@ -44,14 +44,41 @@ def test_restart_tells_both_starts():
     assert all(1 < row["seconds_to_the_first_step"] < 120 for row in rows.values())
 
 
+@pytest.mark.slow
+def test_checkpoint_tells_what_it_holds_up():
+    rows = measured("checkpoint", "--model", "vit_tiny_patch16_224", "--image-size", "32", "--batch", "2")
+    assert len(rows) == 4
+    assert rows["snapshot, which holds up the loop"]["most_ms"] < rows["until the commit"]["most_ms"]
+
+
+@pytest.mark.slow
+def test_prepare_is_measured_against_a_pool():
+    rows = measured("prepare", "--images", "32")
+    assert set(rows) == {"prepare", "pool"}
+    for row in rows.values():
+        ratio = row["images_per_second_and_core"] / rows["pool"]["images_per_second_and_core"]
+        assert row["against_the_pool"] == pytest.approx(ratio)
+
+
+@pytest.mark.slow
+def test_exporter_is_sent_to_and_scraped():
+    rows = measured("exporter", "--workers", "3", "--seconds", "2")
+    assert 0 < rows["message"]["median_ms"] <= rows["message"]["most_ms"]
+    assert 0 < rows["scrape"]["median_ms"] <= rows["scrape"]["most_ms"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["phases", "--model", "vit_tinny"], "model.name = 'vit_tinny' is not allowed"),
+        (["phases", "--image-size", "15"], "is not allowed with image_size 15 and options {}: phase full fails"),
         (["phases", "--batch", "0"], "Invalid value for '--batch'"),
         (["phases", "--out", "/nowhere/phases.json"], "--out /nowhere/phases.json is not allowed: /nowhere is no folder"),
         (["data", "--images", "100"], "--batch 64 is not allowed with --images 100: a pass needs four batches"),
         (["loop", "--batch", "100"], "data.batch_size = 100 is not allowed: it must be a multiple of data.cell = 8"),
+        (["network", "--model", "vit_tinny"], "model.name = 'vit_tinny' is not allowed"),
+        (["network", "--workers", "1"], "Invalid value for '--workers'"),
+        (["network", "--picture", "/nowhere/n.html"], "--picture /nowhere/n.html is not allowed: /nowhere is no folder"),
         (["restart", "--model", "vit_tinny"], "model.name = 'vit_tinny' is not allowed"),
     ],
 )

@@ -5,8 +5,9 @@ import json
 import pytest
 
 from prelora_ray.bench import phases
-from prelora_ray.bench.phases import RANKS, Row
-from tests.command import prelora
+from prelora_ray.bench.own import RANKS
+from prelora_ray.bench.phases import Row
+from tests.command import prelora_here
 
 WIDTH, DEPTH, TOKENS, CLASSES = 192, 12, 17, 1000
 
@@ -14,7 +15,7 @@ WIDTH, DEPTH, TOKENS, CLASSES = 192, 12, 17, 1000
 @pytest.fixture(scope="module")
 def result() -> dict:
     size = ("--model", "vit_tiny_patch16_224", "--image-size", "64", "--batch", "4", "--steps", "1")
-    done = prelora("bench", "phases", *size, "--row", "timm", "--row", "prelora bf16 lora", "--json")
+    done = prelora_here("bench", "phases", *size, "--row", "timm", "--row", "prelora bf16 lora", "--json")
     assert done.returncode == 0, done.stderr
     assert "not measured: timm compiled full (needs a GPU)" in done.stderr
     return json.loads(done.stdout)
@@ -43,7 +44,7 @@ def test_lora_exchanges_what_trains(result):
     sides = {"query": 2, "key": 2, "value": 2, "proj": 2, "fc1": 5, "fc2": 5}  # (in + out) / width
     mean = 32 * WIDTH * sum(sides.values()) * DEPTH
     others = DEPTH * 4 * WIDTH + 2 * WIDTH + (768 + 1) * WIDTH + WIDTH + TOKENS * WIDTH + (WIDTH + 1) * CLASSES
-    assert lora["gradient_bytes"] == pytest.approx(4 * (mean + others), rel=0.15)  # the deal is not even over the families
+    assert lora["gradient_bytes"] == pytest.approx(4 * (mean + others), rel=0.15)  # families do not share evenly
     assert lora["gradient_bytes"] < 0.5 * result["rows"][0]["gradient_bytes"]
 
 

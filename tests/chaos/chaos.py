@@ -1,11 +1,11 @@
-"""Runs that everything happens to, against one that is left alone: `make chaos`, or
+"""Runs under faults of every kind, each compared with an undisturbed one: `make chaos`, or
 
     python -m tests.chaos.chaos [--faults N] [--seed N] [--out FILE]
 
-One on a disk: N faults (default 45), as many of each kind, at random moments spread over all three phases, and a full disk at
-the switch and at the end. One in a bucket: outages, the longest through all phases. It ends with a table of what each cost,
-and checks that no sample was lost or counted twice, that the switch and the ranks are those of the undisturbed
-run, and that the weights agree.
+One is on a disk: N faults (default 45), equally many of each kind, at random moments spread over all three phases, and
+a full disk at the switch and at the end. One is in a bucket: outages, the longest through all phases. It ends with a
+table of what each cost, and checks that no sample was lost or counted twice, that the switch and the ranks are those of
+the undisturbed run, and that the weights agree.
 """
 
 from __future__ import annotations
@@ -68,13 +68,13 @@ STEPS = {
 """Steps set aside for a fault during which the run trains on."""
 STEPS_OTHER = 14
 STEPS_LAST = {"disk": 150, "bucket": 1500}
-"""Steps behind the last fault: a fast machine does many more than were set aside, and a bucket is told of them every 15 s."""
+"""Steps after the last fault: a fast machine does more than were set aside, and tells a bucket of them every 15 s."""
 STEPS_BEFORE = 40
 """Steps before a moment at which the disk fills up for it."""
 STEPS_BEYOND = 120
-"""The most that a fault ends behind the steps set aside for it."""
+"""Most steps by which a fault ends after the steps set aside for it."""
 RECOVERY_SECONDS = 150.0
-REACH_SECONDS = 1800.0
+REACH_SECONDS = 3600.0
 """For the steps between two faults, and to the end, on however slow a machine."""
 
 
@@ -105,9 +105,9 @@ class Found:
 
 
 def plan(count: int, rng: random.Random) -> list[str]:
-    """Faults in random order, as many of each kind but for a rest.
+    """Faults in random order, equally many of each kind, but for a remainder.
 
-    A node that is added follows on one that is taken, or it would be no use.
+    A node is added after one was taken: else the run would have no use for it.
     """
     each, rest = divmod(count, len(ANYTIME))
     paired = TAKES_A_NODE | {"node added"}
@@ -138,7 +138,7 @@ def epochs_for(faults: list[str], place: Literal["disk", "bucket"] = "disk") -> 
 
 
 def position(folder: RunFolder) -> dict[str, Any]:
-    """Where the run is, or nothing where it has not told or is just telling."""
+    """Where the run is; a position before the start where progress.json is not there yet, or not whole."""
     try:
         content: dict[str, Any] = folder.read_json("progress.json")
         return content
@@ -147,7 +147,7 @@ def position(folder: RunFolder) -> dict[str, Any]:
 
 
 def disturb(target: Target, faults: list[str], tell: Callable[[str], None]) -> list[Cost]:
-    """Lets the faults happen to a run that is under way, each once the one before is healed, and waits for the run's end."""
+    """Inflicts the faults on a run, each once it has recovered from the one before, and waits for the run's end."""
     costs: list[Cost] = []
     waiting, due, healed = list(faults), STEPS_BETWEEN, 0
     while waiting:
@@ -311,9 +311,18 @@ def small_disk(path: Path) -> Iterator[bool]:
 
 
 def run_on_disk(
-    directory: Path, data: Path, faults: list[str], rng: random.Random, *, at_switch_and_end: bool = True
+    directory: Path,
+    data: Path,
+    faults: list[str],
+    rng: random.Random,
+    *,
+    at_switch_and_end: bool = True,
+    plain_workers: int = 1,
 ) -> tuple[list[Cost], Found]:
-    """Raises AssertionError where the run differs from an undisturbed one. Prints as it goes."""
+    """Raises AssertionError where the run differs from an undisturbed one. Prints as it goes.
+
+    `plain_workers`: of the undisturbed run, where faults change the other's number; one is the least work.
+    """
     with small_disk(directory / "runs") as can_be_full:
         if not can_be_full:
             print("no file system of its own for the run folder (that takes root): without full disks")
@@ -324,7 +333,7 @@ def run_on_disk(
             epochs = epochs_for(faults)
             moments[AT_SWITCH] = epochs[0] * BATCHES - STEPS_BEFORE
             moments[AT_END] = sum(epochs) * BATCHES - STEPS_BEFORE
-        return _run(directory, data, faults, epochs, rng, moments)
+        return _run(directory, data, faults, epochs, rng, moments, plain_workers=plain_workers)
 
 
 def run_in_bucket(directory: Path, data: Path, rng: random.Random) -> tuple[list[Cost], Found]:
@@ -342,10 +351,11 @@ def _run(
     rng: random.Random,
     moments: dict[str, int],
     proxy: Proxy | None = None,
+    plain_workers: int = 1,
 ) -> tuple[list[Cost], Found]:
     """The undisturbed run and the disturbed one: in `directory`, or in the bucket behind `proxy`."""
-    # One worker is the least work; where no fault changes the other's number, as many, so that every bit must agree.
-    workers = WORKERS if TAKES_A_NODE.isdisjoint(faults) else 1
+    # Where no fault changes the other's number of workers, it is the same, so that every bit must agree.
+    workers = WORKERS if TAKES_A_NODE.isdisjoint(faults) else plain_workers
     quiet = directory / "quiet"  # outside the file system that fills up
     quiet.mkdir()
     plain = read_config(write_config(quiet, "plain", data, epochs, workers=workers))

@@ -16,7 +16,7 @@ import psutil
 
 from prelora_ray.fault_tolerance.checkpoint import Checkpoints
 from prelora_ray.run_folder import RunFolder
-from tests.chaos.site import Site, wait_for
+from tests.chaos.site import OwnRay, Site, wait_for
 from tests.disk import Disk
 from tests.proxy import Proxy, State
 
@@ -34,7 +34,7 @@ SLOW_BYTES_PER_SECOND = 2e4
 class Target:
     """What a fault is done to."""
 
-    site: Site
+    site: Site | OwnRay
     config: Path
     folder: RunFolder
     rng: random.Random

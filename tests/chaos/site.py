@@ -21,7 +21,7 @@ from tests.command import COMMAND, ROOT
 from tests.runs import children
 
 WORKERS = 2
-"""The most that the run takes."""
+"""Most workers that the run takes."""
 HANG_SECONDS = 5.0
 
 
@@ -32,7 +32,7 @@ class Site:
         self.folder = folder
         os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # a socket's path must be short
         health = {"health_check_period_ms": 1000, "health_check_timeout_ms": 3000}  # as in cluster.yaml
-        like_a_larger_node = {"num_workers_soft_limit": 3}  # readers stay for the next attempt, as where there are more CPUs
+        like_a_larger_node = {"num_workers_soft_limit": 3}  # readers stay for the next attempt, as with more CPUs
         system = health | like_a_larger_node
         head = {"num_cpus": 0, "include_dashboard": False, "include_log_monitor": False, "_system_config": system}
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
@@ -85,6 +85,18 @@ class Site:
         return _children(node, "RayTrainWorker")
 
 
+class OwnRay:
+    """The site of a run whose driver is this process, with a Ray of its own."""
+
+    def workers(self) -> list[psutil.Process]:
+        """The run's workers, by process number."""
+        return sorted(children(os.getpid(), "RayTrainWorker"), key=lambda process: process.pid)
+
+    def controller(self) -> psutil.Process:
+        """Ray Train's controller."""
+        return wait_for(lambda: children(os.getpid(), "TrainController"), 30, "a controller")[0]
+
+
 def _children(node: Any, title: str) -> list[psutil.Process]:
     """Processes of a node whose title holds `title`."""
     raylets = node.all_processes.get("raylet")
@@ -101,7 +113,7 @@ def write_config(
     workers: int = WORKERS,
     hang_seconds: float = HANG_SECONDS,
 ) -> Path:
-    """A recipe in float64 with so many epochs of each phase, 1 to `workers` workers, and all that is drawn turned on."""
+    """A recipe in float64: so many epochs of each phase, 1 to `workers` workers, every random draw turned on."""
     full, warmup, lora = epochs
     content: dict[str, Any] = {
         "name": name,

@@ -1,4 +1,4 @@
-"""One fault of each kind that no other test does to a run; `make chaos` does several of all kinds, at random."""
+"""Nodes that go and come; and, slow, one fault of each kind. `make chaos` does several of all kinds, at random."""
 
 from __future__ import annotations
 
@@ -11,9 +11,17 @@ from tests.chaos.chaos import plan, run_on_disk
 from tests.chaos.faults import ANYTIME
 
 ELSEWHERE = {"worker killed", "driver stopped", "two drivers at once"}
-"""In tests/train/test_run.py and test_lock.py; outages in test_outage.py, full disks at other moments in test_full_disk.py."""
+"""Tested in train/test_run.py and test_lock.py; outages in test_outage.py, other full disks in test_full_disk.py."""
 
 
+def test_a_run_whose_nodes_go_and_come_equals_one_on_three_workers(digits: Path, tmp_path: Path) -> None:
+    """Its weights too, to 1e-5 in float64. A node goes with a notice and another one without."""
+    faults = ["node drained", "node added", "raylet killed"]
+    _, found = run_on_disk(tmp_path, digits, faults, random.Random(3), at_switch_and_end=False, plain_workers=3)
+    assert found.sizes == {1, 2, 3}
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_one_fault_of_each_kind_changes_nothing(digits: Path, tmp_path: Path) -> None:
     rng = random.Random(3)

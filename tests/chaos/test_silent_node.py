@@ -18,7 +18,7 @@ from tests.chaos.site import Site, run_folder, wait_for, write_config
 
 @pytest.mark.slow
 def test_training_goes_on_without_a_node_that_falls_silent(digits: Path, tmp_path: Path) -> None:
-    """With a user's own `hang_seconds`, so that Ray's look at its nodes must find it. Prints the seconds to the next step."""
+    """With the default `hang_seconds`, so that Ray's health checks must find it. Prints seconds to the next step."""
     config = write_config(tmp_path, "silent", digits, (400, 5, 5), hang_seconds=120.0)
     folder = run_folder(config)
     site = Site(tmp_path)

@@ -7,22 +7,16 @@ import re
 import runpy
 import shutil
 import subprocess
-import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 import yaml
 
-from prelora_ray.monitor.exporter import start_exporter
 from prelora_ray.monitor.telemetry import run_label
 from prelora_ray.run_folder import RunFolder
-from prelora_ray.train.run import train
-from tests.chaos.site import wait_for
-from tests.runs import Killer, settings
+from tests.disturbed import EACH_PHASE, Disturbed
 
 ROOT = Path(__file__).parents[2] / "dashboards"
 GPU_ONLY = {
@@ -33,7 +27,6 @@ GPU_ONLY = {
     "MFU by phase",
 }
 """Panels that no run on a CPU has data for."""
-PHASE_EPOCHS = 10
 
 
 def needs(program: str) -> str:
@@ -89,60 +82,16 @@ def test_every_alert_is_tested_and_explained():
         assert (ROOT.parent / rule["annotations"]["page"]).read_text().startswith(f"# {rule['alert']}\n")
 
 
-Query = Callable[[str], list[dict[str, Any]]]
+Watched = tuple[RunFolder, str, Callable[[str], list[dict[str, Any]]]]
 
 
 @pytest.fixture(scope="module")
-def watched(digits, storage, tmp_path_factory) -> Iterator[tuple[RunFolder, str, Query]]:
-    """A run through all phases with a worker killed in it, as a Prometheus saw it that scraped it every second."""
-    program = needs("prometheus")
-    method = {"windows": 3, "window_epochs": 1, "switch_epoch": PHASE_EPOCHS, "warmup_epochs": PHASE_EPOCHS}
-    training = {"epochs": 3 * PHASE_EPOCHS}
-    run = settings(digits, storage, "on-record", 2, method=method, train=training, checkpoint={"every_steps": 4})
-    folder = tmp_path_factory.mktemp("prometheus")
-    exporter = start_exporter(run.monitor.host, run.monitor.port)
-    config = yaml.safe_load((ROOT / "prometheus" / "prometheus.yml").read_text())
-    config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
-    config["rule_files"] = [str(ROOT / "prometheus" / "alerts.yml")]
-    config["scrape_configs"][0]["static_configs"][0]["targets"] = [exporter]
-    (node,) = ray.nodes()
-    address = f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}"
-    config["scrape_configs"][1] = {"job_name": "ray", "static_configs": [{"targets": [address]}]}
-    (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
-    port = 19090
-    server = subprocess.Popen(
-        [
-            *(program, f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"),
-            f"--web.listen-address=127.0.0.1:{port}",
-        ],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-
-    def ask(path: str, **parameters: str) -> Any:
-        address = f"http://127.0.0.1:{port}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
-        with urllib.request.urlopen(address, timeout=10) as answer:
-            return json.loads(answer.read())["data"]
-
-    def query(expression: str) -> list[dict[str, Any]]:
-        return list(ask("query", query=expression)["result"])
-
-    try:
-        killer = Killer(run, [PHASE_EPOCHS + 2])
-        killer.start()
-        train(run)
-        label = run_label(run)
-        epochs = RunFolder.of(run).read_lines("epochs.jsonl")
-        images = sum(line["images"] for line in epochs if line["phase"] == "lora")
-        last = [
-            f'prelora_loss{{run="{label}"}} == {epochs[-1]["loss"]!r}',
-            f'sum(prelora_images_total{{run="{label}", phase="lora"}}) == {images}',
-        ]
-        wait_for(lambda: all(query(expression) for expression in last), 30, "the scrape of the run's last values")
-        yield RunFolder.of(run), label, query
-    finally:
-        server.terminate()
-        server.wait()
+def watched(disturbed: Disturbed) -> Iterator[Watched]:
+    """A run that goes on after a fault in each phase, its label, and what answers queries of what a Prometheus saw of it."""
+    needs("prometheus")
+    assert disturbed.prometheus
+    yield RunFolder.of(disturbed.run), run_label(disturbed.run), disturbed.prometheus.query
+    disturbed.prometheus.close()  # nobody else asks it
 
 
 def filled_in(expression: str, label: str) -> str:
@@ -178,10 +127,13 @@ def test_the_numbers_are_those_of_the_run_folder(watched):
     assert value(f"prelora_loss{of}") == epochs[-1]["loss"]
     assert value(f"prelora_val_top1_ratio{of}") == epochs[-1]["val_top1"]
     assert value(f"prelora_trainable_parameters{of}") == epochs[-1]["trainable_parameters"]
-    assert value(f"sum(prelora_restarts_total{of})") == 1
-    lora = sum(line["images"] for line in epochs if line["phase"] == "lora")
-    assert value(f'sum(prelora_images_total{{run="{label}", phase="lora"}})') == lora
-    assert not query(f"prelora_images_total{of} == 0"), "workers that were started anew in warmup tell of no phase full"
+    restarts = folder.read_json("result.json")["restarts"]
+    assert value(f"sum(prelora_restarts_total{of})") == restarts == len(EACH_PHASE)
+    lines = [line for rank in (0, 1) for line in folder.read_lines(f"samples-{rank}.jsonl")]
+    last = sum(len(line["samples"]) for line in lines if line["attempt"] == restarts)
+    assert value(f'sum(prelora_images_total{{run="{label}", phase="lora"}})') == last > 1438
+    assert value(f"sum(prelora_images_total{of})") == last, "workers that were started anew in lora tell of no other phase"
+    assert not query(f"prelora_images_total{of} == 0")
     ranks = folder.read_json("ranks.json")
     assert value(f"count(prelora_adapter_rank{of})") == len(ranks)
     assert value(f"sum(prelora_adapter_rank{of})") == sum(ranks.values())

@@ -1,4 +1,4 @@
-"""Prepared data that is damaged is told by name; what may pass by itself is not taken for damage."""
+"""Damaged prepared data is reported by file and row; an error that may pass by itself is not taken for damage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images as people have them, and files that are none: what is stored of them, and what is said."""
+"""Images as people have them, and files that are none: what is stored of them, and which reasons are given."""
 
 from __future__ import annotations
 

@@ -19,8 +19,11 @@ from PIL import Image
 
 from prelora_ray.data.encode import BadImageError
 from prelora_ray.data.manifest import read_manifest
-from prelora_ray.data.prepare import PrepareError, PrepareSettings, plan, prepare
+from prelora_ray.data.prepare import PrepareError, plan, prepare
+from prelora_ray.data.prepare_settings import PrepareSettings
 from prelora_ray.data.sources import open_source
+from prelora_ray.errors import UserError
+from prelora_ray.options import options_of
 from prelora_ray.storage import Storage
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -144,8 +147,8 @@ def test_refused_requests(tree: Path, tmp_path: Path):
     with pytest.raises(ValueError, match=r"--val-fraction 0\.01 leaves no images to validate with"):
         prepare(str(tree), str(tmp_path / "out"), PrepareSettings(val_fraction=0.01))
     for key, value in (("val_fraction", 1.0), ("size", 0), ("quality", 101), ("max_bad", 2), ("max_overlap", -1), ("seed", -1)):
-        with pytest.raises(ValueError, match=f"--{key.replace('_', '-')} .* is not allowed"):
-            PrepareSettings(**{key: value})
+        with pytest.raises(UserError, match=f"^--{key.replace('_', '-')} {value} is not allowed: it must be [a-z]* than "):
+            options_of(PrepareSettings)(lambda settings: None)(**{key: value})
     assert not (tmp_path / "out").exists()
 
 
@@ -334,7 +337,8 @@ def test_shards_of_other_settings_do_not_stay(tree: Path, tmp_path: Path):
 
 PREPARE = """
 import sys
-from prelora_ray.data.prepare import PrepareSettings, prepare
+from prelora_ray.data.prepare import prepare
+from prelora_ray.data.prepare_settings import PrepareSettings
 from prelora_ray.ray_session import ray_session
 with ray_session():
     prepare(sys.argv[1], sys.argv[2], PrepareSettings(shard_rows=40))

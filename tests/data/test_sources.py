@@ -22,7 +22,8 @@ import pytest
 from PIL import Image
 
 from prelora_ray.data.manifest import read_manifest
-from prelora_ray.data.prepare import PrepareError, PrepareSettings, prepare
+from prelora_ray.data.prepare import PrepareError, prepare
+from prelora_ray.data.prepare_settings import PrepareSettings
 from prelora_ray.data.sources import Columns, Splits, open_source
 from prelora_ray.errors import WorkError
 from prelora_ray.storage import Storage

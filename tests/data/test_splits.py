@@ -1,4 +1,4 @@
-"""Which split a path speaks of: the words and delimiters that Hugging Face documents."""
+"""Which split a path names: the words and delimiters that Hugging Face documents."""
 
 from __future__ import annotations
 

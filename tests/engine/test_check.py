@@ -77,7 +77,15 @@ def test_any_option_that_leaves_logits_is_accepted(options, train):
     assert len(check_model(run(options, train=train, method={"freeze": "all_but_head"}))) == 18
 
 
+@pytest.mark.parametrize("rule", ["linear", "uniform"])
+@pytest.mark.parametrize("rate", [0.2, 0.8])
+def test_subsets_are_tried_too(rule, rate):
+    keys = {"drop_path": rate, "drop_path_rule": rule, "drop_path_form": "subset"}
+    assert len(check_model(run({"init_values": 1e-5}, model=keys, train={"residual": "bf16"}))) == 18
+
+
 ENCODER = {"name": "qwen3_vit_88m_enc", "image_size": 384, "options": {}}
+TWICE = {"name": "cait_xxs24_224", "options": {**TINY_VIT, "depth_token_only": 1}}  # a block's branches share a drop path
 WINDOWS = {"name": "samvit_base_patch16", "image_size": 256, "options": {}}
 
 
@@ -105,6 +113,15 @@ WINDOWS = {"name": "samvit_base_patch16", "image_size": 256, "options": {}}
             {"model": {"name": "cait_xxs24_224", "image_size": 32, "options": {}}, "train": SMALLER},
             r"^train\.resolution is not allowed with model\.name = 'cait_xxs24_224', whose positions timm does not interpolate",
         ),
+        (
+            {"model": {**TWICE, "drop_path_form": "subset"}},
+            r"model\.drop_path_form = 'subset' is not allowed: a LayerScaleBlock is made of norm1, attn, drop_path,",
+        ),
+        ({"model": {**TWICE, "drop_path_rule": "uniform"}}, r"drop_path_rule = 'uniform' is not allowed: a LayerScaleBlock is"),
+        (
+            {"model": {"drop_path_form": "subset"}, "data": {"batch_size": 8, "cell": 1}},
+            r"model\.drop_path = 0\.2 is not allowed with drop_path_form subset and data\.cell = 1",
+        ),
         ({"model": WINDOWS}, "'samvit_base_patch16' is not allowed .*: phase full fails with RuntimeError: .*broadcast"),
     ],
 )
@@ -117,7 +134,7 @@ def test_refused(sections, message, caplog, monkeypatch):
 
 
 def test_what_only_the_switch_or_the_freeze_would_find(monkeypatch):
-    """A forward that looks at its layers' class, as an adapter is none of torch's linear layers; and a model without a head."""
+    """A forward that asks for torch's own linear layers, which an adapter is not; and a model without a head."""
 
     def forward(block, x, *_, **__):
         assert type(block.qkv).__name__ == "Linear", "no linear layer"

@@ -53,7 +53,7 @@ def test_a_damaged_record_has_it_searched_again(tmp_path, content):
 
 
 def test_a_step_leaves_room_for_a_snapshot_in_every_phase(tmp_path):
-    """As many bytes as a snapshot really has, known before the first step, and for the moments as long as there are none."""
+    """As many bytes as a snapshot really has, known before the first step; and room for moments until they exist."""
     settings = parse_settings(
         {
             "name": "x",

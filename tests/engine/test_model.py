@@ -1,4 +1,3 @@
-import numpy as np
 import pytest
 import timm
 import torch
@@ -7,13 +6,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from prelora_ray.config import ModelSettings
-from prelora_ray.engine.model import (
-    compile_blocks,
-    create_model,
-    draw_drop_path,
-    drop_path_modules,
-    set_drop_path,
-)
+from prelora_ray.engine.model import compile_blocks, create_model
 from tests.runs import TINY_VIT
 
 TINY = ModelSettings(name="vit_tiny_patch16_224", image_size=8, options=TINY_VIT)
@@ -56,32 +49,6 @@ def test_positions_for_a_smaller_image_are_those_that_timm_resamples(name, optio
     images = {size: torch.randn(4, 3, size, size) for size in plain}
     assert torch.equal(model(images[8]), plain[8](images[8]))
     torch.testing.assert_close(model(images[6]), plain[6](images[6]))
-
-
-def test_drop_path_against_a_branch_left_out():
-    model = create_model(TINY.model_copy(update={"drop_path": 0.5}), num_classes=10, seed=0).train()
-    modules = drop_path_modules(model)
-    assert [module.drop_prob for module in modules] == [0.25, 0.25, 0.5, 0.5]  # the first block has none
-    images = torch.randn(2, 3, 8, 8)
-    set_drop_path(modules, torch.tensor([[1.0, 1.0], [1.0, 1.0], [1.0, 0.0], [1.0, 0.0]]))
-    both = model(images)
-    set_drop_path(modules, None)
-    whole = model(images)
-    model.blocks[2] = torch.nn.Identity()
-    without = model(images)
-    torch.testing.assert_close(both[0], whole[0])
-    torch.testing.assert_close(both[1], without[1])
-
-
-def test_drop_path_masks_belong_to_cells():
-    modules = drop_path_modules(create_model(TINY.model_copy(update={"drop_path": 0.5}), 10, 0))
-    whole = draw_drop_path(modules, 1, 2, 3, range(6), 4, 24)
-    part = draw_drop_path(modules, 1, 2, 3, [4, 5], 4, 12)
-    assert torch.equal(part[:, :8], whole[:, 16:])
-    assert torch.equal(part[:, 8:], torch.ones(4, 4).double())
-    many = torch.cat([draw_drop_path(modules, 1, 2, batch, range(6), 4, 24) for batch in range(200)], dim=1)
-    assert np.allclose(many.mean(1), 1, atol=0.06)  # scaled by 1 / keep
-    assert set(many[2].tolist()) == {0.0, 2.0}
 
 
 def test_blocks_stay_whole_for_several_workers(tmp_path):

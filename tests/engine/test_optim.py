@@ -18,7 +18,7 @@ def settings(**train):
             "name": "x",
             "data": {"path": "x"},
             "train": {"epochs": 10, "ramp_epochs": 2, "learning_rate": 0.1, "final_learning_rate_scale": 0.1, **train},
-            "method": {"adapter_learning_rate_scale": 3, "adapter_ramp_steps": 4, "windows": 2},
+            "method": {"adapter_learning_rate_scale": 3, "adapter_ramp_steps": 4, "adapter_weight_decay": 0.2, "windows": 2},
         }
     )
 
@@ -37,8 +37,9 @@ def train_a_step(model, optimizer):
 def test_what_is_decayed(model):
     inject(model, find_targets(model), {"blocks.0.attn.key": 4})
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = {g["name"]: g for g in build_optimizer(model, settings(weight_decay=0.3)).param_groups}
-    assert {name: group["weight_decay"] for name, group in groups.items()} == {"decay": 0.3, "no_decay": 0, "adapter": 0}
+    groups = {g["name"]: g for g in build_optimizer(model, settings(weight_decay=0.3, betas=[0.8, 0.95])).param_groups}
+    assert {group["betas"] for group in groups.values()} == {(0.8, 0.95)}
+    assert {name: group["weight_decay"] for name, group in groups.items()} == {"decay": 0.3, "no_decay": 0, "adapter": 0.2}
     in_group = {name: {names[id(p)] for p in group["params"]} for name, group in groups.items()}
     assert in_group["adapter"] == {"blocks.0.attn.qkv.lora_A.key", "blocks.0.attn.qkv.lora_B.key"}
     assert {"cls_token", "pos_embed", "norm.weight", "head.bias", "blocks.1.mlp.fc1.bias"} <= in_group["no_decay"]

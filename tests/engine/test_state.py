@@ -13,6 +13,7 @@ from torch.multiprocessing.spawn import start_processes
 
 from prelora_ray.config_file import parse_settings
 from prelora_ray.engine import state as state_module
+from prelora_ray.engine.fp8 import Fp8Mlp
 from prelora_ray.engine.snapshot import Snapshot
 from prelora_ray.engine.state import TrainState
 from prelora_ray.method import adapters
@@ -22,13 +23,15 @@ from tests.runs import TINY_VIT, assert_same_bits
 CPU = torch.device("cpu")
 
 
-def train_state(options=TINY_VIT, world_size: int = 1, checkpoint: Snapshot | None = None) -> TrainState:
+def train_state(
+    options=TINY_VIT, world_size: int = 1, checkpoint: Snapshot | None = None, train: dict[str, str] | None = None
+) -> TrainState:
     settings = parse_settings(
         {
             "name": "state",
             "data": {"path": "x", "batch_size": 8, "cell": 4},
             "model": {"name": "vit_tiny_patch16_224", "image_size": 8, "options": options},
-            "train": {"epochs": 20, "ramp_epochs": 0},
+            "train": {"epochs": 20, "ramp_epochs": 0, **(train or {})},
         }
     )
     return TrainState(settings, 10, 1, CPU, world_size, checkpoint)
@@ -89,6 +92,22 @@ def test_no_change_of_phase_is_to_come_in_a_runs_own_snapshot(phase):
     assert_same_bits(resumed.snapshot([], holds_base=False), state.snapshot([], holds_base=False))
 
 
+def test_fp8_from_phase_full_goes_through_all_phases():
+    """Adapters come in as exactly as ever, and a snapshot has the names and values that one in bf16 has."""
+    bf16, fp8 = (train_state(train={"precision": precision, "fp8_from": "full"}) for precision in ("bf16", "fp8"))
+    for phase in Phase:
+        if phase is not Phase.FULL:
+            enter(bf16, phase)
+            enter(fp8, phase)
+            assert fp8.logit_change is not None and fp8.logit_change < 0.05
+        assert_same_bits(fp8.snapshot([], holds_base=False), bf16.snapshot([], holds_base=False))
+        assert all(isinstance(block.mlp, Fp8Mlp) for block in fp8.model.blocks)
+        fp8.refresh()
+        gradients = train_a_step(copy.deepcopy(fp8), seed=0)
+        trained = {name for name, parameter in fp8.model.named_parameters() if parameter.requires_grad}
+        assert gradients.keys() == trained == {n for n, p in bf16.model.named_parameters() if p.requires_grad}
+
+
 def test_a_snapshot_leaves_out_the_base_that_the_run_folder_holds():
     state = train_state()
     enter(state, Phase.WARMUP)
@@ -105,13 +124,13 @@ WIDE = {"patch_size": 2, "embed_dim": 192, "depth": 2, "num_heads": 2}
 """3.6 MB of parameters, which DDP sums in one bucket at first, and in two from its second step on."""
 
 
-def go_on_as_if_undisturbed(rank: int, folder: Path) -> None:
+def go_on_as_if_undisturbed(rank: int, folder: Path, gradient_exchange: str) -> None:
     """What one of three workers does: with two, a sum is the same in either order."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
-    state = train_state(WIDE, world_size=3)
+    state = train_state(WIDE, 3, None, {"gradient_exchange": gradient_exchange})
     train_a_step(state, rank)
-    resumed = train_state(WIDE, world_size=3, checkpoint=state.snapshot([], holds_base=False))
+    resumed = train_state(WIDE, 3, state.snapshot([], holds_base=False), {"gradient_exchange": gradient_exchange})
     expected, found = (train_a_step(each, 3 + rank) for each in (state, resumed))
     assert expected.keys() == found.keys() == dict(state.model.named_parameters()).keys()
     different = [name for name, gradient in expected.items() if not torch.equal(gradient, found[name])]
@@ -121,7 +140,8 @@ def go_on_as_if_undisturbed(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def test_a_state_built_anew_sums_gradients_as_the_one_before(tmp_path):
+@pytest.mark.parametrize("gradient_exchange", ["fp32", "bf16"])
+def test_a_state_built_anew_sums_gradients_as_the_one_before(tmp_path, gradient_exchange):
     """To the bit, over several buckets, though DDP arranges them anew after its first backward."""
     set_forkserver_preload([__name__])  # torch is imported once for all three
-    start_processes(go_on_as_if_undisturbed, (tmp_path,), nprocs=3, start_method="forkserver")
+    start_processes(go_on_as_if_undisturbed, (tmp_path, gradient_exchange), nprocs=3, start_method="forkserver")

@@ -15,7 +15,7 @@ from prelora_ray.config_file import parse_settings
 from prelora_ray.data.batch import Batch
 from prelora_ray.data.manifest import Manifest, Shard
 from prelora_ray.data.mixing import Mixing, plan_mixing
-from prelora_ray.engine.model import draw_drop_path, set_drop_path
+from prelora_ray.engine.drop_path import draw_drop_path, set_drop_path
 from prelora_ray.engine.state import TrainState
 from prelora_ray.engine.step import NonFiniteLossError, TrainStep
 from prelora_ray.method.phases import Phase
@@ -31,14 +31,25 @@ MANIFEST = Manifest(
 
 
 def settings(
-    tmp_path: Path, channels: int = 3, augment: dict[str, float] | None = None, drop_path: float = 0.0, **train
+    tmp_path: Path,
+    channels: int = 3,
+    augment: dict[str, float] | None = None,
+    drop_path: float = 0.0,
+    form: str = "mask",
+    **train,
 ) -> Settings:
     options = {**TINY_VIT, "in_chans": channels}
     return parse_settings(
         {
             "name": "step",
             "data": {"path": str(tmp_path), "batch_size": 24, "cell": 4},
-            "model": {"name": "vit_tiny_patch16_224", "image_size": 8, "options": options, "drop_path": drop_path},
+            "model": {
+                "name": "vit_tiny_patch16_224",
+                "image_size": 8,
+                "options": options,
+                "drop_path": drop_path,
+                "drop_path_form": form,
+            },
             "augment": augment or {},
             "train": {"precision": "fp64", "epochs": 20, "ramp_epochs": 0, "clip_norm": None, **train},
         }
@@ -93,12 +104,14 @@ def test_gradient_is_the_mean_over_the_global_batch(tmp_path, micro_batch, chann
 
 
 @pytest.mark.parametrize(("micro_batch", "size"), [(None, 8), (4, 8), (8, 8), (16, 8), (8, 6)])
-def test_mixing_label_smoothing_and_drop_path_are_the_same_in_every_micro_batch(tmp_path, micro_batch, size):
-    """Image by image, and the loss as torch's own cross entropy has it."""
+@pytest.mark.parametrize("form", ["mask", "subset"])
+def test_mixing_label_smoothing_and_drop_path_are_the_same_in_every_micro_batch(tmp_path, micro_batch, size, form):
+    """Image by image with masks, and the loss as torch's own cross entropy has it."""
     augment = {"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1}
-    resolution = [{"until": 1, "image_size": size}]
-    run = settings(tmp_path, augment=augment, drop_path=0.5, micro_batch=micro_batch, resolution=resolution)
-    step, reference, content = train_step(run), train_step(run).state, batch(IDS, size)
+    steps = {"resolution": [{"until": 1, "image_size": size}]}
+    run = settings(tmp_path, augment=augment, drop_path=0.5, form=form, micro_batch=micro_batch, **steps)
+    step, content = train_step(run), batch(IDS, size)
+    reference = train_step(settings(tmp_path, drop_path=0.5, **steps)).state
     gradients = gradients_of_a_step(step, content)
 
     key = (run.train.seed, 0, 0, range(6), 4)
@@ -109,7 +122,7 @@ def test_mixing_label_smoothing_and_drop_path_are_the_same_in_every_micro_batch(
     for slot, (top, left, bottom, right) in cuts:
         mixed[slot] = images[slot]
         mixed[slot, :, top:bottom, left:right] = images[plan.partner[slot], :, top:bottom, left:right]
-    scales = draw_drop_path(reference.drop_path, *key, 24).float()  # as the step sends them to the device
+    scales = draw_drop_path(step.state.drop_path, *key, 24).float()  # as the step sends them to the device
     assert 4 < len(cuts) < 20 and (scales[:, 4:] == 0).any(1).all()  # both kinds of mixing, and every branch left out
 
     filled = torch.from_numpy(IDS >= 0)
@@ -126,6 +139,9 @@ def test_mixing_label_smoothing_and_drop_path_are_the_same_in_every_micro_batch(
         is_resampled = name == "pos_embed" and size != 8  # in float32, by timm
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-12, atol=1e-9 if is_resampled else 1e-12)
     assert step.epoch_sums() == (pytest.approx(21 * loss.item(), rel=1e-12), 21)
+    assert all((module.count > 0) == (form == "subset") for module in step.state.drop_path)
+    one = images[:1]  # as a new DDP takes it, whatever the last step left out
+    assert torch.equal(step.state.model.train()(one), step.state.model.eval()(one))
 
 
 def test_evaluation_counts_every_filled_slot_once(tmp_path):
@@ -152,11 +168,13 @@ def test_clipping_against_torch(tmp_path):
     assert norms == [pytest.approx(0.01, rel=1e-3)]
 
 
-def test_merged_adapters_train_as_the_plain_ones_do(tmp_path):
+@pytest.mark.parametrize("form", ["mask", "subset"])
+def test_merged_adapters_train_as_the_plain_ones_do(tmp_path, form):
     """Through both changes of phase, in float64: what is held of the weights is brought up to date at every step."""
     trained, losses = [], []
     for adapters in ("plain", "merged"):
-        step = train_step(settings(tmp_path, adapters=adapters, learning_rate=0.01, micro_batch=8))
+        run = settings(tmp_path, drop_path=0.5, form=form, adapters=adapters, learning_rate=0.01, micro_batch=8)
+        step = train_step(run)
         state = step.state
         ranks = {target.name: 2 << i % 3 for i, target in enumerate(state.targets)}
         for phase in Phase:

@@ -250,7 +250,7 @@ def test_nothing_saved(tmp_path):
 
 
 def test_in_phase_lora_a_checkpoint_costs_what_trains(tmp_path):
-    """At most 1.3 times the bytes of the trainable parameters and AdamW's two moments; the frozen base is stored once."""
+    """At most 1.3 times the bytes of trainable parameters and AdamW's two moments; the frozen base is stored once."""
     settings = parse_settings(
         {
             "name": "size",
@@ -269,7 +269,7 @@ def test_in_phase_lora_a_checkpoint_costs_what_trains(tmp_path):
     for epoch in (1, 2):
         state.epoch = epoch
         checkpoints.save(state.snapshot([], holds_base=checkpoints.holds_base))
-        base_files.add((tmp_path / "checkpoints" / "base.safetensors").stat().st_ino)  # a file written anew is another one
+        base_files.add((tmp_path / "checkpoints" / "base.safetensors").stat().st_ino)  # changes if it is written anew
     sizes = [
         sum(path.stat().st_size for path in (tmp_path / "checkpoints" / name).rglob("*") if path.is_file())
         for name in checkpoints.names()

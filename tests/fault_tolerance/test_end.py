@@ -1,4 +1,4 @@
-"""How a run ended is told by a record of its own and by the checkpoints that are there, never by a log."""
+"""How a run ended follows from a record of its own and from the checkpoints that are there, never from a log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever a run writes, on a disk without room: nothing raises that need not, and all is there once there is room."""
+"""All that a run writes, on a full disk: nothing raises that need not, and everything is written once there is room."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.disk import Disk
 from tests.fault_tolerance.test_checkpoint import checkpoint
 from tests.lines import epoch_line, event, progress
 from tests.monitor.test_tensorboard import read
-from tests.runs import EPOCHS, SWITCH, assert_same_bits, final, settings
+from tests.runs import EPOCHS, SWITCH, assert_same_bits, final, settings, wait_inside
 
 LINES = 100
 """More than what is left of a file's last page has room for."""
@@ -117,12 +117,11 @@ RUN = settings(Path("x"), Path("x"), "x", 1)
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_run_on_a_disk_that_is_full_from_the_switch_on(disk, digits, undisturbed):
     """It trains to its end, is not finished, and says where it goes on; then it ends with the bits of an undisturbed one."""
-    run = settings(digits, disk.path, "run", 1)
-    run = run.model_copy(update={"workers": run.workers.model_copy(update={"hang_seconds": 10.0})})
+    run = settings(digits, disk.path, "run", 1, checkpoint={"every_steps": 4}, workers={"hang_seconds": 5.0})
     folder = RunFolder.of(run)
 
     def fill() -> None:
-        wait_for(folder, "checkpoints/00001-000000/manifest.json")
+        wait_inside(folder, 1)
         disk.fill()
 
     threading.Thread(target=fill, daemon=True).start()

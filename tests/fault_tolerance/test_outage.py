@@ -54,6 +54,7 @@ def test_a_bucket_that_is_out_through_all_phases_costs_only_saves(
     assert (result["switch_epoch"], result["freeze_epoch"]) == (SWITCH, FREEZE)
     assert any(line["event"] == "checkpoint_failed" for line in folder.read_lines("events.jsonl"))
     assert [line["epoch"] for line in folder.read_lines("epochs.jsonl")] == list(range(EPOCHS))
+    assert len(folder.read_lines("samples-0.jsonl")) == EPOCHS * 15
     assert_same_bits(final(run), final(undisturbed(1)))
 
 

@@ -46,7 +46,7 @@ def test_workers_import_from_where_the_driver_does(monkeypatch, tmp_path):
 
 @ray.remote(num_cpus=0)
 class Controller:
-    """Stands where Ray Train's controller does: it asks the policy for sizes, with all of the cluster reserved for its run."""
+    """Acts as Ray Train's controller: asks the policy for sizes, with all of the cluster reserved for its run."""
 
     def __init__(self) -> None:
         config = ray.train.ScalingConfig(

@@ -6,16 +6,30 @@ import subprocess
 import sys
 import textwrap
 
-WATCHED = """
-import time
-from prelora_ray.fault_tolerance.watchdog import Watchdog
-dog = Watchdog(0.5)
+CLOCK = """
+import threading, time
+from prelora_ray.fault_tolerance import watchdog
+
+class Clock:  # one that is moved by hand
+    now, looks = 0.0, threading.Semaphore(0)
+
+    def monotonic(self):
+        if threading.current_thread() is not threading.main_thread():
+            self.looks.release()
+        return self.now
+
+    def move(self, seconds):  # and have the watchdog look at it
+        self.now += seconds
+        for _ in range(2):  # the first look may have begun before
+            while self.looks.acquire(blocking=False):
+                pass
+            self.looks.acquire()
 """
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", WATCHED + textwrap.dedent(code)], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", CLOCK + textwrap.dedent(code)], capture_output=True, text=True, timeout=60, check=False
     )
 
 
@@ -23,6 +37,7 @@ def test_a_hang_ends_the_process_and_says_where():
     ended = run("""
         def collective():
             time.sleep(50)
+        dog = watchdog.Watchdog(0.5)
         dog.beat()
         collective()
     """)
@@ -33,15 +48,18 @@ def test_a_hang_ends_the_process_and_says_where():
 
 def test_beats_keep_it_alive_and_a_start_may_take_longer():
     ended = run("""
-        time.sleep(1.5)  # the start, patiently
+        clock = watchdog.time = Clock()
+        dog = watchdog.Watchdog(0.1)
+        clock.move(0.9)  # the start, patiently
         for _ in range(15):
             dog.beat()
-            time.sleep(0.1)
+            clock.move(0.09)
         dog.beat(patiently=True)
-        time.sleep(1.5)
+        clock.move(0.9)
         dog.end()
         dog.beat()
-        time.sleep(1.5)
+        clock.now += 2
+        time.sleep(0.2)  # in which it would look twenty times
         print("done")
     """)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "done\n", "")

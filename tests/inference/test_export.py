@@ -21,6 +21,7 @@ from prelora_ray.config_file import parse_settings
 from prelora_ray.data.damage import DamagedDataError
 from prelora_ray.data.manifest import read_manifest
 from prelora_ray.engine.state import TrainState
+from prelora_ray.errors import UserError
 from prelora_ray.fault_tolerance.checkpoint import Checkpoints
 from prelora_ray.inference.evaluate import evaluate
 from prelora_ray.inference.export import ExportError, export
@@ -198,6 +199,14 @@ def test_mistakes_are_told_in_a_sentence(runs, exports, digits, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"cut")
     with pytest.raises(ValueError, match="is no exported model"):
         evaluate(str(tmp_path), str(digits))
+
+
+def test_a_checkpoint_that_is_not_of_its_folder_is_told(runs, tmp_path):
+    run = shutil.copytree(runs["full"], tmp_path / "run")
+    content = json.loads((run / "data.json").read_text())
+    (run / "data.json").write_text(json.dumps({**content, "classes": content["classes"][:9]}))
+    with pytest.raises(UserError, match=r"run: config\.yaml or data\.json does not fit checkpoint .*: .*head\.weight"):
+        load_run_model(str(run))
 
 
 def test_other_classes_are_refused(runs, digits, tmp_path):

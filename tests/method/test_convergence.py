@@ -15,7 +15,8 @@ def run(test: ConvergenceTest, norms: list[dict[str, float]], losses: list[float
 
 
 def test_k2_by_hand():
-    # query: layer 0 goes 10 -> 10.1 (1 %), layer 1 goes 20 -> 20.6 (3 %): mean 2 %. value: 4 -> 4 (0 %). loss: 2 -> 1.9 (5 %).
+    # query: layer 0 goes 10 -> 10.1 (1 %), layer 1 goes 20 -> 20.6 (3 %): mean 2 %. value: 4 -> 4 (0 %).
+    # loss: 2 -> 1.9 (5 %).
     norms = [{Q0: 10, Q1: 20, V0: 4}, {Q0: 10.1, Q1: 20.6, V0: 4}]
     first, second = run(ConvergenceTest(tau=2.1, zeta=5.0001, windows=2, window_epochs=1), norms, [2, 1.9])
     assert first.family_change is None

@@ -20,17 +20,20 @@ from prelora_ray.monitor.exporter import KEEP_SECONDS, NAME, NAMESPACE, SILENT_S
 from prelora_ray.monitor.metrics import RunMetrics, WorkerMetrics
 from prelora_ray.monitor.telemetry import run_label
 from prelora_ray.run_folder import RunFolder
-from prelora_ray.train.run import train
 from tests.chaos.site import wait_for
-from tests.runs import EPOCHS, settings
+from tests.runs import EPOCHS
 
 Series = dict[tuple[str, tuple[str, ...]], float]
 
 
 def read(address: str) -> Series:
-    """{(name, label values in the order of their names): value}"""
     with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
-        families = list(text_string_to_metric_families(answer.read().decode()))
+        return parsed(answer.read().decode())
+
+
+def parsed(page: str) -> Series:
+    """{(name, label values in the order of their names): value}"""
+    families = list(text_string_to_metric_families(page))
     samples = [sample for family in families for sample in family.samples]
     assert len({family.name for family in families}) == len(families)
     return {(s.name, tuple(s.labels[key] for key in sorted(s.labels))): s.value for s in samples}
@@ -175,10 +178,9 @@ def test_runs_are_told_apart_by_their_folder(monkeypatch, tmp_path):
     assert label("/home/a@b/runs") == "/home/a@b/runs/digits"
 
 
-def test_a_run_exports_what_its_folder_says(digits, storage, ray_cluster):
-    run = settings(digits, storage, "watched", 2)
-    train(run)
-    found = read(start_exporter(run.monitor.host, run.monitor.port))
+def test_a_run_exports_what_its_folder_says(undisturbed, storage):
+    run = undisturbed(2)
+    found = parsed((storage / f"{run.name}.metrics").read_text())
     label = run_label(run)
     epochs = RunFolder.of(run).read_lines("epochs.jsonl")
     counted: dict[str, float] = {}

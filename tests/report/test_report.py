@@ -15,7 +15,7 @@ import pytest
 from prelora_ray.config_file import parse_settings
 from prelora_ray.records import to_json
 from prelora_ray.report import figures
-from prelora_ray.report.page import write_report, write_switch_map
+from prelora_ray.report.page import write_plan, write_report, write_switch_map
 from prelora_ray.report.records import RunRecords, differing_settings, read_runs, short_names
 from prelora_ray.run_folder import LineWriter, RunFolder
 from tests.lines import epoch_line, event
@@ -72,6 +72,11 @@ def test_runs_side_by_side_tell_what_differs(undisturbed, tmp_path):
 def test_pictures_over_tau_and_zeta(tmp_path):
     write_switch_map([0.5, 1.0], [1.0, 2.0, 4.0], {"switch": [[None, 9, 6], [9, 6, 6]]}, str(tmp_path / "map.html"))
     assert drawn(opened(tmp_path / "map.html")) == {"map-0": 1}
+
+
+def test_a_plan_is_drawn_beside_runs_that_never_switch(tmp_path):
+    write_plan("vit", [2.0, 3.0, 4.0], {"full training": 3.5, "timm eager, full": 5.0}, 2, str(tmp_path / "plan.html"))
+    assert drawn(opened(tmp_path / "plan.html")) == {"plan": 3}
 
 
 def test_names_are_text_and_not_markup(undisturbed, tmp_path):

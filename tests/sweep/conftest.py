@@ -1,18 +1,80 @@
-"""One trunk that the tests of this folder fork from."""
+"""One sweep that the tests of this folder read, and whose trunk they fork from."""
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
 import pytest
+import yaml
 
 from prelora_ray.run_folder import RunFolder
-from prelora_ray.train.run import train
+from prelora_ray.sweep.run import sweep
+from prelora_ray.sweep.settings import Plan, load_sweep
 from tests.runs import settings
+
+BASE = {"tau": 1000, "windows": 3, "warmup_epochs": 2, "adapter_learning_rate_scale": 1.0, "adapter_ramp_steps": 10}
+"""What the recipe has, but for a pattern of ranks."""
+GRID: dict[str, dict[str, Any]] = {
+    "never": {"tau": 0},
+    "like the recipe": {},
+    "alike": {"tau": 500},
+    "without warmup": {"windows": 5, "warmup_epochs": 0},
+    "rash": {
+        **{"windows": 5, "warmup_epochs": 0, "rank_pattern": {".*": 4}},
+        **{"adapter_learning_rate_scale": 100.0, "adapter_ramp_steps": 0},
+    },
+    "diverging": {"adapter_learning_rate_scale": 1e30},
+}
+"""Settings of the sweep, by what they are for."""
+
+
+@dataclass
+class Grid:
+    folder: Path
+    result: dict[str, Any]
+
+    def entry(self, name: str) -> dict[str, Any]:
+        """What the result says of a setting."""
+        return self.result["settings"][list(GRID).index(name)]
+
+    def run(self, name: str) -> RunFolder:
+        return RunFolder(self.folder / "grid" / self.entry(name)["trial"])
+
+
+@pytest.fixture
+def load(digits, tmp_path):
+    """Reads a sweep over a recipe of 7 epochs with windows of 1."""
+    return lambda **content: load_over_recipe(digits, tmp_path, **content)
 
 
 @pytest.fixture(scope="session")
-def trunk(digits, storage):
+def grid(digits, tmp_path_factory) -> Grid:
+    folder = tmp_path_factory.mktemp("sweep")
+    return Grid(folder, run(load_over_recipe(digits, folder, name="grid", settings=listed(GRID))))
+
+
+@pytest.fixture(scope="session")
+def trunk(grid) -> RunFolder:
     """Full training with a checkpoint of every epoch."""
-    method = {"enabled": False, "window_epochs": 1, "windows": 2}
-    run = settings(digits, storage, "trunk", 1, method=method, checkpoint={"keep_trunk": True})
-    train(run)
-    return RunFolder.of(run)
+    return grid.run("never")
+
+
+def listed(names) -> list[dict[str, Any]]:
+    """Settings of the grid, as a sweep's file has them."""
+    settings = [{**BASE, "rank_pattern": None, **GRID[name]} for name in names]
+    return [{f"method.{key}": value for key, value in setting.items()} for setting in settings]
+
+
+def load_over_recipe(digits, folder: Path, **content) -> Plan:
+    recipe = settings(digits, folder, "recipe", 1).model_dump(mode="json", exclude_unset=True)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    content = {"recipe": "recipe.yaml", "storage": str(folder), **content}
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    return load_sweep(str(folder / "sweep.yaml"), [])
+
+
+def run(plan: Plan) -> dict[str, Any]:
+    return sweep(plan, lambda _: contextlib.nullcontext())

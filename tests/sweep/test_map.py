@@ -1,4 +1,4 @@
-"""A map over tau and zeta tells what a replay of each point does, and what a run with it came to."""
+"""A map over tau and zeta agrees with a replay of each point, and with a run of one."""
 
 from __future__ import annotations
 

@@ -2,44 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-import shutil
+import re
 from pathlib import Path
 
 import pytest
 import ray
-import yaml
 
 from prelora_ray.errors import UserError
-from prelora_ray.fault_tolerance.checkpoint import Checkpoints
 from prelora_ray.fault_tolerance.ray_private import release_groups_of_dead_actors
-from prelora_ray.run_folder import RunFolder
 from prelora_ray.sweep.cost import pareto_front
 from prelora_ray.sweep.outcome import outcome
 from prelora_ray.sweep.replay import Record, read_record
 from prelora_ray.sweep.result import read_notes, write_note
-from prelora_ray.sweep.run import sweep
-from prelora_ray.sweep.settings import Plan, SweepSettings, load_sweep, without_effect
-from prelora_ray.train.run import train
+from prelora_ray.sweep.settings import SweepSettings, load_sweep, without_effect
 from tests.chaos.site import wait_for
 from tests.lines import norms_line
-from tests.runs import assert_same_bits, final, settings
+from tests.runs import assert_same_bits, final, last
+from tests.sweep.conftest import GRID, listed, load_over_recipe, run
 
 STALE_ADDRESS = Path("/tmp/ray/ray_current_cluster")
-
-
-@pytest.fixture
-def load(digits, tmp_path):
-    """Reads a sweep over a recipe of 7 epochs with windows of 1."""
-
-    def load(**content) -> Plan:
-        recipe = settings(digits, tmp_path, "recipe", 1).model_dump(mode="json", exclude_unset=True)
-        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-        content = {"recipe": "recipe.yaml", "storage": str(tmp_path), **content}
-        (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-        return load_sweep(str(tmp_path / "sweep.yaml"), [])
-
-    return load
 
 
 @pytest.fixture
@@ -55,39 +36,32 @@ def stale_address():
         STALE_ADDRESS.write_text(before)
 
 
-def run(plan: Plan):
-    return sweep(plan, lambda _: contextlib.nullcontext())
+def test_settings_that_agree_are_one_run_with_the_bits_of_a_straight_one(grid, undisturbed):
+    """The straight run's on Ray Train alone; tests/sweep/test_fork.py compares what else the trial has."""
+    assert grid.entry("never")["trial"] == "trunk"
+    assert grid.entry("like the recipe")["trial"] == grid.entry("alike")["trial"]
+    assert grid.result["trials"] == len(GRID) - 2
+    assert 0 < grid.result["gpu_hours"] < grid.result["naive_gpu_hours"]
+    assert_same_bits(last(grid.run("like the recipe")), final(undisturbed(1)))
 
 
-def test_settings_that_agree_are_one_run_with_the_bits_of_a_straight_one(load, digits, tmp_path):
-    space = {"method.tau": [0.0, 500, 1000], "method.r_max": [4, 2], "method.r_min": [2]}
-    result = run(load(name="grid", space=space))
-    by_setting = {tuple(entry["setting"].values()): entry for entry in result["settings"]}
-    assert [by_setting[0.0, r_max, 2]["trial"] for r_max in (4, 2)] == ["trunk", "trunk"]  # tau 0 never switches
-    for r_max in (4, 2):
-        assert by_setting[500, r_max, 2]["trial"] == by_setting[1000, r_max, 2]["trial"]
-    assert result["trials"] == 2
-    assert all(entry["ended"] == "finished" for entry in result["settings"])
-    assert 0 < result["gpu_hours"] < result["naive_gpu_hours"]
-    straight = settings(digits, tmp_path, "straight", 1, method={"tau": 500, "r_min": 2, "r_max": 4})
-    train(straight)
-    trial = RunFolder(tmp_path / "grid" / by_setting[500, 4, 2]["trial"])
-    checkpoints = Checkpoints(trial)
-    assert_same_bits(checkpoints.load(checkpoints.names()[-1]), final(straight))
-    before = (Path(trial.path) / "epochs.jsonl").read_bytes()
-    assert run(load(name="grid", space=space)) == result
-    assert (Path(trial.path) / "epochs.jsonl").read_bytes() == before
+def test_a_sweep_that_is_done_trains_nothing_again(grid, digits):
+    names = [name for name in GRID if name != "diverging"]  # which is tried again
+    files = [Path(grid.run(name).path, "epochs.jsonl") for name in names]
+    before = [file.read_bytes() for file in files]
+    again = run(load_over_recipe(digits, grid.folder, name="grid", settings=listed(names)))
+    assert again["settings"] == [grid.entry(name) for name in names]
+    assert [file.read_bytes() for file in files] == before
 
 
-def test_a_trial_that_fails_is_told_and_leaves_the_others_alone(load, tmp_path, trunk):
-    space = {"method.tau": [1000], "method.adapter_learning_rate_scale": [1e30, 1.0]}
-    plan = load(name="failing", space=space, overrides={"method.windows": 2})
-    shutil.copytree(trunk.path, RunFolder.of(plan.trunk).path)  # the trunk of another test serves: it is the same run
-    RunFolder.of(plan.trunk).write_settings(plan.trunk)
-    result = run(plan)
-    failed, finished = result["settings"]
-    assert (failed["ended"], finished["ended"]) == ("failed", "finished")
-    assert "the loss is not finite" in failed["message"]
+def test_a_trial_that_fails_is_told_and_leaves_the_others_alone(grid):
+    """As one of another number of workers would, the first time."""
+    assert [grid.entry(name)["ended"] for name in GRID] == ["finished"] * (len(GRID) - 1) + ["failed"]
+    message = grid.entry("diverging")["message"]
+    assert re.search(r"the loss is not finite at step \d+ .*phase warmup; the last good checkpoint is .*/\d{5}-", message)
+    events = grid.run("diverging").read_lines("events.jsonl")
+    assert (events[-1]["event"], events[-1]["message"]) == ("run_failed", message)
+    assert "restart" not in [line["event"] for line in events]
 
 
 def test_the_trunk_alone_tells_where_settings_switch(load, trunk):
@@ -162,6 +136,7 @@ def test_pareto_front_is_what_nothing_beats():
             },
             "asha is not allowed with two objectives",
         ),
+        ({"space": {"method.tau": [1]}, "asha": {"grace_epochs": 1000}}, r"asha.grace_epochs = 1000 is not allowed: .* = \d+$"),
         ({"space": {"method.tau": [1]}, "name": "../up"}, r"name = '../up' is not allowed"),
         ({"space": {"method.tau": [1]}, "recipe": "none.yaml"}, "none.yaml is no file"),
         ({"space": {"method.tau": [1]}, "serach": "grid"}, "serach = 'grid' is not allowed: .* did you mean search"),

@@ -31,33 +31,41 @@ from prelora_ray.storage import Storage
 from prelora_ray.sweep.replay import read_record, replay
 from prelora_ray.train.run import TrainError, _check_same_data, train
 from tests.conftest import samples
-from tests.runs import EPOCHS, FREEZE, SWITCH, Killer, assert_same_bits, children, final, settings, wait_inside
+from tests.disturbed import KILLED_IN_EACH_PHASE, Disturbed, train_disturbed
+from tests.runs import EPOCHS, FREEZE, SWITCH, assert_same_bits, children, final, settings, wait_inside
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
-INSIDE_EPOCH = {"full": 1, "warmup": SWITCH, "lora": FREEZE}
-ONE_PHASE = [(1, ["full"]), (2, ["warmup"]), (2, ["lora"])]
-EVERY_PHASE = [pytest.param(workers, list(INSIDE_EPOCH), marks=pytest.mark.slow) for workers in (1, 2, 3)]
+def test_killed_in_every_phase_it_ends_with_the_same_bits(disturbed, undisturbed):
+    """A worker; Ray Train's controller, whose room nobody else may take; all workers, with the newest checkpoint damaged."""
+    ends_as_undisturbed(disturbed, undisturbed(2))
+    folder = RunFolder.of(disturbed.run)
+    assert [line["event"] for line in folder.read_lines("events.jsonl")].count("checkpoint_damaged") == 1
 
 
-@pytest.mark.parametrize(("workers", "phases"), ONE_PHASE + EVERY_PHASE)
-def test_killed_inside_an_epoch_it_ends_with_the_same_bits(digits, storage, undisturbed, workers, phases):
-    run = settings(digits, storage, f"killed-{workers}-{'-'.join(phases)}", workers, checkpoint={"every_steps": 4})
-    killer = Killer(run, [INSIDE_EPOCH[phase] for phase in phases])
-    killer.start()
-    result = train(run)
-    assert killer.phases == phases
-    assert result["restarts"] == len(phases)
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_killed_on_any_number_of_workers_it_ends_with_the_same_bits(digits, storage, undisturbed, workers):
+    run = settings(digits, storage, f"killed-{workers}", workers, checkpoint={"every_steps": 4})
+    ends_as_undisturbed(train_disturbed(run, KILLED_IN_EACH_PHASE), undisturbed(workers))
+
+
+def ends_as_undisturbed(disturbed: Disturbed, plain: Settings) -> None:
+    assert disturbed.phases == ["full", "warmup", "lora"]
+    result = disturbed.result
+    assert result["restarts"] == len(disturbed.phases)
     assert (result["switch_epoch"], result["freeze_epoch"], result["epochs"]) == (SWITCH, FREEZE, EPOCHS)
-    plain = undisturbed(workers)
-    assert_same_bits(final(run), final(plain))
-    assert samples(RunFolder.of(run)) == samples(RunFolder.of(plain))
+    assert_same_bits(final(disturbed.run), final(plain))
+    assert samples(RunFolder.of(disturbed.run)) == samples(RunFolder.of(plain))
 
 
-def test_stopped_by_sigterm_it_goes_on_where_it_stood(digits, storage, undisturbed):
-    """Meanwhile another driver of the same run is refused."""
-    run = settings(digits, storage, "stopped", 2, checkpoint={"every_steps": 4})
+def test_stopped_by_sigterm_it_goes_on_where_it_stood(digits, storage, bucket, undisturbed):
+    """Meanwhile another driver of the same run is refused. Its data are in a bucket, and those of the other run on a disk."""
+    data = f"{bucket}/digits"
+    prepare("digits", data)
+    assert read_manifest(Storage(data)).splits == read_manifest(Storage(digits)).splits
+    run = settings(digits, storage, "stopped", 2, data={"path": data}, checkpoint={"every_steps": 4})
     refusals: list[str] = []
 
     def disturb() -> None:
@@ -153,6 +161,7 @@ def test_lora_checkpoint_is_what_it_says(undisturbed):
     assert not torch.equal(merged["blocks.0.attn.qkv.weight"], end.base["blocks.0.attn.qkv.weight"])
 
 
+@pytest.mark.slow
 def test_one_worker_equals_three_in_float64(undisturbed):
     assert_close(undisturbed(1, "fp64"), undisturbed(3, "fp64"))
 
@@ -162,10 +171,9 @@ def test_compiled_blocks_with_merged_adapters_train_alike_and_survive_a_kill(dig
     """As on GPUs; each phase and each start compiles for some ten seconds."""
     way = {"precision": "fp64", "compile": True, "adapters": "merged"}
     run = settings(digits, storage, "compiled", 2, train=way, checkpoint={"every_steps": 4})
-    killer = Killer(run, [INSIDE_EPOCH["lora"]])
-    killer.start()
-    assert train(run)["restarts"] == 1
-    assert killer.phases == ["lora"]
+    disturbed = train_disturbed(run, {FREEZE: "worker killed"})
+    assert disturbed.result["restarts"] == 1
+    assert disturbed.phases == ["lora"]
     assert_close(run, undisturbed(1, "fp64"))
 
 
@@ -236,6 +244,7 @@ def test_resuming_with_other_images_is_refused(digits, storage, tmp_path):
         train(elsewhere)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_the_run_with_the_last_good_checkpoint(digits, storage):
     run = settings(digits, storage, "diverged", 2, train={"learning_rate": 1e30, "clip_norm": None})
     with pytest.raises(TrainError, match=r"not finite at step \d+ .*phase full; .*checkpoint"):
@@ -252,16 +261,3 @@ def test_config_holds_every_key_and_reads_back(undisturbed):
     assert run.workers.gpu == "auto" and read.workers.gpu is False
     assert read == run.model_copy(update={"workers": run.workers.model_copy(update={"gpu": False})})
     assert json.loads(read.model_dump_json())["method"]["scaling"] == 2.0
-
-
-def test_data_and_run_folder_in_a_bucket(digits, storage, bucket, undisturbed):
-    """The same bits as on a disk."""
-    data = f"{bucket}/digits"
-    prepare("digits", data)
-    assert read_manifest(Storage(data)).splits == read_manifest(Storage(digits)).splits
-    run = settings(digits, storage, "in-a-bucket", 1, data={"path": data})
-    run = run.model_copy(update={"storage": f"{bucket}/runs"})
-    result = train(run)
-    assert result["switch_epoch"] == SWITCH
-    assert_same_bits(final(run), final(undisturbed(1)))
-    assert len(RunFolder.of(run).read_lines("samples-0.jsonl")) == EPOCHS * 15

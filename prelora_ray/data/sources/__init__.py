@@ -1,4 +1,4 @@
-"""Where images come from: what `prelora prepare SOURCE` understands. docs/data.md has a page's worth on each."""
+"""Where images come from: what `prelora prepare SOURCE` understands. docs/data.md describes each."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ __all__ = ["Columns", "Item", "Reader", "Source", "Splits", "open_source"]
 def open_source(
     source: str, splits: Splits | None = None, columns: Columns | None = None, leave_out: str | None = None
 ) -> Source:
-    """Opens a source: `digits`, a folder, told by what is in it, or a tar, Parquet file or table of labels.
+    """Opens a source: `digits`; a folder, recognised by its content; a tar, a Parquet file or a table of labels.
 
-    Files below the folder `leave_out` (a path as its file system takes it) are not looked at. Raises UserError where there
-    is no such source, it is damaged, or there is nothing to train on in it.
+    Files below the folder `leave_out` (a path as its file system takes it) are ignored. Raises UserError where there is
+    no such source, it is damaged, or there is nothing to train on in it.
     """
     splits, columns = splits or Splits(), columns or Columns()
     if source == "digits":

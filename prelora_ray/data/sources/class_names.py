@@ -10,7 +10,7 @@ _FILES = ("classnames.txt", "classes.txt")
 
 
 def class_names(folder: Storage) -> list[str] | None:
-    """Names in the labels' order: a line each of `classnames.txt`, or those of a prepared folder; None where there are none."""
+    """Names in the labels' order: the lines of `classnames.txt`, or those of a prepared folder; None without either."""
     for name in _FILES:
         if folder.exists(name):
             try:

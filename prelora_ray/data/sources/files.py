@@ -25,7 +25,7 @@ class File:
     path: str
     """Relative to the folder; bytes that are no UTF-8 are surrogates, as `os.fsdecode` makes them."""
     stamp: str
-    """Changes with the file: its size and time of change. Empty for what cannot be read: a pipe, a link that leads nowhere."""
+    """Changes with the file: its size and time of change. Empty for what cannot be read: a pipe, a broken link."""
     at: tuple[str | int, ...] = ()
     """(tar, offset, size) of a member of a tar, whose `path` is the one inside."""
     block: int | None = None
@@ -44,7 +44,7 @@ class File:
 def files_below(folder: Storage, leave_out: str | None = None) -> list[File]:
     """All files below a folder, sorted by path.
 
-    Hidden files and folders are passed over, and so are prepared folders and the one at path `leave_out`, into which
+    Hidden files and folders are ignored, and so are prepared folders and the one at path `leave_out`, into which
     `prepare` writes.
     """
     if folder.is_local:
@@ -79,7 +79,7 @@ def file_at(folder: Storage, name: str) -> File:
 
 
 def _local_files(root: str, relative: str, leave_out: str | None, above: tuple[tuple[int, int], ...]) -> Iterator[File]:
-    """`above`: the folders on the way here, as a link may lead back to one of them."""
+    """`above`: the folders that contain this one, as a link may lead back to one of them."""
     here = os.path.join(root, relative)
     status = os.stat(here)
     identity = status.st_dev, status.st_ino

@@ -1,4 +1,4 @@
-"""Image folders: one folder of images a class, on a disk, in a bucket or in a tar; or images and a table of their labels."""
+"""Image folders: a folder of images for each class, on a disk, in a bucket or a tar; or images with a table."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ def has_class_folders(files: list[File], splits: Splits) -> bool:
 def open_folders(root: str, files: list[File], splits: Splits, columns: Columns) -> Source:
     """One folder a class, or split folders with these. Classes are sorted by name, as torchvision's ImageFolder does.
 
-    A folder without a file that claims to be an image is no class. A split folder without class folders may have a table of
-    its files' labels in it. Raises UserError where the files are no such tree.
+    A folder without a file that claims to be an image is no class. A split folder without class folders may have a
+    table of its files' labels in it. Raises UserError where the files are no such tree.
     """
     found = Found("image folders", root, splits)
     layout = Layout.of(files, splits)
@@ -185,7 +185,7 @@ def _common_folder(folders: set[str], splits: Splits) -> str:
 
 
 def _split_of(splits: Splits, folder: str) -> SourceSplit | None:
-    """The split that a folder's name speaks of; None also where it speaks of two, as `train_test_split` does."""
+    """The split that a folder's name names; None also where it names two, as `train_test_split` does."""
     try:
         return splits.of(folder)
     except ValueError:
@@ -193,10 +193,10 @@ def _split_of(splits: Splits, folder: str) -> SourceSplit | None:
 
 
 def _split_folders(base: str, folders: list[str], splits: Splits) -> dict[str, SourceSplit | None]:
-    """The split of each top folder, of folders with images by their paths; empty where these are the folders of classes.
+    """The split of each top folder, given the paths of folders with images; empty where the top folders are classes.
 
-    A folder whose name says so is a split's if folders lie in it, or if another one is another split's. So a class of
-    railway trains in a folder `train` stays one.
+    A folder that is named after a split is one if folders lie in it, or if another folder is named after another split.
+    So a class of railway trains in a folder `train` stays a class.
     """
     names = {folder.split("/")[0] for folder in folders}
     tops = {name: _split_of(splits, _join(base, name)) for name in sorted(names)}
@@ -209,7 +209,7 @@ def _split_folders(base: str, folders: list[str], splits: Splits) -> dict[str, S
 def _table_in(
     root: str, files: list[File], layout: Layout, top: str, columns: Columns, notes: list[str]
 ) -> dict[str, Label] | None:
-    """{path: label} by a table in a split's folder without class folders, as tiny-imagenet has it; None where there is none."""
+    """{path: label} by a table in a split's folder without class folders, as in tiny-imagenet; None without one."""
     folder = _join(layout.base, top)
     if sum(name.startswith(f"{folder}/") for name in layout.classes) > 1:
         return None
@@ -223,7 +223,7 @@ def _table_in(
 
 
 def _below(folder: str, base: str) -> str:
-    """A folder's path from `base` on, in which it lies or which it is."""
+    """A folder's path relative to `base`, which it is or in which it lies."""
     return folder[len(base) + 1 :] if base else folder
 
 

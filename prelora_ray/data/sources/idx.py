@@ -32,8 +32,8 @@ def has_idx(files: list[File]) -> bool:
 def open_idx(root: str, files: list[File]) -> Source:
     """`train-images-idx3-ubyte`, `train-labels-idx1-ubyte`, and the same of `t10k`, which validates, in one folder.
 
-    Numbers are named by `classnames.txt` in the source, a line a class. Raises UserError where a file is missing, damaged,
-    or does not fit its pair, or where several folders have such files.
+    Numbers are named by `classnames.txt` in the source, a line a class. Raises UserError where a file is missing,
+    damaged, or does not fit its pair, or where several folders have such files.
     """
     found = Found("IDX files", root)
     folders = _folders(files)
@@ -75,7 +75,7 @@ def _folders(files: list[File]) -> list[str]:
 
 
 def _one(root: str, files: list[File], prefix: str, ndim: int) -> File:
-    """The one file whose name begins with `prefix`, unpacked where it lies there in both forms, as torchvision leaves it."""
+    """The file whose name begins with `prefix`; the unpacked one where both are there, as torchvision leaves them."""
     fitting = {
         file.path.removesuffix(".gz"): file
         for file in reversed(files)

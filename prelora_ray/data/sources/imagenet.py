@@ -27,7 +27,7 @@ _TRUTH, _META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
 
 
 def is_imagenet(files: list[File]) -> bool:
-    """Whether the files look like ImageNet's archives, Kaggle's tree, or class folders beside a flat `val` and its labels."""
+    """Whether the files look like ImageNet's archives, Kaggle's tree, or class folders and a flat `val` with labels."""
     paths = {file.path for file in files}
     if paths & {TRAIN_TAR, VAL_TAR} or any(path.startswith(KAGGLE + "train/") for path in paths):
         return True
@@ -36,8 +36,8 @@ def is_imagenet(files: list[File]) -> bool:
 
 
 def open_imagenet(root: str, files: list[File]) -> Source:
-    """Training images from the tar of tars or a `train` folder of class folders; validation images from their tar or
-    a flat `val` folder, with labels from Kaggle's `LOC_val_solution.csv` or the devkit (a folder, or its `.tar.gz`). Both
+    """Training images from the tar of tars or a `train` folder of class folders; validation images from their tar or a
+    flat `val` folder, with labels from Kaggle's `LOC_val_solution.csv` or the devkit (a folder, or its `.tar.gz`). Both
     folders may lie in Kaggle's `ILSVRC/Data/CLS-LOC`.
 
     Classes are WordNet ids, sorted. Raises UserError where a part is missing or does not fit the others.
@@ -97,7 +97,7 @@ def _add_val(found: Found, folder: Storage, files: dict[str, File], images: list
 
 
 def _wnids_by_solution(folder: Storage) -> dict[str, str]:
-    """{image name without ending: WordNet id} from Kaggle's table: `ImageId,PredictionString` with "n0144076 x y ..."."""
+    """{image name without ending: WordNet id} from Kaggle's table: ImageId, PredictionString ("n0144076 x y ...")."""
     content = folder.read_bytes(SOLUTION)
     try:
         rows = csv.DictReader(io.StringIO(content.decode()))
@@ -144,7 +144,8 @@ def _unpacked(folder: Storage, archive: str) -> dict[str, bytes]:
         if len(plain) > _MOST_UNPACKED:
             raise ValueError(f"it has more than the {_MOST_UNPACKED:,} bytes of a devkit")
         with tarfile.open(fileobj=io.BytesIO(plain), mode="r:") as tar:
-            found = {posixpath.basename(m.name): m for m in tar if m.isfile() and m.size <= len(plain)}  # a sparse one has more
+            # A sparse file claims more bytes than the tar has.
+            found = {posixpath.basename(m.name): m for m in tar if m.isfile() and m.size <= len(plain)}
             opened = {name: tar.extractfile(found[name]) for name in (_TRUTH, _META) if name in found}
             return {name: content.read() for name, content in opened.items() if content is not None}
     except (OSError, EOFError, ValueError, zlib.error, tarfile.TarError) as error:

@@ -25,8 +25,8 @@ ENDING = ".parquet"
 def open_parquet(root: str, files: list[File], splits: Splits, columns: Columns) -> Source:
     """Files with a column of images (a struct of `bytes` and `path`, bytes, or paths) and a column of labels.
 
-    Labels are numbers, names or truth values; numbers are named by the files' own metadata, or by `classnames.txt` in the
-    folder, a line a class. Raises UserError where a file is damaged or lacks a column.
+    Labels are numbers, names or truth values; numbers are named by the files' own metadata, or by `classnames.txt` in
+    the folder, a line a class. Raises UserError where a file is damaged or lacks a column.
     """
     found = Found("Parquet files", root, splits)
     names: list[str] | None = None

@@ -1,4 +1,4 @@
-"""What every source of images is to `prepare`, and how it comes about from what lies there."""
+"""What every source of images is to `prepare`, and how one is put together from the files that are found."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from prelora_ray.errors import UserError
 
 Label = int | str | bool
 """A label as a source has it: a number, or a class's name."""
+_Image = tuple[str, Label, tuple[str | int, ...], int | None, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,7 @@ class Item:
     at: tuple[str | int, ...] = ()
     """Where the reader finds it."""
     block: int | None = None
-    """Number of the unit that is read at once (a Parquet row group); None where any image is as cheap to read as any other."""
+    """Number of the unit that is read at once (a Parquet row group); None where any image is as cheap to read."""
     stamp: str = ""
     """Changes with the file that holds it."""
 
@@ -43,7 +44,7 @@ class Reader(Protocol):
 
 @dataclass(frozen=True)
 class Source:
-    """What lies in a source: every image that `prepare` is to read, and what it leaves out."""
+    """The contents of a source: every image that `prepare` is to read, and what it leaves out."""
 
     kind: str
     """How it was read, for a person: `image folders`, `WebDataset`."""
@@ -60,7 +61,7 @@ class Source:
 
 @dataclass
 class Found:
-    """What a source comes across while it lists itself."""
+    """Collects what is found while a source is listed."""
 
     kind: str
     root: str
@@ -166,11 +167,8 @@ class Found:
             )
 
 
-_Image = tuple[str, Label, tuple[str | int, ...], int | None, str]
-
-
 def _key(label: Label) -> Label:
-    """What two labels of one class share: names may be composed (NFC) in one file system and decomposed in another."""
+    """The same for all labels of a class: names are composed (NFC) in some file systems and decomposed in others."""
     return unicodedata.normalize("NFC", label) if isinstance(label, str) else label
 
 

@@ -1,4 +1,4 @@
-"""Which split a path speaks of, as Hugging Face reads file names.
+"""Which split a path names, as Hugging Face reads file names.
 
 https://huggingface.co/docs/hub/datasets-file-names-and-splits: a split's word stands anywhere in a file's or folder's
 name, delimited by what is no letter.
@@ -26,7 +26,7 @@ _SPLIT_OF = {word: split for split, words in WORDS.items() for word in words}
 
 @dataclass(frozen=True)
 class Splits:
-    """How paths are told apart: by the words of splits, or by patterns that a user gives in their place."""
+    """How paths are assigned to splits: by the splits' words, or by patterns that a user gives in their place."""
 
     train: str | None = None
     """Pattern (`*`, `?`, `[...]`) of the files or folders that train."""

@@ -53,7 +53,7 @@ def _choose(what: str, given: str | None, usual: Sequence[str], there: Sequence[
 def read_table(folder: Storage, file: str, columns: Columns, notes: list[str]) -> dict[str, Label]:
     """{file: label} of a table with a heading, or of lines `file <tab> label` without one.
 
-    What a user must be told of it is added to `notes`. Raises UserError where the file is no such table.
+    Adds what a user must be told of it to `notes`. Raises UserError where the file is no such table.
     """
     try:
         text = folder.read_bytes(file).decode("utf-8-sig")
@@ -89,10 +89,10 @@ def _pairs(text: str, where: str, delimiter: str, columns: Columns, notes: list[
 
 
 def match_files(table: dict[str, Label], name: str, files: Sequence[File]) -> tuple[dict[str, Label], list[str]]:
-    """{path: label} of the files that the table at path `name` speaks of, and the names in it that fit no file, or several.
+    """{path: label} of the files that the table at path `name` lists, and the names in it that fit no file, or several.
 
-    A table may give a path from its own folder, a path without its ending, or a file's name with its ending or without: the
-    first of these that fits. Raises UserError where it fits no file at all, or gives one two labels.
+    A table may give a path from its own folder, with its ending or without, or a file's name with its ending or
+    without: the first of these that fits. Raises UserError where it fits no file at all, or gives one two labels.
     """
     ways: list[dict[str, list[str]]] = [{}, {}, {}, {}]
     for file in files:

@@ -23,6 +23,7 @@ ENDINGS = PLAIN + COMPRESSED
 _PIECE = 2**24
 _LEAST_FREE = 2**30
 """Bytes that unpacking leaves to whatever else needs the disk, such as Ray; on a small disk a twentieth of it."""
+_MARK_BYTES = 512
 
 
 class UnpackError(WorkError):
@@ -52,7 +53,7 @@ def members(folder: Storage, tar: File, offset: int = 0, size: int | None = None
                 name = posixpath.normpath(info.name).lstrip("/")
                 if info.isfile():
                     places[name] = offset + info.offset_data, info.size
-                else:  # to a file in front of it
+                else:  # a link to an earlier member
                     beside = posixpath.dirname(name) if info.issym() else ""
                     place = places.get(posixpath.normpath(posixpath.join(beside, info.linkname)))
                     places |= {name: place} if place else {}
@@ -64,16 +65,13 @@ def members(folder: Storage, tar: File, offset: int = 0, size: int | None = None
 
 
 def _check_end(stream: Any, at: int, end: int, where: str) -> None:
-    """Raises UserError where a tar has no end mark at `at`, or goes on behind it: tarfile reads no further, without a word."""
+    """Raises UserError where a tar has no end mark at `at`, or goes on behind it: tarfile silently reads no further."""
     stream.seek(at)
     if bytes(stream.read(min(_MARK_BYTES, end - at))) != bytes(_MARK_BYTES):
         raise UserError(f"{where} is cut off or damaged at byte {at:,}")
     while (left := end - stream.tell()) > 0:
         if any(stream.read(min(left, 2**20))):
             raise UserError(f"{where} goes on behind its end at byte {at:,}: it is several tars in one file")
-
-
-_MARK_BYTES = 512
 
 
 def members_of_all(folder: Storage, tars: list[File]) -> Iterator[File]:
@@ -83,7 +81,7 @@ def members_of_all(folder: Storage, tars: list[File]) -> Iterator[File]:
 
 
 def read_member(root: str, tar: str, offset: int, size: int, stamp: str) -> bytes:
-    """`stamp` is the tar's: one that was written anew is opened anew."""
+    """Bytes of a member. `stamp` is the tar's: one that was written anew is opened anew."""
     stream, _ = _open(root, tar, stamp)
     stream.seek(offset)
     return bytes(stream.read(size))
@@ -107,7 +105,7 @@ def _open(root: str, file: str, stamp: str) -> tuple[Any, int]:
 
 
 def _write(plain: IO[bytes], piece: bytes, name: str) -> None:
-    """Raises UnpackError where the disk would be filled up, by a bomb or for want of a larger one."""
+    """Raises UnpackError where this would fill up the disk."""
     directory = tempfile.gettempdir()
     try:
         disk = shutil.disk_usage(directory)

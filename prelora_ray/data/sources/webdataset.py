@@ -25,8 +25,8 @@ def open_tars(root: str, beside: list[File], splits: Splits, columns: Columns) -
     """Shards of samples: an image, and its label in `.cls` or `.json`. Tars without labels are read as image folders.
 
     A key is a member's name up to its last dot, where a label has the same key; else up to its first one, as in
-    `0001.left.jpg` and `0001.cls`. The label in a `.json` is its `label` or `cls`, a number or a name; numbers are named
-    by `classnames.txt` in the folder, a line a class. `beside`: the tars, and what lies beside them.
+    `0001.left.jpg` and `0001.cls`. The label in a `.json` is its `label` or `cls`, a number or a name; numbers are
+    named by `classnames.txt` in the folder, a line a class. `beside`: the tars, and what lies beside them.
 
     Raises UserError where shards are damaged or a label is none.
     """
@@ -70,7 +70,7 @@ class _Sample:
 
 
 def _keys(path: str) -> Iterable[str]:
-    """What may be the key of a member, the longest first."""
+    """Possible keys of a member, the longest first."""
     directory, name = posixpath.split(path)
     parts = name.split(".")
     return [posixpath.join(directory, ".".join(parts[:end])) for end in range(len(parts) - 1, 0, -1)]

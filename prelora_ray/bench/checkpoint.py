@@ -1,23 +1,15 @@
-"""What a checkpoint costs the loop that it is written beside.
-
-    python benchmarks/checkpoint.py [MODEL] [BATCH]
-
-Steps of a timm model (default vit_base_patch16_224, 256 images), a snapshot in their midst, and steps while it is
-written to the disk, checksummed and committed. `blocked_ms` is how long the snapshot holds up the loop, waiting for the device
-included; `longest_ms` is how much longer than usual the slowest of the steps took during which it was written; `slowed_ms` is
-how much longer all of them took, until the commit.
-"""
+"""What a checkpoint costs the loop that it is written beside."""
 
 from __future__ import annotations
 
-import json
 import statistics
-import sys
 import tempfile
 import time
+from typing import Any
 
 import torch
 
+from prelora_ray.bench.machine import describe, synchronize
 from prelora_ray.config_file import parse_settings
 from prelora_ray.engine.state import TrainState
 from prelora_ray.fault_tolerance.async_checkpointer import AsyncCheckpointer
@@ -27,11 +19,22 @@ from prelora_ray.storage import Storage
 _ROUNDS = 5
 
 
-def main(model: str, batch: int) -> None:
+def bench_checkpoint(model: str, image_size: int, batch: int) -> dict[str, Any]:
+    """Takes snapshots in the midst of steps, and goes on stepping until each is written, checksummed and committed.
+
+    Rows are what that costs, in the median and at most of five rounds; `step_ms` is a step beside no save.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    settings = parse_settings({"name": "x", "data": {"path": "x"}, "model": {"name": model}, "train": {"compile": False}})
+    settings = parse_settings(
+        {
+            "name": "bench",
+            "data": {"path": "none"},
+            "model": {"name": model, "image_size": image_size},
+            "train": {"compile": False},
+        }
+    )
     state = TrainState(settings, 1000, 10**6, device, 1)
-    images = torch.randn(batch, 3, 224, 224, device=device)
+    images = torch.randn(batch, 3, image_size, image_size, device=device)
 
     def step() -> float:
         start = time.perf_counter()
@@ -40,8 +43,7 @@ def main(model: str, batch: int) -> None:
         loss.backward()
         state.optimizer.step()
         state.optimizer.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
         return time.perf_counter() - start
 
     for _ in range(3):
@@ -55,8 +57,7 @@ def main(model: str, batch: int) -> None:
             state.epoch = round_
             start = time.perf_counter()
             checkpointer.start(lambda: state.snapshot([], holds_base=False))
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            synchronize(device)
             blocked.append(time.perf_counter() - start)
             steps = []
             while checkpointer.is_busy:
@@ -66,20 +67,16 @@ def main(model: str, batch: int) -> None:
             slowed.append(blocked[-1] + sum(steps) - len(steps) * usual)
             assert checkpointer.failure is None
         size = sum((checkpoints.folder / checkpoints.names()[-1]).list_files().values())
-    result = {
-        "model": model,
-        "batch": batch,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
-        "torch": torch.__version__,
-        "checkpoint_bytes": size,
-        "step_ms": usual * 1e3,
-        "blocked_ms": {"median": statistics.median(blocked) * 1e3, "most": max(blocked) * 1e3},
-        "longest_ms": {"median": statistics.median(longest) * 1e3, "most": max(longest) * 1e3},
-        "slowed_ms": {"median": statistics.median(slowed) * 1e3, "most": max(slowed) * 1e3},
-        "seconds_to_commit": statistics.median(written),
+    costs = {
+        "snapshot, which holds up the loop": blocked,
+        "slowest step while it is written, beyond a usual one": longest,
+        "all steps until the commit, beyond usual ones": slowed,
+        "until the commit": written,
     }
-    print(json.dumps(result, indent=1))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "vit_base_patch16_224", int(sys.argv[2]) if len(sys.argv) > 2 else 256)
+    rows = [
+        {"name": name, "median_ms": statistics.median(seconds) * 1e3, "most_ms": max(seconds) * 1e3}
+        for name, seconds in costs.items()
+    ]
+    options = {"model": model, "image_size": image_size, "batch": batch}
+    told = {"options": options, "step_ms": usual * 1e3, "checkpoint_bytes": size, "rows": rows}
+    return {"benchmark": "checkpoint", **describe(device), **told}

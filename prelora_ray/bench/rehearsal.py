@@ -1,16 +1,11 @@
-"""What the size of a data set costs beside its images: a rehearsal with a manifest that is made up.
+"""What the number of images of a data set costs, apart from reading them, with a made-up manifest.
 
-    python benchmarks/rehearsal.py [--sizes imagenet-1k imagenet-21k] [--parts step epoch_end before_epoch plan prepare]
-
-Seconds of processor time and bytes; of a run those of one of 8 workers, with the batch and cells of
-`jobs/configs/imagenet_vit_large.yaml`. No image is read or decoded: a row group that is asked for comes empty. A part is a
-function from a number of images to what it measured.
+In training, what one of 8 workers does, with the batch and cells of `jobs/configs/imagenet_vit_large.yaml`. No image is
+read or decoded: every row group comes back empty. A part is a function from a number of images to what it measured.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import pickle
 import statistics
 import time
@@ -25,9 +20,9 @@ from prelora_ray.bench.machine import describe
 from prelora_ray.config_file import parse_settings
 from prelora_ray.data import stream
 from prelora_ray.data.batch import Pass, StreamPlan
-from prelora_ray.data.manifest import Manifest, Shard
-from prelora_ray.data.prepare import PrepareSettings
+from prelora_ray.data.manifest import Manifest, Shard, Split
 from prelora_ray.data.prepare import plan as plan_tasks
+from prelora_ray.data.prepare_settings import PrepareSettings
 from prelora_ray.data.sources import Columns, Splits
 from prelora_ray.data.sources.files import File
 from prelora_ray.data.sources.folder import open_folders
@@ -39,7 +34,7 @@ SIZES = {"imagenet-1k": 1_281_167, "imagenet-21k": 14_197_122}
 
 def made_up_plan(images: int, rank: int = 0, world_size: int = 8) -> StreamPlan:
     """What a worker streams of so many images, prepared as by default: 2048 in a file, about 1 MiB in a row group."""
-    splits = {"train": _shards("train", images), "val": _shards("val", 50_000)}
+    splits: dict[Split, tuple[Shard, ...]] = {"train": _shards("train", images), "val": _shards("val", 50_000)}
     manifest = Manifest(tuple(f"class {i}" for i in range(1000)), splits, 0, {})
     settings = parse_settings({"name": "rehearsal", "data": {"path": "nowhere", "batch_size": 4096, "cell": 16}})
     return stream_plan(settings, manifest, rank, world_size)
@@ -63,7 +58,7 @@ class NoImages(stream.RowReader):
 
 
 def seconds(call: Callable[[], object]) -> float:
-    """Processor time of a call, which does not depend on what else the machine does."""
+    """Processor time of a call, which depends little on what else the machine does."""
     start = time.process_time()
     call()
     return time.process_time() - start
@@ -89,7 +84,7 @@ def before_epoch(images: int) -> dict[str, Any]:
 
 
 def plan(images: int) -> dict[str, Any]:
-    """What travels to the reader and to every decoder."""
+    """What is sent to the reader and to every decoder."""
     return {"bytes": len(pickle.dumps(made_up_plan(images)))}
 
 
@@ -101,7 +96,7 @@ def made_up_source(images: int) -> list[File]:
 
 
 def prepare(images: int) -> dict[str, Any]:
-    """`prelora prepare` before its first shard: classes and splits from the files' names, and what travels to each task."""
+    """`prelora prepare` before its first shard: classes and splits from file names, and what is sent to each task."""
     files = made_up_source(images)
     found: list[Any] = []
     reading = seconds(lambda: found.append(open_folders("nowhere", files, Splits(), Columns())))
@@ -116,7 +111,7 @@ def prepare(images: int) -> dict[str, Any]:
     }
 
 
-PARTS: dict[str, Callable[[int], dict[str, Any]]] = {
+_PARTS: dict[str, Callable[[int], dict[str, Any]]] = {
     "step": step,
     "epoch_end": epoch_end,
     "before_epoch": before_epoch,
@@ -125,15 +120,13 @@ PARTS: dict[str, Callable[[int], dict[str, Any]]] = {
 }
 
 
-def main(sizes: list[str], parts: list[str]) -> None:
-    stream.RowReader = NoImages  # type: ignore[misc]
-    rows = [{"name": size, **{part: PARTS[part](SIZES[size]) for part in parts}} for size in sizes]
-    print(json.dumps({"benchmark": "rehearsal", **describe(torch.device("cpu")), "rows": rows}, indent=1))
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    options = parser.parse_args()
-    main(options.sizes, options.parts)
+def bench_rehearsal() -> dict[str, Any]:
+    """Seconds of processor time and bytes for ImageNet-1k and 21k; each row is one figure of one part at one size."""
+    stream.RowReader = NoImages  # type: ignore[misc]  # for the rest of this process
+    rows = [
+        {"name": f"{part}, {name}", "images": images, "measured": measured, "value": value}
+        for part, measure in _PARTS.items()
+        for name, images in SIZES.items()
+        for measured, value in measure(images).items()
+    ]
+    return {"benchmark": "rehearsal", **describe(torch.device("cpu")), "rows": rows}

@@ -1,0 +1,268 @@
+"""`prelora plan`, as a user calls it, over bench files made for the test and over one that was measured."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from prelora_ray.config_file import load_settings
+from prelora_ray.records import EpochLine, Event
+from prelora_ray.run_folder import RunFolder
+from tests.command import ROOT, prelora_here
+from tests.lines import epoch_line, event
+
+H100 = "benchmarks/results/2026-11-26-phases-h100.json"
+VIT_L = "jobs/configs/imagenet_vit_large.yaml"
+VIT_L_FLOPS = 123.1e9
+"""Of one image's forward at 224 pixels: docs/performance.md."""
+
+
+def bench_file(path: Path, rates: dict[str, float], **changes: Any) -> str:
+    """What `prelora bench phases --out` writes of ViT-L at 224, or as `changes` say, with these images/s by row."""
+    options = {"model": "vit_large_patch16_224", "image_size": 224, "batch": 256, "residual": "fp32"}
+    options |= {key: changes.pop(key) for key in list(changes) if key in options}
+    numbers = {"peak_gib": 40.0, "trainable_share": 1.0, "gradient_bytes": 1_217_306_528} | changes
+    rows = []
+    for name, rate in rates.items():
+        passes = 2 if name.endswith("lora") else 3
+        rows.append({"name": name, "images_per_second": rate, "mfu": passes * VIT_L_FLOPS * rate / 8e14, **numbers})
+    content = {"benchmark": "phases", "device": "NVIDIA T1000", "memory_gib": 79.18, "matrix_flops": 8e14}
+    path.write_text(json.dumps({**content, "options": options, "rows": rows}))
+    return str(path)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> str:
+    """Full at 100, warmup at 80, lora at 200, timm at 50 images/s."""
+    rates = {"timm eager full": 50.0, "prelora bf16 full": 100.0, "prelora bf16 warmup": 80.0, "prelora bf16 lora": 200.0}
+    return bench_file(tmp_path / "bench.json", rates)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> str:
+    """12 epochs, switched after 4 with a warmup of 2."""
+    content = {
+        "data": {"path": str(tmp_path / "none"), "batch_size": 240, "cell": 12},
+        "model": {"name": "vit_large_patch16_224"},
+        "train": {"epochs": 12},
+        "method": {"switch_epoch": 4, "warmup_epochs": 2, "window_epochs": 1},
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return str(path)
+
+
+def planned(*arguments: str) -> dict[str, Any]:
+    result = prelora_here("plan", *arguments, "--json")
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def refused(*arguments: str) -> str:
+    result = prelora_here("plan", *arguments)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("prelora: ") and result.stderr.count("\n") == 1
+    return result.stderr.removeprefix("prelora: ").rstrip()
+
+
+def test_hours_by_hand(recipe, bench):
+    # 3600 images: an epoch of full takes 36 s or 0.01 h, of warmup 45 s, of lora 18 s, of timm 72 s, on however many GPUs.
+    plan = planned(recipe, "--bench", bench, "--gpus", "2", "--images", "3600")
+    runs = {run["name"]: run for run in plan["runs"]}
+    assert list(runs) == ["full training", "switch after 3", "switch after 4, as here", "switch after 6", "switch after 9",
+                          "timm eager, full"]  # fmt: skip
+    own = runs["switch after 4, as here"]
+    assert own["epochs"] == {"full": 4, "warmup": 2, "lora": 6}
+    assert own["gpu_hours"] == pytest.approx({"full": 0.04, "warmup": 0.025, "lora": 0.03})
+    assert own["total_gpu_hours"] == pytest.approx(0.095)
+    assert own["hours"] == pytest.approx({"full": 0.02, "warmup": 0.0125, "lora": 0.015})
+    assert own["total_hours"] == pytest.approx(0.0475)
+    assert own["of_full"] == pytest.approx(0.095 / 0.12)
+    assert own["of_timm"] == pytest.approx(0.095 / 0.24)
+    assert own["full_epochs"] == pytest.approx(9.5)  # the control: 9.5 epochs of 0.01 h
+    assert runs["timm eager, full"]["total_gpu_hours"] == pytest.approx(0.24)
+    # After 11 epochs 0.11 + 0.0125; after 10 0.125; after 9 0.09 + 0.025 + 0.005 = 0.12, no less than full; after 8 0.115.
+    assert plan["gpu_hours_by_switch"][7:] == pytest.approx([0.115, 0.12, 0.125, 0.1225])
+    assert plan["break_even_epoch"] in (8, 9)  # equal up to rounding at 9
+    # 3601 images take a batch more, and so 16/15 of the time.
+    more = planned(recipe, "--bench", bench, "--gpus", "2", "--images", "3601")
+    assert more["runs"][0]["total_gpu_hours"] == pytest.approx(0.12 * 16 / 15)
+    assert more["phases"][0]["images_per_second"] == pytest.approx(100 * 3601 / 3840)
+    for run in plan["runs"]:
+        assert sum(run["gpu_hours"].values()) == pytest.approx(run["total_gpu_hours"])
+        assert sum(run["epochs"].values()) == 12
+
+
+def test_the_exchange_is_waited_for(recipe, bench):
+    arguments = (recipe, "--bench", bench, "--gpus", "2", "--images", "2400")
+    hidden, counted = planned(*arguments), planned(*arguments, "--bandwidth", "1")
+    full = counted["phases"][0]
+    # 120 images at 100/s compute 1.2 s. A ring of two sends each byte once: 1,217,306,528 at 0.125e9 a second take 9.738 s, of
+    # which the backward hides 0.54 but for the first MiB's share of it.
+    assert hidden["phases"][0]["step_ms"] == pytest.approx(1200)
+    assert full["exchanged_bytes"] == 1_217_306_528
+    assert full["waiting_ms"] == pytest.approx(9738 - 540, rel=1e-3)
+    assert full["step_ms"] == pytest.approx(1200 + full["waiting_ms"])
+    assert full["images_per_second"] == pytest.approx(120 / full["step_ms"] * 1e3)
+    assert counted["runs"][0]["total_gpu_hours"] == pytest.approx(2 * 12 * 10 * full["step_ms"] / 3.6e6)
+    assert any("--bandwidth" in note for note in hidden["notes"])
+    assert planned(*arguments[:-4], "--gpus", "1", "--images", "2400")["phases"][0]["exchanged_bytes"] == 0
+
+
+def test_what_the_measured_file_says_of_the_papers_run():
+    """By docs/performance.md's table: 906 images/s of timm, 1,157, 1,139 and 1,320 of ours; MB that its rows exchange."""
+    plan = planned(VIT_L, "--bench", H100, "--set", "train.residual=bf16", "--set", "method.switch_epoch=225")
+    (own,) = [run for run in plan["runs"] if run["switch_epoch"] == 225]
+    assert own["of_timm"] == pytest.approx((225 / 1157 + 10 / 1139 + 65 / 1320) / (300 / 906), rel=1e-3)
+    assert own["total_gpu_hours"] == pytest.approx(313 * 4096 * (225 / 1157 + 10 / 1139 + 65 / 1320) / 3600, rel=1e-3)
+    full, warmup, lora = plan["phases"]
+    assert full["exchanged_bytes"] == 1_217_306_528
+    assert warmup["exchanged_bytes"] == pytest.approx(1_273_896_864, rel=0.01)
+    assert lora["exchanged_bytes"] == pytest.approx(65_052_576, rel=0.1)  # of ranks 8 to 64 with mean 32, and not 30
+    assert [step["source"] for step in plan["phases"]] == ["measured"] * 3
+    assert "the recipe's own test" not in " ".join(plan["notes"])
+
+
+@pytest.mark.parametrize(("image_size", "images_per_second", "gib"), [(192, 1529, 31.9), (160, 2202, 23.5), (128, 3305, 17.7)])
+def test_other_image_sizes_are_estimated_and_it_says_so(tmp_path, image_size, images_per_second, gib):
+    """Against compiled blocks with a bf16 stream, one H100, 256 images, November 2026: 1,154 images/s and 41.9 GiB at 224."""
+    bench = bench_file(tmp_path / "bench.json", {"prelora bf16 full": 1154.0}, peak_gib=41.9)
+    arguments = ("--set", "method.enabled=false", "--set", f"model.image_size={image_size}", "--set", "train.micro_batch=256")
+    (full,) = planned(VIT_L, "--bench", bench, "--gpus", "16", *arguments)["phases"]
+    assert full["source"] == "estimated from vit_large_patch16_224 at 224"
+    assert full["images_per_second"] == pytest.approx(images_per_second, rel=0.1)
+    assert full["memory_gib"] == pytest.approx(gib, rel=0.1)
+
+
+def test_the_nearest_row_is_taken(tmp_path, recipe):
+    rates = {"prelora bf16 full": 100.0}
+    files = [
+        bench_file(tmp_path / "wide.json", rates, residual="bf16"),
+        bench_file(tmp_path / "other.json", {"prelora bf16 full": 70.0}, model="vit_base_patch16_224"),
+        bench_file(tmp_path / "same.json", {"prelora bf16 full": 90.0}),
+    ]
+    arguments = (
+        recipe,
+        "--images",
+        "2400",
+        "--set",
+        "method.enabled=false",
+        *(part for path in files for part in ("--bench", path)),
+    )
+    (step,) = planned(*arguments)["phases"]
+    assert (step["images_per_second"], step["source"]) == (pytest.approx(90), "measured")
+    (step,) = planned(*arguments[:7])["phases"]
+    assert (step["images_per_second"], step["source"]) == (pytest.approx(100), "measured with train.residual: bf16")
+
+
+def test_the_micro_batch_that_a_run_found(tmp_path, recipe):
+    """docs/performance.md: ViT-L on 79.18 GiB, 444 images a step: 228 at once came to 43.7 GiB, 444 left a snapshot no room."""
+    bench = bench_file(tmp_path / "bench.json", {"prelora bf16 full": 100.0}, peak_gib=43.7, batch=228)
+    arguments = (recipe, "--bench", bench, "--images", "4440", "--set", "method.enabled=false", "--set", "data.batch_size=444")
+    (auto,) = planned(*arguments, "--set", "train.micro_batch=auto")["phases"]
+    assert (auto["micro_batch"], auto["fits"]) == (228, True)
+    assert auto["memory_gib"] == pytest.approx(43.7)
+    (whole,) = planned(*arguments)["phases"]
+    assert (whole["micro_batch"], whole["largest_micro_batch"], whole["fits"]) == (444, 228, False)
+    told = prelora_here("plan", *arguments).stdout
+    assert "no, 228 do" in told
+    (unknown,) = planned(*arguments, "--assume-speed", "0.5")["phases"]
+    assert unknown["fits"] is None and unknown["images_per_second"] == pytest.approx(50)
+
+
+def test_epochs_on_smaller_images_have_a_speed_of_their_own(tmp_path, recipe, bench):
+    """By hand: an epoch of full takes 0.005 h at 160 pixels and 0.01 h at 224; timm has all at 224."""
+    small = bench_file(tmp_path / "small.json", {"prelora bf16 full": 200.0, "prelora bf16 warmup": 160.0}, image_size=160)
+    steps = "train.resolution=[{until: 2, image_size: 160}]"
+    plan = planned(recipe, "--bench", bench, "--bench", small, "--images", "3600", "--set", steps)
+    kinds = [(step["phase"], step["image_size"], step["images_per_second"]) for step in plan["phases"]]
+    assert kinds == [("full", 160, 200), ("full", 224, 100), ("warmup", 224, 80), ("lora", 224, 200)]
+    hours = {run["name"]: run["total_gpu_hours"] for run in plan["runs"]}
+    assert hours["full training"] == pytest.approx(2 * 0.005 + 10 * 0.01)
+    assert hours["switch after 4, as here"] == pytest.approx(2 * 0.005 + 2 * 0.01 + 2 * 0.0125 + 6 * 0.005)
+    assert hours["timm eager, full"] == pytest.approx(12 * 0.02)
+
+
+def test_a_run_is_compared_with_its_plan(tmp_path, recipe, bench):
+    """Records of a run on 2 GPUs that switched after 3 epochs, at 96 % of the bench file's speed but for its first epoch."""
+    folder = RunFolder(tmp_path / "run")
+    folder.make()
+    folder.write_settings(load_settings(recipe))
+    phases = ["full"] * 3 + ["warmup"] * 2 + ["lora"]
+    rates = [20, 192, 192, 50, 153.6, 384]
+    lines = [
+        epoch_line(epoch, phase=phase, images_per_second=rate, images=3600, world_size=2)
+        for epoch, (phase, rate) in enumerate(zip(phases, rates, strict=True))
+    ]
+    folder.write_records(EpochLine, lines)
+    switch = event("switch", epoch=3, switch_epoch=3, trainable_parameters=1, parameters=1)
+    folder.write_records(Event, [switch])
+    folder.write_json("data.json", {"classes": ["a", "b"]})
+    folder.write_json("ranks.json", {f"blocks.{i}.attn.query": 8 for i in range(24)})
+    plan = planned(str(folder), "--bench", bench)
+    assert (plan["gpus"], plan["images"]) == (2, 3600)
+    assert next(run["name"] for run in plan["runs"] if run["switch_epoch"]) == "switch after 3, as here"
+    full, warmup, lora = plan["phases"]
+    assert full["measured_images_per_second"] == 96
+    assert warmup["measured_images_per_second"] == pytest.approx((50 + 153.6) / 4)
+    assert lora["measured_images_per_second"] == 192
+    assert warmup["trainable_parameters"] - full["trainable_parameters"] == 24 * 8 * 2 * 1024
+    assert "+4.2%" in prelora_here("plan", str(folder), "--bench", bench).stdout  # 100 / 96
+
+
+def test_what_cannot_be_planned_is_told(tmp_path, recipe, bench):
+    own = (recipe, "--bench", bench)
+    assert refused(recipe, "--gpu", "b300").startswith(
+        "--gpu b300 is not allowed: measured is NVIDIA H100 80GB HBM3; give --bench"
+    )
+    for option in ("--bandwidth", "--memory", "--assume-speed"):
+        assert refused(*own, option, "0") == f"{option} 0 is not allowed: it must be a number above 0"
+    assert refused(*own, "--gpus", "21").startswith("--gpus 21 is not allowed: a batch of 240 has 20 cells of 12")
+    assert "phase full takes 6.2 GiB for data.cell = 12 images" in refused(*own, "--memory", "8")
+    assert "model.name = 'vit_huge' is not allowed" in refused(*own, "--set", "model.name=vit_huge")
+    assert "has no linear layer blocks.0.attn.qkv" in refused(*own, "--set", "model.name=mixer_b16_224")
+    assert "rank 2048 of 'blocks.8.attn.query' is not allowed" in refused(*own, "--set", "method.r_max=2048")
+    assert "with a row `prelora fp8 lora`" in refused(*own, "--set", "train.precision=fp8")
+    assert "method.enabled is false" in refused(*own, "--set", "method.enabled=false", "--picture", str(tmp_path / "x.html"))
+    assert refused("nowhere.yaml").startswith("nowhere.yaml is no file")
+    assert "of several kinds" in refused(*own, "--bench", H100)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("{", "Invalid JSON"),
+        ("[]", "Input should be an object"),
+        ('{"benchmark": "data"}', "benchmark: Input should be 'phases'"),
+        ({"matrix_flops": 0}, "matrix_flops: Input should be greater than 0"),
+        ({"rows": [{"name": "prelora bf16 full"}]}, "rows.0.images_per_second: Field required"),
+    ],
+)
+def test_a_bench_file_of_another_form_is_told(tmp_path, recipe, bench, content, told):
+    path = tmp_path / "wrong.json"
+    whole = json.loads(Path(bench).read_text())
+    path.write_text(content if isinstance(content, str) else json.dumps(whole | content))
+    sentence = refused(recipe, "--bench", str(path))
+    assert sentence.startswith(f"--bench {path} is not what `prelora bench phases --out FILE` writes (")
+    assert told in sentence
+    assert refused(recipe, "--bench", str(tmp_path)).startswith(f"--bench {tmp_path} cannot be read")
+
+
+def test_no_ray_and_every_shipped_file_can_be_read():
+    code = (
+        "import sys; from prelora_ray.cli import main\n"
+        f"sys.argv = ['prelora', 'plan', {VIT_L!r}]\n"
+        "try: main()\n"
+        "finally: print('ray' if 'ray' in sys.modules else 'no ray')"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "no ray"
+    assert "switch after 150" in result.stdout and "break-even: " in result.stdout
+    assert "ImageNet-1k's 1,281,167 images are assumed" in result.stdout
