@@ -48,7 +48,7 @@ def test_what_a_switch_means_is_what_the_run_measured(undisturbed):
     assert meaning is not None and point.hours == pytest.approx(
         sum(
             meaning.epoch_seconds[stage] * count
-            for stage, count in {("full", 4): 2, ("full", 6): 1, ("warmup", 6): 2, ("lora", 6): 1, ("lora", 8): 1}.items()
+            for stage, count in {("full", 4): 1, ("full", 6): 2, ("warmup", 6): 2, ("lora", 6): 1, ("lora", 8): 1}.items()
         )
         / 3600
     )
