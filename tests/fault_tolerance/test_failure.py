@@ -31,8 +31,8 @@ from tests.data.test_damage import overwrite
 from tests.runs import settings
 
 SHAPES = "mat1 and mat2 shapes cannot be multiplied (2x3 and 2x3)"
-ONCE = {"train": {"epochs": 1}, "method": {"enabled": False}, "checkpoint": {"every_seconds": None}}
-"""Settings of a run of one epoch, which saves nothing before its end."""
+ONCE = {"train": {"epochs": 2}, "method": {"enabled": False}, "checkpoint": {"every_seconds": None}}
+"""Settings of a run that never switches, and saves at the end of its two epochs alone."""
 
 
 def raise_in_worker(config: dict[str, Any]) -> None:

@@ -69,7 +69,7 @@ def listed(names) -> list[dict[str, Any]]:
 
 
 def load_over_recipe(digits, folder: Path, **content) -> Plan:
-    recipe = settings(digits, folder, "recipe", 1).model_dump(mode="json", exclude_unset=True)
+    recipe = settings(digits, folder, "recipe", 1, model={"drop_path_form": "mask"}).model_dump(mode="json", exclude_unset=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     content = {"recipe": "recipe.yaml", "storage": str(folder), **content}
     (folder / "sweep.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
