@@ -22,10 +22,6 @@ GRID: dict[str, dict[str, Any]] = {
     "like the recipe": {},
     "alike": {"tau": 500},
     "without warmup": {"windows": 5, "warmup_epochs": 0},
-    "rash": {
-        **{"windows": 5, "warmup_epochs": 0, "rank_pattern": {".*": 4}},
-        **{"adapter_learning_rate_scale": 100.0, "adapter_ramp_steps": 0},
-    },
     "diverging": {"adapter_learning_rate_scale": 1e30},
 }
 """Settings of the sweep, by what they are for."""
@@ -69,7 +65,7 @@ def listed(names) -> list[dict[str, Any]]:
 
 
 def load_over_recipe(digits, folder: Path, **content) -> Plan:
-    recipe = settings(digits, folder, "recipe", 1, model={"drop_path_form": "mask"}).model_dump(mode="json", exclude_unset=True)
+    recipe = settings(digits, folder, "recipe", 1).model_dump(mode="json", exclude_unset=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     content = {"recipe": "recipe.yaml", "storage": str(folder), **content}
     (folder / "sweep.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
