@@ -1,10 +1,11 @@
 """Writes docs/settings.md from the settings' own descriptions: `python docs/make_settings.py`."""
 
 from pathlib import Path
+from typing import get_origin
 
 from pydantic import BaseModel
 
-from prelora_ray.config import Settings, acts
+from prelora_ray.config import Settings, acts, inner_section
 from prelora_ray.sweep.settings import AshaSettings, SweepSettings
 
 HEAD = """# Settings
@@ -34,12 +35,15 @@ ACTS = {"always": "from the start", "switch": "from the switch on", "never": "no
 def rows(section: type[BaseModel], prefix: str = "", *, tell_acts: bool = False) -> list[str]:
     found = []
     for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            found += rows(field.annotation, f"{prefix}{name}.", tell_acts=tell_acts)
+        inner, is_list = inner_section(field.annotation), get_origin(field.annotation) is tuple
+        if inner is not None and not is_list:
+            found += rows(inner, f"{prefix}{name}.", tell_acts=tell_acts)
             continue
         default = "required" if field.is_required() else f"`{_yaml(field.get_default(call_default_factory=True))}`"
         when = f" {ACTS[acts(prefix + name)]} |" if tell_acts else ""
         found.append(f"| `{prefix}{name}` | {default} |{when} {' '.join((field.description or '').split())} |")
+        if inner is not None:
+            found += rows(inner, f"{prefix}{name}.", tell_acts=tell_acts)
     return found
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 import statistics
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from prelora_ray.method.architecture import FAMILIES
 from prelora_ray.method.convergence import NormStatistic
@@ -100,6 +100,19 @@ class ModelSettings(Section):
         return self.channels, self.image_size, self.image_size
 
 
+def _check_policy(policy: str) -> str:
+    if not _POLICY.fullmatch(policy):
+        raise ValueError(
+            "must be `3a` or a RandAugment policy such as `rand-m9-mstd0.5-inc1`: whole numbers behind m, n (1 to 9) and "
+            "mmax, numbers behind mstd and p (at most 1), 0 or 1 behind inc, and behind t `weights`, `3a` or `3aw`"
+        )
+    return policy
+
+
+Policy = Annotated[str, AfterValidator(_check_policy)]
+"""RandAugment in timm's notation, or `3a`."""
+
+
 class AugmentSettings(Section):
     crop: Literal["random_resized", "padded", "center"] = "random_resized"
     """A crop of random area and aspect ratio; or a shifted crop of the image with a black border; or none."""
@@ -109,7 +122,7 @@ class AugmentSettings(Section):
     """Border of a padded crop, in pixels."""
     flip: Share = 0.5
     """Probability of a horizontal flip."""
-    policy: str | None = None
+    policy: Policy | None = None
     """RandAugment in timm's notation, such as `rand-m9-mstd0.5-inc1`, or `3a` for DeiT III's 3-Augment."""
     color_jitter: NotNegative = 0.0
     """Largest relative change of brightness, contrast and saturation."""
@@ -123,16 +136,6 @@ class AugmentSettings(Section):
     """Probability that a cell is mixed."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of each target that is spread over all classes."""
-
-    @field_validator("policy")
-    @classmethod
-    def _check_policy(cls, policy: str | None) -> str | None:
-        if policy is not None and not _POLICY.fullmatch(policy):
-            raise ValueError(
-                "must be `3a` or a RandAugment policy such as `rand-m9-mstd0.5-inc1`: whole numbers behind m, n (1 to 9) and "
-                "mmax, numbers behind mstd and p (at most 1), 0 or 1 behind inc, and behind t `weights`, `3a` or `3aw`"
-            )
-        return policy
 
 
 class DataSettings(Section):
@@ -158,6 +161,15 @@ class DataSettings(Section):
     @property
     def num_cells(self) -> int:
         return self.batch_size // self.cell
+
+
+class ResolutionStep(Section):
+    until: Count | Annotated[float, Field(gt=0, lt=1)]
+    """Where the step ends: completed epochs, or a share of the run below 1, which comes to the nearest epoch."""
+    image_size: Count
+    """Side of the training images until then, in pixels: whole patches, and at most `model.image_size`."""
+    policy: Policy | None = None
+    """Stands in for `augment.policy` until then, so that RandAugment's strength may rise with the size; null does not."""
 
 
 class TrainSettings(Section):
@@ -196,9 +208,18 @@ class TrainSettings(Section):
     """Whether a single GPU worker replays its step as one CUDA graph, which frees small models from launch costs."""
     micro_batch: Annotated[Count | Literal["auto"] | None, Acts("never")] = None
     """Most images that a worker takes through the model at once, a multiple of `data.cell`; null takes its whole share, and so
-    does auto on a CPU. On a GPU auto finds the most that fits, once for each phase, and notes it in the run folder."""
+    does auto on a CPU. On a GPU auto finds the most that fits, once for each phase and size of images, and notes it in the
+    run folder."""
     validate_every: Count = 1
     """Epochs between validations; the last epoch is always validated."""
+    resolution: tuple[ResolutionStep, ...] = ()
+    """Smaller training images first: steps, one behind the other, with `model.image_size` behind the last one, such as
+    [{until: 0.6, image_size: 160}]. Validation is at `model.image_size` throughout."""
+
+    @property
+    def step_ends(self) -> list[int]:
+        """Completed epochs at the end of each step of `resolution`."""
+        return [step.until if isinstance(step.until, int) else round(step.until * self.epochs) for step in self.resolution]
 
 
 _Family = Literal["query", "key", "value", "proj", "fc1", "fc2"]
@@ -325,6 +346,16 @@ class Settings(Section):
     checkpoint: Annotated[CheckpointSettings, Acts("never")] = CheckpointSettings()
     monitor: Annotated[MonitorSettings, Acts("never")] = MonitorSettings()
 
+    def resolution_step(self, epoch: int) -> ResolutionStep | None:
+        """The step of `train.resolution` that an epoch (from 0) is in; None behind the last."""
+        steps = zip(self.train.step_ends, self.train.resolution, strict=True)
+        return next((step for end, step in steps if epoch < end), None)
+
+    def image_size(self, epoch: int) -> int:
+        """Side of the images that an epoch (from 0) trains on, in pixels."""
+        step = self.resolution_step(epoch)
+        return self.model.image_size if step is None else step.image_size
+
     @property
     def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation of each channel that the model takes; of grey, the averages over the colours."""
@@ -374,7 +405,23 @@ class Settings(Section):
             raise ValueError(
                 f"train.ramp_epochs = {train.ramp_epochs} is not allowed: it must be below train.epochs = {train.epochs}"
             )
+        self._check_resolution()
         return self
+
+    def _check_resolution(self) -> None:
+        train, before = self.train, 0
+        for step, end in zip(train.resolution, train.step_ends, strict=True):
+            if not before < end < train.epochs:
+                raise ValueError(
+                    f"train.resolution.until = {step.until:g} is not allowed: it comes to {end} epochs, which must be more "
+                    f"than {before}, where its step begins, and fewer than train.epochs = {train.epochs}"
+                )
+            if step.image_size > self.model.image_size:
+                raise ValueError(
+                    f"train.resolution.image_size = {step.image_size} is not allowed: it must be at most model.image_size = "
+                    f"{self.model.image_size}, which the run ends at"
+                )
+            before = end
 
 
 def with_absolute_paths(settings: Settings) -> Settings:
@@ -400,10 +447,16 @@ def acts(key: str) -> Literal["always", "switch", "never"]:
     for name in key.split("."):
         field = section.model_fields[name]
         when = next((mark.when for mark in field.metadata if isinstance(mark, Acts)), when)
-        section = field.annotation
-        if not (isinstance(section, type) and issubclass(section, Section)):
+        section = inner_section(field.annotation)
+        if section is None:
             break  # what follows is inside the value, as `depth` is in `model.options.depth`
     return when
+
+
+def inner_section(annotation: Any) -> type[Section] | None:
+    """The section that a field is, or that the entries of its list are; None where it is a value."""
+    of = next(iter(get_args(annotation)), None) if get_origin(annotation) is tuple else annotation
+    return of if isinstance(of, type) and issubclass(of, Section) else None
 
 
 def flat(settings: Section) -> dict[str, Any]:

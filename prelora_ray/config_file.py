@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from prelora_ray.config import MethodSettings, Settings
+from prelora_ray.config import MethodSettings, Settings, inner_section
 from prelora_ray.errors import UserError, one_line
 from prelora_ray.section import Section
 from prelora_ray.storage import without_keys
@@ -121,19 +121,20 @@ def _apply(content: dict[str, Any], override: str) -> None:
 
 
 def _sentences(errors: list[ErrorDetails], known: list[str], prefix: str) -> list[str]:
-    """One sentence a key: the errors of a union's members (an integer, or `auto`) are one mistake."""
-    merged: dict[str, ErrorDetails] = {}
+    """One sentence a key and entry: the errors of a union's members (an integer, or `auto`) are one mistake."""
+    merged: dict[tuple[str, ...], ErrorDetails] = {}
     for details in errors:
-        location = [str(part) for part in details["loc"]]
-        if details["type"] != "extra_forbidden":  # drop what pydantic adds behind the key: the union's member, an index
+        location = [part for part in details["loc"] if isinstance(part, str)]
+        entry = [str(part) for part in details["loc"] if isinstance(part, int)]  # of a list
+        if details["type"] != "extra_forbidden":  # drop what pydantic adds behind the key: the union's member
             while location and prefix + ".".join(location) not in known:
                 location.pop()
-        key = prefix + ".".join(location)
+        key = prefix + ".".join(location), *entry
         message = _RULE_START.sub("", details["msg"].removeprefix("Value error, "))
         if key in merged and details["type"] != "extra_forbidden":
             message = f"{merged[key]['msg']}, or {message}"
         merged[key] = {**details, "msg": message}
-    return [without_keys(_sentence(key, details, known)) for key, details in merged.items()]
+    return [without_keys(_sentence(key[0], details, known)) for key, details in merged.items()]
 
 
 def _sentence(key: str, details: ErrorDetails, known: list[str]) -> str:
@@ -158,8 +159,8 @@ def _known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
     keys = []
     for name, field in section.model_fields.items():
         keys.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += _known_keys(field.annotation, f"{prefix}{name}.")
+        if (inner := inner_section(field.annotation)) is not None:
+            keys += _known_keys(inner, f"{prefix}{name}.")
     return keys
 
 

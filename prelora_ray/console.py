@@ -117,6 +117,7 @@ class _Watcher(threading.Thread):
         parts = [
             f"epoch {line.epoch + 1:{width}d}/{self._settings.train.epochs}",
             f"{line.phase:6s}",
+            *([f"{line.image_size} px"] if self._settings.train.resolution else []),
             f"loss {_number(line.loss)}",
             f"top-1 {_percent(line.val_top1)}",
             f"{line.images_per_second:,.0f} images/s",
@@ -181,9 +182,9 @@ def result_table(path: str, epochs: list[records.EpochLine]) -> Table:
     table = Table(title=f"run {path}", title_justify="left")
     for column in ("phase", "epochs", "loss", "top-1", "images/s", "trains", "peak memory", "seconds"):
         table.add_column(column, justify="left" if column == "phase" else "right")
-    for summary in records.phase_summaries(epochs).values():
+    for name, summary in records.table_summaries(epochs).items():
         table.add_row(
-            summary.phase,
+            name,
             str(summary.epochs),
             _number(summary.loss),
             _percent(summary.val_top1),

@@ -67,6 +67,8 @@ class EpochLine:
     """The epoch, from 0."""
     phase: str
     """What trained in it: `full`, `warmup` or `lora`."""
+    image_size: int | None = None
+    """Side of the images that it trained on, in pixels; validation is at `model.image_size`."""
     loss: float
     """Mean training loss over the epoch's images."""
     val_loss: float | None
@@ -278,11 +280,13 @@ class Freeze(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch(Event):
-    """`train.micro_batch: auto` has searched for the phase."""
+    """`train.micro_batch: auto` has searched for the phase and the size of the images."""
 
     event: str = "micro_batch"
     micro_batch: int
     """Images that a worker takes through the model at once."""
+    image_size: int | None = None
+    """Their side, in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -435,6 +439,22 @@ def by_phase(epochs: Iterable[EpochLine]) -> dict[str, list[EpochLine]]:
 def phase_summaries(epochs: Iterable[EpochLine]) -> dict[str, PhaseSummary]:
     """A summary of each phase, in their order."""
     return {phase: _summary(phase, lines) for phase, lines in by_phase(epochs).items()}
+
+
+def table_summaries(epochs: Sequence[EpochLine]) -> dict[str, PhaseSummary]:
+    """What a table tells: a summary of each phase, or where its images grew, of each of their sizes: `full, 160 px`."""
+    stages = by_phase_and_size(epochs)
+    if len({size for _, size in stages if size is not None}) < 2:
+        return phase_summaries(epochs)
+    return {f"{phase}, {size} px": _summary(phase, lines) for (phase, size), lines in stages.items()}
+
+
+def by_phase_and_size(epochs: Iterable[EpochLine]) -> dict[tuple[str, int | None], list[EpochLine]]:
+    """The lines of each phase and size of images, in their order."""
+    stages: dict[tuple[str, int | None], list[EpochLine]] = {}
+    for line in epochs:
+        stages.setdefault((line.phase, line.image_size), []).append(line)
+    return stages
 
 
 def _summary(phase: str, lines: Sequence[EpochLine]) -> PhaseSummary:

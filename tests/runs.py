@@ -21,7 +21,10 @@ SWITCH, FREEZE, EPOCHS = 3, 5, 7
 
 
 def settings(digits: Path, storage: Path, name: str, workers: int, /, **sections: dict[str, Any]) -> Settings:
-    """A run that its test switches after epoch 3 and that freezes after epoch 5 of 7, all that is drawn turned on."""
+    """A run that its test switches after epoch 3 and that freezes after epoch 5 of 7, all that is drawn turned on.
+
+    Its images grow after epoch 1, in phase full, and after epoch 6, in phase lora.
+    """
     content: dict[str, dict[str, Any]] = {
         "data": {"path": str(digits), "batch_size": 96, "cell": 12, "crop_ratio": 1.0, "decoders": 1},
         "model": {
@@ -32,7 +35,12 @@ def settings(digits: Path, storage: Path, name: str, workers: int, /, **sections
             "drop_path_form": "subset",
         },
         "augment": {"crop": "padded", "padding": 1, "mixup": 0.8, "cutmix": 1.0},
-        "train": {"epochs": EPOCHS, "ramp_epochs": 1, "seed": 5},
+        "train": {
+            "epochs": EPOCHS,
+            "ramp_epochs": 1,
+            "seed": 5,
+            "resolution": [{"until": 1, "image_size": 4}, {"until": 0.86, "image_size": 6, "policy": "rand-m3-n1"}],
+        },
         "method": {
             "tau": 1000,
             "zeta": 1000,

@@ -38,6 +38,12 @@ def test_recipes_for_clusters_whose_gpus_come_when_asked_for_ask_for_them(path: 
     assert load_settings(path).workers.gpu is True
 
 
+def steps(*steps: tuple) -> dict:
+    """A schedule of (until, image_size) or (until, image_size, policy)."""
+    keys = "until", "image_size", "policy"
+    return {"train": {"resolution": [dict(zip(keys, step, strict=False)) for step in steps]}}
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
@@ -95,6 +101,23 @@ def test_recipes_for_clusters_whose_gpus_come_when_asked_for_ask_for_them(path: 
             "train.gradient_exchange = 'bf16' is not allowed with train.precision = 'fp64', of which it would leave 8 bits",
         ),
         ({"name": "../up"}, "name = '../up' is not allowed: it must be 1 to 128 letters"),
+        (steps((1.5, 64)), "train.resolution.until = 1.5 is not allowed: it must be a valid integer, or less than 1"),
+        (steps((True, 64)), "train.resolution.until = True is not allowed: it must be a valid integer"),
+        (steps((300, 64)), "train.resolution.until = 300 is not allowed: it comes to 300 epochs, which must be more than 0"),
+        (steps((0.001, 64)), "train.resolution.until = 0.001 is not allowed: it comes to 0 epochs, which must be more than 0"),
+        (
+            steps((30, 64), (0.1, 128)),
+            "train.resolution.until = 0.1 is not allowed: it comes to 30 epochs, which must be more than 30, where its step "
+            "begins, and fewer than train.epochs = 300",
+        ),
+        (steps((9, 256)), "train.resolution.image_size = 256 is not allowed: it must be at most model.image_size = 224"),
+        (steps((9, 0)), "train.resolution.image_size = 0 is not allowed: it must be greater than or equal to 1"),
+        (steps((9, 64, "rand-q")), "train.resolution.policy = 'rand-q' is not allowed: it must be `3a` or a RandAugment"),
+        ({"train": {"resolution": [160]}}, "train.resolution = 160 is not allowed: it must be a valid dictionary"),
+        (
+            {"train": {"resolution": [{"until": 9, "image_size": 64, "polcy": "3a"}]}},
+            "train.resolution.polcy = '3a' is not allowed: there is no such key, did you mean train.resolution.policy?",
+        ),
     ],
 )
 def test_refused_in_one_sentence(content, sentence):
@@ -186,6 +209,23 @@ def test_overrides(tmp_path):
     assert (settings.name, settings.workers.max) == ("other", 2)
 
 
+def test_each_mistake_in_a_list_of_steps_has_its_own_sentence():
+    with pytest.raises(UserError) as error:
+        parse_settings({"name": "run", **DATA, **steps((-1, 64), (2.5, 0))})
+    keys = [sentence.split(" is not allowed")[0] for sentence in str(error.value).splitlines()]
+    assert keys == [
+        *("train.resolution.until = -1", "train.resolution.until = 2.5", "train.resolution.image_size = 0"),
+    ]
+
+
+def test_the_size_of_an_epochs_images():
+    """`until` are completed epochs or a share of the run; behind the last step, and of validation, it is the model's."""
+    run = parse_settings({"name": "run", **DATA, **steps((2, 64), (0.014, 96), (0.5, 64, "3a"))})
+    assert run.train.epochs == 300 and run.train.step_ends == [2, 4, 150]
+    assert [run.image_size(epoch) for epoch in (0, 1, 2, 3, 4, 149, 150, 299)] == [64, 64, 96, 96, 64, 64, 224, 224]
+    assert parse_settings({"name": "run", **DATA}).image_size(0) == 224
+
+
 @pytest.mark.parametrize(
     ("channels", "given", "taken"),
     [
@@ -268,6 +308,7 @@ CHANGES = {
     "train.gradient_exchange": ("bf16", "always"),
     "train.adapters": ("plain", "switch"),
     "train.micro_batch": (16, "never"),
+    "train.resolution": ([{"until": 9, "image_size": 64}], "always"),
     "method.targets": (["fc1"], "always"),
     "method.enabled": (False, "switch"),
     "method.tau": (2.0, "switch"),

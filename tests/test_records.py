@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,7 @@ from prelora_ray.records import (
     phase_summaries,
     rank_counts,
     standing,
+    table_summaries,
     to_json,
 )
 from prelora_ray.run_folder import RunFolder
@@ -117,6 +118,19 @@ def test_a_phase_is_summed_over_its_epochs():
     )
     assert (full.val_top1, full.peak_memory_bytes, full.trainable_fraction) == (0.25, 9, 1)
     assert (lora.phase, lora.loss, lora.val_top1, lora.trainable_fraction) == ("lora", 0.5, None, 0.25)
+
+
+def test_where_images_grew_a_table_tells_their_sizes_apart():
+    lines = [
+        epoch_line(epoch, phase=phase, image_size=size, images_per_second=size)
+        for epoch, (phase, size) in enumerate([("full", 160), ("full", 160), ("full", 224), ("lora", 224)])
+    ]
+    told = {name: (summary.epochs, summary.images_per_second) for name, summary in table_summaries(lines).items()}
+    assert told == {"full, 160 px": (2, 160), "full, 224 px": (1, 224), "lora, 224 px": (1, 224)}
+    assert phase_summaries(lines)["full"].images_per_second == 544 / 3
+    assert table_summaries(lines[2:]) == phase_summaries(lines[2:])
+    earlier = [replace(line, image_size=None) for line in lines[2:3]]  # as an earlier version wrote it
+    assert list(table_summaries([*earlier, *lines[3:]])) == ["full", "lora"]
 
 
 def test_ranks_are_counted_in_their_order():

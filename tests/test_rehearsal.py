@@ -120,7 +120,7 @@ def test_an_epochs_first_block_comes_before_its_slots_are_laid_out(imagenet):
     order = imagenet.orders["train"]
     blocks = stream._read(imagenet, [Pass("train", epoch) for epoch in range(2)])
     reads = {read: calls(lambda: next(blocks)) for read in ("first", "second")}
-    rows = imagenet.batches_per_block * imagenet.num_slots
+    rows = imagenet.batches_per_block(imagenet.augmentation.image_size) * imagenet.num_slots
     assert reads["second"] < 20 * rows
     assert reads["first"] - reads["second"] < 1.5 * len(order.row_groups)
     assert walks(imagenet) <= 2

@@ -35,7 +35,7 @@ class Augmentation:
     """How a training image is varied. All of it is drawn by (seed, epoch, sample) alone."""
 
     image_size: int
-    """Side of the square image that the model takes, in pixels."""
+    """Side of the square image that comes out, in pixels."""
     mean: tuple[float, ...]
     """Mean of the channels, in 0..1: the middle of the noise that erasing fills in."""
     std: tuple[float, ...]

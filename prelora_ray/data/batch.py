@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from prelora_ray.data.augment import Augmentation
@@ -21,7 +22,7 @@ class Batch:
     epoch: int
     batch: int
     images: torch.Tensor
-    """(n, image_size, image_size, 3), uint8."""
+    """(n, size, size, 3), uint8, of the size that the epoch trains on."""
     labels: torch.Tensor
     """(n,), int64, -1 where a slot is empty."""
     ids: Ids
@@ -36,10 +37,13 @@ class StreamPlan:
     manifest: Manifest
     orders: dict[Split, Order]
     augmentation: Augmentation
+    """Of evaluation, and of training where there is no other one."""
     seed: int
     crop_ratio: float
     rank: int
     world_size: int
+    others: Mapping[int, Augmentation] = field(default_factory=dict)
+    """Of training in the epochs that have one of their own."""
 
     @property
     def _order(self) -> Order:
@@ -56,9 +60,17 @@ class StreamPlan:
         return max_worker_cells(self.world_size, self._order.num_cells) * self._order.cell
 
     @property
-    def batches_per_block(self) -> int:
+    def augmentations(self) -> set[Augmentation]:
+        """All that any epoch takes."""
+        return {self.augmentation, *self.others.values()}
+
+    def augmentation_of(self, split: Split, epoch: int) -> Augmentation:
+        """What an epoch takes, whose images have this one's size."""
+        return self.others.get(epoch, self.augmentation) if split == "train" else self.augmentation
+
+    def batches_per_block(self, image_size: int) -> int:
         """A block costs tens of milliseconds on its way, so small images travel several batches to a block."""
-        rows = min(2048, max(128, 6_400_000 // self.augmentation.image_size**2))
+        rows = min(2048, max(128, 6_400_000 // image_size**2))
         return max(1, rows // self.num_slots)
 
 

@@ -87,7 +87,8 @@ def _store_bytes(plan: StreamPlan, decoders: int) -> int:
     Of the decoders' half, Ray Data keeps one half for running tasks and one for blocks that wait. With twice a block
     for each decoder in either, no decoder waits for room.
     """
-    block = plan.batches_per_block * plan.num_slots * plan.augmentation.image_size**2 * 3
+    sizes = [augmentation.image_size for augmentation in plan.augmentations]
+    block = max(plan.batches_per_block(size) * plan.num_slots * size**2 * 3 for size in sizes)
     return max(_LEAST_STORE_BYTES, 8 * decoders * block)
 
 
@@ -131,8 +132,9 @@ def _read_slices(plan: StreamPlan, schedule: Sequence[Pass]) -> Iterator[pa.Tabl
         starts = [order.cell_span(first_batch, cell)[0] for cell in plan.cells]
         ends = [order.cell_span(order.num_batches, cell)[1] for cell in plan.cells]
         reader.expect(np.concatenate([ids_of_epoch[start:end] for start, end in zip(starts, ends, strict=True)]))
-        for first in range(first_batch, order.num_batches, plan.batches_per_block):
-            batches = range(first, min(first + plan.batches_per_block, order.num_batches))
+        batches_per_block = plan.batches_per_block(plan.augmentation_of(split, epoch).image_size)
+        for first in range(first_batch, order.num_batches, batches_per_block):
+            batches = range(first, min(first + batches_per_block, order.num_batches))
             slots = np.stack([order.slots(ids_of_epoch, batch, plan.cells, plan.num_slots) for batch in batches])
             images, labels = reader.take(slots[slots >= 0])
             yield pa.table(
@@ -152,10 +154,9 @@ class _Decode:
 
     def __init__(self, plan: StreamPlan) -> None:
         os.nice(10)  # a training loop on the same cores goes first; decoding takes what it leaves
-        self._augmenter = Augmenter(plan.augmentation, plan.seed, plan.crop_ratio)
+        self._augmenters = {each: Augmenter(each, plan.seed, plan.crop_ratio) for each in plan.augmentations}
         self._plan = plan
         self._num_slots = plan.num_slots
-        self._size = plan.augmentation.image_size
 
     def __call__(self, block: pa.Table) -> dict[str, Any]:
         try:
@@ -167,14 +168,17 @@ class _Decode:
 
     def _decoded(self, block: pa.Table) -> dict[str, Any]:
         is_train, epoch = block["is_train"][0].as_py(), block["epoch"][0].as_py()
+        split: Split = "train" if is_train else "val"
+        augmenter = self._augmenters[self._plan.augmentation_of(split, epoch)]
+        size = augmenter.augmentation.image_size
         ids = block["slots"].combine_chunks().flatten().to_numpy()
         encoded = block["images"].combine_chunks().flatten()
         filled = np.flatnonzero(ids >= 0)
         labels = np.full(len(ids), -1)
         labels[filled] = block["labels"].combine_chunks().flatten().to_numpy()
-        images = np.zeros((len(ids), self._size, self._size, 3), np.uint8)
+        images = np.zeros((len(ids), size, size, 3), np.uint8)
         for slot, content in zip(filled, encoded, strict=True):
-            images[slot] = self._pixels("train" if is_train else "val", epoch, int(ids[slot]), content.as_py())
+            images[slot] = self._pixels(augmenter, split, epoch, int(ids[slot]), content.as_py())
         shape = (1, -1, self._num_slots)
         return {
             "is_train": np.array([is_train]),
@@ -185,11 +189,11 @@ class _Decode:
             "images": images.reshape(*shape, *images.shape[1:]),
         }
 
-    def _pixels(self, split: Split, epoch: int, sample: int, encoded: bytes) -> Pixels:
+    def _pixels(self, augmenter: Augmenter, split: Split, epoch: int, sample: int, encoded: bytes) -> Pixels:
         try:
             if split == "train":
-                return self._augmenter.train(encoded, epoch, sample)
-            return self._augmenter.evaluate(encoded)
+                return augmenter.train(encoded, epoch, sample)
+            return augmenter.evaluate(encoded)
         except Exception:
             if (reason := undecodable(encoded)) is None:
                 raise

@@ -30,14 +30,14 @@ def check_model(settings: Settings) -> list[Target]:
     """Takes the model through every phase of a run, and returns its target modules.
 
     Raises UserError where the model, its targets or the ranks do not fit each other; where it makes other things of
-    images than a row of logits each; where a phase cannot train it; and where a target's layer is used by its weight
-    alone, so that an adapter on it would have no effect.
+    images than a row of logits each, or takes none of a size that the run has; where a phase cannot train it; and where a
+    target's layer is used by its weight alone, so that an adapter on it would have no effect.
     """
     method = settings.method
     # As if fp8 came with phase lora: it has no kernels for such tensors.
     format_ = phase_format(settings.train.precision, Phase.LORA, Phase.FULL, torch.device("cuda"))
     with torch.device("meta"):
-        model = create_model(settings.model, _CLASSES, seed=0)
+        model = create_model(settings.model, _CLASSES, seed=0, any_size=bool(settings.train.resolution))
     model.to(torch.float64 if format_ == "fp64" else torch.float32)
     try:
         targets = find_targets(model, method.targets)
@@ -52,6 +52,8 @@ def check_model(settings: Settings) -> list[Target]:
             compute_subsets(model, settings.data.cell)
         called = _calls(model, targets)
         _try_phase(model, settings, format_, Phase.FULL)
+        for step in settings.train.resolution:
+            _try_size(model, settings, format_, step.image_size)
         if by_weight := sorted({target.linear for target in targets} - called):
             raise UserError(
                 f"model.name = {settings.model.name!r} is not allowed: it uses {by_weight[0]} by its weight alone, so no "
@@ -135,6 +137,19 @@ def _try_phase(model: nn.Module, settings: Settings, format_: Format, phase: Pha
     if idle and settings.workers.max > 1:  # DDP waits for each gradient
         raise UserError(f"{told} on several workers: no logit depends on its {idle[0]}")
     model.zero_grad()
+
+
+def _try_size(model: nn.Module, settings: Settings, format_: Format, image_size: int) -> None:
+    """Training images of a size that is not the model's own."""
+    images = example_images(settings.model.model_copy(update={"image_size": image_size}), next(model.parameters()).dtype)
+    told = f"train.resolution.image_size = {image_size} is not allowed with model.name = {settings.model.name!r}"
+    try:
+        with autocast(format_, images.device):
+            outputs = model.train()(images)
+    except Exception as error:  # whatever a model that was made for one size raises
+        raise UserError(f"{told}: {type(error).__name__}: {one_line(error)}") from error
+    if not _are_logits(outputs):
+        raise UserError(f"{told}: of such images it makes no row of logits each")
 
 
 def example_images(settings: ModelSettings, dtype: torch.dtype) -> torch.Tensor:

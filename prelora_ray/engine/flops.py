@@ -27,8 +27,10 @@ def peak_flops(name: str) -> float | None:
     return next((peak for model, peak in _PEAK_FLOPS.items() if model in name), None)
 
 
-def forward_flops(settings: ModelSettings, num_classes: int) -> float:
-    """Operations of one image's forward through the model without adapters."""
+def forward_flops(settings: ModelSettings, num_classes: int, image_size: int | None = None) -> float:
+    """Operations of one image's forward through the model without adapters; by default of one of `model.image_size`."""
+    if image_size is not None:
+        settings = settings.model_copy(update={"image_size": image_size})
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         create_model(settings, num_classes, seed=0)(torch.empty(1, *settings.input_shape))
     return float(counter.get_total_flops())

@@ -9,10 +9,13 @@ import torch
 import torch.distributed as dist
 
 from prelora_ray.engine.state import TrainState
+from prelora_ray.method.phases import Phase
 
 _SPARE = 0.04
 """Share of the GPU's memory that is to stay free: memory comes in pieces, and libraries take some of their own."""
 _PARTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+FoundSizes = dict[tuple[Phase, int], int]
+"""Images at once, by phase and side of the images in pixels."""
 
 
 class MemoryShortageError(RuntimeError):

@@ -9,7 +9,7 @@ from torch import nn
 
 from prelora_ray.config import ModelSettings
 from prelora_ray.engine.drop_path import KeyedDropPath, drop_uniformly
-from prelora_ray.errors import UserError
+from prelora_ray.errors import UserError, one_line
 from prelora_ray.kernels.merged import HeldProduct
 from prelora_ray.method.adapters import lora_layers
 from prelora_ray.method.architecture import blocks_of
@@ -20,14 +20,21 @@ make_importable()
 import timm  # noqa: E402
 from timm.layers import DropPath, Mlp, PatchDropout  # noqa: E402
 
+_ANY_SIZE = "dynamic_img_size"
+"""timm's option for models that interpolate their positions."""
 
-def create_model(settings: ModelSettings, num_classes: int, seed: int) -> nn.Module:
+
+def create_model(settings: ModelSettings, num_classes: int, seed: int, *, any_size: bool = False) -> nn.Module:
     """A timm Vision Transformer with freshly drawn weights, float32, on the CPU.
+
+    With `any_size` it takes images of other sizes too, for which timm interpolates the positions in each forward, in
+    float32. Its parameters are the same, and so are the logits of images of `image_size`.
 
     Raises UserError where timm knows no such model or refuses an option, and where the model would
     draw from a generator in training, as dropout does: stochastic depth is the regulariser that can
     be keyed by sample.
     """
+    options = copy.deepcopy(settings.options) | ({_ANY_SIZE: True} if any_size else {})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -37,9 +44,14 @@ def create_model(settings: ModelSettings, num_classes: int, seed: int) -> nn.Mod
                 num_classes=num_classes,
                 img_size=settings.image_size,
                 drop_path_rate=settings.drop_path,
-                **copy.deepcopy(settings.options),
+                **options,
             )
         except Exception as error:  # timm raises RuntimeError, TypeError, AssertionError and more
+            if any_size and _ANY_SIZE in str(error):
+                raise UserError(
+                    f"train.resolution is not allowed with model.name = {settings.name!r}, whose positions timm does not "
+                    f"interpolate: {type(error).__name__}: {one_line(error)}"
+                ) from error
             raise UserError(
                 f"model.name = {settings.name!r} is not allowed with image_size {settings.image_size} and options "
                 f"{settings.options}: timm says {type(error).__name__}: {' '.join(str(error).split())}"
@@ -66,12 +78,13 @@ def create_model(settings: ModelSettings, num_classes: int, seed: int) -> nn.Mod
     return model
 
 
-def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
+def compile_blocks(model: nn.Module, backend: str = "inductor", *, any_size: bool = False) -> None:
     """Sends every block through torch.compile.
 
     Blocks share their compiled code, so that compiling costs seconds instead of a minute at each start
     and change of phase. Ranks differ from block to block: as sizes that may vary, two of which may be equal in one block
-    and not in the next, they need no code of their own.
+    and not in the next, they need no code of their own. With `any_size` the images' size changes as the run goes on: each
+    gets code of its own at its first step, as code for all of them would be slower.
     """
     torch._dynamo.reset()
     torch._dynamo.config.force_parameter_static_shapes = False
@@ -92,7 +105,7 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
             # By shape: with sizes that vary a compiler would not know that it can hold a row.
             module.refresh = torch.compile(module.refresh, dynamic=False, backend=backend)  # type: ignore[assignment, arg-type]
     for block in blocks_of(model):
-        block.compile(backend=backend)
+        block.compile(backend=backend, dynamic=False if any_size else None)
 
 
 def gelu_mlps(model: nn.Module) -> dict[str, Mlp]:

@@ -61,7 +61,7 @@ class TrainState:
         self.world_size = world_size
         self.exchange = exchange or Exchange.of(settings.train.gradient_exchange)
         dtype = torch.float64 if settings.train.precision == "fp64" else torch.float32
-        self.model = create_model(settings.model, num_classes, settings.train.seed).to(device, dtype)
+        self.model = create_model(settings.model, num_classes, settings.train.seed, any_size=self._any_size).to(device, dtype)
         self.pretrained_notes: list[str] = []
         """What `load_pretrained` tells."""
         if settings.model.init_from is not None and checkpoint is None:
@@ -127,6 +127,15 @@ class TrainState:
     def uses_cuda_graph(self) -> bool:
         """One GPU alone: several would have to capture their exchange of gradients too."""
         return self.device.type == "cuda" and self.world_size == 1 and self.settings.train.cuda_graph
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images of the epoch that trains, in pixels."""
+        return self.settings.image_size(self.epoch)
+
+    @property
+    def _any_size(self) -> bool:
+        return bool(self.settings.train.resolution)
 
     def _compiles(self) -> bool:
         compiles = self.settings.train.compile
@@ -242,7 +251,7 @@ class TrainState:
         self._format_built = self.format
         self._holding = use_products(self.model, self.format, self.settings.train.adapters)
         if self._compiles():
-            compile_blocks(self.model)
+            compile_blocks(self.model, any_size=self._any_size)
         if self.world_size == 1:
             return
         self.network = self.exchange.wrap(self.model, self.device)

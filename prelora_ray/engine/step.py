@@ -15,7 +15,7 @@ from prelora_ray.data.mixing import Mixing, MixPlan, mix, normalize, plan_mixing
 from prelora_ray.engine.cuda_graph import CudaGraph
 from prelora_ray.engine.drop_path import draw_drop_path, set_drop_path
 from prelora_ray.engine.evaluation import Evaluation, Evaluator, all_reduce
-from prelora_ray.engine.micro_batch import find_micro_batch, micro_batch_sizes
+from prelora_ray.engine.micro_batch import FoundSizes, find_micro_batch, micro_batch_sizes
 from prelora_ray.engine.optim import set_learning_rate
 from prelora_ray.engine.state import TrainState
 from prelora_ray.method.phases import Phase
@@ -36,8 +36,8 @@ class TrainStep:
         self.num_classes = len(plan.manifest.classes)
         self._sums = torch.zeros(2, dtype=torch.float64, device=state.device)
         self._bad_step = torch.full((), -1, device=state.device)
-        self.found_sizes: dict[Phase, int] = {}
-        """What `search` found, by phase."""
+        self.found_sizes: FoundSizes = {}
+        """What `search` found."""
         self.begin_epoch()
 
     def begin_epoch(self, sums: Sequence[float] = (0, 0)) -> None:
@@ -51,19 +51,24 @@ class TrainStep:
         """Images that this worker takes through the model at once."""
         size, share = self.state.settings.train.micro_batch, self.plan.num_slots
         if size == "auto":
-            size = self.found_sizes.get(self.state.phases.phase, share)
+            size = self.found_sizes.get(self._place, share)
         return share if size is None else min(size, share)
 
     @property
     def wants_search(self) -> bool:
-        """Whether the largest micro-batch of this phase is to be found first."""
+        """Whether the largest micro-batch of this phase and size of images is to be found first."""
         is_auto = self.state.settings.train.micro_batch == "auto" and self.state.device.type == "cuda"
-        return is_auto and self.state.phases.phase not in self.found_sizes
+        return is_auto and self._place not in self.found_sizes
+
+    @property
+    def _place(self) -> tuple[Phase, int]:
+        """What decides how much memory an image takes: the phase, and the image's size."""
+        return self.state.phases.phase, self.state.image_size
 
     def search(self, batch: Batch) -> None:
-        """Finds the largest micro-batch of this phase that fits, over a batch of the run; all workers call it together."""
+        """Finds the largest micro-batch that fits in this phase, over a batch of the run; all workers call it together."""
         state, share = self.state, self.plan.num_slots
-        self._graph = None  # that of the phase before, which holds the memory of a step
+        self._graph = None  # that of the steps before, which holds the memory of one
         state.network.train()
         inputs = {name: to_device(tensor, state.device) for name, tensor in self._inputs(batch).items()}
 
@@ -71,7 +76,7 @@ class TrainStep:
             self._add_gradients(inputs, range(0, min(2 * size, share), size), exchanges=False)
 
         sizes = micro_batch_sizes(share, self.plan.orders["train"].cell)
-        self.found_sizes[state.phases.phase] = find_micro_batch(state, sizes, backward)
+        self.found_sizes[self._place] = find_micro_batch(state, sizes, backward)
 
     def train(self, batch: Batch) -> None:
         """One optimizer step. The gradient is the mean over the global batch, whoever serves which part."""
@@ -82,12 +87,13 @@ class TrainStep:
         if not state.uses_cuda_graph:
             self._step(inputs)
             return
-        if self._graph is None or self._graph_of is not state.optimizer:  # a change of phase builds a new one
-            self._graph, self._graph_of = CudaGraph(self._step), state.optimizer
+        of = state.optimizer, state.image_size  # a change of phase builds a new optimizer
+        if self._graph is None or self._graph_of != of:
+            self._graph, self._graph_of = CudaGraph(self._step), of
         self._graph(inputs)
 
     _graph: CudaGraph | None = None
-    _graph_of: torch.optim.Optimizer | None = None
+    _graph_of: tuple[torch.optim.Optimizer, int] | None = None
 
     def _inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
         """All that a step depends on but the state, as tensors on the CPU."""
@@ -102,7 +108,7 @@ class TrainStep:
             "step": torch.tensor(state.step),
         }
         if self.mixing.is_on:
-            plan = plan_mixing(self.mixing, *key, batch.ids, settings.model.image_size)
+            plan = plan_mixing(self.mixing, *key, batch.ids, state.image_size)
             inputs |= {"partner": plan.partner, "weight": plan.weight, "box": plan.box}
         if state.drop_path:
             inputs["drop_path"] = draw_drop_path(state.drop_path, *key, len(batch.ids)).float()

@@ -36,6 +36,8 @@ class Epoch(Protocol):
     @property
     def phase(self) -> str: ...
     @property
+    def image_size(self) -> int | None: ...
+    @property
     def loss(self) -> float: ...
     @property
     def learning_rate(self) -> float: ...
@@ -68,14 +70,18 @@ def _early_switch(epochs: Sequence[Epoch]) -> Finding | None:
 
     The curve is exponential in the learning rate spent, with the slope of the last third of phase full. So it bends with
     the schedule, and as a rate that decays lowers the loss further, a run that keeps up with its trunk ends under it.
+    Images of another size move the loss by themselves, so that of both phases only the last size counts.
     """
     full = [line for line in epochs if line.phase == "full"]
     if len(full) < 2 * _FEWEST:
         return None
-    spent = list(itertools.accumulate(line.learning_rate for line in epochs))
-    points = [(rate, math.log(line.loss), line.phase) for rate, line in zip(spent, epochs, strict=True) if line.loss > 0]
-    trunk = [(x, y) for x, y, phase in points if phase == "full"][-max(_FEWEST, len(full) // 3) :]
-    lora = [(x, y) for x, y, phase in points if phase == "lora"]
+    frozen = [line for line in epochs if line.phase == "lora"]
+    rates = itertools.accumulate(line.learning_rate for line in epochs)
+    spent = {line.epoch: rate for rate, line in zip(rates, epochs, strict=True)}
+    trunk, lora = (
+        [(spent[line.epoch], math.log(line.loss)) for line in _of_last_size(part) if line.loss > 0] for part in (full, frozen)
+    )
+    trunk = trunk[-max(_FEWEST, len(full) // 3) :]
     if any(len(part) < _FEWEST or part[0][0] == part[-1][0] for part in (trunk, lora)):  # or no learning rate was spent
         return None
     before, after = _line_through(trunk), _line_through(lora)
@@ -95,12 +101,10 @@ def _early_switch(epochs: Sequence[Epoch]) -> Finding | None:
 
 
 def _insufficient_warmup(epochs: Sequence[Epoch]) -> Finding | None:
-    """The loss rises in the first epoch after the freeze, by more than it usually moves."""
+    """The loss rises in the first epoch after the freeze, by more than it usually moves with images of the same size."""
     after = next((i for i, line in enumerate(epochs) if line.phase == "lora"), 0)
-    if after < _FEWEST:
-        return None
-    losses = [line.loss for line in epochs[max(0, after - _LOOK_BACK) : after]]
-    if not all(losses):  # from a loss of 0 there is no rise in percent
+    losses = [line.loss for line in _of_last_size(epochs[max(0, after - _LOOK_BACK) : after + 1])[:-1]]
+    if len(losses) < _FEWEST or not all(losses):  # from a loss of 0 there is no rise in percent
         return None
     usual = [abs(b / a - 1) * 100 for a, b in itertools.pairwise(losses)]
     limit = max(JUMP_PERCENT, JUMP_SPREADS * sum(usual) / len(usual))
@@ -134,6 +138,11 @@ def _uniform_ranks(ranks: Mapping[str, int] | None, num_choices: int) -> Finding
         f"uniform ranks: {share:.0%} of the modules have rank {rank} (under {UNIFORM_SHARE:.0%} is usual), so the budget is "
         "not spent where the change is: try method.normalize: family, or another range of ranks",
     )
+
+
+def _of_last_size(epochs: Sequence[Epoch]) -> list[Epoch]:
+    """The last epochs, as far back as their images have one size."""
+    return list(itertools.takewhile(lambda line: line.image_size == epochs[-1].image_size, reversed(epochs)))[::-1]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections import deque
@@ -36,14 +37,15 @@ class WorkerTelemetry:
         self._device = device
         watches_gpu = settings.monitor.enabled and device.type == "cuda"
         self._sensors = Sensors(device) if watches_gpu else None
-        peak = peak_flops(torch.cuda.get_device_name(device)) if watches_gpu else None
-        self._mfu_per_rate = forward_flops(settings.model, num_classes) / peak if peak else None
-        """MFU for each forward a second."""
+        self._peak = peak_flops(torch.cuda.get_device_name(device)) if watches_gpu else None
+        self._forward_flops = functools.cache(functools.partial(forward_flops, settings.model, num_classes))
         self._metrics = WorkerMetrics()
         self._client = Client(self._labels[0], str(rank), self._metrics, enabled=settings.monitor.enabled)
 
-    def begin_epoch(self, phase: Phase) -> None:
+    def begin_epoch(self, phase: Phase, image_size: int) -> None:
         self._phase = phase
+        self._mfu_per_rate = self._forward_flops(image_size) / self._peak if self._peak else None
+        """MFU for each forward a second."""
         self._last = time.monotonic()
         self._waited = 0.0
         self._recent = deque([(self._last, 0)])

@@ -26,6 +26,7 @@ _FROM_EPOCHS = {
     "run/learning_rate": "learning_rate",
     "run/trainable_parameters": "trainable_parameters",
     "run/world_size": "world_size",
+    "run/image_size": "image_size",
 }
 """Scalars, by the fields of an EpochLine that hold them."""
 

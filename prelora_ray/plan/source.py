@@ -63,7 +63,7 @@ def workload(settings: Settings, epoch: int, phase: Phase) -> Workload:
     """What a step of an epoch (from 0) computes on a GPU, where the run is in a phase then."""
     train = settings.train
     format_ = phase_format(train.precision, train.fp8_from, phase, torch.device("cuda"))
-    return Workload(phase, settings.model.image_size, format_)
+    return Workload(phase, settings.image_size(epoch), format_)
 
 
 def _read_run(folder: RunFolder, settings: Settings, images: int | None) -> Source:

@@ -19,6 +19,7 @@ DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 """With the colours: runs beyond the palette stay apart, on grey paper too."""
 _BANDS = {"full": "rgba(0,0,0,0)", "warmup": "rgba(230,159,0,0.13)", "lora": "rgba(86,180,233,0.13)"}
 _MARKS = {"restart": "#D55E00", "resize": "#009E73", "preemption": "#CC79A7"}
+_SIZE_MARK = "#000000"
 
 
 def learning(runs: Sequence[RunRecords]) -> go.Figure:
@@ -222,7 +223,7 @@ def _line(
 
 
 def _with_marks(figure: go.Figure, runs: Sequence[RunRecords], rows: int) -> go.Figure:
-    """Phases as bands, where there is one run; restarts and resizes as marks."""
+    """Phases as bands, where there is one run; restarts, resizes and other sizes of images as marks."""
     if len(runs) != 1:
         return figure
     (run,) = runs
@@ -233,13 +234,15 @@ def _with_marks(figure: go.Figure, runs: Sequence[RunRecords], rows: int) -> go.
                 type="rect", x0=begin, x1=end, y0=0, y1=1, yref="y domain", layer="below", line={"width": 0},
                 fillcolor=_BANDS[phase], label=label, row=row, col=1,
             )  # fmt: skip
+    marks = [(epoch, f"{before} to {after} px", _SIZE_MARK) for epoch, before, after in run.size_changes()]
     for event in run.events:
-        if event.event not in _MARKS:
-            continue
-        text = escape(f"{event.before} to {event.world_size} workers") if isinstance(event, Resize) else event.event
-        figure.add_vline(event.epoch, line={"color": _MARKS[event.event], "dash": "dot", "width": 1})
+        if event.event in _MARKS:
+            text = f"{event.before} to {event.world_size} workers" if isinstance(event, Resize) else event.event
+            marks.append((event.epoch, escape(text), _MARKS[event.event]))
+    for epoch, text, color in marks:
+        figure.add_vline(epoch, line={"color": color, "dash": "dot", "width": 1})
         figure.add_annotation(
-            x=event.epoch,
+            x=epoch,
             y=1,
             yref="y domain",
             text=text,

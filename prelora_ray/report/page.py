@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from prelora_ray.errors import UserError
-from prelora_ray.records import Diagnosis, phase_summaries
+from prelora_ray.records import Diagnosis, table_summaries
 from prelora_ray.report import figures
 from prelora_ray.report.records import RunRecords, differing_settings, read_runs, read_sweep
 from prelora_ray.report.sweep_table import sweep_table
@@ -122,11 +122,11 @@ def _diagnosis(run: RunRecords) -> str:
 def _phases(runs: list[RunRecords]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for run in runs:
-        for summary in phase_summaries(run.epochs).values():
+        for name, summary in table_summaries(run.epochs).items():
             rows.append(
                 [
                     run.name,
-                    summary.phase,
+                    name,
                     str(summary.epochs),
                     f"{summary.loss:.4g}",
                     "" if summary.val_top1 is None else f"{100 * summary.val_top1:.2f}",

@@ -40,6 +40,11 @@ class RunRecords:
             bounds[-1] = (*bounds[-1][:2], line.epoch + 1)
         return bounds
 
+    def size_changes(self) -> list[tuple[int, int | None, int | None]]:
+        """(epochs completed, side of the training images before, and after), in order."""
+        pairs = itertools.pairwise(self.epochs)
+        return [(b.epoch, a.image_size, b.image_size) for a, b in pairs if a.image_size != b.image_size]
+
     def events_of(self, kind: type[EventT]) -> list[EventT]:
         return [event for event in self.events if isinstance(event, kind)]
 

@@ -5,19 +5,20 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable
 
-from prelora_ray.records import EpochLine, by_phase
+from prelora_ray.records import EpochLine, by_phase_and_size
 from prelora_ray.run_folder import RunFolder
 
 
 def straight_hours(run: RunFolder, epochs: int) -> float:
-    """Cost of a straight run of so many epochs: each at the median of its phase, and what a stopped one lacks as the last.
+    """Cost of a straight run of so many epochs: each at the median of its phase and size of images, and what a stopped one
+    lacks as the last.
 
     The median leaves out what the start of a process, or of a fork, adds to an epoch.
     """
-    phases = {phase: [_hours(line) for line in lines] for phase, lines in by_phase(run.epochs()).items()}
-    counts = {phase: len(hours) for phase, hours in phases.items()}
-    counts[list(phases)[-1]] += epochs - sum(counts.values())
-    return sum(statistics.median(phases[phase]) * count for phase, count in counts.items())
+    stages = {stage: [_hours(line) for line in lines] for stage, lines in by_phase_and_size(run.epochs()).items()}
+    counts = {stage: len(hours) for stage, hours in stages.items()}
+    counts[list(stages)[-1]] += epochs - sum(counts.values())
+    return sum(statistics.median(stages[stage]) * count for stage, count in counts.items())
 
 
 def own_hours(run: RunFolder) -> float:

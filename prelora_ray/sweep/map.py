@@ -16,7 +16,6 @@ from prelora_ray.errors import UserError
 from prelora_ray.method.adapters import inject
 from prelora_ray.method.architecture import find_targets
 from prelora_ray.method.phases import count_parameters, freeze_parameters
-from prelora_ray.records import by_phase
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.schedule import ranks_for
 from prelora_ray.sweep.replay import Record, replay
@@ -32,7 +31,8 @@ class Point:
     trainable_fraction: float | None
     """In phase lora; None too where the model is not known."""
     hours: float | None
-    """Wall-clock of the whole run at the phases' measured speed; None too where a phase was not measured."""
+    """Wall-clock of the whole run at the phases' measured speed; None too where a phase was not measured with images of a
+    size that it would have."""
 
 
 @dataclass(frozen=True)
@@ -41,17 +41,17 @@ class Meaning:
 
     trainable_fraction: Callable[[dict[str, int]], float]
     """Share of the parameters that phase lora trains with some ranks."""
-    epoch_seconds: dict[str, float]
-    """Median duration of an epoch by phase."""
-    epochs: int
-    """Length of the run."""
+    epoch_seconds: dict[tuple[str, int], float]
+    """Median duration of an epoch by phase and size of images."""
+    image_sizes: list[int]
+    """Of each of the run's epochs."""
 
     def hours(self, switch_epoch: int, warmup_epochs: int) -> float | None:
-        warmup = min(warmup_epochs, self.epochs - switch_epoch)
-        counts = {"full": switch_epoch, "warmup": warmup, "lora": self.epochs - switch_epoch - warmup}
-        if any(count and phase not in self.epoch_seconds for phase, count in counts.items()):
+        phases = ["full"] * switch_epoch + ["warmup"] * warmup_epochs + ["lora"] * len(self.image_sizes)
+        stages = list(zip(phases, self.image_sizes, strict=False))  # to the run's end, wherever that is
+        if any(stage not in self.epoch_seconds for stage in stages):
             return None
-        return sum(count * self.epoch_seconds.get(phase, 0.0) for phase, count in counts.items()) / 3600
+        return sum(self.epoch_seconds[stage] for stage in stages) / 3600
 
 
 def what_it_means(source: str, method: MethodSettings) -> Meaning | None:
@@ -60,10 +60,12 @@ def what_it_means(source: str, method: MethodSettings) -> Meaning | None:
     if not folder.exists("config.yaml"):
         return None
     settings = folder.read_settings()
-    phases = by_phase(folder.epochs())
-    medians = {phase: statistics.median(line.seconds for line in lines) for phase, lines in phases.items()}
+    stages: dict[tuple[str, int], list[float]] = {}
+    for line in folder.epochs():
+        stages.setdefault((line.phase, settings.image_size(line.epoch)), []).append(line.seconds)
+    medians = {stage: statistics.median(seconds) for stage, seconds in stages.items()}
     fraction = _trainable_fraction(settings, len(folder.read_classes()), method)
-    return Meaning(fraction, medians, settings.train.epochs)
+    return Meaning(fraction, medians, [settings.image_size(epoch) for epoch in range(settings.train.epochs)])
 
 
 def switch_map(

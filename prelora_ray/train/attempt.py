@@ -14,6 +14,7 @@ from prelora_ray.config import Settings
 from prelora_ray.data.batch import Batch
 from prelora_ray.data.manifest import read_manifest
 from prelora_ray.engine.evaluation import Evaluation
+from prelora_ray.engine.micro_batch import FoundSizes
 from prelora_ray.engine.snapshot import Snapshot
 from prelora_ray.engine.state import TrainState
 from prelora_ray.engine.step import TrainStep
@@ -87,8 +88,10 @@ class WorkerAttempt:
         self.stream = BatchStream(settings, self.plan, position, workers_on_node, self.watchdog.beat)
 
     def begin_epoch(self) -> None:
+        if self.state.image_size != self.settings.image_size(self.state.epoch - 1):
+            self.watchdog.beat(patiently=True)  # the first step of a size compiles
         self._meter = EpochMeter(self.state, self.plan, self.stream)
-        self._telemetry.begin_epoch(self._meter.phase)
+        self._telemetry.begin_epoch(self._meter.phase, self.state.image_size)
         self._recorder.epoch_begins()
         self._train_step.begin_epoch(self._sums_before)
         self._sums_before = (0.0, 0.0)
@@ -190,12 +193,12 @@ class WorkerAttempt:
         self._train_step.search(batch)
         self._recorder.micro_batch(self._train_step.micro_batch, self._train_step.found_sizes)
 
-    def _found_sizes(self) -> dict[Phase, int]:
+    def _found_sizes(self) -> FoundSizes:
         """The micro-batches that the run found earlier, on a GPU of the same name."""
         if self.state.device.type != "cuda":
             return {}
         found = read_found(self.folder, torch.cuda.get_device_name(self.state.device)) if self.rank == 0 else None
-        return cast(dict[Phase, int], _from_rank_0(found))
+        return cast(FoundSizes, _from_rank_0(found))
 
     def _act(self, action: Action) -> None:
         """What rank 0 asked for, on every worker."""

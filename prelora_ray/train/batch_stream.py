@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import ray
 import torch
@@ -76,7 +77,12 @@ def stream_plan(settings: Settings, manifest: Manifest, rank: int, world_size: i
         std=data.std,
         **augment.model_dump(include={"crop", "min_scale", "padding", "flip", "policy", "color_jitter", "erase"}),
     )
-    return StreamPlan(data.path, manifest, orders, augmentation, seed, data.crop_ratio, rank, world_size)
+    others = {
+        epoch: replace(augmentation, image_size=step.image_size, policy=step.policy or augment.policy)
+        for epoch in range(settings.train.epochs)
+        if (step := settings.resolution_step(epoch)) is not None
+    }
+    return StreamPlan(data.path, manifest, orders, augmentation, seed, data.crop_ratio, rank, world_size, others)
 
 
 def _decoders(settings: Settings, workers_on_node: int) -> int:

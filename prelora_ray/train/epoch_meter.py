@@ -54,6 +54,7 @@ class EpochMeter:
             attempt=attempt,
             epoch=state.epoch,
             phase=self.phase.value,
+            image_size=state.image_size,
             loss=self._loss,
             val_loss=validation.loss if validation else None,
             val_top1=validation.top1 if validation else None,

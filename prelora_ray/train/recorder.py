@@ -14,6 +14,7 @@ import torch
 
 from prelora_ray.config import Settings
 from prelora_ray.data.batch import Batch
+from prelora_ray.engine.micro_batch import FoundSizes
 from prelora_ray.engine.state import TrainState
 from prelora_ray.fault_tolerance.async_checkpointer import Saved
 from prelora_ray.fault_tolerance.background import Background
@@ -85,8 +86,8 @@ class Recorder:
     def progress(self, loss: float, images_per_second: float) -> None:
         """Where the run is. `loss`: of this worker's images since the epoch's begin."""
 
-    def micro_batch(self, size: int, found: dict[Phase, int]) -> None:
-        """The largest micro-batch of the phase has been found."""
+    def micro_batch(self, size: int, found: FoundSizes) -> None:
+        """The largest micro-batch of the phase and size of images has been found."""
 
     def saved(self, results: Iterable[Saved]) -> None:
         """What became of saves."""
@@ -178,7 +179,7 @@ class RankZeroRecorder(Recorder):
         self._records = RecordWriter(folder)
         self._telling = Background()
         self._wrote_ranks = False
-        self._found_sizes: dict[Phase, int] = {}
+        self._found_sizes: FoundSizes = {}
         self._board = TensorBoardLog(folder, point.attempt, state.epoch)
         self._begin(point)
         self._epochs = [line for line in folder.epochs() if line.epoch < state.epoch]
@@ -229,8 +230,8 @@ class RankZeroRecorder(Recorder):
             self._telling.begin(functools.partial(self._records.progress, now))
         self._telemetry.progress(loss)
 
-    def micro_batch(self, size: int, found: dict[Phase, int]) -> None:
-        self._event(MicroBatch, micro_batch=size)
+    def micro_batch(self, size: int, found: FoundSizes) -> None:
+        self._event(MicroBatch, micro_batch=size, image_size=self._state.image_size)
         self._found_sizes = dict(found)
         self.flush_beside()
 

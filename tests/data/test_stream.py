@@ -45,7 +45,7 @@ def seen_cells(settings: Settings, rank: int, world_size: int, passes: list[Pass
     for batch in stream_batches(plan, passes, decoders=1):
         assert len(batch.ids) == plan.num_slots
         assert (batch.labels[batch.ids < 0] == -1).all()
-        drawn = plan_mixing(mixing, 0, batch.epoch, batch.batch, plan.cells, cell, batch.ids, settings.model.image_size)
+        drawn = plan_mixing(mixing, 0, batch.epoch, batch.batch, plan.cells, cell, batch.ids, batch.images.shape[1])
         images = normalize(batch.images, settings.data.mean, settings.data.std)
         mixed, targets = mix(images, soft_targets(batch.labels, 10, mixing.label_smoothing, images.dtype), drawn)
         for i, number in enumerate(plan.cells):
@@ -88,6 +88,52 @@ def test_every_image_once_an_epoch_and_validation_where_it_is_due(settings, one_
 def test_resuming_in_the_middle_of_an_epoch_gives_the_rest(settings, one_worker):
     rest = {key: content for key, content in one_worker.items() if key[1] == 2 or (key[1] == 1 and key[2] >= 4)}
     assert seen_cells(settings, 0, 1, [Pass("train", 1, 4), *PASSES[3:]]) == rest
+
+
+@pytest.fixture(scope="module")
+def growing(settings: Settings) -> Settings:
+    """Epochs 0 and 1 at 4 pixels, epoch 2 at 6 with RandAugment, as validation and all behind at 8."""
+    steps = [{"until": 2, "image_size": 4}, {"until": 0.25, "image_size": 6, "policy": "rand-m5-inc1"}]
+    content = settings.model_dump(mode="json")
+    return parse_settings({**content, "train": {**content["train"], "epochs": 12, "resolution": steps}})
+
+
+GROWING_PASSES = [Pass("train", 0), Pass("train", 1), Pass("val", 1), Pass("train", 2), Pass("train", 3), Pass("val", 3)]
+
+
+@pytest.fixture(scope="module")
+def grown(growing: Settings, ray_cluster: None) -> Cells:
+    return seen_cells(growing, 0, 1, GROWING_PASSES)
+
+
+@pytest.mark.parametrize(
+    ("places", "size", "policy"),
+    [
+        ([("train", 0), ("train", 1)], 4, None),
+        ([("train", 2)], 6, "rand-m5-inc1"),
+        ([("val", 1), ("train", 3), ("val", 3)], 8, None),
+    ],
+    ids=["4", "6", "8"],
+)
+def test_images_that_grow_are_those_of_a_run_of_their_size(settings, grown, places, size, policy):
+    model, augment = settings.model, settings.augment
+    alone = settings.model_copy(
+        update={
+            "model": model.model_copy(update={"image_size": size}),
+            "augment": augment.model_copy(update={"policy": policy}),
+        }
+    )
+    expected = seen_cells(alone, 0, 1, [Pass(*place) for place in places])
+    assert {key: content for key, content in grown.items() if key[:2] in places} == expected
+
+
+def test_images_grow_alike_on_any_number_of_workers_and_behind_a_resume(growing, grown):
+    together: Cells = {}
+    for rank in range(3):
+        together |= seen_cells(growing, rank, 3, GROWING_PASSES)
+    assert together == grown
+    rest = {key: content for key, content in grown.items() if key[1:3] >= (1, 4) or key[:2] == ("val", 1)}
+    assert seen_cells(growing, 0, 1, [Pass("train", 1, 4), *GROWING_PASSES[2:]]) == rest
 
 
 def test_pixels_are_those_of_the_source(settings, one_worker):

@@ -52,6 +52,14 @@ def test_any_timm_vit_is_accepted(name, size, freeze):
     assert len(targets) % 6 == 0
 
 
+SMALLER = {"resolution": [{"until": 0.25, "image_size": 4}, {"until": 0.5, "image_size": 6}]}
+
+
+@pytest.mark.parametrize("train", [SMALLER, {**SMALLER, "precision": "fp64"}])
+def test_images_that_grow_are_accepted(train):
+    assert len(check_model(run(train=train))) == 18
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -96,6 +104,14 @@ WINDOWS = {"name": "samvit_base_patch16", "image_size": 256, "options": {}}
         (
             {"model": ENCODER},
             r"'qwen3_vit_88m_enc' is not allowed .* \(2, 10\) logits for 10 classes, and makes \(2, 144, 1024\)",
+        ),
+        (
+            {"train": {"resolution": [{"until": 2, "image_size": 5}]}},
+            r"^train\.resolution\.image_size = 5 is not allowed with model\.name = 'vit_tiny_patch16_224': .* divisible",
+        ),
+        (
+            {"model": {"name": "cait_xxs24_224", "image_size": 32, "options": {}}, "train": SMALLER},
+            r"^train\.resolution is not allowed with model\.name = 'cait_xxs24_224', whose positions timm does not interpolate",
         ),
         (
             {"model": {**TWICE, "drop_path_form": "subset"}},

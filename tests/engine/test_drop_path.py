@@ -208,12 +208,13 @@ def test_blocks_that_leave_out_nothing_and_evaluation_are_untouched():
 
 
 @pytest.mark.parametrize(("rule", "graphs"), [("uniform", 1), ("linear", 2)])
-def test_subsets_of_all_sizes_share_compiled_code(rule, graphs):
+@pytest.mark.parametrize("any_size", [False, True], ids=["", "images that grow"])
+def test_subsets_of_all_sizes_share_compiled_code(rule, graphs, any_size):
     """But for blocks that leave out nothing."""
     model = model_of(0.6, rule, CELL, depth=8)
     modules = drop_path_modules(model)
     assert len({module.count for module in modules}) > (1 if rule == "uniform" else 3)
-    compile_blocks(model, backend="aot_eager")
+    compile_blocks(model, backend="aot_eager", any_size=any_size)
     counters = torch._dynamo.utils.counters
     counters.clear()
     results = []

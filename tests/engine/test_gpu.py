@@ -18,6 +18,13 @@ def test_a_vit_base_takes_35_gflops():
     assert forward_flops(ModelSettings(name="vit_base_patch16_224"), 1000) == pytest.approx(2 * 17.6e9, rel=0.01)
 
 
+def test_a_smaller_image_takes_fewer():
+    """By hand, ViT-B at 112: the patches' and blocks' products over 50 tokens, and attention's over their pairs."""
+    tokens, d = 50, 768
+    products = 49 * 768 * d + 12 * tokens * (4 * d * d + 2 * d * 4 * d) + 12 * 2 * tokens**2 * d + 1000 * d
+    assert forward_flops(ModelSettings(name="vit_base_patch16_224"), 1000, image_size=112) == 2 * products
+
+
 def test_grey_images_save_two_thirds_of_the_patch_embedding():
     rgb, grey = (
         forward_flops(ModelSettings(name="vit_base_patch16_224", options={"in_chans": channels}), 1000) for channels in (3, 1)

@@ -29,13 +29,23 @@ def test_sizes_are_whole_cells_that_split_the_share_ever_finer(num_slots, cell, 
 
 def test_what_was_found_is_found_again_on_the_same_gpu_alone(tmp_path):
     folder = RunFolder(tmp_path)
-    write_found(folder, "H100", {Phase.FULL: 64, Phase.LORA: 96})
-    assert read_found(folder, "H100") == {Phase.FULL: 64, Phase.LORA: 96}
+    found = {(Phase.FULL, 160): 96, (Phase.FULL, 224): 64, (Phase.LORA, 224): 96}
+    write_found(folder, "H100", found)
+    assert read_found(folder, "H100") == found
     assert read_found(folder, "A100") == {}
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"\0\0", b"[]", b"{}", b'{"device": "H100", "none": 3}', b'{"device": "H100", "full": null}']
+    "content",
+    [
+        b"",
+        b"\0\0",
+        b"[]",
+        b"{}",
+        b'{"device": "H100", "none at 8": 3}',
+        b'{"device": "H100", "full at 8": null}',
+        b'{"device": "H100", "full": 3}',
+    ],
 )
 def test_a_damaged_record_has_it_searched_again(tmp_path, content):
     (tmp_path / FILE).write_bytes(content)
@@ -68,6 +78,31 @@ def test_a_step_leaves_room_for_a_snapshot_in_every_phase(tmp_path):
         assert before == 4 * 10**7 + expected + sum(tensor.nbytes for tensor in moments)
 
 
+def test_what_was_found_is_for_a_phase_and_a_size_of_images():
+    settings = parse_settings(
+        {
+            "name": "x",
+            "data": {"path": "x", "batch_size": 64, "cell": 4},
+            "model": {"name": "vit_tiny_patch16_224", "image_size": 8, "options": TINY_VIT},
+            "train": {
+                **{"epochs": 20, "ramp_epochs": 0, "micro_batch": "auto"},
+                "resolution": [{"until": 2, "image_size": 4}],
+            },
+        }
+    )
+    shard = Shard("x", (64,), 0, "")
+    manifest = Manifest(tuple("0123456789"), {"train": (shard,), "val": (shard,)}, 0, {})
+    state = TrainState(settings, 10, 1, torch.device("cpu"), 1)
+    step = TrainStep(state, stream_plan(settings, manifest, 0, 1))
+    step.found_sizes = {(Phase.FULL, 4): 32, (Phase.FULL, 8): 16, (Phase.WARMUP, 8): 8}
+    taken = []
+    for state.epoch in range(4):
+        if state.epoch == 3:
+            state.enter(Phase.WARMUP, {target.name: 2 for target in state.targets})
+        taken.append(step.micro_batch)
+    assert taken == [32, 32, 16, 8]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU takes the whole share: there is nothing to search")
 def test_the_largest_that_fits_is_found_and_changes_no_gradient():
     def train_step(micro_batch: object) -> TrainStep:
@@ -94,7 +129,7 @@ def test_the_largest_that_fits_is_found_and_changes_no_gradient():
         found = train_step("auto")
         assert found.wants_search
         found.search(batch)
-        size = found.found_sizes[Phase.FULL]
+        size = found.found_sizes[Phase.FULL, 224]
         assert size < 256 and size in micro_batch_sizes(256, 8)
         assert not found.wants_search
         found.train(batch)

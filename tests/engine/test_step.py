@@ -61,9 +61,9 @@ def train_step(settings: Settings) -> TrainStep:
     return TrainStep(TrainState(settings, 10, 1, torch.device("cpu"), 1), plan)
 
 
-def batch(ids: np.ndarray) -> Batch:
+def batch(ids: np.ndarray, size: int = 8) -> Batch:
     rng = np.random.default_rng(0)
-    images = torch.from_numpy(rng.integers(0, 256, (len(ids), 8, 8, 3), np.uint8))
+    images = torch.from_numpy(rng.integers(0, 256, (len(ids), size, size, 3), np.uint8))
     labels = torch.from_numpy(np.where(ids >= 0, rng.integers(0, 10, len(ids)), -1))
     return Batch("train", 0, 0, images, labels, ids)
 
@@ -80,11 +80,14 @@ def gradients_of_a_step(step: TrainStep, content: Batch) -> dict[str, torch.Tens
     return gradients
 
 
-@pytest.mark.parametrize(("micro_batch", "channels"), [(None, 3), (4, 3), (8, 3), (16, 3), (8, 1)])
-def test_gradient_is_the_mean_over_the_global_batch(tmp_path, micro_batch, channels):
-    step = train_step(settings(tmp_path, channels, micro_batch=micro_batch))
-    reference = train_step(settings(tmp_path, channels)).state.model
-    content = batch(IDS)
+@pytest.mark.parametrize(
+    ("micro_batch", "channels", "size"), [(None, 3, 8), (4, 3, 8), (8, 3, 8), (16, 3, 8), (8, 1, 8), (8, 3, 6)]
+)
+def test_gradient_is_the_mean_over_the_global_batch(tmp_path, micro_batch, channels, size):
+    train = {"resolution": [{"until": 1, "image_size": size}]}
+    step = train_step(settings(tmp_path, channels, micro_batch=micro_batch, **train))
+    reference = train_step(settings(tmp_path, channels, **train)).state.model
+    content = batch(IDS, size)
     gradients = gradients_of_a_step(step, content)
     filled = torch.from_numpy(IDS >= 0)
     mean = torch.tensor((0.485, 0.456, 0.406), dtype=torch.float64)
@@ -100,18 +103,19 @@ def test_gradient_is_the_mean_over_the_global_batch(tmp_path, micro_batch, chann
     assert step.epoch_sums() == (pytest.approx(21 * loss.item(), rel=1e-6), 21)
 
 
-@pytest.mark.parametrize("micro_batch", [None, 4, 8, 16])
+@pytest.mark.parametrize(("micro_batch", "size"), [(None, 8), (4, 8), (8, 8), (16, 8), (8, 6)])
 @pytest.mark.parametrize("form", ["mask", "subset"])
-def test_mixing_label_smoothing_and_drop_path_are_the_same_in_every_micro_batch(tmp_path, micro_batch, form):
+def test_mixing_label_smoothing_and_drop_path_are_the_same_in_every_micro_batch(tmp_path, micro_batch, size, form):
     """Image by image with masks, and the loss as torch's own cross entropy has it."""
     augment = {"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1}
-    run = settings(tmp_path, augment=augment, drop_path=0.5, form=form, micro_batch=micro_batch)
-    step, content = train_step(run), batch(IDS)
-    reference = train_step(settings(tmp_path, drop_path=0.5)).state
+    steps = {"resolution": [{"until": 1, "image_size": size}]}
+    run = settings(tmp_path, augment=augment, drop_path=0.5, form=form, micro_batch=micro_batch, **steps)
+    step, content = train_step(run), batch(IDS, size)
+    reference = train_step(settings(tmp_path, drop_path=0.5, **steps)).state
     gradients = gradients_of_a_step(step, content)
 
     key = (run.train.seed, 0, 0, range(6), 4)
-    plan = plan_mixing(Mixing(0.8, 1.0), *key, IDS, 8)
+    plan = plan_mixing(Mixing(0.8, 1.0), *key, IDS, size)
     images = step._normalize(content.images)
     mixed = plan.weight.view(-1, 1, 1, 1) * images + (1 - plan.weight).view(-1, 1, 1, 1) * images[plan.partner]
     cuts = [(slot, box) for slot, box in enumerate(plan.box.tolist()) if any(box)]
@@ -132,7 +136,8 @@ def test_mixing_label_smoothing_and_drop_path_are_the_same_in_every_micro_batch(
     loss = (weight * own + (1 - weight) * partners).mean()
     loss.backward()
     for name, parameter in reference.model.named_parameters():
-        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-12, atol=1e-12)
+        is_resampled = name == "pos_embed" and size != 8  # in float32, by timm
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-12, atol=1e-9 if is_resampled else 1e-12)
     assert step.epoch_sums() == (pytest.approx(21 * loss.item(), rel=1e-12), 21)
     assert all((module.count > 0) == (form == "subset") for module in step.state.drop_path)
     one = images[:1]  # as a new DDP takes it, whatever the last step left out

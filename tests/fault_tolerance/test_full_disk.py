@@ -47,7 +47,7 @@ def test_records_wait_for_room_in_their_order(disk, folder, inodes):
         records.progress(progress(epoch))
         board.epoch(epoch_line(epoch, loss=2.0))
     assert not records.flush()
-    write_found(folder, "H100", {Phase.FULL: 64})
+    write_found(folder, "H100", {(Phase.FULL, 8): 64})
     assert read_found(folder, "H100") == {}  # it is searched again
     disk.free()
     records.progress(progress(LINES))

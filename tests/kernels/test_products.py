@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from prelora_ray.engine.model import compile_blocks
+from prelora_ray.config import ModelSettings
+from prelora_ray.engine.model import compile_blocks, create_model
 from prelora_ray.engine.precision import use_products
 from prelora_ray.kernels.fp8 import Adapter, Fp8FrozenLinear, fp8_mlp
 from prelora_ray.kernels.fp8_trained import Fp8TrainedLinear, fp8_trained_mlp
@@ -265,6 +266,30 @@ def test_a_model_compiles_once_for_blocks_of_different_ranks(vit, images, format
         assert (parameter.grad is None) == (reference.grad is None), name
         if parameter.grad is not None:
             assert error(parameter.grad, reference.grad) < tolerance, name
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["warmup", "lora"])
+def test_a_model_compiles_once_for_each_size_of_images(frozen):
+    """Shapes that are numbers, for blocks of different ranks still in one: code for any number of tokens would be slower."""
+    settings = ModelSettings(name="vit_tiny_patch16_224", image_size=8, options=TINY_VIT)
+    model = create_model(settings, 10, seed=0, any_size=True)
+    targets = find_targets(model)
+    inject(model, targets, {target.name: [2, 4, 8, 16][(i + i // 6) % 4] for i, target in enumerate(targets)})
+    if frozen:
+        freeze_parameters(model, targets, "adapted")
+    for held in use_products(model, "fp32", "merged"):
+        held.refresh()
+    compiled: list[torch.Size] = []
+
+    def backend(graph, inputs):
+        compiled.extend(x.shape for x in inputs if isinstance(x, torch.Tensor) and x.ndim == 3)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    compile_blocks(model, backend, any_size=True)
+    for size in (4, 4, 6, 8, 4):
+        model.train()(torch.randn(5, 3, size, size)).square().sum().backward()
+    assert [tuple(shape) for shape in compiled] == [(5, 5, 16), (5, 10, 16), (5, 17, 16)]
+    assert all(type(length) is int for shape in compiled for length in shape)
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])

@@ -53,6 +53,23 @@ def test_a_jump_at_the_freeze_tells_of_a_short_warmup():
     assert "4 epochs of warmup" in finding.message
 
 
+def test_a_jump_with_larger_images_is_theirs():
+    jump = record(lambda epoch, curve: curve * (1.2 if epoch >= FREEZE else 1))
+    grown = [replace(line, image_size=160 if line.epoch < FREEZE else 224) for line in jump]
+    assert signatures(jump) == ["insufficient_warmup"] and signatures(grown) == []
+    later = [replace(line, image_size=160 if line.epoch < FREEZE - 5 else 224) for line in jump]
+    assert signatures(later) == ["insufficient_warmup"]
+
+
+def test_a_pace_is_that_of_images_of_one_size():
+    """Images that grow in phase lora raise the loss once, while it goes on falling as in phase full."""
+    risen = record(lambda epoch, curve: curve * (1.3 if epoch >= 32 else 1))
+    assert signatures(risen) == ["early_switch"]
+    assert signatures([replace(line, image_size=160 if line.epoch < 32 else 224) for line in risen]) == []
+    level = record(lambda epoch, curve: max(curve, 2 * 0.98**FREEZE) * (1.3 if epoch >= 32 else 1))
+    assert signatures([replace(line, image_size=160 if line.epoch < 32 else 224) for line in level]) == ["early_switch"]
+
+
 def test_a_rise_that_is_usual_for_the_run_is_no_jump():
     assert signatures(record(lambda epoch, curve: curve * (1 + 0.05 * (-1) ** epoch))) == []
 

@@ -176,6 +176,19 @@ def test_the_micro_batch_that_a_run_found(tmp_path, recipe):
     assert unknown["fits"] is None and unknown["images_per_second"] == pytest.approx(50)
 
 
+def test_epochs_on_smaller_images_have_a_speed_of_their_own(tmp_path, recipe, bench):
+    """By hand: an epoch of full takes 0.005 h at 160 pixels and 0.01 h at 224; timm has all at 224."""
+    small = bench_file(tmp_path / "small.json", {"prelora bf16 full": 200.0, "prelora bf16 warmup": 160.0}, image_size=160)
+    steps = "train.resolution=[{until: 2, image_size: 160}]"
+    plan = planned(recipe, "--bench", bench, "--bench", small, "--images", "3600", "--set", steps)
+    kinds = [(step["phase"], step["image_size"], step["images_per_second"]) for step in plan["phases"]]
+    assert kinds == [("full", 160, 200), ("full", 224, 100), ("warmup", 224, 80), ("lora", 224, 200)]
+    hours = {run["name"]: run["total_gpu_hours"] for run in plan["runs"]}
+    assert hours["full training"] == pytest.approx(2 * 0.005 + 10 * 0.01)
+    assert hours["switch after 4, as here"] == pytest.approx(2 * 0.005 + 2 * 0.01 + 2 * 0.0125 + 6 * 0.005)
+    assert hours["timm eager, full"] == pytest.approx(12 * 0.02)
+
+
 def test_a_run_is_compared_with_its_plan(tmp_path, recipe, bench):
     """Records of a run on 2 GPUs that switched after 3 epochs, at 96 % of the bench file's speed but for its first epoch."""
     folder = RunFolder(tmp_path / "run")

@@ -55,6 +55,8 @@ def test_every_figure_of_a_run_is_drawn(undisturbed, tmp_path):
     figures = drawn(opened(tmp_path / "report.html"))
     # training, validation, top-1, rate; six families and the loss; a heatmap; six panels
     assert figures == {"learning": 4, "convergence": 7, "ranks": 1, "speed": 6}
+    page = (tmp_path / "report.html").read_text()
+    assert "4 to 6 px" in page and "<td>full, 4 px</td><td>1</td>" in page
 
 
 def test_runs_side_by_side_tell_what_differs(undisturbed, tmp_path):

@@ -17,7 +17,7 @@ def diagnosed(digits, storage):
 
     def diagnosed(name: str, **method) -> list[str]:
         method = {"switch_epoch": 5, "warmup_epochs": 0, "r_min": 2, "r_max": 8, **method}
-        learning = {"augment": {"mixup": 0, "cutmix": 0}, "train": {"learning_rate": 5e-3}, "model": MODEL}
+        learning = {"augment": {"mixup": 0, "cutmix": 0}, "train": {"learning_rate": 5e-3, "resolution": []}, "model": MODEL}
         run = settings(digits, storage, name, 1, method=method, **learning)
         train(run)
         events = RunFolder.of(run).read_lines("events.jsonl")

@@ -46,8 +46,13 @@ def test_what_a_switch_means_is_what_the_run_measured(undisturbed):
     assert point.switch_epoch == result["switch_epoch"]
     assert point.trainable_fraction == result["trainable_fraction"]["lora"]
     assert meaning is not None and point.hours == pytest.approx(
-        sum(meaning.epoch_seconds[phase] * count for phase, count in (("full", 3), ("warmup", 2), ("lora", 2))) / 3600
+        sum(
+            meaning.epoch_seconds[stage] * count
+            for stage, count in {("full", 4): 1, ("full", 6): 2, ("warmup", 6): 2, ("lora", 6): 1, ("lora", 8): 1}.items()
+        )
+        / 3600
     )
+    assert meaning.hours(3, warmup_epochs=4) is None  # of images of 8 pixels it measured no warmup
 
 
 def test_a_frozen_prefix_is_taken_off_what_lora_trains(undisturbed):

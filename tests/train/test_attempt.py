@@ -1,6 +1,10 @@
+from types import SimpleNamespace
+from typing import Any, cast
+
 import pytest
 
-from prelora_ray.train.attempt import _own_sums
+from prelora_ray.config_file import parse_settings
+from prelora_ray.train.attempt import WorkerAttempt, _own_sums
 
 SUMS = [[1.5, 8.0], [2.25, 12.0], [4.0, 4.0]]
 """Loss sum and images of three workers."""
@@ -18,3 +22,21 @@ def test_another_number_of_workers_counts_every_sum_once(world_size):
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_an_epoch_begins_without_sums(world_size):
     assert [_own_sums([], rank, world_size) for rank in range(world_size)] == [(0, 0)] * world_size
+
+
+def test_the_watchdog_is_patient_where_images_grow():
+    """Their first step compiles."""
+    steps = [{"until": 1, "image_size": 64}, {"until": 3, "image_size": 96}]
+    settings = parse_settings({"name": "run", "data": {"path": "x"}, "train": {"resolution": steps}})
+    patient: list[int] = []
+    none = lambda *_: None  # noqa: E731
+    attempt = cast(Any, SimpleNamespace())
+    attempt.settings, attempt.plan, attempt.stream = settings, None, SimpleNamespace(wait_seconds=0.0)
+    attempt.state = SimpleNamespace(batch=0, phases=SimpleNamespace(phase="full"))
+    attempt.watchdog = SimpleNamespace(beat=lambda patiently: patient.append(attempt.state.epoch))
+    attempt._telemetry = attempt._train_step = SimpleNamespace(begin_epoch=none)
+    attempt._recorder, attempt._sums_before = SimpleNamespace(epoch_begins=none), (0.0, 0.0)
+    for epoch in range(5):
+        attempt.state.epoch, attempt.state.image_size = epoch, settings.image_size(epoch)
+        WorkerAttempt.begin_epoch(attempt)
+    assert patient == [1, 3]

@@ -114,6 +114,7 @@ def test_one_run_through_all_phases(undisturbed):
     folder = RunFolder.of(run)
     epochs = folder.epochs()
     assert [line.phase for line in epochs] == ["full"] * 3 + ["warmup"] * 2 + ["lora"] * 2
+    assert [line.image_size for line in epochs] == [4] + [6] * 5 + [8]
     assert all(line.world_size == 2 and line.images == 1438 for line in epochs)
     tensors = list(TrainState(run, 10, 1, torch.device("cpu"), 1).model.parameters())
     assert epochs[0].gradient_bytes == sum(tensor.numel() * 4 for tensor in tensors)
