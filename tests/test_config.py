@@ -219,7 +219,7 @@ def test_each_mistake_in_a_list_of_steps_has_its_own_sentence():
 
 
 def test_the_size_of_an_epochs_images():
-    """`until` are completed epochs or a share of the run; behind the last step, and of validation, it is the model's."""
+    """`until` is completed epochs or a share of the run; behind the last step, and in validation, it is the model's."""
     run = parse_settings({"name": "run", **DATA, **steps((2, 64), (0.014, 96), (0.5, 64, "3a"))})
     assert run.train.epochs == 300 and run.train.step_ends == [2, 4, 150]
     assert [run.image_size(epoch) for epoch in (0, 1, 2, 3, 4, 149, 150, 299)] == [64, 64, 96, 96, 64, 64, 224, 224]

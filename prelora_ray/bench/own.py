@@ -63,7 +63,7 @@ class OwnRun:
 def own_settings(
     model: dict[str, Any], batch_size: int, at_once: int, train: dict[str, Any], method: dict[str, Any] | None = None
 ) -> Settings:
-    """Of a run whose workers take `at_once` images through the model; cells are as large as by default, or divide that."""
+    """Of a run whose workers take `at_once` images through the model; cells are of the default size, or divide that."""
     return parse_settings(
         {
             "name": "bench",

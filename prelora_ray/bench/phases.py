@@ -39,7 +39,7 @@ class Options:
     residual: Literal["fp32", "bf16"] = "fp32"
     """Of our own rows."""
     drop_path: float = 0.0
-    """Where it is above 0, rows with it as masks and as subsets follow: the same in every block, and timm's linear rule."""
+    """Above 0, rows with it as masks and as subsets follow: the same in every block, and timm's linear rule."""
     steps: int = 10
     """Steps in a round; a figure is the median of five rounds."""
     kernels: int = 0
@@ -57,8 +57,8 @@ class Row:
     peak_gib: float | None
     """Most memory allocated on the device; None on a CPU."""
     mfu: float
-    """Operations of the model without adapters over what the measured rate of a bf16 matrix product allows. Backward counts
-    twice the forward's; once, where the base is frozen. Residual branches that are left out count as computed."""
+    """Operations of the model without adapters over what the measured rate of a bf16 matrix product allows. Backward
+    counts twice the forward's; once, where the base is frozen. Residual branches left out count as computed."""
     trainable_share: float
     gradient_bytes: int
     """What data-parallel workers exchange in a step."""
@@ -142,7 +142,7 @@ class _Bench:
 
     def _measure(self, name: str, step: Step, model: nn.Module, *, phase: Phase) -> Row:
         compiled = _compiled_graphs()
-        for _ in range(6):  # compiles, tunes, captures; the peak of memory is theirs, as a graph's replay allocates nothing
+        for _ in range(6):  # compiles, tunes, captures; the peak of memory is theirs: a graph's replay allocates nothing
             step()
         seconds = seconds_per_call(step, self.device, self.options.steps)
         trainable, parameters = count_parameters(model)

@@ -30,8 +30,8 @@ def check_model(settings: Settings) -> list[Target]:
     """Takes the model through every phase of a run, and returns its target modules.
 
     Raises UserError where the model, its targets or the ranks do not fit each other; where it makes other things of
-    images than a row of logits each, or takes none of a size that the run has; where a phase cannot train it; and where a
-    target's layer is used by its weight alone, so that an adapter on it would have no effect.
+    images than a row of logits each, or takes none of a size that the run has; where a phase cannot train it; and where
+    a target's layer is used by its weight alone, so that an adapter on it would have no effect.
     """
     method = settings.method
     # As if fp8 came with phase lora: it has no kernels for such tensors.

@@ -81,10 +81,10 @@ def create_model(settings: ModelSettings, num_classes: int, seed: int, *, any_si
 def compile_blocks(model: nn.Module, backend: str = "inductor", *, any_size: bool = False) -> None:
     """Sends every block through torch.compile.
 
-    Blocks share their compiled code, so that compiling costs seconds instead of a minute at each start
-    and change of phase. Ranks differ from block to block: as sizes that may vary, two of which may be equal in one block
-    and not in the next, they need no code of their own. With `any_size` the images' size changes as the run goes on: each
-    gets code of its own at its first step, as code for all of them would be slower.
+    Blocks share their compiled code, so that compiling costs seconds instead of a minute at each start and change of
+    phase. Ranks differ from block to block: as sizes that may vary, two of which may be equal in one block and not in
+    the next, they need no code of their own. With `any_size` the images' size changes as the run goes on: each gets
+    code of its own at its first step, as code for all of them would be slower.
     """
     torch._dynamo.reset()
     torch._dynamo.config.force_parameter_static_shapes = False

@@ -19,7 +19,7 @@ _LINEAR_OF = {
 }
 
 _BLOCK = ("norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2")
-"""The parts of a plain block, besides layer scales: two residual branches, each a norm, what it is for, and a drop path."""
+"""The parts of a plain block but layer scales: two residual branches, each a norm, what it is for, and a drop path."""
 
 
 @dataclass(frozen=True)

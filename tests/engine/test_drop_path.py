@@ -160,7 +160,7 @@ def test_subsets_belong_to_cells_whoever_serves_them(workers):
     for rank in range(workers):
         cells = range(rank * 7 // workers, (rank + 1) * 7 // workers)
         part = draw_drop_path(modules, 1, 2, 3, cells, 4, -(-7 // workers) * 4)
-        assert ((part.view(4, -1, 4) > 0).sum(2) == torch.tensor([[3], [3], [2], [2]])).all()  # of slots without a cell too
+        assert ((part.view(4, -1, 4) > 0).sum(2) == torch.tensor([[3], [3], [2], [2]])).all()  # without a cell too
         parts.append(part[:, : len(cells) * 4])
     assert torch.equal(torch.cat(parts, dim=1), whole)
     assert len({tuple(row) for row in whole.view(28, 4).tolist()}) > 8  # of 4 + 4 + 6 + 6

@@ -270,7 +270,7 @@ def test_a_model_compiles_once_for_blocks_of_different_ranks(vit, images, format
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["warmup", "lora"])
 def test_a_model_compiles_once_for_each_size_of_images(frozen):
-    """Shapes that are numbers, for blocks of different ranks still in one: code for any number of tokens would be slower."""
+    """Shapes are numbers, for blocks of different ranks still in one: code for any number of tokens would be slower."""
     settings = ModelSettings(name="vit_tiny_patch16_224", image_size=8, options=TINY_VIT)
     model = create_model(settings, 10, seed=0, any_size=True)
     targets = find_targets(model)
