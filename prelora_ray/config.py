@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 from pydantic import AfterValidator, Field, model_validator
 
+from prelora_ray.data.augment_settings import AugmentSettings, Policy
 from prelora_ray.method.architecture import FAMILIES
 from prelora_ray.method.convergence import NormStatistic
 from prelora_ray.method.phases import FreezeScope, Phase
@@ -22,10 +23,6 @@ _RESERVED_OPTIONS = {
     "pretrained": "set model.init_from",
     "checkpoint_path": "set model.init_from",
 }
-_POLICY = re.compile(
-    r"3a|rand(-(m\d+|n[1-9]|mmax[1-9]\d*|mstd\d+(\.\d*)?|p(0(\.\d*)?|1(\.0*)?)|inc[01]|t(weights|3a|3aw)))*", re.ASCII
-)
-"""What timm's parser takes; what it passes over silently, such as a section without a number, is left out."""
 
 
 def _for_each_channel(values: tuple[float, ...]) -> tuple[float, ...]:
@@ -99,44 +96,6 @@ class ModelSettings(Section):
     def input_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of an image that the model takes."""
         return self.channels, self.image_size, self.image_size
-
-
-def _check_policy(policy: str) -> str:
-    if not _POLICY.fullmatch(policy):
-        raise ValueError(
-            "must be `3a` or a RandAugment policy such as `rand-m9-mstd0.5-inc1`: whole numbers behind m, n (1 to 9) and "
-            "mmax, numbers behind mstd and p (at most 1), 0 or 1 behind inc, and behind t `weights`, `3a` or `3aw`"
-        )
-    return policy
-
-
-Policy = Annotated[str, AfterValidator(_check_policy)]
-"""RandAugment in timm's notation, or `3a`."""
-
-
-class AugmentSettings(Section):
-    crop: Literal["random_resized", "padded", "center"] = "random_resized"
-    """A crop of random area and aspect ratio; or a shifted crop of the image with a black border; or none."""
-    min_scale: Annotated[float, Field(gt=0, le=1)] = 0.08
-    """Smallest share of the image's area in a random resized crop."""
-    padding: Whole = 4
-    """Border of a padded crop, in pixels."""
-    flip: Share = 0.5
-    """Probability of a horizontal flip."""
-    policy: Policy | None = None
-    """RandAugment in timm's notation, such as `rand-m9-mstd0.5-inc1`, or `3a` for DeiT III's 3-Augment."""
-    color_jitter: NotNegative = 0.0
-    """Largest relative change of brightness, contrast and saturation."""
-    erase: Share = 0.0
-    """Probability of random erasing."""
-    mixup: NotNegative = 0.0
-    """Mixup's alpha; 0 is off."""
-    cutmix: NotNegative = 0.0
-    """CutMix's alpha; 0 is off. With both, each cell takes one of them."""
-    mix_probability: Share = 1.0
-    """Probability that a cell is mixed."""
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of each target that is spread over all classes."""
 
 
 class DataSettings(Section):

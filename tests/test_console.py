@@ -12,8 +12,8 @@ from rich.console import Console
 
 from prelora_ray import console
 from prelora_ray.config_file import parse_settings
-from prelora_ray.engine.evaluation import Evaluation
 from prelora_ray.inference.evaluate import EvaluationReport
+from prelora_ray.tasks.classification import Evaluation
 from tests.lines import event
 
 TEXT = "runs/[old]/:x: [/bold] [red]"

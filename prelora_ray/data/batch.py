@@ -29,6 +29,13 @@ class Batch:
     """(n,): sample ids, -1 where a slot is empty."""
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on the device. A GPU is not waited for: that would leave it idle until the next step is launched."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 @dataclass(frozen=True)
 class StreamPlan:
     """What a worker streams: everything that the read task and the decoders need, and nothing that is open."""

@@ -16,11 +16,11 @@ from prelora_ray.data.manifest import Manifest, read_manifest
 from prelora_ray.data.mixing import normalize
 from prelora_ray.data.order import Order
 from prelora_ray.data.stream import stream_batches
-from prelora_ray.engine.evaluation import Evaluation, Evaluator
 from prelora_ray.errors import UserError
 from prelora_ray.inference.load import OnnxModel, TrainedModel, load_trained
 from prelora_ray.nodes import check_seen_by_all_nodes
 from prelora_ray.storage import Storage
+from prelora_ray.tasks.classification import Evaluation, Evaluator
 
 _BATCH = 256
 
@@ -94,7 +94,7 @@ def _evaluate(model: TrainedModel, path: str, manifest: Manifest, decoders: int)
     for images in evaluator.run(predict, batches, _BATCH):
         done += images
         yield done
-    yield EvaluationReport(evaluator.result(), manifest.classes, evaluator.confusion)
+    yield EvaluationReport(evaluator.result(evaluator.sums), manifest.classes, evaluator.confusion)
 
 
 def _plan(model: TrainedModel, path: str, manifest: Manifest) -> StreamPlan:

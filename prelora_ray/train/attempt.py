@@ -13,7 +13,6 @@ import torch.distributed as dist
 from prelora_ray.config import Settings
 from prelora_ray.data.batch import Batch
 from prelora_ray.data.manifest import read_manifest
-from prelora_ray.engine.evaluation import Evaluation
 from prelora_ray.engine.micro_batch import FoundSizes
 from prelora_ray.engine.snapshot import Snapshot
 from prelora_ray.engine.state import TrainState
@@ -31,6 +30,7 @@ from prelora_ray.method.targets import target_norms
 from prelora_ray.monitor.telemetry import WorkerTelemetry
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage, once_reachable
+from prelora_ray.tasks.classification import Evaluation
 from prelora_ray.train.batch_stream import BatchStream, stream_plan, validates
 from prelora_ray.train.epoch_meter import EpochMeter
 from prelora_ray.train.found_sizes import read_found
