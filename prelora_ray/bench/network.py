@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
 
 from prelora_ray.bench.link import Link
-from prelora_ray.bench.machine import describe, seconds_per_call
+from prelora_ray.bench.machine import describe, missing_fp8, seconds_per_call
 from prelora_ray.bench.own import OwnRun, own_settings
 from prelora_ray.config import Settings
 from prelora_ray.engine.check import check_model
@@ -104,7 +104,7 @@ def bench_network(options: Options) -> dict[str, Any]:
         **describe(device),
         "options": vars(options),
         "rows": rows,
-        "missing": {} if has_fp8(device) else {"lora fp8": "needs a GPU with products of e4m3"},
+        "missing": missing_fp8(device, "lora fp8"),
         "failed": failed,
     }
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from prelora_ray.bench.machine import forget
+from prelora_ray.bench.machine import free_memory
 from prelora_ray.config import DataSettings, Settings
 from prelora_ray.config_file import parse_settings
 from prelora_ray.data.batch import Batch
@@ -57,7 +57,7 @@ class OwnRun:
     def enter(self, phase: Phase) -> None:
         """Goes on in this phase or a later one; the peak of memory is counted anew."""
         self.state.enter(phase, self._ranks)
-        forget(self.state.device)
+        free_memory(self.state.device)
 
 
 def own_settings(
