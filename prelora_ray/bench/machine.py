@@ -51,7 +51,7 @@ def usual_size(batch_on_cpu: int) -> dict[str, Any]:
 def measure_rows(rows: Iterable[Any], told: Callable[[Any], str]) -> dict[str, Any]:
     """`rows`, as JSON can hold them, and `failed`, which says what ended them before the last one, or is None.
 
-    Each row is a dataclass with a name, logged with what it told as soon as it is measured.
+    Each row is a dataclass with a name, logged as soon as it is measured, with what `told` says of it.
     """
     content: list[dict[str, Any]] = []
     failed = None

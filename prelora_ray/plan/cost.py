@@ -55,7 +55,7 @@ class Memory:
         return state_bytes(self.trainable, self.parameters) + images * self.bytes_per_image
 
     def fits(self, images: int, total: float) -> bool:
-        """Whether a step, and a checkpoint's copy of weights and moments, leave a GPU of `total` bytes some spare."""
+        """Whether a step and a checkpoint's copy of weights and moments leave the spare share of `total` bytes free."""
         snapshot = 4 * self.parameters + 8 * self.trainable
         return self.peak(images) + snapshot <= (1 - _SPARE) * total
 
