@@ -385,6 +385,8 @@ class Settings(Section):
                     f"{self.model.image_size}, which the run ends at"
                 )
             before = end
+        if train.resolution and self.model.options.get("dynamic_img_size") is False:
+            raise ValueError("model.options.dynamic_img_size = False is not allowed with train.resolution, which needs it")
 
 
 def with_absolute_paths(settings: Settings) -> Settings:
@@ -455,12 +457,15 @@ def without_effect(settings: Settings) -> list[str]:
         sentences.append("train.gradient_exchange has no effect, as workers.max is 1")
     if "fp8_from" in train.model_fields_set and train.precision != "fp8":
         sentences.append(f"train.fp8_from has no effect, as train.precision is {train.precision}")
-    if train.precision == "fp8" and train.fp8_from is not Phase.FULL and not method.enabled:
+    is_trunk = settings.checkpoint.keep_trunk  # its forks switch
+    if train.precision == "fp8" and train.fp8_from is not Phase.FULL and not (method.enabled or is_trunk):
         sentences.append(
             f"train.precision = fp8 has no effect, as method.enabled is false and train.fp8_from is {train.fp8_from}"
         )
-    if "adapters" in train.model_fields_set and not method.enabled:
+    if "adapters" in train.model_fields_set and not (method.enabled or is_trunk):
         sentences.append("train.adapters has no effect, as method.enabled is false")
+    if train.adapters == "plain" and train.precision == "fp8" and train.fp8_from is not Phase.LORA:
+        sentences.append(f"train.adapters has no effect, as train.precision is fp8 with train.fp8_from {train.fp8_from}")
     for key in ("drop_path_rule", "drop_path_form"):
         if key in settings.model.model_fields_set and settings.model.drop_path == 0:
             sentences.append(f"model.{key} has no effect, as model.drop_path is 0")

@@ -338,7 +338,7 @@ class Stop(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class RunFailed(Event):
-    """The run ends for good."""
+    """The run ends for good, by something that a further attempt would meet again at the same step."""
 
     event: str = "run_failed"
     message: str

@@ -159,7 +159,7 @@ class _Worker:
             yield from self._rows(run, Phase.LORA, "lora fp8", ("fp32",))
 
     def _run(self, precision: Literal["auto", "fp8"]) -> OwnRun:
-        exchange = Exchange(self.link.exchange, self.options.bucket)
+        exchange = Exchange(self.link.exchange, bucket_mb=self.options.bucket)
         settings, workers = _settings(self.options, precision), self.options.workers
         return OwnRun(settings, self.device, rank=self.rank, world_size=workers, exchange=exchange)
 

@@ -24,8 +24,8 @@ from prelora_ray.errors import UserError
 from prelora_ray.method.architecture import blocks_of, residual_branches
 
 _PARTS = 8
-"""Counts are multiples of about such a part of a cell: each size wants memory and choices of kernels of its own, and to
-leave out less than half of it costs more than it saves."""
+"""Counts are multiples of a cell's slots divided by this: each size wants memory and choices of kernels of its own, and
+to leave out less than half of such a part costs more than it saves."""
 
 
 class KeyedDropPath(nn.Module):
@@ -124,11 +124,17 @@ def drop_uniformly(model: nn.Module, drop_prob: float) -> None:
 def compute_subsets(model: nn.Module, cell: int) -> None:
     """Has the blocks compute a residual branch only for the samples of each cell that are not left out of it.
 
-    Blocks that leave out nothing stay as they are. Raises UserError where a block is not of timm's plain kind, or a
-    cell is too small.
+    Blocks that leave out nothing stay as they are. Raises UserError where a block is not of timm's plain kind, and
+    where a cell is too small for a share or a share too small for a cell.
     """
     blocks = [block for block in blocks_of(model) if drop_path_modules(block)]
-    counts = kept_counts([drop_path_modules(block)[0].drop_prob for block in blocks], cell)
+    rates = [drop_path_modules(block)[0].drop_prob for block in blocks]
+    counts = kept_counts(rates, cell)
+    if rates and max(rates) > 0 and min(counts) == cell:
+        raise UserError(
+            f"model.drop_path = {max(rates):g} is not allowed with drop_path_form subset and data.cell = {cell}: no block "
+            "would leave out any of so many images; it must be larger, or the form mask"
+        )
     for block, count in zip(blocks, counts, strict=True):
         try:
             branches = residual_branches(block)

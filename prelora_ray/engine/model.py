@@ -94,9 +94,10 @@ def compile_blocks(model: nn.Module, backend: str = "inductor", *, any_size: boo
         from prelora_ray.kernels.compiler import suit_held_products  # the compiler takes a second to import
 
         suit_held_products()
-    merged = [layer for layer in lora_layers(model).values() if layer.product is not None]
-    torch.fx.experimental._config.use_duck_shape = not merged
-    for layer in merged:
+    # With sizes that are numbers the compiler would not find out by itself which of them vary.
+    varying = [layer for layer in lora_layers(model).values() if any_size or layer.product is not None]
+    torch.fx.experimental._config.use_duck_shape = not varying
+    for layer in varying:
         for family in layer.rows:
             torch._dynamo.maybe_mark_dynamic(layer.lora_A[family], 0)
             torch._dynamo.maybe_mark_dynamic(layer.lora_B[family], 1)

@@ -1,4 +1,4 @@
-"""What timm calls the parts of its plain Vision Transformer. Nothing else of the project reads a module's name."""
+"""What timm calls the parts of its plain Vision Transformer. Nothing else of the project takes a name apart."""
 
 from __future__ import annotations
 

@@ -192,6 +192,11 @@ def test_a_cell_that_is_too_small_is_refused(rate, cell, least):
         model_of(rate, cell=cell)
 
 
+def test_a_share_that_is_too_small_for_a_cell_is_refused():
+    with pytest.raises(UserError, match=r"model\.drop_path = 0\.01 is not allowed .*cell = 8: no block would leave out any"):
+        model_of(0.01, cell=8)
+
+
 def test_blocks_that_leave_out_nothing_and_evaluation_are_untouched():
     model = model_of(0.1, cell=CELL, depth=4)
     counts = kept_counts([0.1 / 3, 0.2 / 3, 0.1], CELL)
