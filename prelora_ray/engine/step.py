@@ -66,7 +66,7 @@ class TrainStep:
         return self.state.phases.phase, self.state.image_size
 
     def search(self, batch: Batch) -> None:
-        """Finds the largest micro-batch that fits in this phase, over a batch of the run; all workers call it together."""
+        """Finds the largest micro-batch that fits in this phase, over a batch. All workers call it together."""
         state, share = self.state, self.plan.num_slots
         self._graph = None  # that of the steps before, which holds the memory of one
         state.network.train()
