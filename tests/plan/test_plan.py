@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ import pytest
 import yaml
 
 from prelora_ray.config_file import load_settings
+from prelora_ray.method.phases import Phase
+from prelora_ray.plan.cost import Workload
+from prelora_ray.plan.source import read_source
 from prelora_ray.records import EpochLine, Event
 from prelora_ray.run_folder import RunFolder
 from tests.command import ROOT, prelora_here
@@ -189,11 +193,10 @@ def test_epochs_on_smaller_images_have_a_speed_of_their_own(tmp_path, recipe, be
     assert hours["timm eager, full"] == pytest.approx(12 * 0.02)
 
 
-def test_a_run_is_compared_with_its_plan(tmp_path, recipe, bench):
-    """Records of a run on 2 GPUs that switched after 3 epochs, at 96 % of the bench file's speed but for its first epoch."""
-    folder = RunFolder(tmp_path / "run")
+def write_run(folder: RunFolder, recipe: str, **workers: Any) -> None:
+    """Records of a run on 2 GPUs that switched after 3 epochs, at 96 % of `bench`'s speed but for its first epoch."""
     folder.make()
-    folder.write_settings(load_settings(recipe))
+    folder.write_settings(load_settings(recipe, [f"workers={({'gpu': True} | workers)}"]))
     phases = ["full"] * 3 + ["warmup"] * 2 + ["lora"]
     rates = [20, 192, 192, 50, 153.6, 384]
     lines = [
@@ -205,6 +208,11 @@ def test_a_run_is_compared_with_its_plan(tmp_path, recipe, bench):
     folder.write_records(Event, [switch])
     folder.write_json("data.json", {"classes": ["a", "b"]})
     folder.write_json("ranks.json", {f"blocks.{i}.attn.query": 8 for i in range(24)})
+
+
+def test_a_run_is_compared_with_its_plan(tmp_path, recipe, bench):
+    folder = RunFolder(tmp_path / "run")
+    write_run(folder, recipe)
     plan = planned(str(folder), "--bench", bench)
     assert (plan["gpus"], plan["images"]) == (2, 3600)
     assert next(run["name"] for run in plan["runs"] if run["switch_epoch"]) == "switch after 3, as here"
@@ -214,6 +222,68 @@ def test_a_run_is_compared_with_its_plan(tmp_path, recipe, bench):
     assert lora["measured_images_per_second"] == 192
     assert warmup["trainable_parameters"] - full["trainable_parameters"] == 24 * 8 * 2 * 1024
     assert "+4.2%" in prelora_here("plan", str(folder), "--bench", bench).stdout  # 100 / 96
+
+
+def test_a_runs_speed_stands_beside_its_own_kind_of_step_alone(tmp_path, recipe, bench):
+    """It ran in bf16, its first two epochs on images of 160 pixels."""
+    folder = RunFolder(tmp_path / "run")
+    write_run(folder, recipe)
+    small = [replace(line, image_size=160) if line.epoch < 2 else line for line in folder.epochs()]
+    folder.write_records(EpochLine, small)
+
+    def speeds(*overrides: str) -> dict[Workload, float]:
+        return read_source(str(folder), overrides, None).measured
+
+    own = {
+        Workload(Phase.FULL, 160, "bf16"): (20 + 192) / 4,
+        Workload(Phase.FULL, 224, "bf16"): 96,
+        Workload(Phase.WARMUP, 224, "bf16"): pytest.approx((50 + 153.6) / 4),
+        Workload(Phase.LORA, 224, "bf16"): 192,
+    }
+    assert speeds() == own
+    assert speeds("train.precision=fp8", "train.fp8_from=full", "train.resolution=[]", "train.epochs=20") == own
+
+
+@pytest.mark.parametrize(
+    ("gpu", "override", "why"),
+    [
+        (False, "train.epochs=20", "it had no GPU"),
+        (True, "train.residual=bf16", "it had train.residual = 'fp32'"),
+        (True, "model.options={depth: 12}", "it had model.options.depth = None"),
+    ],
+)
+def test_a_run_of_other_steps_is_not_compared_and_it_says_so(tmp_path, recipe, gpu, override, why):
+    folder = RunFolder(tmp_path / "run")
+    write_run(folder, recipe, gpu=gpu)
+    source = read_source(str(folder), [override], None)
+    assert source.measured == {}
+    assert source.notes == (f"the run's own speed is not shown: {why}",)
+
+
+def test_a_run_of_an_earlier_version_in_a_bucket_can_be_planned(bucket, recipe):
+    """One whose settings had `method.rank_floor`."""
+    folder = RunFolder(f"{bucket}/plan/run")
+    write_run(folder, recipe)
+    settings = yaml.safe_load(folder.read_bytes("config.yaml"))
+    settings["method"] |= {"rank_floor": 8, "rank_floor_percent": 0.5}
+    folder.write_bytes("config.yaml", yaml.safe_dump(settings).encode())
+    source = read_source(str(folder), ["train.epochs=20"], None)
+    assert (source.settings.train.epochs, source.gpus, source.switch_epoch) == (20, 2, 3)
+    assert source.settings.method.rank_floor_percent == 0
+
+
+def test_classes_are_those_of_the_prepared_images(tmp_path, recipe):
+    shard = {"file": "x.parquet", "row_groups": [70], "num_bytes": 1, "sha256": ""}
+    content = {"schema": 2, "classes": ["a", "b"], "splits": {"train": [shard], "val": []}, "bad": 0, "settings": {}}
+    (tmp_path / "manifest.json").write_text(json.dumps(content))
+    prepared = [f"data.path={tmp_path}"]
+    for given, images in ((None, 70), (9, 9)):
+        source = read_source(recipe, prepared, given)
+        assert (source.images, source.num_classes) == (images, 2)
+        assert not any("assumed" in note for note in source.notes)
+    assumed = read_source(recipe, (), 9)
+    assert (assumed.images, assumed.num_classes) == (9, 1000)
+    assert any(note.endswith("none is not prepared here: ImageNet-1k's 1,000 classes are assumed") for note in assumed.notes)
 
 
 def test_what_cannot_be_planned_is_told(tmp_path, recipe, bench):
@@ -268,4 +338,4 @@ def test_no_ray_and_every_shipped_file_can_be_read():
     assert "NVIDIA H100 80GB HBM3" in result.stdout
     fp8 = ("--set", "train.precision=fp8", "--set", "train.fp8_from=full", "--set", "train.residual=bf16")
     assert "NVIDIA H200" in prelora_here("plan", VIT_L, "--gpu", "h200", *fp8).stdout
-    assert "ImageNet-1k's 1,281,167 images are assumed" in result.stdout
+    assert "ImageNet-1k's 1,281,167 images of 1,000 classes are assumed" in result.stdout
