@@ -71,13 +71,13 @@ def test_what_is_not_copied_to_the_nodes_lies_at_the_top(cluster):
 
 @pytest.mark.skipif(shutil.which("rsync") is None, reason="no rsync on this machine (Debian: apt install rsync)")
 def test_the_whole_package_is_copied_to_the_nodes(cluster, tmp_path):
-    for name in ("prelora_ray/data/order.py", "prelora_ray/data/sources/tars.py", "data/train-00000.parquet", "runs/a/end.json"):
+    for name in ("prelora_ray/data/order.py", "prelora_ray/cli.py", "data/train-00000.parquet", "runs/a/end.json"):
         (tmp_path / "from" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "from" / name).touch()
     excluded = [f"--exclude={pattern}" for pattern in cluster["rsync_exclude"]]
     subprocess.run(["rsync", "-a", *excluded, f"{tmp_path}/from/", f"{tmp_path}/to/"], check=True)
     copied = [str(path.relative_to(tmp_path / "to")) for path in (tmp_path / "to").rglob("*") if path.is_file()]
-    assert sorted(copied) == ["prelora_ray/data/order.py", "prelora_ray/data/sources/tars.py"]
+    assert sorted(copied) == ["prelora_ray/cli.py", "prelora_ray/data/order.py"]
 
 
 def test_prometheus_watches_from_the_head(cluster):
