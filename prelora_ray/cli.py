@@ -129,12 +129,12 @@ def sweep(
     """Search the method's settings: train the trunk once, fork each distinct run from it, and compare."""
     from prelora_ray.sweep.settings import load_sweep
 
-    settings = load_sweep(config, overrides or [], name=name, storage=storage)
+    plan = load_sweep(config, overrides or [], name=name, storage=storage)
 
     from prelora_ray import console
     from prelora_ray.sweep.run import sweep as run
 
-    result = run(settings, console.watch, debug=_debug)
+    result = run(plan, console.watch, debug=_debug)
     if as_json:
         print_json(result)
         return

@@ -63,10 +63,11 @@ class ModelSettings(Section):
     drop_path_rule: Literal["linear", "uniform"] = "linear"
     """What the blocks in front of it have: less and less, down to none in the first, as timm has it; or the same."""
     drop_path_form: Literal["mask", "subset"] = "mask"
-    """How it is left out: computed and masked, for each image by chance; or not computed, for a fixed number of each cell's
-    images, drawn, which saves its time."""
+    """How it is left out: computed and masked, for each image by chance; or not computed, for a fixed number of each
+    cell's images, drawn, which saves its time."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Further arguments of `timm.create_model`, such as `patch_size` or `depth`; `in_chans: 1` takes images as grey values."""
+    """Further arguments of `timm.create_model`, such as `patch_size` or `depth`; `in_chans: 1` takes images as grey
+    values."""
     init_from: Address | None = None
     """A timm checkpoint that the run starts from, a file or an address in a bucket; null draws the weights."""
     allow_download: Annotated[bool, Acts("never")] = False
@@ -128,7 +129,8 @@ class ResolutionStep(Section):
     image_size: Count
     """Side of the training images until then, in pixels: whole patches, and at most `model.image_size`."""
     policy: Policy | None = None
-    """Stands in for `augment.policy` until then, so that RandAugment's strength may rise with the size; null does not."""
+    """Stands in for `augment.policy` until then, so that RandAugment's strength may rise with the size; null
+    does not."""
 
 
 class TrainSettings(Section):
@@ -149,26 +151,28 @@ class TrainSettings(Section):
     clip_norm: Positive | None = 1.0
     """Largest norm of the gradient; null does not clip."""
     precision: Literal["auto", "fp64", "fp32", "bf16", "fp8"] = "auto"
-    """Number format of the products; auto is bf16 on GPUs and fp32 on CPUs. fp8 is e4m3 from phase `train.fp8_from` on, for the
-    blocks' outputs and the gradients of their inputs, and bf16 for all else. What trains is float32 (fp64: float64)."""
+    """Number format of the products; auto is bf16 on GPUs and fp32 on CPUs. fp8 is e4m3 from phase `train.fp8_from` on,
+    for the blocks' outputs and the gradients of their inputs, and bf16 for all else. What trains is float32 (fp64:
+    float64)."""
     fp8_from: Phase = Phase.LORA
-    """First phase whose products are e4m3 where `train.precision` is fp8: full, warmup or lora. A fork may differ from its
-    trunk in it, as in fp8 or bf16, unless one of them is e4m3 in phase full."""
+    """First phase whose products are e4m3 where `train.precision` is fp8: full, warmup or lora. A fork may differ from
+    its trunk in it, as in fp8 or bf16, unless one of them is e4m3 in phase full."""
     adapters: Annotated[Literal["plain", "merged"], Acts("switch")] = "merged"
-    """How an adapted layer is computed: base and adapters apart, or as one product of the merged weights, as e4m3 always is."""
+    """How an adapted layer is computed: base and adapters apart, or as one product of the merged weights, as e4m3
+    always is."""
     residual: Literal["fp32", "bf16"] = "fp32"
     """Number format of the residual stream between the blocks, where the products are bf16 or fp8."""
     gradient_exchange: Literal["fp32", "bf16"] = "fp32"
-    """Number format in which workers exchange their gradients; fp32 is that of what trains. bf16 is half the bytes, and rounds
-    to 8 significant bits on each worker and in each sum."""
+    """Number format in which workers exchange their gradients; fp32 is that of what trains. bf16 is half the bytes, and
+    rounds to 8 significant bits on each worker and in each sum."""
     compile: bool | Literal["auto"] = "auto"
     """Whether the model's blocks go through torch.compile; auto does on GPUs."""
     cuda_graph: bool = True
     """Whether a single GPU worker replays its step as one CUDA graph, which frees small models from launch costs."""
     micro_batch: Annotated[Count | Literal["auto"] | None, Acts("never")] = None
-    """Most images that a worker takes through the model at once, a multiple of `data.cell`; null takes its whole share, and so
-    does auto on a CPU. On a GPU auto finds the most that fits, once for each phase and size of images, and notes it in the
-    run folder."""
+    """Most images that a worker takes through the model at once, a multiple of `data.cell`; null takes its whole share,
+    and so does auto on a CPU. On a GPU auto finds the most that fits, once for each phase and size of images, and notes
+    it in the run folder."""
     validate_every: Count = 1
     """Epochs between validations; the last epoch is always validated."""
     resolution: tuple[ResolutionStep, ...] = ()
@@ -381,6 +385,8 @@ class Settings(Section):
                     f"{self.model.image_size}, which the run ends at"
                 )
             before = end
+        if train.resolution and self.model.options.get("dynamic_img_size") is False:
+            raise ValueError("model.options.dynamic_img_size = False is not allowed with train.resolution, which needs it")
 
 
 def with_absolute_paths(settings: Settings) -> Settings:
@@ -451,12 +457,15 @@ def without_effect(settings: Settings) -> list[str]:
         sentences.append("train.gradient_exchange has no effect, as workers.max is 1")
     if "fp8_from" in train.model_fields_set and train.precision != "fp8":
         sentences.append(f"train.fp8_from has no effect, as train.precision is {train.precision}")
-    if train.precision == "fp8" and train.fp8_from is not Phase.FULL and not method.enabled:
+    is_trunk = settings.checkpoint.keep_trunk  # its forks switch
+    if train.precision == "fp8" and train.fp8_from is not Phase.FULL and not (method.enabled or is_trunk):
         sentences.append(
             f"train.precision = fp8 has no effect, as method.enabled is false and train.fp8_from is {train.fp8_from}"
         )
-    if "adapters" in train.model_fields_set and not method.enabled:
+    if "adapters" in train.model_fields_set and not (method.enabled or is_trunk):
         sentences.append("train.adapters has no effect, as method.enabled is false")
+    if train.adapters == "plain" and train.precision == "fp8" and train.fp8_from is not Phase.LORA:
+        sentences.append(f"train.adapters has no effect, as train.precision is fp8 with train.fp8_from {train.fp8_from}")
     for key in ("drop_path_rule", "drop_path_form"):
         if key in settings.model.model_fields_set and settings.model.drop_path == 0:
             sentences.append(f"model.{key} has no effect, as model.drop_path is 0")

@@ -338,7 +338,7 @@ class Stop(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class RunFailed(Event):
-    """The run ends for good."""
+    """The run ends for good, by something that a further attempt would meet again at the same step."""
 
     event: str = "run_failed"
     message: str
@@ -377,10 +377,10 @@ BEGINNINGS = RunStarted, Restart
 Line = NormsLine | WindowLine | EpochLine | Event
 EventT = TypeVar("EventT", bound=Event)
 LineT = TypeVar("LineT", NormsLine, WindowLine, EpochLine)
-Record = TypeVar("Record", NormsLine, WindowLine, EpochLine, Event, Progress, Result)
+RecordT = TypeVar("RecordT", NormsLine, WindowLine, EpochLine, Event, Progress, Result)
 
 
-def from_json(kind: type[Record], content: Mapping[str, Any], file: str) -> Record:
+def from_json(kind: type[RecordT], content: Mapping[str, Any], file: str) -> RecordT:
     """The record that a JSON object of `file` holds; keys that a later version added are ignored.
 
     An event becomes one of its own class, or a plain `Event` without one. Raises ValueError where a key is missing.

@@ -33,7 +33,7 @@ from prelora_ray.records import (
     Line,
     NormsLine,
     Progress,
-    Record,
+    RecordT,
     Result,
     WindowLine,
     from_json,
@@ -98,7 +98,7 @@ class RunFolder(Storage):
             return []
         return parse_lines(self.read_bytes(name))
 
-    def records(self, kind: type[Record], name: str | None = None) -> list[Record]:
+    def records(self, kind: type[RecordT], name: str | None = None) -> list[RecordT]:
         """All lines of a kind, in file order, of its own file or of `name`. One that lacks a key is ignored."""
         name = name or kind.FILE
         found = []
@@ -141,7 +141,7 @@ class RunFolder(Storage):
             raise self._damaged(Result.FILE, str(error)) from None
         return content
 
-    def write_records(self, kind: type[Record], lines: Iterable[Line]) -> None:
+    def write_records(self, kind: type[RecordT], lines: Iterable[Line]) -> None:
         """Writes the file of a kind of line whole; infinite numbers become null."""
         self.write_bytes(kind.FILE, b"".join(_encoded(to_json(line)) for line in lines))
 

@@ -51,22 +51,22 @@ class TrainStep:
         """Images that this worker takes through the model at once."""
         size, share = self.state.settings.train.micro_batch, self.plan.num_slots
         if size == "auto":
-            size = self.found_sizes.get(self._place, share)
+            size = self.found_sizes.get(self._stage, share)
         return share if size is None else min(size, share)
 
     @property
     def wants_search(self) -> bool:
         """Whether the largest micro-batch of this phase and size of images is to be found first."""
         is_auto = self.state.settings.train.micro_batch == "auto" and self.state.device.type == "cuda"
-        return is_auto and self._place not in self.found_sizes
+        return is_auto and self._stage not in self.found_sizes
 
     @property
-    def _place(self) -> tuple[Phase, int]:
+    def _stage(self) -> tuple[Phase, int]:
         """What decides how much memory an image takes: the phase, and the image's size."""
         return self.state.phases.phase, self.state.image_size
 
     def search(self, batch: Batch) -> None:
-        """Finds the largest micro-batch that fits in this phase, over a batch of the run; all workers call it together."""
+        """Finds the largest micro-batch that fits in this phase, over a batch. All workers call it together."""
         state, share = self.state, self.plan.num_slots
         self._graph = None  # that of the steps before, which holds the memory of one
         state.network.train()
@@ -76,7 +76,7 @@ class TrainStep:
             self._add_gradients(inputs, range(0, min(2 * size, share), size), exchanges=False)
 
         sizes = micro_batch_sizes(share, self.plan.orders["train"].cell)
-        self.found_sizes[self._place] = find_micro_batch(state, sizes, backward)
+        self.found_sizes[self._stage] = find_micro_batch(state, sizes, backward)
 
     def train(self, batch: Batch) -> None:
         """One optimizer step. The gradient is the mean over the global batch, whoever serves which part."""
@@ -87,9 +87,9 @@ class TrainStep:
         if not state.uses_cuda_graph:
             self._step(inputs)
             return
-        of = state.optimizer, state.image_size  # a change of phase builds a new optimizer
-        if self._graph is None or self._graph_of != of:
-            self._graph, self._graph_of = CudaGraph(self._step), of
+        graph_of = state.optimizer, state.image_size  # a change of phase builds a new optimizer
+        if self._graph is None or self._graph_of != graph_of:
+            self._graph, self._graph_of = CudaGraph(self._step), graph_of
         self._graph(inputs)
 
     _graph: CudaGraph | None = None

@@ -38,7 +38,7 @@ class Options:
     gpus: int | None = None
     """None takes the recipe's `workers.max`, or what a run had last."""
     gpu: str | None = None
-    """Part of the GPU's name; None takes the one kind that `benches` are of, or H100 of those that come with the project."""
+    """Part of the GPU's name; None takes what `benches` are of, or H100 of those that come with the project."""
     benches: tuple[str, ...] = ()
     """Files of `prelora bench phases`; empty takes those that come with the project."""
     bandwidth: float | None = None

@@ -105,7 +105,7 @@ def _workload_of(line: EpochLine, own: Settings) -> Workload:
 
 
 def _why_not_comparable(own: Settings, planned: Settings) -> str | None:
-    """Why a run's speed says nothing of the planned steps, whatever their phase, format and image size; None where it does."""
+    """Why a run's speed says nothing of a planned step, even of the same `Workload`; None where it does."""
     if own.workers.gpu is not True:
         return "it had no GPU"
     before, now = flat(own), flat(planned)

@@ -30,7 +30,7 @@ class Classification:
         self._dtype = dtype
 
     def draw(self, batch: Batch, cells: Sequence[int], cell: int) -> Inputs:
-        """All that the loss of a batch depends on but the model, on the CPU: its cells' tensors and what is drawn for each.
+        """All that a batch's loss depends on but the model, on the CPU: its cells' tensors and what is drawn for each.
 
         `cells`: their numbers in the global batch, with `cell` slots each.
         """

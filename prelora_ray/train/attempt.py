@@ -168,7 +168,7 @@ class WorkerAttempt:
         if self.rank != 0:
             self.watchdog.end()  # all that is left to do is rank 0's
             return
-        self._saving.finish()
+        self._saving.ensure_saved()
         self.watchdog.beat(patiently=True)
 
     def finish(self) -> None:
@@ -180,7 +180,7 @@ class WorkerAttempt:
 
     def fail(self, message: str) -> None:
         """Ends the run for good, without another try by Ray Train."""
-        self._saving.finish()
+        self._saving.ensure_saved()
         self._fail(message)
 
     def close(self) -> None:
@@ -209,7 +209,7 @@ class WorkerAttempt:
         self._saving.save(self._train_step.worker_sums(), must=action is not Action.SAVE)
         if action is Action.SAVE:
             return
-        self._saving.finish()
+        self._saving.ensure_saved()
         kind: EndKind = "stop" if action is Action.STOP else "preemption"
         self._recorder.leaves(kind)
         with contextlib.suppress(OSError) if action is Action.STOP else contextlib.nullcontext():
@@ -239,7 +239,7 @@ class WorkerAttempt:
     def _end(self, kind: EndKind, message: str | None = None) -> None:
         """Where the last save has failed, the storage has been waited for already."""
         seconds = 0.0 if self._saving.failure is not None else self.settings.workers.hang_seconds
-        self._recorder.finish(kind, seconds, message)
+        self._recorder.attempt_ends(kind, seconds, message)
 
 
 def _reached(folder: RunFolder) -> RunFolder:

@@ -71,14 +71,14 @@ def stream_plan(settings: Settings, manifest: Manifest, rank: int, world_size: i
         "val": Order(manifest.row_groups("val"), data.num_cells, data.cell, None),
     }
     augmentation = Augmentation(settings.model.image_size, data.mean, data.std, augment)
-    others = {
+    of_epochs = {
         epoch: Augmentation(
             step.image_size, data.mean, data.std, augment.model_copy(update={"policy": step.policy or augment.policy})
         )
         for epoch in range(settings.train.epochs)
         if (step := settings.resolution_step(epoch)) is not None
     }
-    return StreamPlan(data.path, manifest, orders, augmentation, seed, data.crop_ratio, rank, world_size, others)
+    return StreamPlan(data.path, manifest, orders, augmentation, seed, data.crop_ratio, rank, world_size, of_epochs)
 
 
 def _decoders(settings: Settings, workers_on_node: int) -> int:

@@ -39,7 +39,7 @@ from prelora_ray.fault_tolerance.ray_private import (
     release,
 )
 from prelora_ray.fault_tolerance.watchdog import OUTAGE_PATIENCE, PATIENCE
-from prelora_ray.monitor.client import finish
+from prelora_ray.monitor.client import tell_end
 from prelora_ray.monitor.exporter import start_exporter
 from prelora_ray.monitor.telemetry import run_label
 from prelora_ray.nodes import check_seen_by_all_nodes
@@ -110,7 +110,7 @@ def train(settings: Settings, *, debug: bool = False, callbacks: Sequence[ray.tr
         _start_exporter(settings)
         with stop_on_sigterm(folder):
             _fit(settings, folder, lock.check, callbacks)
-        finish(run_label(settings))
+        tell_end(run_label(settings))
         _wait_for_storage(folder, settings.workers)
         check_finished(folder, settings.train.epochs)
         return write_result(folder)
