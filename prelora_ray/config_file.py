@@ -50,13 +50,20 @@ def read_named(
         raise UserError(f"{path} is not YAML: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no settings: it must be a mapping such as `data: {{path: ...}}`")
-    for override in overrides:
-        _apply(content, override)
+    content = with_overrides(content, overrides)
     content.setdefault("name", path.stem)
     if name is not None:
         content["name"] = name
     if storage is not None:
         content["storage"] = storage
+    return content
+
+
+def with_overrides(content: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Settings with what a command line changes in them. Raises UserError for what is no `key.path=value`."""
+    content = dict(content)
+    for override in overrides:
+        _apply(content, override)
     return content
 
 

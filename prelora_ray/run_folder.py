@@ -24,7 +24,7 @@ from typing import IO, Any
 import yaml
 
 from prelora_ray.config import Settings
-from prelora_ray.config_file import parse_settings, parse_yaml
+from prelora_ray.config_file import parse_settings, parse_yaml, with_overrides
 from prelora_ray.errors import UserError, one_line
 from prelora_ray.records import (
     EpochLine,
@@ -50,8 +50,11 @@ class RunFolder(Storage):
     def of(cls, settings: Settings) -> RunFolder:
         return cls(str(Storage(settings.storage) / settings.name))
 
-    def read_settings(self) -> Settings:
-        """Raises UserError where the folder holds no run."""
+    def read_settings(self, overrides: Iterable[str] = ()) -> Settings:
+        """The run's settings, or what they come to with `overrides`, which are as those of `load_settings`.
+
+        Raises UserError where the folder holds no run, or the overrides do not fit it.
+        """
         if not self.exists("config.yaml"):
             raise UserError(f"{self} is no run folder: it has no config.yaml")
         try:
@@ -60,7 +63,7 @@ class RunFolder(Storage):
             raise self._damaged("config.yaml", one_line(error)) from None
         if not isinstance(content, dict):
             raise self._damaged("config.yaml", "it holds no settings")
-        return parse_settings(_with_keys_of_now(content))
+        return parse_settings(with_overrides(_with_keys_of_now(content), overrides))
 
     def write_settings(self, settings: Settings) -> None:
         """Writes the resolved settings, every key."""

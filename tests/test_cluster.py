@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,22 @@ def test_the_token_is_its_owners_alone(cluster):
     for page in ("cluster.yaml", "docs/operations.md", "README.md"):
         lines = [line for line in (ROOT / page).read_text().splitlines() if "get-auth-token --generate" in line]
         assert all("umask 077; ray get-auth-token" in line for line in lines)
+
+
+def test_what_is_not_copied_to_the_nodes_lies_at_the_top(cluster):
+    """rsync leaves out what a pattern without a slash in front names at any depth: of `data` prelora_ray/data too."""
+    assert [pattern for pattern in cluster["rsync_exclude"] if not pattern.startswith("/")] == []
+
+
+@pytest.mark.skipif(shutil.which("rsync") is None, reason="no rsync on this machine (Debian: apt install rsync)")
+def test_the_whole_package_is_copied_to_the_nodes(cluster, tmp_path):
+    for name in ("prelora_ray/data/order.py", "prelora_ray/cli.py", "data/train-00000.parquet", "runs/a/end.json"):
+        (tmp_path / "from" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "from" / name).touch()
+    excluded = [f"--exclude={pattern}" for pattern in cluster["rsync_exclude"]]
+    subprocess.run(["rsync", "-a", *excluded, f"{tmp_path}/from/", f"{tmp_path}/to/"], check=True)
+    copied = [str(path.relative_to(tmp_path / "to")) for path in (tmp_path / "to").rglob("*") if path.is_file()]
+    assert sorted(copied) == ["prelora_ray/cli.py", "prelora_ray/data/order.py"]
 
 
 def test_prometheus_watches_from_the_head(cluster):

@@ -36,6 +36,15 @@ def test_every_recipe_is_sound(path: Path):
 @pytest.mark.parametrize("path", [path for path in CONFIGS if path.stem.startswith("imagenet")], ids=lambda path: path.stem)
 def test_recipes_for_clusters_whose_gpus_come_when_asked_for_ask_for_them(path: Path):
     assert load_settings(path).workers.gpu is True
+    command = path.read_text().partition("# Data:")[0]
+    assert "--storage /mnt/shared/runs" in command  # else each node would write into a folder of its own
+
+
+def test_the_papers_run():
+    """arXiv 2509.21619: ViT-L, 300 epochs on 64 GPUs, three windows of three epochs; in batches of 4096."""
+    paper = load_settings(next(path for path in CONFIGS if path.stem == "imagenet_vit_large"))
+    assert (paper.train.epochs, paper.data.batch_size, paper.workers.max) == (300, 4096, 64)
+    assert (paper.method.windows, paper.method.window_epochs, paper.method.warmup_epochs) == (3, 3, 10)
 
 
 def steps(*steps: tuple) -> dict:

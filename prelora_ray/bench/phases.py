@@ -129,7 +129,7 @@ class _Bench:
                 for form in ("mask", "subset"):
                     keys = {"drop_path": self.options.drop_path, "drop_path_rule": rule, "drop_path_form": form}
                     yield from self._own(f"bf16 {rule} {form}", {"model": keys}, phases=list(Phase))
-                    yield from self._own(f"fp8 {rule} {form}", fp8 | {"model": keys})
+                    yield from self._own(f"fp8 {rule} {form}", fp8 | {"model": keys}, phases=list(Phase))
 
     def _wanted(self, name: str) -> bool:
         return not self.options.rows or any(name.startswith(row) for row in self.options.rows)

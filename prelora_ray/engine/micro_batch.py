@@ -11,7 +11,7 @@ import torch.distributed as dist
 from prelora_ray.engine.state import TrainState
 from prelora_ray.method.phases import Phase
 
-_SPARE = 0.04
+SPARE_SHARE = 0.04
 """Share of the GPU's memory that is to stay free: memory comes in pieces, and libraries take some of their own."""
 _PARTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 FoundSizes = dict[tuple[Phase, int], int]
@@ -52,7 +52,7 @@ def bytes_to_spare(state: TrainState, total: int) -> int:
     spare memory, and before the first step, which makes them, the optimizer's moments.
     """
     moments = 0 if state.optimizer.state else state.moment_bytes()
-    return int(_SPARE * total) + state.snapshot_bytes() + moments
+    return int(SPARE_SHARE * total) + state.snapshot_bytes() + moments
 
 
 def _fits(state: TrainState, size: int, backward: Callable[[int], None]) -> bool:

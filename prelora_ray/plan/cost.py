@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from prelora_ray.engine.micro_batch import SPARE_SHARE
 from prelora_ray.engine.precision import Format
 from prelora_ray.method.phases import Phase
 
-BACKWARD_SHARE = 0.45
-"""Part of a step's computing beside which gradients are exchanged: fitted to steps at 1 to 100 Gbit/s, docs/plan.md."""
+BACKWARD_SHARE = 0.57
+"""Part of a step's computing beside which gradients are exchanged: fitted to steps over slow links, docs/plan.md."""
 _FIRST_BUCKET, _BUCKET = 2**20, 25 * 2**20
 """Bytes of gradients that DDP exchanges at once: the first ones to be ready, and all others."""
-_SPARE = 0.04
-"""Share of a GPU's memory that stays free, as a run's own search for a micro-batch leaves it."""
 
 
 @dataclass(frozen=True)
@@ -42,22 +41,23 @@ class Step:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on a GPU."""
+    """What a step keeps on a GPU."""
 
     trainable: int
     """Parameters that train."""
     parameters: int
     """All of them."""
     bytes_per_image: float
+    """Of a forward, kept for its backward."""
 
     def peak(self, images: int) -> float:
-        """Of a step with so many images at once."""
+        """Bytes of a step with so many images at once."""
         return state_bytes(self.trainable, self.parameters) + images * self.bytes_per_image
 
     def fits(self, images: int, total: float) -> bool:
         """Whether a step and a checkpoint's copy of weights and moments leave the spare share of `total` bytes free."""
         snapshot = 4 * self.parameters + 8 * self.trainable
-        return self.peak(images) + snapshot <= (1 - _SPARE) * total
+        return self.peak(images) + snapshot <= (1 - SPARE_SHARE) * total
 
 
 def state_bytes(trainable: int, parameters: int) -> int:

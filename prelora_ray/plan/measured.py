@@ -24,7 +24,7 @@ _Count = Annotated[int, Field(ge=1)]
 
 
 class _Row(BaseModel):
-    name: str
+    name: Annotated[str, Field(pattern=rf"(^| )({'|'.join(Phase)})$")]
     images_per_second: _Positive
     peak_gib: _Positive | None
     mfu: _Positive

@@ -38,7 +38,7 @@ class Options:
     gpus: int | None = None
     """None takes the recipe's `workers.max`, or what a run had last."""
     gpu: str | None = None
-    """Part of the GPU's name; None where the files are of one kind."""
+    """Part of the GPU's name; None takes what `benches` are of, or H100 of those that come with the project."""
     benches: tuple[str, ...] = ()
     """Files of `prelora bench phases`; empty takes those that come with the project."""
     bandwidth: float | None = None
@@ -48,7 +48,7 @@ class Options:
     assume_speed: float | None = None
     """How many times as fast as the measured GPU the planned one is."""
     images: int | None = None
-    """Training images; None takes the prepared folder's."""
+    """Training images; None takes the prepared folder's or the run's, or ImageNet-1k's where neither is there."""
 
 
 def plan_recipe(path: str, overrides: Sequence[str], options: Options) -> Plan:
@@ -89,6 +89,7 @@ class _Planner:
         epochs = range(self.settings.train.epochs)
         self.kinds = {phase: [workload(self.settings, epoch, phase) for epoch in epochs] for phase in phases}
         """What each epoch would compute in each phase."""
+        self.subsets, self.without_subsets = self._find_subsets()
         self.plans = {kind: self._phase(kind) for kinds in self.kinds.values() for kind in dict.fromkeys(kinds)}
         self.costs = {phase: [self.plans[kind].epoch_gpu_hours for kind in kinds] for phase, kinds in self.kinds.items()}
 
@@ -125,7 +126,7 @@ class _Planner:
     def _phase(self, kind: Workload) -> PhasePlan:
         plain = "plain " if self._is_plain(kind) else ""
         name = f"prelora {kind.format} {plain}{kind.phase}"
-        expected = self._expect_subsets(kind) or self.estimator.expect(name, kind.image_size)
+        expected = self.subsets.get(kind) or self.estimator.expect(name, kind.image_size)
         if expected is None:
             raise UserError(
                 f"phase {kind.phase} in {kind.format} was not measured on {self.gpu}: give --bench FILE with a row `{name}` of "
@@ -138,7 +139,7 @@ class _Planner:
         setting = self.settings.train.micro_batch
         wanted = largest if setting == "auto" else setting
         micro_batch = min(wanted or self.share, self.share)  # the whole share where neither says less
-        step = self._step(expected, micro_batch, trainable)
+        step = self._step(expected, micro_batch, trainable, self.exchanged_bytes)
         return PhasePlan(
             phase=kind.phase,
             image_size=kind.image_size,
@@ -160,15 +161,24 @@ class _Planner:
             source=expected.source,
         )
 
-    @property
-    def _computes_subsets(self) -> bool:
-        return self.settings.model.drop_path > 0 and self.settings.model.drop_path_form == "subset"
+    def _find_subsets(self) -> tuple[dict[Workload, Expected], list[str]]:
+        """What each kind of step does with drop path as subsets, and the steps that no file has so.
 
-    def _expect_subsets(self, kind: Workload) -> Expected | None:
-        """None where no file has subsets at this rate."""
+        Where there is one of these no step counts them: phases of which some do would not compare.
+        """
         model = self.settings.model
-        row = f"prelora {kind.format} {model.drop_path_rule} subset {model.drop_path:g} {kind.phase}"
-        return self.estimator.expect(row, kind.image_size) if self._computes_subsets else None
+        if model.drop_path == 0 or model.drop_path_form == "mask":
+            return {}, []
+        found: dict[Workload, Expected] = {}
+        missing: dict[str, None] = {}
+        for kind in (kind for kinds in self.kinds.values() for kind in kinds):
+            row = f"prelora {kind.format} {model.drop_path_rule} subset {model.drop_path:g} {kind.phase}"
+            expected = self.estimator.expect(row, kind.image_size)
+            if expected is None:
+                missing[f"{kind.phase} in {kind.format}"] = None
+            else:
+                found[kind] = expected
+        return ({} if missing else found), list(missing)
 
     def _is_plain(self, kind: Workload) -> bool:
         return self.settings.train.adapters == "plain" and kind.phase is not Phase.FULL and kind.format != "fp8"
@@ -186,12 +196,12 @@ class _Planner:
             f"{memory.peak(cell) / 2**30:.1f} GiB for data.cell = {cell} images, and a checkpoint's snapshot must fit beside it"
         )
 
-    def _step(self, expected: Expected, micro_batch: int, trainable: int) -> Step:
-        """`trainable`: parameters whose gradients are exchanged, beside the last micro-batch's backward."""
+    def _step(self, expected: Expected, micro_batch: int, trainable: int, exchanged_bytes: int) -> Step:
+        """`trainable`: parameters whose gradients are exchanged, in so many bytes each, beside the last backward."""
         compute = self.share / (expected.images_per_second * (self.options.assume_speed or 1.0))
         if self.gpus == 1 or self.options.bandwidth is None:
             return Step(compute, 0.0)
-        seconds_per_byte = ring_seconds_per_byte(self.gpus, self.options.bandwidth * 1e9 / 8) * self.exchanged_bytes / 4
+        seconds_per_byte = ring_seconds_per_byte(self.gpus, self.options.bandwidth * 1e9 / 8) * exchanged_bytes / 4
         backward = BACKWARD_SHARE * compute * micro_batch / self.share
         return Step(compute, waiting_seconds(4 * trainable, seconds_per_byte, backward))
 
@@ -199,7 +209,7 @@ class _Planner:
         expected = self.estimator.expect(_TIMM, self.settings.model.image_size)
         if expected is None:
             return None
-        step = self._step(expected, self.share, self.parameters[Phase.FULL][0])
+        step = self._step(expected, self.share, self.parameters[Phase.FULL][0], _EXCHANGED_BYTES["fp32"])
         return self.settings.train.epochs * self._epoch_gpu_hours(step)
 
     def _epoch_gpu_hours(self, step: Step) -> float:
@@ -246,8 +256,11 @@ class _Planner:
         small = [plan for plan in self.plans.values() if 2 * plan.micro_batch < plan.measured_batch]
         if small:
             notes.append(f"measured with {small[0].measured_batch} images at once, here {small[0].micro_batch}: may be slower")
-        if any(self._computes_subsets and self._expect_subsets(kind) is None for kind in self.plans):
-            notes.append("what model.drop_path_form = 'subset' spares is not counted: no file has it at this model.drop_path")
+        if self.without_subsets:
+            notes.append(
+                "what model.drop_path_form = 'subset' spares is not counted in any phase: no file has it at this "
+                f"model.drop_path for {' and '.join(self.without_subsets)}"
+            )
         if self.settings.method.enabled and self.settings.method.freeze == "prefix":
             notes.append("what method.freeze = 'prefix' spares is not counted: the first adapted block is known at the switch")
         return [*notes, "not counted: starting and compiling, waiting for images, validation, checkpoints"]

@@ -8,18 +8,23 @@ from dataclasses import dataclass
 
 import torch
 
-from prelora_ray.config import Settings
+from prelora_ray.config import Settings, flat
 from prelora_ray.config_file import load_settings
 from prelora_ray.data.manifest import is_prepared, parse_manifest
-from prelora_ray.engine.precision import phase_format
+from prelora_ray.engine.precision import Format, phase_format
 from prelora_ray.errors import UserError
 from prelora_ray.method.phases import Phase
 from prelora_ray.plan.cost import Workload
-from prelora_ray.records import Switch
+from prelora_ray.records import EpochLine, Switch
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
 
 _IMAGENET_IMAGES, _IMAGENET_CLASSES = 1_281_167, 1000
+_STEP_KEYS = (
+    *("model.", "data.batch_size", "data.cell", "train.adapters", "train.residual", "train.gradient_exchange"),
+    *("train.compile", "train.cuda_graph", "train.micro_batch", "method.targets", "method.freeze"),
+)
+"""What keys begin with that a step's speed depends on, beside its `Workload`."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +51,8 @@ def read_source(path: str, overrides: Sequence[str], images: int | None) -> Sour
     Raises UserError where it is neither, or a run has not finished an epoch.
     """
     folder = RunFolder(path)
-    if folder.is_local and folder.exists("config.yaml"):
-        return _read_run(folder, load_settings(folder.file("config.yaml"), overrides), images)
+    if folder.exists("config.yaml"):
+        return _read_run(folder, folder.read_settings(overrides), images)
     settings = load_settings(path, overrides)
     found, num_classes, notes = _count_images(settings, images)
     method = settings.method
@@ -61,19 +66,25 @@ def read_source(path: str, overrides: Sequence[str], images: int | None) -> Sour
 
 def workload(settings: Settings, epoch: int, phase: Phase) -> Workload:
     """What a step of an epoch (from 0) computes on a GPU, where the run is in a phase then."""
+    return Workload(phase, settings.image_size(epoch), _format_on_gpu(settings, phase))
+
+
+def _format_on_gpu(settings: Settings, phase: Phase) -> Format:
     train = settings.train
-    format_ = phase_format(train.precision, train.fp8_from, phase, torch.device("cuda"))
-    return Workload(phase, settings.image_size(epoch), format_)
+    return phase_format(train.precision, train.fp8_from, phase, torch.device("cuda"))
 
 
 def _read_run(folder: RunFolder, settings: Settings, images: int | None) -> Source:
+    """`settings`: those to plan by, which may be others than the run's own."""
     lines = folder.epochs()
     if not lines:
         raise UserError(f"{folder} has nothing to plan by yet: no epoch is done")
+    own = folder.read_settings()
+    why_not = _why_not_comparable(own, settings)
     rates: dict[Workload, list[float]] = {}
-    for line in lines:
+    for line in lines if why_not is None else ():
         of_one = line.images_per_second / line.world_size
-        rates.setdefault(workload(settings, line.epoch, Phase(line.phase)), []).append(of_one)
+        rates.setdefault(_workload_of(line, own), []).append(of_one)
     switches = [event.switch_epoch for event in folder.events() if isinstance(event, Switch)]
     return Source(
         settings,
@@ -83,17 +94,32 @@ def _read_run(folder: RunFolder, settings: Settings, images: int | None) -> Sour
         switches[-1] if switches else None,
         folder.read_json("ranks.json") if switches else None,
         {key: statistics.median(values) for key, values in rates.items()},
-        (),
+        () if why_not is None else (f"the run's own speed is not shown: {why_not}",),
     )
+
+
+def _workload_of(line: EpochLine, own: Settings) -> Workload:
+    """What a step of a recorded epoch computed."""
+    phase = Phase(line.phase)
+    return Workload(phase, line.image_size or own.image_size(line.epoch), _format_on_gpu(own, phase))
+
+
+def _why_not_comparable(own: Settings, planned: Settings) -> str | None:
+    """Why a run's speed says nothing of a planned step, even of the same `Workload`; None where it does."""
+    if own.workers.gpu is not True:
+        return "it had no GPU"
+    before, now = flat(own), flat(planned)
+    changed = [key for key in before | now if key.startswith(_STEP_KEYS) and before.get(key) != now.get(key)]
+    return f"it had {changed[0]} = {before.get(changed[0])!r}" if changed else None
 
 
 def _count_images(settings: Settings, images: int | None) -> tuple[int, int, list[str]]:
     """Training images, classes, and what of it is assumed."""
-    if images is not None:
-        return images, _IMAGENET_CLASSES, []
     data = Storage(settings.data.path)
     if is_prepared(data):
         manifest = parse_manifest(data)
-        return manifest.num_images("train"), len(manifest.classes), []
-    note = f"{settings.data.path} is not prepared here: ImageNet-1k's {_IMAGENET_IMAGES:,} images are assumed, --images N tells"
-    return _IMAGENET_IMAGES, _IMAGENET_CLASSES, [note]
+        return images or manifest.num_images("train"), len(manifest.classes), []
+    assumed = f"ImageNet-1k's {_IMAGENET_CLASSES:,} classes are assumed"
+    if images is None:
+        assumed = f"ImageNet-1k's {_IMAGENET_IMAGES:,} images of {_IMAGENET_CLASSES:,} classes are assumed, --images N tells"
+    return images or _IMAGENET_IMAGES, _IMAGENET_CLASSES, [f"{settings.data.path} is not prepared here: {assumed}"]

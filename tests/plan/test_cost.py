@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from prelora_ray.method.phases import Phase
@@ -14,25 +16,21 @@ from prelora_ray.plan.cost import (
     sum_by_phase,
     waiting_seconds,
 )
+from tests.command import ROOT
 
 MIB = 2**20
-# ViT-L/16 at 224 in DDP on two H100s, 256 images each, torch 2.11, November 2026: milliseconds of a step inside NVLink,
-# bytes of its gradients, and milliseconds where an all-reduce of n bytes takes 2 n / bandwidth longer, by Gbit/s
-# (docs/plan.md).
-MEASURED = {
-    "full": (234, 1_217_306_528, {100: 326, 25: 907, 10: 2072, 5: 4018, 1: 19_600}),
-    "lora bf16": (205, 65_052_576, {100: 206, 25: 220, 10: 257, 5: 354, 1: 1156}),
-    "lora fp8": (188, 65_052_576, {100: 191, 25: 205, 10: 238, 5: 336, 1: 1131}),
-}
+NETWORK = json.loads((ROOT / "benchmarks" / "results" / "2026-11-27-network-h200.json").read_text())["rows"]
+"""Steps of ViT-L/16 in DDP on two H200s, over several links; `link_milliseconds` is what gradients took there."""
 
 
-@pytest.mark.parametrize(
-    ("phase", "gbit"), [(phase, gbit) for phase, (_, _, steps) in MEASURED.items() for gbit in steps], ids=str
-)
-def test_steps_that_were_measured(phase, gbit):
-    compute, gradient_bytes, steps = MEASURED[phase]
-    waiting = waiting_seconds(gradient_bytes, 2 / (gbit * 1e9 / 8), BACKWARD_SHARE * compute / 1e3)
-    assert compute + 1e3 * waiting == pytest.approx(steps[gbit], rel=0.05)
+@pytest.mark.parametrize("row", [row for row in NETWORK if row["gbit_per_second"]], ids=lambda row: row["name"])
+def test_steps_that_were_measured(row):
+    kind = row["name"].rpartition(", ")[0]
+    compute = next(each["milliseconds"] for each in NETWORK if each["name"] == f"{kind}, no limit")
+    gradient_bytes = row["exchanged_bytes"] * (2 if "bf16 exchange" in kind else 1)  # buckets are of float32
+    seconds_per_byte = row["link_milliseconds"] / 1e3 / gradient_bytes
+    waiting = waiting_seconds(gradient_bytes, seconds_per_byte, BACKWARD_SHARE * compute / 1e3)
+    assert compute + 1e3 * waiting == pytest.approx(row["milliseconds"], rel=0.036)
 
 
 def test_buckets_are_exchanged_one_behind_the_other():
