@@ -2,8 +2,8 @@
 
     python benchmarks/drop_path.py RECIPE STORAGE [--rates 0.1 0.3] [--seeds 0 1 2] [--set train.epochs=60 ...]
 
-STORAGE is where the runs go; one that is there already is resumed, or read where it has ended. Prints each run as a line of
-JSON, then the mean and spread of top-1 for each rate and form.
+STORAGE is where the runs go; one that is there already is resumed, or read where it has ended. Prints each run as a
+line of JSON, then the mean and spread of top-1 for each rate and form.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
     python benchmarks/passes.py [--rows 50432] [--width 1024] [--sweep]
 
-`--sweep` tries other numbers of values a thread, and, where rows are summed, of rows a program and rows in flight. Rows are
-the tokens of a batch, 256 images of 197 by default; the width is the model's. Prints a line of JSON for each, in microseconds.
+`--sweep` tries other numbers of values a thread, and, where rows are summed, of rows a program and rows in flight. Rows
+are the tokens of a batch, 256 images of 197 by default; the width is the model's. Prints a line of JSON for each, in
+microseconds.
 """
 
 from __future__ import annotations

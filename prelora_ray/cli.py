@@ -143,14 +143,14 @@ def sweep(
     """Search the method's settings: train the trunk once, fork each distinct run from it, and compare."""
     from prelora_ray.sweep.settings import load_sweep
 
-    settings = load_sweep(config, overrides or [], name=name, storage=storage)
+    plan = load_sweep(config, overrides or [], name=name, storage=storage)
 
     from prelora_ray import console
     from prelora_ray.live import watch
     from prelora_ray.sweep.run import sweep as run
 
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # a box of Tune's, with advice that fits neither paths nor names here
-    result = run(settings, watch, debug=_debug)
+    result = run(plan, watch, debug=_debug)
     if as_json:
         print_json(result)
         return

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 from pydantic import AfterValidator, Field, model_validator
 
+from prelora_ray.data.augment_settings import AugmentSettings, Policy
 from prelora_ray.method.architecture import FAMILIES
 from prelora_ray.method.convergence import NormStatistic
 from prelora_ray.method.phases import FreezeScope, Phase
@@ -22,10 +23,6 @@ _RESERVED_OPTIONS = {
     "pretrained": "set model.init_from",
     "checkpoint_path": "set model.init_from",
 }
-_POLICY = re.compile(
-    r"3a|rand(-(m\d+|n[1-9]|mmax[1-9]\d*|mstd\d+(\.\d*)?|p(0(\.\d*)?|1(\.0*)?)|inc[01]|t(weights|3a|3aw)))*", re.ASCII
-)
-"""What timm's parser takes; what it passes over silently, such as a section without a number, is left out."""
 
 
 def _for_each_channel(values: tuple[float, ...]) -> tuple[float, ...]:
@@ -66,10 +63,11 @@ class ModelSettings(Section):
     drop_path_rule: Literal["linear", "uniform"] = "linear"
     """What the blocks in front of it have: less and less, down to none in the first, as timm has it; or the same."""
     drop_path_form: Literal["mask", "subset"] = "mask"
-    """How it is left out: computed and masked, for each image by chance; or not computed, for a fixed number of each cell's
-    images, drawn, which saves its time."""
+    """How it is left out: computed and masked, for each image by chance; or not computed, for a fixed number of each
+    cell's images, drawn, which saves its time."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Further arguments of `timm.create_model`, such as `patch_size` or `depth`; `in_chans: 1` takes images as grey values."""
+    """Further arguments of `timm.create_model`, such as `patch_size` or `depth`; `in_chans: 1` takes images as grey
+    values."""
     init_from: Address | None = None
     """A timm checkpoint that the run starts from, a file or an address in a bucket; null draws the weights."""
     allow_download: Annotated[bool, Acts("never")] = False
@@ -98,44 +96,6 @@ class ModelSettings(Section):
     def input_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of an image that the model takes."""
         return self.channels, self.image_size, self.image_size
-
-
-def _check_policy(policy: str) -> str:
-    if not _POLICY.fullmatch(policy):
-        raise ValueError(
-            "must be `3a` or a RandAugment policy such as `rand-m9-mstd0.5-inc1`: whole numbers behind m, n (1 to 9) and "
-            "mmax, numbers behind mstd and p (at most 1), 0 or 1 behind inc, and behind t `weights`, `3a` or `3aw`"
-        )
-    return policy
-
-
-Policy = Annotated[str, AfterValidator(_check_policy)]
-"""RandAugment in timm's notation, or `3a`."""
-
-
-class AugmentSettings(Section):
-    crop: Literal["random_resized", "padded", "center"] = "random_resized"
-    """A crop of random area and aspect ratio; or a shifted crop of the image with a black border; or none."""
-    min_scale: Annotated[float, Field(gt=0, le=1)] = 0.08
-    """Smallest share of the image's area in a random resized crop."""
-    padding: Whole = 4
-    """Border of a padded crop, in pixels."""
-    flip: Share = 0.5
-    """Probability of a horizontal flip."""
-    policy: Policy | None = None
-    """RandAugment in timm's notation, such as `rand-m9-mstd0.5-inc1`, or `3a` for DeiT III's 3-Augment."""
-    color_jitter: NotNegative = 0.0
-    """Largest relative change of brightness, contrast and saturation."""
-    erase: Share = 0.0
-    """Probability of random erasing."""
-    mixup: NotNegative = 0.0
-    """Mixup's alpha; 0 is off."""
-    cutmix: NotNegative = 0.0
-    """CutMix's alpha; 0 is off. With both, each cell takes one of them."""
-    mix_probability: Share = 1.0
-    """Probability that a cell is mixed."""
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of each target that is spread over all classes."""
 
 
 class DataSettings(Section):
@@ -169,7 +129,8 @@ class ResolutionStep(Section):
     image_size: Count
     """Side of the training images until then, in pixels: whole patches, and at most `model.image_size`."""
     policy: Policy | None = None
-    """Stands in for `augment.policy` until then, so that RandAugment's strength may rise with the size; null does not."""
+    """Stands in for `augment.policy` until then, so that RandAugment's strength may rise with the size; null
+    does not."""
 
 
 class TrainSettings(Section):
@@ -190,26 +151,28 @@ class TrainSettings(Section):
     clip_norm: Positive | None = 1.0
     """Largest norm of the gradient; null does not clip."""
     precision: Literal["auto", "fp64", "fp32", "bf16", "fp8"] = "auto"
-    """Number format of the products; auto is bf16 on GPUs and fp32 on CPUs. fp8 is e4m3 from phase `train.fp8_from` on, for the
-    blocks' outputs and the gradients of their inputs, and bf16 for all else. What trains is float32 (fp64: float64)."""
+    """Number format of the products; auto is bf16 on GPUs and fp32 on CPUs. fp8 is e4m3 from phase `train.fp8_from` on,
+    for the blocks' outputs and the gradients of their inputs, and bf16 for all else. What trains is float32 (fp64:
+    float64)."""
     fp8_from: Phase = Phase.LORA
-    """First phase whose products are e4m3 where `train.precision` is fp8: full, warmup or lora. A fork may differ from its
-    trunk in it, as in fp8 or bf16, unless one of them is e4m3 in phase full."""
+    """First phase whose products are e4m3 where `train.precision` is fp8: full, warmup or lora. A fork may differ from
+    its trunk in it, as in fp8 or bf16, unless one of them is e4m3 in phase full."""
     adapters: Annotated[Literal["plain", "merged"], Acts("switch")] = "merged"
-    """How an adapted layer is computed: base and adapters apart, or as one product of the merged weights, as e4m3 always is."""
+    """How an adapted layer is computed: base and adapters apart, or as one product of the merged weights, as e4m3
+    always is."""
     residual: Literal["fp32", "bf16"] = "fp32"
     """Number format of the residual stream between the blocks, where the products are bf16 or fp8."""
     gradient_exchange: Literal["fp32", "bf16"] = "fp32"
-    """Number format in which workers exchange their gradients; fp32 is that of what trains. bf16 is half the bytes, and rounds
-    to 8 significant bits on each worker and in each sum."""
+    """Number format in which workers exchange their gradients; fp32 is that of what trains. bf16 is half the bytes, and
+    rounds to 8 significant bits on each worker and in each sum."""
     compile: bool | Literal["auto"] = "auto"
     """Whether the model's blocks go through torch.compile; auto does on GPUs."""
     cuda_graph: bool = True
     """Whether a single GPU worker replays its step as one CUDA graph, which frees small models from launch costs."""
     micro_batch: Annotated[Count | Literal["auto"] | None, Acts("never")] = None
-    """Most images that a worker takes through the model at once, a multiple of `data.cell`; null takes its whole share, and so
-    does auto on a CPU. On a GPU auto finds the most that fits, once for each phase and size of images, and notes it in the
-    run folder."""
+    """Most images that a worker takes through the model at once, a multiple of `data.cell`; null takes its whole share,
+    and so does auto on a CPU. On a GPU auto finds the most that fits, once for each phase and size of images, and notes
+    it in the run folder."""
     validate_every: Count = 1
     """Epochs between validations; the last epoch is always validated."""
     resolution: tuple[ResolutionStep, ...] = ()
@@ -422,6 +385,8 @@ class Settings(Section):
                     f"{self.model.image_size}, which the run ends at"
                 )
             before = end
+        if train.resolution and self.model.options.get("dynamic_img_size") is False:
+            raise ValueError("model.options.dynamic_img_size = False is not allowed with train.resolution, which needs it")
 
 
 def with_absolute_paths(settings: Settings) -> Settings:
@@ -492,12 +457,15 @@ def without_effect(settings: Settings) -> list[str]:
         sentences.append("train.gradient_exchange has no effect, as workers.max is 1")
     if "fp8_from" in train.model_fields_set and train.precision != "fp8":
         sentences.append(f"train.fp8_from has no effect, as train.precision is {train.precision}")
-    if train.precision == "fp8" and train.fp8_from is not Phase.FULL and not method.enabled:
+    is_trunk = settings.checkpoint.keep_trunk  # its forks switch
+    if train.precision == "fp8" and train.fp8_from is not Phase.FULL and not (method.enabled or is_trunk):
         sentences.append(
             f"train.precision = fp8 has no effect, as method.enabled is false and train.fp8_from is {train.fp8_from}"
         )
-    if "adapters" in train.model_fields_set and not method.enabled:
+    if "adapters" in train.model_fields_set and not (method.enabled or is_trunk):
         sentences.append("train.adapters has no effect, as method.enabled is false")
+    if train.adapters == "plain" and train.precision == "fp8" and train.fp8_from is not Phase.LORA:
+        sentences.append(f"train.adapters has no effect, as train.precision is fp8 with train.fp8_from {train.fp8_from}")
     for key in ("drop_path_rule", "drop_path_form"):
         if key in settings.model.model_fields_set and settings.model.drop_path == 0:
             sentences.append(f"model.{key} has no effect, as model.drop_path is 0")

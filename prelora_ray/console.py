@@ -163,7 +163,7 @@ def replay_table(replay: Replay) -> Table:
 
 
 def switch_map_table(points: Sequence[Point]) -> Table:
-    """Each tau and zeta with what it comes to; of many, each switch with how many pairs come to it, and between which."""
+    """Each tau and zeta with what it comes to; of many, each switch with the number and the range of its pairs."""
     is_long = len(points) > _LISTED_POINTS
     groups: dict[float, list[Point]] = {}
     for index, point in enumerate(points):

@@ -141,8 +141,8 @@ class Starting:
     time: float
     """When that began, in seconds since 1970."""
     doing: str
-    """`start Ray`, `prepare the images`, `place the workers`, `build the model`, `read the first images`, and `compile`, or
-    `take a first step` where nothing is compiled; the last one also where a phase begins."""
+    """`start Ray`, `prepare the images`, `place the workers`, `build the model`, `read the first images`, and
+    `compile`, or `take a first step` where nothing is compiled; the last one also where a phase begins."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -352,7 +352,7 @@ class Stop(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class RunFailed(Event):
-    """The run ends for good."""
+    """The run ends for good, by something that a further attempt would meet again at the same step."""
 
     event: str = "run_failed"
     message: str
@@ -391,10 +391,10 @@ BEGINNINGS = RunStarted, Restart
 Line = NormsLine | WindowLine | EpochLine | Event
 EventT = TypeVar("EventT", bound=Event)
 LineT = TypeVar("LineT", NormsLine, WindowLine, EpochLine)
-Record = TypeVar("Record", NormsLine, WindowLine, EpochLine, Event, Progress, Starting, Result)
+RecordT = TypeVar("RecordT", NormsLine, WindowLine, EpochLine, Event, Progress, Starting, Result)
 
 
-def from_json(kind: type[Record], content: Mapping[str, Any], file: str) -> Record:
+def from_json(kind: type[RecordT], content: Mapping[str, Any], file: str) -> RecordT:
     """The record that a JSON object of `file` holds; keys that a later version added are ignored.
 
     An event becomes one of its own class, or a plain `Event` without one. Raises ValueError where a key is missing.

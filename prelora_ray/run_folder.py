@@ -2,7 +2,8 @@
 
     <storage>/<name>/
       config.yaml, data.json, events.jsonl, norms.jsonl, windows.jsonl, epochs.jsonl, samples-<rank>.jsonl,
-      ranks.json, micro_batch.json, starting.json, progress.json, end.json, result.json, checkpoints/, tensorboard/, ray/
+      ranks.json, micro_batch.json, starting.json, progress.json, end.json, result.json,
+      checkpoints/, tensorboard/, ray/
 
 docs/run-folder.md describes every file. Lines carry an ``attempt`` that counts restarts: where two
 lines are of the same epoch, window or batch, the later attempt's stands.
@@ -33,7 +34,7 @@ from prelora_ray.records import (
     Line,
     NormsLine,
     Progress,
-    Record,
+    RecordT,
     Result,
     Starting,
     WindowLine,
@@ -96,7 +97,7 @@ class RunFolder(Storage):
             return []
         return parse_lines(self.read_bytes(name))
 
-    def records(self, kind: type[Record], name: str | None = None) -> list[Record]:
+    def records(self, kind: type[RecordT], name: str | None = None) -> list[RecordT]:
         """All lines of a kind, in file order, of its own file or of `name`. One that lacks a key is ignored."""
         name = name or kind.FILE
         found = []
@@ -132,9 +133,10 @@ class RunFolder(Storage):
     def read_place(self) -> Starting | Progress | None:
         """What the run does right now, or did last: what was written later. None where neither is there, or whole."""
         found: list[Starting | Progress] = []
-        for kind in (Starting, Progress):
-            with contextlib.suppress(FileNotFoundError, ValueError):
-                found.append(from_json(kind, self.read_json(kind.FILE), f"{self}/{kind.FILE}"))
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            found.append(from_json(Starting, self.read_json(Starting.FILE), f"{self}/{Starting.FILE}"))
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            found.append(self.read_progress())
         return max(found, key=lambda place: place.time, default=None)
 
     def write_starting(self, doing: str) -> None:
@@ -152,7 +154,7 @@ class RunFolder(Storage):
             raise self._damaged(Result.FILE, str(error)) from None
         return content
 
-    def write_records(self, kind: type[Record], lines: Iterable[Line]) -> None:
+    def write_records(self, kind: type[RecordT], lines: Iterable[Line]) -> None:
         """Writes the file of a kind of line whole; infinite numbers become null."""
         self.write_bytes(kind.FILE, b"".join(_encoded(to_json(line)) for line in lines))
 

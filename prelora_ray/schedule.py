@@ -6,9 +6,10 @@ from collections.abc import Iterable, Sequence
 
 from prelora_ray.config import MethodSettings
 from prelora_ray.errors import UserError
+from prelora_ray.method.architecture import Target
 from prelora_ray.method.convergence import ConvergenceTest
 from prelora_ray.method.phases import Decision, Phase, PhaseSchedule
-from prelora_ray.method.ranks import assign_ranks, match_rank_pattern
+from prelora_ray.method.ranks import assign_ranks, check_ranks, match_rank_pattern
 from prelora_ray.records import NormsLine
 
 
@@ -33,6 +34,26 @@ def ranks_for(method: MethodSettings, change: dict[str, float], names: Sequence[
         except ValueError as error:
             raise UserError(f"method.rank_pattern: {error}") from None
     return assign_ranks(change, method.r_min, method.r_max, method.normalize, method.rank_floor_percent)
+
+
+def largest_ranks(method: MethodSettings, targets: Sequence[Target]) -> dict[str, int]:
+    """Rank by module name: the given one, or the largest that the rule gives.
+
+    Raises UserError where these do not fit the modules.
+    """
+    names = [target.name for target in targets]
+    if method.rank_pattern is None:
+        if method.enabled and method.r_max > (smallest := min(target.max_rank for target in targets)):
+            raise UserError(
+                f"method.r_max = {method.r_max} is not allowed: the model's smallest weight has rank {smallest} at most"
+            )
+        return dict.fromkeys(names, method.r_max)
+    try:
+        ranks = match_rank_pattern(method.rank_pattern, names)
+        check_ranks(ranks, targets)
+    except ValueError as error:
+        raise UserError(f"method.rank_pattern: {error}") from None
+    return ranks
 
 
 def decide(schedule: PhaseSchedule, epochs: Iterable[NormsLine]) -> list[Decision]:

@@ -100,7 +100,7 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def undisturbed(digits: Path, storage: Path) -> Callable[..., Settings]:
-    """The undisturbed run on a number of workers, trained once; beside its folder, in `<name>.metrics`, what was exported."""
+    """The undisturbed run on a number of workers, trained once; what it exported is beside it, in `<name>.metrics`."""
     done: dict[tuple[int, str], Settings] = {}
 
     def get(workers: int, precision: str = "fp32") -> Settings:

@@ -108,6 +108,32 @@ def test_every_mount_of_kubernetes_has_its_volume(rayjob):
             assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
 
 
+def test_recipes_and_pages_speak_of_the_share_that_every_node_mounts(cluster, rayjob):
+    (mounted,) = re.findall(r"sudo mount \S+ \S+ \S+ (\S+)\)", " ".join(cluster["setup_commands"]))
+    for group in (rayjob["headGroupSpec"], *rayjob["workerGroupSpecs"]):
+        ray = group["template"]["spec"]["containers"][0]
+        assert [mount["mountPath"] for mount in ray["volumeMounts"] if mount["name"] == "shared"] == [mounted]
+    pages = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("jobs/**/*.yaml")]
+    named = {(page.name, path) for page in pages for path in re.findall(r"/mnt/\w+", page.read_text())}
+    assert {path for _, path in named} == {mounted}
+    recipes = {"imagenet_vit_small.yaml", "imagenet_vit_large.yaml"}
+    assert recipes | {"rayjob.yaml", "README.md", "operations.md"} <= {name for name, _ in named}
+
+
+@pytest.mark.parametrize("recipe", ["imagenet_vit_small", "imagenet_vit_large"])
+def test_a_recipes_command_is_that_of_the_page(recipe):
+    head, _ = (ROOT / "jobs" / "configs" / f"{recipe}.yaml").read_text().split("# Data:")
+    command = re.search(r"(RAY_AUTH_MODE=token )?ray job submit .*", unbroken(head))
+    assert command is not None
+    page = unbroken((ROOT / "docs" / "operations.md").read_text())
+    assert command.group() in page.replace("--submission-id first ", "")
+
+
+def unbroken(text: str) -> str:
+    """The text in one line, without a comment's marks and a command's line breaks."""
+    return " ".join(re.sub(r"(?m)^#|\\$", "", text).split())
+
+
 def test_versions_are_the_installed_ones(rayjob):
     import ray
 

@@ -219,7 +219,7 @@ def test_each_mistake_in_a_list_of_steps_has_its_own_sentence():
 
 
 def test_the_size_of_an_epochs_images():
-    """`until` are completed epochs or a share of the run; behind the last step, and of validation, it is the model's."""
+    """`until` is completed epochs or a share of the run; behind the last step, and in validation, it is the model's."""
     run = parse_settings({"name": "run", **DATA, **steps((2, 64), (0.014, 96), (0.5, 64, "3a"))})
     assert run.train.epochs == 300 and run.train.step_ends == [2, 4, 150]
     assert [run.image_size(epoch) for epoch in (0, 1, 2, 3, 4, 149, 150, 299)] == [64, 64, 96, 96, 64, 64, 224, 224]
@@ -290,6 +290,12 @@ def test_settings_without_effect_are_told():
     assert without_effect(full) == ["train.adapters has no effect, as method.enabled is false"]
     fp8 = parse_settings({"name": "run", **DATA, "method": {"enabled": False}, "train": {"precision": "fp8"}})
     assert without_effect(fp8) == ["train.precision = fp8 has no effect, as method.enabled is false and train.fp8_from is lora"]
+    trunk = {"method": {"enabled": False}, "checkpoint": {"keep_trunk": True}}
+    fp8_and_plain = {"train": {"precision": "fp8", "adapters": "plain"}}
+    assert without_effect(parse_settings({"name": "run", **DATA, **trunk, **fp8_and_plain})) == []
+    plain = {"train": {"precision": "fp8", "fp8_from": "warmup", "adapters": "plain"}}
+    told = "train.adapters has no effect, as train.precision is fp8 with train.fp8_from warmup"
+    assert without_effect(parse_settings({"name": "run", **DATA, **plain})) == [told]
     bf16 = parse_settings({"name": "run", **DATA, "train": {"precision": "bf16", "fp8_from": "full"}})
     assert without_effect(bf16) == ["train.fp8_from has no effect, as train.precision is bf16"]
     floor = parse_settings({"name": "run", **DATA, "method": {"rank_floor_percent": 0.5, "rank_pattern": {".*": 8}}})
@@ -353,9 +359,10 @@ def test_a_resume_and_a_fork_may_change_what_does_not_act_before_them(tmp_path, 
         (("fp8", "full"), ("fp8", "full"), None),
         (("bf16", "lora"), ("bf16", "full"), None),
         (("fp32", "lora"), ("fp8", "lora"), "train.precision = 'fp8' is not allowed in a fork"),
-        (("bf16", "lora"), ("fp8", "full"), "train.fp8_from = 'full' is not allowed in a fork: its trunk .* with 'lora'"),
+        (("bf16", "lora"), ("fp8", "full"), "train.precision = 'fp8' is not allowed in a fork: its trunk .* with 'bf16'"),
         (("fp8", "full"), ("fp8", "lora"), "train.fp8_from = 'lora' is not allowed in a fork: its trunk .* with 'full'"),
-        (("fp8", "full"), ("bf16", "lora"), "train.fp8_from = 'lora' is not allowed in a fork: its trunk .* with 'full'"),
+        (("fp8", "full"), ("bf16", "lora"), "train.precision = 'bf16' is not allowed in a fork: its trunk .* with 'fp8'"),
+        (("fp8", "full"), ("bf16", "full"), "train.precision = 'bf16' is not allowed in a fork: its trunk .* with 'fp8'"),
     ],
 )
 def test_a_fork_in_fp8_has_a_trunk_that_computes_alike(tmp_path, trunk, fork, refused):

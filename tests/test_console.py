@@ -13,9 +13,9 @@ import torch
 from rich.console import Console
 
 from prelora_ray import console
-from prelora_ray.engine.evaluation import Evaluation
 from prelora_ray.inference.evaluate import EvaluationReport
 from prelora_ray.sweep.map import Point
+from prelora_ray.tasks.classification import Evaluation
 from prelora_ray.words import ago, counted
 
 TEXT = "runs/[old]/:x: [/bold] [red]"

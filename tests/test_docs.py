@@ -25,7 +25,7 @@ ELSEWHERE = {"docker", "kubectl", "make", "prometheus", "promtool"}
 """Programs that are not the project's."""
 OWN = {"prelora", "python", "ray", "tensorboard"}
 """Programs of the project's environment that pages name."""
-COMMAND = re.compile(rf"(?:[A-Za-z_]+=\S+ )*((?:{'|'.join(sorted(OWN | ELSEWHERE))}) .+)")
+COMMAND = re.compile(rf"(?:[A-Za-z_]+=\S+ )*((?:{'|'.join(sorted(OWN | ELSEWHERE))}) (?!=).+)")
 """Variables, a program, and its arguments."""
 PLACE = re.compile(r"(jobs|docs|dashboards|benchmarks)/[\w./-]+|cluster\.yaml|constraints\.txt")
 """A file of this repository in an argument."""

@@ -22,16 +22,18 @@ MAY_IMPORT = {
     "torchvision_ops.py": set(),
     "method": {"method"},
     "kernels": {"kernels"},
-    "config.py": {"method", "section.py", "storage.py"},
+    "data/augment_settings.py": {"section.py"},
+    "config.py": {"method", "data/augment_settings.py", "section.py", "storage.py"},
     "config_file.py": {"config.py", "section.py", "storage.py", "errors.py"},
     "run_folder.py": {"records.py", "config.py", "config_file.py", "storage.py", "errors.py"},
     "schedule.py": {"method", "records.py", "config.py", "errors.py"},
     "data/draws.py": set(),
     "data/order.py": {"data/draws.py"},
     "data": {"data", "section.py", "storage.py", "errors.py"},
+    "tasks": {"tasks", "data/batch.py", "data/mixing.py", "config.py"},
     "engine": {
-        *("engine", "method", "kernels", "data/batch.py", "data/draws.py", "data/mixing.py"),
-        *("schedule.py", "config.py", "storage.py", "errors.py", "torchvision_ops.py"),
+        *("engine", "tasks", "method", "kernels", "data/batch.py", "data/draws.py"),
+        *("schedule.py", "config.py", "config_file.py", "storage.py", "errors.py", "torchvision_ops.py"),
     },
     "fault_tolerance": {
         *("fault_tolerance", "engine/optim.py", "engine/snapshot.py", "data/damage.py"),
@@ -43,11 +45,11 @@ MAY_IMPORT = {
     },
     "ray_session.py": {"fault_tolerance/ray_private.py", "errors.py"},
     "train": {
-        *("train", "ray_session.py", "fault_tolerance", "monitor", "engine", "method", "data"),
+        *("train", "ray_session.py", "fault_tolerance", "monitor", "engine", "tasks", "method", "data"),
         *("run_folder.py", "records.py", "config.py", "config_file.py", "storage.py", "errors.py", "nodes.py", "words.py"),
     },
     "inference": {
-        *("inference", "fault_tolerance/checkpoint.py", "engine", "method", "data"),
+        *("inference", "fault_tolerance/checkpoint.py", "engine", "tasks", "method", "data"),
         *("run_folder.py", "records.py", "config.py", "storage.py", "errors.py", "nodes.py", "torchvision_ops.py", "words.py"),
     },
     "sweep": {
@@ -89,7 +91,7 @@ MAY_IMPORT = {
         *("words.py", "__init__.py"),
     },
     "__main__.py": {"cli.py"},
-    "__init__.py": set(),
+    "__init__.py": {"engine/prelora.py"},
 }
 """Lower layers first; what each may import, itself included."""
 METHOD_LIBRARIES = {"torch", "hashlib", "itertools", "math", "re", "collections", "dataclasses", "enum", "typing", "__future__"}

@@ -1,17 +1,22 @@
-"""Where a benchmark ran: hardware, versions, and the two rates that bound any step."""
+"""Where a benchmark ran, the two rates that bound any step there, and how its rows are measured and told."""
 
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from typing import Any
 
 import torch
+
+from prelora_ray.engine.precision import has_fp8
+
+logger = logging.getLogger(__name__)
 
 _PACKAGES = ("torch", "timm", "peft", "transformers", "ray", "numpy", "pyarrow", "pillow", "simplejpeg")
 
@@ -43,12 +48,36 @@ def usual_size(batch_on_cpu: int) -> dict[str, Any]:
     return {"model": "vit_tiny_patch16_224", "image_size": 64, "batch": batch_on_cpu}
 
 
+def measure_rows(rows: Iterable[Any], told: Callable[[Any], str]) -> dict[str, Any]:
+    """`rows`, as JSON can hold them, and `failed`, which says what ended them before the last one, or is None.
+
+    Each row is a dataclass with a name, logged as soon as it is measured, with what `told` says of it.
+    """
+    content: list[dict[str, Any]] = []
+    failed = None
+    try:
+        for row in rows:
+            logger.info("%s: %s", row.name, told(row))
+            content.append(vars(row))
+    except RuntimeError as error:  # after a device fault this process cannot use it any more; what was measured counts
+        logger.debug("", exc_info=True)
+        failed = next(iter(str(error).splitlines()), type(error).__name__)
+    except KeyboardInterrupt:
+        failed = "interrupted"
+    return {"rows": content, "failed": failed}
+
+
+def missing_fp8(device: torch.device, *names: str) -> dict[str, str]:
+    """Why rows in e4m3 are not measured, by their names; empty on a GPU that has it."""
+    return {} if has_fp8(device) else dict.fromkeys(names, "needs a GPU with products of e4m3")
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def forget(device: torch.device) -> None:
+def free_memory(device: torch.device) -> None:
     """Gives back the memory of what went before, and counts the peak anew."""
     gc.collect()
     if device.type == "cuda":

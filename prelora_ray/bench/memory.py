@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
-from prelora_ray.bench.machine import describe, forget
+from prelora_ray.bench.machine import describe, free_memory, measure_rows, missing_fp8
 from prelora_ray.bench.own import OwnRun, own_settings
 from prelora_ray.config import Settings
 from prelora_ray.engine.check import check_model
 from prelora_ray.engine.precision import has_fp8
 from prelora_ray.errors import UserError
 from prelora_ray.method.phases import Phase
-
-logger = logging.getLogger(__name__)
 
 MODELS = ("vit_small_patch16_224", "vit_base_patch16_224", "vit_large_patch16_224")
 BATCHES = (256, 512)
@@ -64,25 +61,12 @@ def bench_memory(options: Options) -> dict[str, Any]:
     for model in options.models:
         check_model(_settings(options, model, sizes[0], "auto"))
     device = torch.device("cuda")
-    rows, failed = [], None
-    try:
-        for row in _rows(options, sizes, device):
-            logger.info("%s: %s", row.name, "does not fit" if row.peak_gib is None else f"{row.peak_gib:.1f} GiB")
-            rows.append(vars(row))
-    except RuntimeError as error:  # after a device fault this process cannot use it any more; what was measured counts
-        logger.debug("", exc_info=True)
-        failed = str(error).splitlines()[0]
-    except KeyboardInterrupt:
-        failed = "interrupted"
-    missing = {} if has_fp8(device) else {"lora fp8": "needs a GPU with products of e4m3"}
-    return {
-        "benchmark": "memory",
-        **describe(device),
-        "options": vars(options),
-        "rows": rows,
-        "missing": missing,
-        "failed": failed,
-    }
+    content = {"options": vars(options), **measure_rows(_rows(options, sizes, device), _told)}
+    return {"benchmark": "memory", **describe(device), **content, "missing": missing_fp8(device, "lora fp8")}
+
+
+def _told(row: Row) -> str:
+    return "does not fit" if row.peak_gib is None else f"{row.peak_gib:.1f} GiB"
 
 
 def split_batches(options: Options) -> list[tuple[int, int]]:
@@ -128,7 +112,7 @@ def _peaks(options: Options, model: str, sizes: tuple[int, int], device: torch.d
         yield phase.value, _peak(run)
     del run
     if has_fp8(device):
-        forget(device)
+        free_memory(device)
         run = OwnRun(_settings(options, model, sizes, "fp8"), device)
         run.enter(Phase.WARMUP)
         run.enter(Phase.LORA)

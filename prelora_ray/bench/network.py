@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
 
 from prelora_ray.bench.link import Link
-from prelora_ray.bench.machine import describe, seconds_per_call
+from prelora_ray.bench.machine import describe, missing_fp8, seconds_per_call
 from prelora_ray.bench.own import OwnRun, own_settings
 from prelora_ray.config import Settings
 from prelora_ray.engine.check import check_model
@@ -104,7 +104,7 @@ def bench_network(options: Options) -> dict[str, Any]:
         **describe(device),
         "options": vars(options),
         "rows": rows,
-        "missing": {} if has_fp8(device) else {"lora fp8": "needs a GPU with products of e4m3"},
+        "missing": missing_fp8(device, "lora fp8"),
         "failed": failed,
     }
 
@@ -159,7 +159,7 @@ class _Worker:
             yield from self._rows(run, Phase.LORA, "lora fp8", ("fp32",))
 
     def _run(self, precision: Literal["auto", "fp8"]) -> OwnRun:
-        exchange = Exchange(self.link.exchange, self.options.bucket)
+        exchange = Exchange(self.link.exchange, bucket_mb=self.options.bucket)
         settings, workers = _settings(self.options, precision), self.options.workers
         return OwnRun(settings, self.device, rank=self.rank, world_size=workers, exchange=exchange)
 

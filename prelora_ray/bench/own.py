@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from prelora_ray.bench.machine import forget
+from prelora_ray.bench.machine import free_memory
 from prelora_ray.config import DataSettings, Settings
 from prelora_ray.config_file import parse_settings
 from prelora_ray.data.batch import Batch
@@ -57,13 +57,13 @@ class OwnRun:
     def enter(self, phase: Phase) -> None:
         """Goes on in this phase or a later one; the peak of memory is counted anew."""
         self.state.enter(phase, self._ranks)
-        forget(self.state.device)
+        free_memory(self.state.device)
 
 
 def own_settings(
     model: dict[str, Any], batch_size: int, at_once: int, train: dict[str, Any], method: dict[str, Any] | None = None
 ) -> Settings:
-    """Of a run whose workers take `at_once` images through the model; cells are as large as by default, or divide that."""
+    """Of a run whose workers take `at_once` images through the model; cells are of the default size, or divide that."""
     return parse_settings(
         {
             "name": "bench",

@@ -6,7 +6,6 @@ plain loop of their stack, on images that are on the device already.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,15 +14,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from prelora_ray.bench.machine import copy_rate, describe, forget, matrix_rate, seconds_per_call
+from prelora_ray.bench.machine import (
+    copy_rate,
+    describe,
+    free_memory,
+    matrix_rate,
+    measure_rows,
+    missing_fp8,
+    seconds_per_call,
+)
 from prelora_ray.bench.own import NUM_CLASSES, OwnRun, own_settings
 from prelora_ray.config import ModelSettings
 from prelora_ray.engine.check import check_model
 from prelora_ray.engine.flops import forward_flops, training_passes
-from prelora_ray.engine.precision import has_fp8
 from prelora_ray.method.phases import Phase, count_parameters
-
-logger = logging.getLogger(__name__)
 
 Step = Callable[[], object]
 _REFERENCE_RANK = 32
@@ -39,7 +43,7 @@ class Options:
     residual: Literal["fp32", "bf16"] = "fp32"
     """Of our own rows."""
     drop_path: float = 0.0
-    """Where it is above 0, rows with it as masks and as subsets follow: the same in every block, and timm's linear rule."""
+    """Above 0, rows with it as masks and as subsets follow: the same in every block, and timm's linear rule."""
     steps: int = 10
     """Steps in a round; a figure is the median of five rounds."""
     kernels: int = 0
@@ -57,8 +61,8 @@ class Row:
     peak_gib: float | None
     """Most memory allocated on the device; None on a CPU."""
     mfu: float
-    """Operations of the model without adapters over what the measured rate of a bf16 matrix product allows. Backward counts
-    twice the forward's; once, where the base is frozen. Residual branches that are left out count as computed."""
+    """Operations of the model without adapters over what the measured rate of a bf16 matrix product allows. Backward
+    counts twice the forward's; once, where the base is frozen. Residual branches left out count as computed."""
     trainable_share: float
     gradient_bytes: int
     """What data-parallel workers exchange in a step."""
@@ -77,18 +81,8 @@ def bench_phases(options: Options) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rates = {"matrix_flops": matrix_rate(device), "copy_bytes_per_second": copy_rate(device)}
     bench = _Bench(options, device, rates["matrix_flops"])
-    rows, failed = [], None
-    try:
-        for row in bench.rows():
-            logger.info("%s: %.0f images/s", row.name, row.images_per_second)
-            rows.append(vars(row))
-    except RuntimeError as error:  # after a device fault this process cannot use it any more; what was measured counts
-        logger.debug("", exc_info=True)
-        failed = str(error).splitlines()[0]
-    except KeyboardInterrupt:
-        failed = "interrupted"
-    content = {"options": vars(options), "rows": rows, "missing": bench.missing, "failed": failed}
-    return {"benchmark": "phases", **describe(device), **rates, **content}
+    content = {"options": vars(options), **measure_rows(bench.rows(), lambda row: f"{row.images_per_second:.0f} images/s")}
+    return {"benchmark": "phases", **describe(device), **rates, **content, "missing": bench.missing}
 
 
 class _Bench:
@@ -120,7 +114,7 @@ class _Bench:
             if not on_gpu and ("compiled" in name or "fp16" in name):
                 self.missing[name] = "needs a GPU"
                 continue
-            forget(self.device)
+            free_memory(self.device)
             step, model = build()
             yield self._measure(name, step, model, phase=Phase.FULL if "full" in name else Phase.LORA)
             del step, model
@@ -142,7 +136,7 @@ class _Bench:
 
     def _measure(self, name: str, step: Step, model: nn.Module, *, phase: Phase) -> Row:
         compiled = _compiled_graphs()
-        for _ in range(6):  # compiles, tunes, captures; the peak of memory is theirs, as a graph's replay allocates nothing
+        for _ in range(6):  # compiles, tunes, captures; the peak of memory is theirs: a graph's replay allocates nothing
             step()
         seconds = seconds_per_call(step, self.device, self.options.steps)
         trainable, parameters = count_parameters(model)
@@ -168,10 +162,10 @@ class _Bench:
         wanted = [phase for phase in phases if self._wanted(names[phase])]
         if not wanted:
             return
-        if "fp8" in title and not has_fp8(self.device):
-            self.missing.update(dict.fromkeys((names[phase] for phase in wanted), "needs a GPU with products of e4m3"))
+        if "fp8" in title and (missing := missing_fp8(self.device, *(names[phase] for phase in wanted))):
+            self.missing |= missing
             return
-        forget(self.device)
+        free_memory(self.device)
         options = self.options
         train = {"precision": "bf16", "residual": options.residual, "adapters": "merged", **changes.get("train", {})}
         model = {"name": options.model, "image_size": options.image_size, **changes.get("model", {})}

@@ -7,16 +7,16 @@ import io
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, UnidentifiedImageError
 
+from prelora_ray.data.augment_settings import AugmentSettings
 from prelora_ray.data.draws import Draw, generator
 from prelora_ray.errors import one_line
 
@@ -27,31 +27,18 @@ Box = tuple[float, float, float, float]
 """Left, top, right, bottom, in pixels."""
 _MARGIN = 8
 """Pixels around a box that resizing may use: two of the result's, each of which is less than two of the source's."""
-Crop = Literal["random_resized", "padded", "center"]
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How a training image is varied. All of it is drawn by (seed, epoch, sample) alone."""
+    """What an image becomes. All that varies it is drawn by (seed, epoch, sample) alone."""
 
     image_size: int
     """Side of the square image that comes out, in pixels."""
     mean: tuple[float, ...]
     """Mean of the channels, in 0..1: the middle of the noise that erasing fills in."""
     std: tuple[float, ...]
-    crop: Crop = "random_resized"
-    min_scale: float = 0.08
-    """Smallest share of the image's area in a random resized crop."""
-    padding: int = 4
-    """Pixels of black border around the image in front of a padded crop."""
-    flip: float = 0.5
-    """Probability of a horizontal flip."""
-    policy: str | None = None
-    """timm's name of a RandAugment policy (`rand-m9-mstd0.5-inc1`), or `3a` for DeiT III's 3-Augment."""
-    color_jitter: float = 0.0
-    """Largest relative change of brightness, contrast and saturation."""
-    erase: float = 0.0
-    """Probability of erasing one rectangle (random erasing, pixel mode)."""
+    settings: AugmentSettings = field(default_factory=AugmentSettings)
 
 
 class Augmenter:
@@ -66,9 +53,8 @@ class Augmenter:
 
     def train(self, encoded: bytes, epoch: int, sample: int) -> Pixels:
         """The training image of a sample in an epoch."""
-        options = self.augmentation
+        options, size = self.augmentation.settings, self.augmentation.image_size
         rng = generator(self.seed, Draw.AUGMENT, epoch, sample)
-        size = options.image_size
         if options.crop == "random_resized":
             image = read_crop(encoded, size, lambda width, height: random_resized_box(width, height, options.min_scale, rng))
         else:
@@ -179,14 +165,14 @@ def _padded_crop(image: Image.Image, padding: int, rng: np.random.Generator) -> 
 def _color_transforms(augmentation: Augmentation) -> list[Callable[[Image.Image], Image.Image]]:
     """RandAugment or 3-Augment from timm, and colour jitter."""
     transforms: list[Callable[[Image.Image], Image.Image]] = []
-    policy = augmentation.policy
+    policy, color_jitter = augmentation.settings.policy, augmentation.settings.color_jitter
     if policy:
         timm = _timm_policies()
         make = timm.rand_augment_transform if policy.startswith("rand") else timm.auto_augment_transform
         mean = tuple(round(255 * channel) for channel in augmentation.mean)
         transforms.append(make(policy, {"img_mean": mean, "translate_const": augmentation.image_size * 0.45}))
-    if augmentation.color_jitter:
-        transforms.append(ColorJitter(augmentation.color_jitter))
+    if color_jitter:
+        transforms.append(ColorJitter(color_jitter))
     return transforms
 
 

@@ -29,6 +29,13 @@ class Batch:
     """(n,): sample ids, -1 where a slot is empty."""
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on the device. A GPU is not waited for: that would leave it idle until the next step is launched."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 @dataclass(frozen=True)
 class StreamPlan:
     """What a worker streams: everything that the read task and the decoders need, and nothing that is open."""
@@ -37,13 +44,13 @@ class StreamPlan:
     manifest: Manifest
     orders: dict[Split, Order]
     augmentation: Augmentation
-    """Of evaluation, and of training where there is no other one."""
+    """Of evaluation, and of training where the epoch has none of its own."""
     seed: int
     crop_ratio: float
     rank: int
     world_size: int
-    others: Mapping[int, Augmentation] = field(default_factory=dict)
-    """Of training in the epochs that have one of their own."""
+    training_augmentations: Mapping[int, Augmentation] = field(default_factory=dict)
+    """By epoch, where training has another one than evaluation."""
 
     @property
     def _order(self) -> Order:
@@ -62,11 +69,11 @@ class StreamPlan:
     @property
     def augmentations(self) -> set[Augmentation]:
         """All that any epoch takes."""
-        return {self.augmentation, *self.others.values()}
+        return {self.augmentation, *self.training_augmentations.values()}
 
     def augmentation_of(self, split: Split, epoch: int) -> Augmentation:
         """What an epoch takes, whose images have this one's size."""
-        return self.others.get(epoch, self.augmentation) if split == "train" else self.augmentation
+        return self.training_augmentations.get(epoch, self.augmentation) if split == "train" else self.augmentation
 
     def batches_per_block(self, image_size: int) -> int:
         """A block costs tens of milliseconds on its way, so small images travel several batches to a block."""

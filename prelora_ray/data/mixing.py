@@ -14,31 +14,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from prelora_ray.data.augment_settings import AugmentSettings
 from prelora_ray.data.draws import Draw, generator
 from prelora_ray.data.order import Ids
-
-
-@dataclass(frozen=True)
-class Mixing:
-    mixup: float = 0.0
-    """Alpha of Mixup's Beta distribution (arXiv 1710.09412); 0 is off."""
-    cutmix: float = 0.0
-    """Alpha of CutMix's Beta distribution (arXiv 1905.04899); 0 is off. With both, each cell takes one of them."""
-    probability: float = 1.0
-    """Probability that a cell is mixed at all."""
-    label_smoothing: float = 0.0
-
-    @property
-    def is_on(self) -> bool:
-        return bool(self.probability and (self.mixup or self.cutmix))
 
 
 @dataclass(frozen=True)
 class MixPlan:
     """For each of n slots: which one it is mixed with, and how."""
 
-    partner: torch.Tensor
-    """(n,), int64: slot of the partner, in the same cell."""
+    offset: torch.Tensor
+    """(n,), int64: the partner's slot less its own, both of one cell, so that a plan can be cut between cells."""
     weight: torch.Tensor
     """(n,), float64: share of the sample's own label; for Mixup of its own pixels too."""
     box: torch.Tensor
@@ -46,22 +32,22 @@ class MixPlan:
 
 
 def plan_mixing(
-    mixing: Mixing, seed: int, epoch: int, batch: int, cells: Sequence[int], size: int, ids: Ids, image_size: int
+    augment: AugmentSettings, seed: int, epoch: int, batch: int, cells: Sequence[int], size: int, ids: Ids, image_size: int
 ) -> MixPlan:
     """Draws the mixing of a worker's `cells`, `size` slots each, the first of `ids` (n,); -1 is an empty slot."""
     n = len(ids)
-    partner, weight, box = np.arange(n), np.ones(n), np.zeros((n, 4), np.int64)
-    if mixing.is_on:
+    offset, weight, box = np.zeros(n, np.int64), np.ones(n), np.zeros((n, 4), np.int64)
+    if augment.mixes:
         for i, cell in enumerate(cells):
             slots = slice(i * size, (i + 1) * size)
             filled = int((ids[slots] >= 0).sum())  # a cell's rows stand at its front
             rng = generator(seed, Draw.MIX, epoch, batch, cell)
-            if rng.random() >= mixing.probability or filled < 2:
+            if rng.random() >= augment.mix_probability or filled < 2:
                 continue
-            use_cutmix = mixing.cutmix > 0 and (mixing.mixup == 0 or rng.random() < 0.5)
-            alpha = mixing.cutmix if use_cutmix else mixing.mixup
+            use_cutmix = augment.cutmix > 0 and (augment.mixup == 0 or rng.random() < 0.5)
+            alpha = augment.cutmix if use_cutmix else augment.mixup
             share = rng.beta(alpha, alpha)
-            partner[slots][:filled] = i * size + rng.permutation(filled)
+            offset[slots][:filled] = rng.permutation(filled) - np.arange(filled)
             if use_cutmix:
                 side = image_size * np.sqrt(1 - share)
                 y, x = rng.integers(image_size, size=2)
@@ -70,14 +56,7 @@ def plan_mixing(
                 box[slots] = edges
                 share = 1 - (edges[2] - edges[0]) * (edges[3] - edges[1]) / image_size**2
             weight[slots] = share
-    return MixPlan(*map(torch.from_numpy, (partner, weight, box)))
-
-
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor on the device. A GPU is not waited for: that would leave it idle until the next step is launched."""
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+    return MixPlan(*map(torch.from_numpy, (offset, weight, box)))
 
 
 def normalize(
@@ -124,6 +103,7 @@ def mix(images: torch.Tensor, targets: torch.Tensor, plan: MixPlan) -> tuple[tor
     inside = (rows[:, None, :, None] & columns[:, None, None, :]).to(dtype)
     is_cutmix = (box[:, 2] > box[:, 0]) & (box[:, 3] > box[:, 1])
     own = torch.where(is_cutmix[:, None, None, None], 1 - inside, weight[:, None, None, None])
-    images = own * images + (1 - own) * images[plan.partner]
-    targets = weight[:, None] * targets + (1 - weight[:, None]) * targets[plan.partner]
+    partner = torch.arange(len(images), device=device) + plan.offset
+    images = own * images + (1 - own) * images[partner]
+    targets = weight[:, None] * targets + (1 - weight[:, None]) * targets[partner]
     return images, targets

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses import fake_tensor
 
-from prelora_ray.config import MethodSettings, ModelSettings, Settings
+from prelora_ray.config import ModelSettings, Settings
 from prelora_ray.engine.drop_path import compute_subsets, drop_path_modules, set_drop_path
 from prelora_ray.engine.model import create_model
 from prelora_ray.engine.optim import build_optimizer
@@ -21,7 +21,7 @@ from prelora_ray.errors import UserError, one_line
 from prelora_ray.method.adapters import inject, peft_config, peft_state_dict
 from prelora_ray.method.architecture import Target, find_targets
 from prelora_ray.method.phases import Phase, freeze_parameters
-from prelora_ray.method.ranks import check_ranks, match_rank_pattern
+from prelora_ray.schedule import largest_ranks
 
 _IMAGES, _CLASSES = 2, 10
 
@@ -30,12 +30,12 @@ def check_model(settings: Settings) -> list[Target]:
     """Takes the model through every phase of a run, and returns its target modules.
 
     Raises UserError where the model, its targets or the ranks do not fit each other; where it makes other things of
-    images than a row of logits each, or takes none of a size that the run has; where a phase cannot train it; and where a
-    target's layer is used by its weight alone, so that an adapter on it would have no effect.
+    images than a row of logits each, or takes none of a size that the run has; where a phase cannot train it; and where
+    a target's layer is used by its weight alone, so that an adapter on it would have no effect.
     """
     method = settings.method
-    # As if fp8 came with phase lora: it has no kernels for such tensors.
-    format_ = phase_format(settings.train.precision, Phase.LORA, Phase.FULL, torch.device("cuda"))
+    # Kernels of e4m3 take no tensors without values, so fp8 is tried as the bf16 in front of it.
+    format_ = phase_format(settings.train.precision, fp8_from=Phase.LORA, phase=Phase.FULL, device=torch.device("cuda"))
     with torch.device("meta"):
         model = create_model(settings.model, _CLASSES, seed=0, any_size=bool(settings.train.resolution))
     model.to(torch.float64 if format_ == "fp64" else torch.float32)
@@ -43,7 +43,7 @@ def check_model(settings: Settings) -> list[Target]:
         targets = find_targets(model, method.targets)
     except ValueError as error:
         raise UserError(f"model.name = {settings.model.name!r} is not allowed: {error}") from None
-    ranks = _largest_ranks(method, targets)
+    ranks = largest_ranks(method, targets)
     with _without_values():
         model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))  # on a CPU: autocast needs a device
         if settings.train.residual == "bf16":
@@ -80,23 +80,6 @@ def _without_values() -> Iterator[None]:
             yield
     finally:
         log.disabled = was_disabled
-
-
-def _largest_ranks(method: MethodSettings, targets: list[Target]) -> dict[str, int]:
-    """Rank by module name: the given one, or the largest that the rule gives."""
-    names = [target.name for target in targets]
-    if method.rank_pattern is None:
-        if method.enabled and method.r_max > (smallest := min(target.max_rank for target in targets)):
-            raise UserError(
-                f"method.r_max = {method.r_max} is not allowed: the model's smallest weight has rank {smallest} at most"
-            )
-        return dict.fromkeys(names, method.r_max)
-    try:
-        ranks = match_rank_pattern(method.rank_pattern, names)
-        check_ranks(ranks, targets)
-    except ValueError as error:
-        raise UserError(f"method.rank_pattern: {error}") from None
-    return ranks
 
 
 def _calls(model: nn.Module, targets: list[Target]) -> set[str]:

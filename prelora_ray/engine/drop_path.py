@@ -4,8 +4,9 @@ As a subset, a branch f makes of x the same that a mask with equal scales makes 
 
     x + scale * f(x)  =  x + scale * place(f(take(x)))
 
-where `take` picks the samples that are kept, and `place` puts them back where they were, with zeros in between. Each is the
-other's gradient, and both are gathers, which fuse with what is around them; DINOv2's `layers/block.py` adds by index.
+where `take` picks the samples that are kept, and `place` puts them back where they were, with zeros in between. Each is
+the other's gradient, and both are gathers, which fuse with what is around them; DINOv2's `layers/block.py` adds by
+index.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from prelora_ray.errors import UserError
 from prelora_ray.method.architecture import blocks_of, residual_branches
 
 _PARTS = 8
-"""Counts are multiples of about such a part of a cell: each size wants memory and choices of kernels of its own, and to leave
-out less than half of it costs more than it saves."""
+"""Counts are multiples of a cell's slots divided by this: each size wants memory and choices of kernels of its own, and
+to leave out less than half of such a part costs more than it saves."""
 
 
 class KeyedDropPath(nn.Module):
@@ -57,8 +58,8 @@ class SubsetDropPath(KeyedDropPath):
         self.cell = cell
 
     def keep(self, order: torch.Tensor, place: torch.Tensor) -> None:
-        """Sets what is kept besides `scale`: `order` (samples,) has the samples that are kept first, in ascending order, and
-        `place` (samples,) for each sample its place among these, -1 where it is left out."""
+        """Sets what is kept besides `scale`: `order` (samples,) has the samples that are kept first, in ascending
+        order, and `place` (samples,) for each sample its place among these, -1 where it is left out."""
         self.kept = order[: math.ceil(len(order) * self.count / self.cell)]  # of less than a cell, one at least
         self.place = place
         torch._dynamo.maybe_mark_dynamic(self.kept, 0)  # counts differ from block to block, and blocks share their code
@@ -86,7 +87,7 @@ class _Take(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = grads
-        # A view of itself, which a compiler computes first: inside the gather it would read a norm's wider numbers again.
+        # A view of itself, which a compiler computes first: inside the gather it would read a norm's wider numbers.
         gradient = gradient.as_strided(gradient.shape, gradient.stride())
         return _placed(gradient, *ctx.saved_tensors), None, None
 
@@ -123,11 +124,17 @@ def drop_uniformly(model: nn.Module, drop_prob: float) -> None:
 def compute_subsets(model: nn.Module, cell: int) -> None:
     """Has the blocks compute a residual branch only for the samples of each cell that are not left out of it.
 
-    Blocks that leave out nothing stay as they are. Raises UserError where a block is not of timm's plain kind, or a cell is too
-    small.
+    Blocks that leave out nothing stay as they are. Raises UserError where a block is not of timm's plain kind, and
+    where a cell is too small for a share or a share too small for a cell.
     """
     blocks = [block for block in blocks_of(model) if drop_path_modules(block)]
-    counts = kept_counts([drop_path_modules(block)[0].drop_prob for block in blocks], cell)
+    rates = [drop_path_modules(block)[0].drop_prob for block in blocks]
+    counts = kept_counts(rates, cell)
+    if rates and max(rates) > 0 and min(counts) == cell:
+        raise UserError(
+            f"model.drop_path = {max(rates):g} is not allowed with drop_path_form subset and data.cell = {cell}: no block "
+            "would leave out any of so many images; it must be larger, or the form mask"
+        )
     for block, count in zip(blocks, counts, strict=True):
         try:
             branches = residual_branches(block)
@@ -146,8 +153,8 @@ def compute_subsets(model: nn.Module, cell: int) -> None:
 def kept_counts(rates: Sequence[float], cell: int) -> list[int]:
     """How many samples of a cell each block keeps, given the share that it is to leave out.
 
-    Counts are rounded to few sizes, and each block makes up for what those in front of it were off by, so that their mean is
-    right. Raises UserError where a cell is too small for a share.
+    Counts are rounded to few sizes, and each block makes up for what those in front of it were off by, so that their
+    mean is right. Raises UserError where a cell is too small for a share.
     """
     part = max(1, cell // _PARTS)
     if rates and cell * (1 - max(rates)) < part:
@@ -186,7 +193,7 @@ def draw_drop_path(
 
 
 def set_drop_path(modules: Sequence[KeyedDropPath], scales: torch.Tensor | None) -> None:
-    """Sets the scales of the micro-batch that comes next, (modules, samples) in whole cells; None leaves out nothing."""
+    """Sets the scales of the next micro-batch, (modules, samples) in whole cells; None leaves out nothing."""
     for i, module in enumerate(modules):
         module.scale = None if scales is None else scales[i]
     if scales is None or not any(isinstance(module, SubsetDropPath) for module in modules):

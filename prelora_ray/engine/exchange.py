@@ -22,6 +22,8 @@ class Exchange:
 
     hook: Hook | None = None
     """None is DDP's own: the mean in the number format of what trains."""
+    number_format: torch.dtype | None = None
+    """What `hook` sends; None: what trains, as it is."""
     bucket_mb: int | None = None
     """MiB of gradients that go at once, before `hook` makes them smaller; None: torch's 25, and 1 for the first."""
 
@@ -33,7 +35,7 @@ class Exchange:
         bf16. With u = 2**-8 and n workers a value is off by at most ((1 + u)**(n + 1) - 1) times the mean of the
         workers' absolute values; a division by a power of two is exact, which leaves n.
         """
-        return cls(bf16_compress_hook if number_format == "bf16" else None)
+        return cls(bf16_compress_hook, torch.bfloat16) if number_format == "bf16" else cls()
 
     def wrap(self, model: nn.Module, device: torch.device) -> DistributedDataParallel:
         """The model in DDP, for what trains now."""

@@ -6,6 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from prelora_ray.config import ModelSettings
+from prelora_ray.engine.drop_path import compute_subsets, drop_path_modules, set_drop_path
 from prelora_ray.engine.model import create_model
 from prelora_ray.method.phases import Phase
 
@@ -27,13 +28,22 @@ def peak_flops(name: str) -> float | None:
     return next((peak for model, peak in _PEAK_FLOPS.items() if model in name), None)
 
 
-def forward_flops(settings: ModelSettings, num_classes: int, image_size: int | None = None) -> float:
-    """Operations of one image's forward through the model without adapters; by default of one of `model.image_size`."""
-    if image_size is not None:
-        settings = settings.model_copy(update={"image_size": image_size})
+def forward_flops(settings: ModelSettings, num_classes: int, image_size: int | None = None, cell: int | None = None) -> float:
+    """Operations of one image's forward through the model without adapters; by default of one of `model.image_size`.
+
+    With `cell`, slots in a cell, it is one in training, without what `model.drop_path_form: subset` does not compute.
+    """
+    size = image_size or settings.image_size
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        create_model(settings, num_classes, seed=0)(torch.empty(1, *settings.input_shape))
-    return float(counter.get_total_flops())
+        model = create_model(settings, num_classes, seed=0, any_size=size != settings.image_size)
+        images = 1
+        if cell is not None and settings.drop_path_form == "subset":
+            images = cell
+            compute_subsets(model, cell)
+            modules = drop_path_modules(model)
+            set_drop_path(modules, torch.ones(len(modules), cell))
+        model.train()(torch.empty(images, settings.channels, size, size))
+    return float(counter.get_total_flops()) / images
 
 
 def training_passes(phase: Phase) -> int:

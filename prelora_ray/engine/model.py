@@ -81,10 +81,10 @@ def create_model(settings: ModelSettings, num_classes: int, seed: int, *, any_si
 def compile_blocks(model: nn.Module, backend: str = "inductor", *, any_size: bool = False) -> None:
     """Sends every block through torch.compile.
 
-    Blocks share their compiled code, so that compiling costs seconds instead of a minute at each start
-    and change of phase. Ranks differ from block to block: as sizes that may vary, two of which may be equal in one block
-    and not in the next, they need no code of their own. With `any_size` the images' size changes as the run goes on: each
-    gets code of its own at its first step, as code for all of them would be slower.
+    Blocks share their compiled code, so that compiling costs seconds instead of a minute at each start and change of
+    phase. Ranks differ from block to block: as sizes that may vary, two of which may be equal in one block and not in
+    the next, they need no code of their own. With `any_size` the images' size changes as the run goes on: each gets
+    code of its own at its first step, as code for all of them would be slower.
     """
     torch._dynamo.reset()
     torch._dynamo.config.force_parameter_static_shapes = False
@@ -94,9 +94,10 @@ def compile_blocks(model: nn.Module, backend: str = "inductor", *, any_size: boo
         from prelora_ray.kernels.compiler import suit_held_products  # the compiler takes a second to import
 
         suit_held_products()
-    merged = [layer for layer in lora_layers(model).values() if layer.product is not None]
-    torch.fx.experimental._config.use_duck_shape = not merged
-    for layer in merged:
+    # With sizes that are numbers the compiler would not find out by itself which of them vary.
+    varying = [layer for layer in lora_layers(model).values() if any_size or layer.product is not None]
+    torch.fx.experimental._config.use_duck_shape = not varying
+    for layer in varying:
         for family in layer.rows:
             torch._dynamo.maybe_mark_dynamic(layer.lora_A[family], 0)
             torch._dynamo.maybe_mark_dynamic(layer.lora_B[family], 1)

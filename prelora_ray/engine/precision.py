@@ -75,7 +75,7 @@ def use_products(model: nn.Module, format_: Format, adapters: Literal["plain", "
 
 
 def _stand_in(blocks: nn.Module) -> None:
-    """Puts modules of e4m3 in the place of layers without adapters, and of MLPs whose layers both are e4m3 and alike."""
+    """Puts modules of e4m3 in place of layers without adapters, and of MLPs whose layers are both e4m3 and alike."""
     for name, layer in list(blocks.named_modules()):
         if type(layer) is nn.Linear and _fits_fp8(layer):
             blocks.set_submodule(name, Fp8Linear(layer))

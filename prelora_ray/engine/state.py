@@ -15,6 +15,7 @@ from prelora_ray.engine.exchange import Exchange, align_gradients
 from prelora_ray.engine.model import compile_blocks, create_model
 from prelora_ray.engine.optim import OptimizerState, build_optimizer, optimizer_state
 from prelora_ray.engine.precision import Format, autocast, keep_residual_in_bf16, phase_format, stand_back, use_products
+from prelora_ray.engine.prelora import PreLoRA
 from prelora_ray.engine.pretrained import load_pretrained
 from prelora_ray.engine.snapshot import Snapshot
 from prelora_ray.method.adapters import (
@@ -25,8 +26,7 @@ from prelora_ray.method.adapters import (
     peft_state_dict,
 )
 from prelora_ray.method.architecture import find_targets
-from prelora_ray.method.phases import Decision, Phase, count_parameters, freeze_parameters
-from prelora_ray.schedule import phase_schedule
+from prelora_ray.method.phases import Decision, Phase, count_parameters
 
 SWITCH_TOLERANCE = 1e-5
 """Largest change of a logit that injecting adapters may make, in float32."""
@@ -73,8 +73,10 @@ class TrainState:
         if settings.model.drop_path_form == "subset":
             compute_subsets(self.model, settings.data.cell)
         self.drop_path = drop_path_modules(self.model)
-        self.targets = find_targets(self.model, settings.method.targets)
-        self.phases = phase_schedule(settings.method, settings.train.ramp_epochs, [target.name for target in self.targets])
+        method, ramp_epochs = settings.method.model_dump(), settings.train.ramp_epochs
+        self.prelora = PreLoRA(self.model, ramp_epochs=ramp_epochs, seed=settings.train.seed, **method)
+        self.targets = self.prelora.targets
+        self.phases = self.prelora.schedule
         self.epoch = 0
         """Epochs done."""
         self.batch = 0
@@ -87,8 +89,12 @@ class TrainState:
         self.network: nn.Module = self.model
         if checkpoint is not None:
             self._load(checkpoint)
+        phase = self.phases.phase
+        if self.fork is not None:
+            self.phases.phase = Phase.FULL  # its trunk's, whose format the change is measured against
         self._rebuild(checkpoint.optimizer if checkpoint is not None else {})
         if self.fork is not None:
+            self.phases.phase = phase
             self.apply(self.fork)
 
     @property
@@ -110,7 +116,7 @@ class TrainState:
         """What every worker exchanges in a step; 0 with one worker."""
         if self.world_size == 1:
             return 0
-        dtype = torch.bfloat16 if self.settings.train.gradient_exchange == "bf16" else self.dtype
+        dtype = self.exchange.number_format or self.dtype
         return dtype.itemsize * count_parameters(self.model)[0]
 
     @property
@@ -153,15 +159,13 @@ class TrainState:
             return
         moments = optimizer_state(self.model, self.optimizer)
         before = self._probe(self._format_built)
+        stand_back(self.model)  # adapters go into the model's own modules, which alone compute exactly
+        exact = self._probe("fp32")
+        self.prelora.apply(decision)
         if decision.switch is not None:
-            stand_back(self.model)  # adapters go into the model's own modules, which alone compute exactly
-            exact = self._probe("fp32")
-            self._inject(decision.switch)
             change = (self._probe("fp32") - exact).abs().max().item()
             if not change <= SWITCH_TOLERANCE:
                 raise RuntimeError(f"injecting the adapters changed a logit by {change}, and must not change any")
-        if decision.freeze:
-            freeze_parameters(self.model, self.targets, self.settings.method.freeze)
         self._rebuild(moments)
         self.logit_change = (self._probe(self.format) - before).abs().max().item()
 
@@ -227,10 +231,7 @@ class TrainState:
         if checkpoint.state.get("fork", self.phases.ranks is not None and not checkpoint.adapter):
             self.fork = Decision(switch=self.phases.ranks, freeze=is_frozen)
         elif is_frozen:
-            freeze_parameters(self.model, self.targets, self.settings.method.freeze)
-
-    def _inject(self, ranks: dict[str, int]) -> None:
-        inject(self.model, self.targets, ranks, self.settings.method.scaling, self.settings.train.seed)
+            self.prelora.apply(Decision(freeze=True))
 
     def _rebuild(self, moments: OptimizerState) -> None:
         self.optimizer = build_optimizer(self.model, self.settings, moments, capturable=self.uses_cuda_graph)

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from prelora_ray.data.batch import Batch, StreamPlan
-from prelora_ray.data.mixing import Mixing, MixPlan, mix, normalize, plan_mixing, soft_targets, to_device
-from prelora_ray.engine.cuda_graph import CudaGraph
+from prelora_ray.data.batch import Batch, StreamPlan, to_device
+from prelora_ray.engine.cuda_graph import CudaGraph, Inputs
 from prelora_ray.engine.drop_path import draw_drop_path, set_drop_path
-from prelora_ray.engine.evaluation import Evaluation, Evaluator, all_reduce
 from prelora_ray.engine.micro_batch import FoundSizes, find_micro_batch, micro_batch_sizes
 from prelora_ray.engine.optim import set_learning_rate
 from prelora_ray.engine.state import TrainState
 from prelora_ray.method.phases import Phase
+from prelora_ray.tasks.classification import Classification, Evaluation, Evaluator
+
+_OF_STEP = {"scale", "step", "drop_path"}
+"""Inputs that are a step's own; the task's have a row for each slot."""
 
 
 class NonFiniteLossError(RuntimeError):
@@ -31,9 +33,7 @@ class TrainStep:
     def __init__(self, state: TrainState, plan: StreamPlan) -> None:
         self.state = state
         self.plan = plan
-        augment = state.settings.augment
-        self.mixing = Mixing(augment.mixup, augment.cutmix, augment.mix_probability, augment.label_smoothing)
-        self.num_classes = len(plan.manifest.classes)
+        self.task = Classification(state.settings, len(plan.manifest.classes), state.dtype)
         self._sums = torch.zeros(2, dtype=torch.float64, device=state.device)
         self._bad_step = torch.full((), -1, device=state.device)
         self.found_sizes: FoundSizes = {}
@@ -51,22 +51,22 @@ class TrainStep:
         """Images that this worker takes through the model at once."""
         size, share = self.state.settings.train.micro_batch, self.plan.num_slots
         if size == "auto":
-            size = self.found_sizes.get(self._place, share)
+            size = self.found_sizes.get(self._stage, share)
         return share if size is None else min(size, share)
 
     @property
     def wants_search(self) -> bool:
         """Whether the largest micro-batch of this phase and size of images is to be found first."""
         is_auto = self.state.settings.train.micro_batch == "auto" and self.state.device.type == "cuda"
-        return is_auto and self._place not in self.found_sizes
+        return is_auto and self._stage not in self.found_sizes
 
     @property
-    def _place(self) -> tuple[Phase, int]:
+    def _stage(self) -> tuple[Phase, int]:
         """What decides how much memory an image takes: the phase, and the image's size."""
         return self.state.phases.phase, self.state.image_size
 
     def search(self, batch: Batch) -> None:
-        """Finds the largest micro-batch that fits in this phase, over a batch of the run; all workers call it together."""
+        """Finds the largest micro-batch that fits in this phase, over a batch. All workers call it together."""
         state, share = self.state, self.plan.num_slots
         self._graph = None  # that of the steps before, which holds the memory of one
         state.network.train()
@@ -76,7 +76,7 @@ class TrainStep:
             self._add_gradients(inputs, range(0, min(2 * size, share), size), exchanges=False)
 
         sizes = micro_batch_sizes(share, self.plan.orders["train"].cell)
-        self.found_sizes[self._place] = find_micro_batch(state, sizes, backward)
+        self.found_sizes[self._stage] = find_micro_batch(state, sizes, backward)
 
     def train(self, batch: Batch) -> None:
         """One optimizer step. The gradient is the mean over the global batch, whoever serves which part."""
@@ -87,34 +87,29 @@ class TrainStep:
         if not state.uses_cuda_graph:
             self._step(inputs)
             return
-        of = state.optimizer, state.image_size  # a change of phase builds a new optimizer
-        if self._graph is None or self._graph_of != of:
-            self._graph, self._graph_of = CudaGraph(self._step), of
+        graph_of = state.optimizer, state.image_size  # a change of phase builds a new optimizer
+        if self._graph is None or self._graph_of != graph_of:
+            self._graph, self._graph_of = CudaGraph(self._step), graph_of
         self._graph(inputs)
 
     _graph: CudaGraph | None = None
     _graph_of: tuple[torch.optim.Optimizer, int] | None = None
 
-    def _inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
+    def _inputs(self, batch: Batch) -> Inputs:
         """All that a step depends on but the state, as tensors on the CPU."""
-        state, settings = self.state, self.state.settings
-        order = self.plan.orders["train"]
-        key = (settings.train.seed, batch.epoch, batch.batch, self.plan.cells, order.cell)
+        state, order = self.state, self.plan.orders["train"]
         inputs = {
-            "images": batch.images,
-            "labels": batch.labels,
+            **self.task.draw(batch, self.plan.cells, order.cell),
             # DDP takes the mean over workers, so that is undone.
             "scale": torch.tensor(state.world_size / order.batch_size(batch.batch), dtype=state.dtype),
             "step": torch.tensor(state.step),
         }
-        if self.mixing.is_on:
-            plan = plan_mixing(self.mixing, *key, batch.ids, state.image_size)
-            inputs |= {"partner": plan.partner, "weight": plan.weight, "box": plan.box}
         if state.drop_path:
+            key = (state.settings.train.seed, batch.epoch, batch.batch, self.plan.cells, order.cell)
             inputs["drop_path"] = draw_drop_path(state.drop_path, *key, len(batch.ids)).float()
         return inputs
 
-    def _step(self, inputs: dict[str, torch.Tensor]) -> None:
+    def _step(self, inputs: Inputs) -> None:
         state = self.state
         self._sums += self._add_gradients(inputs, range(0, self.plan.num_slots, self.micro_batch), exchanges=True)
         norm = self._clip()
@@ -122,7 +117,7 @@ class TrainStep:
         state.optimizer.step()
         state.optimizer.zero_grad()
 
-    def _add_gradients(self, inputs: dict[str, torch.Tensor], starts: range, *, exchanges: bool) -> torch.Tensor:
+    def _add_gradients(self, inputs: Inputs, starts: range, *, exchanges: bool) -> torch.Tensor:
         """Takes the micro-batches that begin at `starts` through the model and back; sums of their losses and images.
 
         `exchanges`: whether workers exchange their gradients, after the last of them.
@@ -133,22 +128,13 @@ class TrainStep:
         drop_path = inputs.get("drop_path")
         for start in starts:
             micro = slice(start, start + starts.step)
-            labels = inputs["labels"][micro]
-            images = self._normalize(inputs["images"][micro])
-            targets = soft_targets(labels, self.num_classes, self.mixing.label_smoothing, state.dtype)
-            if self.mixing.is_on:
-                plan = MixPlan(inputs["partner"][micro] - start, inputs["weight"][micro], inputs["box"][micro])
-                images, targets = mix(images, targets, plan)
             set_drop_path(state.drop_path, None if drop_path is None else drop_path[:, micro])
             waits = isinstance(state.network, DistributedDataParallel) and not (exchanges and start == starts[-1])
             with state.network.no_sync() if waits else nullcontext():  # type: ignore[operator]
-                with state.autocast():
-                    logits = state.network(images)
-                losses = -(targets * F.log_softmax(logits.to(targets.dtype), dim=-1)).sum(-1)
-                filled = labels >= 0
-                loss = torch.where(filled, losses, 0).sum()
+                of_slots = {name: tensor[micro] for name, tensor in inputs.items() if name not in _OF_STEP}
+                loss, count = self.task.loss(self._forward(state.network), of_slots)
                 (loss * inputs["scale"]).backward()
-            sums += torch.stack([loss.detach(), filled.sum()])
+            sums += torch.stack([loss.detach(), count])
         set_drop_path(state.drop_path, None)
         return sums
 
@@ -188,18 +174,19 @@ class TrainStep:
         state.model.eval()
         state.refresh()
 
-        def predict(images: torch.Tensor) -> torch.Tensor:
-            with state.autocast():
-                logits: torch.Tensor = state.model(self._normalize(images))
-            return logits
-
-        evaluator = Evaluator(self.num_classes, state.device)
-        for _ in evaluator.run(predict, batches, self.micro_batch):
+        forward = self._forward(state.model)
+        evaluator = Evaluator(self.task.num_classes, state.device)
+        for _ in evaluator.run(lambda images: forward(self.task.normalize(images)), batches, self.micro_batch):
             pass
-        return evaluator.result()
+        return evaluator.result(all_reduce(evaluator.sums))
 
-    def _normalize(self, images: torch.Tensor) -> torch.Tensor:
-        return normalize(images, *self.state.settings.normalization, self.state.dtype)
+    def _forward(self, network: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+        def forward(images: torch.Tensor) -> torch.Tensor:
+            with self.state.autocast():
+                outputs: torch.Tensor = network(images)
+            return outputs
+
+        return forward
 
     def _clip(self) -> torch.Tensor:
         """Clips the gradient and returns the norm that it had."""
@@ -209,3 +196,11 @@ class TrainStep:
         if limit is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         return norm
+
+
+def all_reduce(sums: torch.Tensor) -> torch.Tensor:
+    """The sum over all workers, on each of them; what was passed in where there is one worker."""
+    sums = sums.clone()
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    return sums

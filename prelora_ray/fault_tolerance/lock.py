@@ -184,7 +184,7 @@ def holder(folder: RunFolder) -> Claim | None:
 
 
 def is_held(folder: RunFolder) -> bool:
-    """Whether a living driver seems to hold a run folder: one on another machine by its claim's age on our own clock."""
+    """Whether a living driver seems to hold a run folder: one on another machine by its claim's age on our clock."""
     claim = holder(folder)
     if claim is None:
         return False

@@ -248,7 +248,7 @@ def release_groups_of_dead_actors() -> set[str]:
         group.placement_group_id.hex()
         for group in table
         if group.creator_actor_dead
-        and group.creator_actor_id != ActorID.nil().binary()  # the driver's own groups: no actor counts as a dead one
+        and group.creator_actor_id != ActorID.nil().binary()  # the driver's own, whose creator counts as a dead actor
         and not group.is_detached
         and group.creator_job_id.hex() == job
         and group.state != PlacementGroupTableData.REMOVED

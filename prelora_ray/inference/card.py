@@ -1,4 +1,4 @@
-"""The model cards of an export: what the model is, what it was trained on, and code that runs each form as it stands."""
+"""The model cards of an export: what the model is, what it was trained with, and code that runs each form."""
 
 from __future__ import annotations
 

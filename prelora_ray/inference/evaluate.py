@@ -16,11 +16,11 @@ from prelora_ray.data.manifest import Manifest, read_manifest
 from prelora_ray.data.mixing import normalize
 from prelora_ray.data.order import Order
 from prelora_ray.data.stream import stream_batches
-from prelora_ray.engine.evaluation import Evaluation, Evaluator
 from prelora_ray.errors import UserError
 from prelora_ray.inference.load import OnnxModel, TrainedModel, load_trained
 from prelora_ray.nodes import check_seen_by_all_nodes
 from prelora_ray.storage import Storage
+from prelora_ray.tasks.classification import Evaluation, Evaluator
 
 _BATCH = 256
 
@@ -62,9 +62,9 @@ def evaluate(
     if not total:
         raise UserError(f"{data!r} has no validation images")
     check_seen_by_all_nodes([str(folder), *([model.module.path] if isinstance(model.module, OnnxModel) else [])])
-    cpus = ray.cluster_resources()
-    task = ray.remote(num_cpus=1, num_gpus=min(1, int(cpus.get("GPU", 0))))(_evaluate)
-    decoders = max(1, int(cpus.get("CPU", 1)) - 1)
+    resources = ray.cluster_resources()
+    task = ray.remote(num_cpus=1, num_gpus=min(1, int(resources.get("GPU", 0))))(_evaluate)
+    decoders = max(1, int(resources.get("CPU", 1)) - 1)
     try:
         for reference in task.options(num_returns="streaming").remote(model, str(folder), manifest, decoders):
             done = ray.get(reference)
@@ -82,10 +82,10 @@ def _evaluate(model: TrainedModel, path: str, manifest: Manifest, decoders: int)
     """Yields the number of images done so far after each batch, and in the end the report."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module = model.module.to(device)
-    prepared = model.preprocessing
+    preprocessing = model.preprocessing
 
     def predict(images: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = module(normalize(images, prepared.mean, prepared.std))
+        logits: torch.Tensor = module(normalize(images, preprocessing.mean, preprocessing.std))
         return logits
 
     evaluator = Evaluator(len(manifest.classes), device, counts_confusion=True)
@@ -94,14 +94,14 @@ def _evaluate(model: TrainedModel, path: str, manifest: Manifest, decoders: int)
     for images in evaluator.run(predict, batches, _BATCH):
         done += images
         yield done
-    yield EvaluationReport(evaluator.result(), manifest.classes, evaluator.confusion)
+    yield EvaluationReport(evaluator.result(evaluator.sums), manifest.classes, evaluator.confusion)
 
 
 def _plan(model: TrainedModel, path: str, manifest: Manifest) -> StreamPlan:
-    prepared = model.preprocessing
+    preprocessing = model.preprocessing
     order = Order(manifest.row_groups("val"), num_cells=1, cell=_BATCH, seed=None)
-    augmentation = Augmentation(prepared.image_size, prepared.mean, prepared.std)
-    return StreamPlan(path, manifest, {"val": order}, augmentation, 0, prepared.crop_ratio, 0, 1)
+    augmentation = Augmentation(preprocessing.image_size, preprocessing.mean, preprocessing.std)
+    return StreamPlan(path, manifest, {"val": order}, augmentation, 0, preprocessing.crop_ratio, 0, 1)
 
 
 def _check_classes(source: str, model: tuple[str, ...], data: str, prepared: tuple[str, ...]) -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow.fs
 import safetensors.torch
@@ -20,10 +18,11 @@ from prelora_ray.data.augment import Augmentation, Augmenter
 from prelora_ray.data.manifest import read_manifest
 from prelora_ray.data.mixing import normalize
 from prelora_ray.data.rows import read_encoded
+from prelora_ray.engine.prelora import save_adapter
 from prelora_ray.errors import UserError, WorkError
 from prelora_ray.inference.card import write_cards
 from prelora_ray.inference.load import RunModel, TrainedModel, load_run_model, load_trained
-from prelora_ray.method.adapters import base_state_dict, lora_layers, merged_state_dict, peft_config, peft_state_dict
+from prelora_ray.method.adapters import base_state_dict, lora_layers, merged_state_dict
 from prelora_ray.storage import Storage
 from prelora_ray.torchvision_ops import make_importable
 
@@ -71,7 +70,7 @@ def export(source: str, out: str, data: str | None = None) -> Exported:
         _write_timm(run, root / "timm", merged_state_dict(run.module))
         if lora_layers(run.module):
             _write_timm(run, root / "adapter" / "base", base_state_dict(run.module))
-            _write_adapter(run, root / "adapter")
+            save_adapter(run.module, root / "adapter")
         _write_onnx(run, root / "onnx", root / "timm", images[:2])
         forms = tuple(sorted(path.name for path in root.iterdir() if path.is_dir()))
         differences = {form: _difference(run, load_trained(str(root / form)), images) for form in forms}
@@ -130,13 +129,6 @@ def _plain_model(run: RunModel) -> nn.Module:
         settings.name, num_classes=len(run.classes), img_size=settings.image_size, **copy.deepcopy(settings.options)
     )
     return model
-
-
-def _write_adapter(run: RunModel, path: Path) -> None:
-    tensors = {name: tensor.contiguous() for name, tensor in peft_state_dict(run.module).items()}
-    safetensors.torch.save_file(tensors, path / "adapter_model.safetensors")
-    config: dict[str, Any] = {"base_model_name_or_path": "base", **peft_config(run.module)}
-    (path / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
 def _write_onnx(run: RunModel, path: Path, merged: Path, example: torch.Tensor) -> None:

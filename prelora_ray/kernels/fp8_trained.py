@@ -1,8 +1,8 @@
 """The product of a linear layer whose weights train, with adapters or without, in e4m3 as `fp8.py` has it.
 
-y and dx sum over different sides of the weights, so these are rounded twice after each change, by row and by column. The
-gradient of the weights sums over the rows of x and dy, and is a product of bfloat16: x is kept for it in that, and so are an
-MLP's hidden values, in front of GELU. It gives those of the adapters, which see no row of x.
+y and dx sum over different sides of the weights, so these are rounded twice after each change, by row and by column.
+The gradient of the weights sums over the rows of x and dy, and is a product of bfloat16: x is kept for it in that, and
+so are an MLP's hidden values, in front of GELU. The gradients of adapters follow from it alone.
 """
 
 from __future__ import annotations

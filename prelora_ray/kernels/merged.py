@@ -53,8 +53,8 @@ def merge(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float
 class HeldProduct(nn.Module, ABC):
     """x (..., in) to x (W + s B A)' + bias, (..., out).
 
-    Holds W + s B A, and what else its products take, in their form. `refresh` brings that up to date: once after every change
-    of W, A or B.
+    Holds W + s B A, and what else its products take, in their form. `refresh` brings that up to date: once after every
+    change of W, A or B.
     """
 
     @torch.no_grad()
@@ -77,7 +77,7 @@ class HeldProduct(nn.Module, ABC):
         b: torch.Tensor,
         scaling: float,
     ) -> torch.Tensor:
-        """As `merged_linear`; of what is held the gradients matter alone, as the values are those of the last `refresh`."""
+        """As `merged_linear`; of what is held only gradients matter: the values are those of the last `refresh`."""
 
 
 class FrozenProduct(HeldProduct):

@@ -1,7 +1,7 @@
 """What stands between two products in e4m3, with the scaling by row behind it, each in one pass over memory.
 
-A compiler reads a row twice, once for its largest value, and computes GELU each time; the sum over the rows, a bias's gradient,
-is one more pass. On a GPU these are kernels in Triton that keep the row in registers; elsewhere plain torch.
+A compiler reads a row twice, once for its largest value, and computes GELU each time; the sum over the rows, a bias's
+gradient, is one more pass. On a GPU these are kernels in Triton that keep the row in registers; elsewhere plain torch.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def gelu_quantize(h: torch.Tensor) -> Operand:
 
 
 def gelu_quantize_backward(dg: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Operand, torch.Tensor]:
-    """The backward of g = gelu(h), of dg and h in bfloat16: g and dh in bfloat16, dh as `quantize` gives it, and the sum of its
-    rows, (columns,) in float32."""
+    """The backward of g = gelu(h), of dg and h in bfloat16: g and dh in bfloat16, dh as `quantize` gives it, and the
+    sum of its rows, (columns,) in float32."""
     if dg.is_cuda:
         g, dh, values, scale, total = passes_triton.gelu_quantize_backward(dg, h)
         return g, dh, Operand(values, scale), total
@@ -47,8 +47,8 @@ def gelu_quantize_both(h: torch.Tensor, columns: int) -> tuple[Operand, Operand]
 def gelu_quantize_both_backward(dg: torch.Tensor, h: Operand) -> tuple[torch.Tensor, torch.Tensor, Operand]:
     """The backward of g = gelu(h): g and dh, of h's shape in bfloat16, and dh as `quantize` gives it.
 
-    Takes as many columns of dg as h has. Both come from h as `gelu_quantize_both` gave it: its slope there changes little
-    within what e4m3 rounds off, and nothing else is kept from the forward.
+    Takes as many columns of dg as h has. Both come from h as `gelu_quantize_both` gave it: its slope there changes
+    little within what e4m3 rounds off, and nothing else is kept from the forward.
     """
     if dg.is_cuda:
         g, dh, values, scale = passes_triton.gelu_quantize_both_backward(dg, *h)

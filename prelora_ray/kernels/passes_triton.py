@@ -172,8 +172,8 @@ def _quantize_and_sum(
 
 @triton.jit
 def _normal(x):
-    """Distribution and density of the normal distribution at x, with one exponential for both: the tail is a polynomial times
-    the density (Abramowitz and Stegun 7.1.26), off by 1e-7 at most."""
+    """Distribution and density of the normal distribution at x, with one exponential for both: the tail is a polynomial
+    times the density (Abramowitz and Stegun 7.1.26), off by 1e-7 at most."""
     e = tl.exp2(_EXPONENT * x * x)
     t = 1.0 / (1.0 + 0.3275911 * _SQRT_HALF * tl.abs(x))
     polynomial = 1.421413741 + t * (-1.453152027 + t * 1.061405429)

@@ -1,4 +1,4 @@
-"""What timm calls the parts of its plain Vision Transformer. Nothing else of the project reads a module's name."""
+"""What timm calls the parts of its plain Vision Transformer. Nothing else of the project takes a name apart."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LINEAR_OF = {
 }
 
 _BLOCK = ("norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2")
-"""The parts of a plain block, besides layer scales: two residual branches, each a norm, what it is for, and a drop path."""
+"""The parts of a plain block but layer scales: two residual branches, each a norm, what it is for, and a drop path."""
 
 
 @dataclass(frozen=True)

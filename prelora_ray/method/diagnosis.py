@@ -68,9 +68,9 @@ def diagnose(epochs: Sequence[Epoch], ranks: Mapping[str, int] | None, num_choic
 def _early_switch(epochs: Sequence[Epoch]) -> Finding | None:
     """After the freeze the loss levels off above the trunk's extrapolated curve.
 
-    The curve is exponential in the learning rate spent, with the slope of the last third of phase full. So it bends with
-    the schedule, and as a rate that decays lowers the loss further, a run that keeps up with its trunk ends under it.
-    Images of another size move the loss by themselves, so that of both phases only the last size counts.
+    The curve is exponential in the learning rate spent, with the slope of the last third of phase full. So it bends
+    with the schedule, and as a rate that decays lowers the loss further, a run that keeps up with its trunk ends under
+    it. Images of another size move the loss by themselves, so that of both phases only the last size counts.
     """
     full = [line for line in epochs if line.phase == "full"]
     if len(full) < 2 * _FEWEST:
@@ -101,7 +101,7 @@ def _early_switch(epochs: Sequence[Epoch]) -> Finding | None:
 
 
 def _insufficient_warmup(epochs: Sequence[Epoch]) -> Finding | None:
-    """The loss rises in the first epoch after the freeze, by more than it usually moves with images of the same size."""
+    """The loss rises in the first epoch after the freeze, by more than is usual with images of the same size."""
     after = next((i for i, line in enumerate(epochs) if line.phase == "lora"), 0)
     losses = [line.loss for line in _of_last_size(epochs[max(0, after - _LOOK_BACK) : after + 1])[:-1]]
     if len(losses) < _FEWEST or not all(losses):  # from a loss of 0 there is no rise in percent

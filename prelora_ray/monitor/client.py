@@ -39,7 +39,7 @@ class Client:
             self._actor.update.remote(self._run, self._source, self._metrics.collect(), world_size)
 
 
-def finish(run: str) -> None:
+def tell_end(run: str) -> None:
     """Tells the exporter that a run has ended."""
     with contextlib.suppress(ValueError):
         ray.get_actor(NAME, NAMESPACE).finish.remote(run)

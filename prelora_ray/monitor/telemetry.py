@@ -38,7 +38,9 @@ class WorkerTelemetry:
         watches_gpu = settings.monitor.enabled and device.type == "cuda"
         self._sensors = Sensors(device) if watches_gpu else None
         self._peak = peak_flops(torch.cuda.get_device_name(device)) if watches_gpu else None
-        self._forward_flops = functools.cache(functools.partial(forward_flops, settings.model, num_classes))
+        self._forward_flops = functools.cache(
+            functools.partial(forward_flops, settings.model, num_classes, cell=settings.data.cell)
+        )
         self._metrics = WorkerMetrics()
         self._client = Client(self._labels[0], str(rank), self._metrics, enabled=settings.monitor.enabled)
 

@@ -1,1 +1,1 @@
-"""What a run will cost, before a GPU is rented: the recipe's own steps at the speed that benchmarks measured. No Ray."""
+"""What a run will cost, before a GPU is rented: the recipe's own steps at the speed of benchmarks. No Ray."""

@@ -9,7 +9,7 @@ from prelora_ray.engine.precision import Format
 from prelora_ray.method.phases import Phase
 
 BACKWARD_SHARE = 0.45
-"""Part of a step's computing that gradients are exchanged beside: fitted to steps measured at 1 to 100 Gbit/s, docs/plan.md."""
+"""Part of a step's computing beside which gradients are exchanged: fitted to steps at 1 to 100 Gbit/s, docs/plan.md."""
 _FIRST_BUCKET, _BUCKET = 2**20, 25 * 2**20
 """Bytes of gradients that DDP exchanges at once: the first ones to be ready, and all others."""
 _SPARE = 0.04
@@ -29,7 +29,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Step:
-    """A step of all GPUs together; each computes as many slots for images as the one with most, be they filled or empty."""
+    """A step of all GPUs together; each computes as many slots for images as the one with most, filled or empty."""
 
     compute_seconds: float
     waiting_seconds: float
@@ -55,7 +55,7 @@ class Memory:
         return state_bytes(self.trainable, self.parameters) + images * self.bytes_per_image
 
     def fits(self, images: int, total: float) -> bool:
-        """Whether a step, and a checkpoint's copy of weights and moments, leave a GPU of `total` bytes its spare share."""
+        """Whether a step and a checkpoint's copy of weights and moments leave the spare share of `total` bytes free."""
         snapshot = 4 * self.parameters + 8 * self.trainable
         return self.peak(images) + snapshot <= (1 - _SPARE) * total
 
@@ -66,14 +66,14 @@ def state_bytes(trainable: int, parameters: int) -> int:
 
 
 def ring_seconds_per_byte(gpus: int, bandwidth: float) -> float:
-    """Of an all-reduce over a ring: each GPU sends every byte but its own share of them twice. `bandwidth`: bytes a second."""
+    """Of an all-reduce over a ring: each GPU sends all bytes but its own share twice. `bandwidth`: bytes a second."""
     return 2 * (gpus - 1) / gpus / bandwidth
 
 
 def waiting_seconds(gradient_bytes: int, seconds_per_byte: float, backward_seconds: float) -> float:
     """How much longer than the backward the exchange of its gradients takes.
 
-    Gradients become ready evenly over the backward; DDP exchanges them in buckets, one behind the other, each once it is full.
+    Gradients become ready evenly over the backward; DDP exchanges them in buckets, one by one, each once it is full.
     """
     ready = end = 0.0
     filled, size = 0, _FIRST_BUCKET

@@ -1,4 +1,4 @@
-"""Speed and memory from the files that `prelora bench phases --out` writes, and what they come to for another model or size."""
+"""Speed and memory from the files of `prelora bench phases --out`, and what they come to for another model or size."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Expected:
 
 
 class Estimator:
-    """Takes what was measured over to the sizes of one recipe's model: time goes by operations, memory by layers' outputs."""
+    """Takes what was measured to the sizes of a recipe's model: time goes by operations, memory by layers' outputs."""
 
     def __init__(self, bench: Bench, model: ModelSettings, residual: str, num_classes: int) -> None:
         self._rows = bench.rows
@@ -145,8 +145,8 @@ def _size_of_row(model: str, image_size: int) -> ForwardSize:
 def read_benches(paths: Sequence[str], gpu: str | None) -> Bench:
     """The rows of these files, of GPUs with `gpu` in their name.
 
-    Where there are no paths they are the files that come with the project, and `gpu` is H100 if not given. Raises UserError
-    where a file is none, or they are of no such GPU, or of several kinds.
+    Where there are no paths they are the files that come with the project, and `gpu` is H100 if not given. Raises
+    UserError where a file is none, or they are of no such GPU, or of several kinds.
     """
     if not paths and gpu is None:
         gpu = "H100"
@@ -187,7 +187,7 @@ def _measurement(file: _File, row: _Row) -> Measurement:
     flops = row.mfu * file.matrix_flops * seconds / training_passes(Phase(row.name.split()[-1]))
     options = file.options
     return Measurement(
-        row.name.replace(" subset ", f" subset {options.drop_path:g} "),  # such as `prelora bf16 uniform subset 0.4 full`
+        row.name.replace(" subset ", f" subset {options.drop_path:g} "),  # as `prelora bf16 uniform subset 0.4 full`
         options.model,
         options.image_size,
         options.residual,

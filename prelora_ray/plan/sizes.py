@@ -71,7 +71,10 @@ def parameters_by_phase(
 
 
 def even_ranks(method: MethodSettings, targets: list[Target]) -> dict[str, int]:
-    """Rank by module name: the recipe's own pattern, or r_min to r_max dealt out evenly, as the rule's come at the switch."""
+    """Rank by module name: the recipe's own pattern, or r_min to r_max dealt out evenly.
+
+    The rule's ranks come at the switch.
+    """
     if method.rank_pattern is not None:
         return ranks_for(method, {}, [target.name for target in targets])
     choices = rank_choices(method.r_min, method.r_max)

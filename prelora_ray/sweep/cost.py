@@ -10,8 +10,8 @@ from prelora_ray.run_folder import RunFolder
 
 
 def straight_hours(run: RunFolder, epochs: int) -> float:
-    """Cost of a straight run of so many epochs: each at the median of its phase and size of images, and what a stopped one
-    lacks as the last.
+    """Cost of a straight run of so many epochs: each at the median of its phase and size of images, and what a stopped
+    one lacks as the last.
 
     The median leaves out what the start of a process, or of a fork, adds to an epoch.
     """

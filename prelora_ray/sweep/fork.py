@@ -69,13 +69,14 @@ def _check_same_trunk(trunk: RunFolder, settings: Settings) -> None:
     now, before = _in_phase_full(ours), _in_phase_full(theirs)
     for key in ours | theirs:
         if acts(key) == "always" and now.get(key) != before.get(key):
+            if key == "train.precision" and ours[key] == theirs[key]:
+                key = "train.fp8_from"
             raise UserError(
                 f"{key} = {ours.get(key)!r} is not allowed in a fork: its trunk {trunk} was run with {theirs.get(key)!r}"
             )
 
 
 def _in_phase_full(keys: dict[str, Any]) -> dict[str, Any]:
-    """What the keys come to there: fp8 is bf16, but for what is e4m3 from phase full on."""
-    is_fp8 = keys["train.precision"] == "fp8"
-    precision = {"train.precision": "bf16"} if is_fp8 else {}
-    return keys | precision | {"train.fp8_from": is_fp8 and keys["train.fp8_from"] == Phase.FULL}
+    """What the keys come to there: fp8 is bf16, but where it is from phase full on."""
+    is_later = keys["train.precision"] == "fp8" and keys["train.fp8_from"] != Phase.FULL
+    return keys | ({"train.precision": "bf16"} if is_later else {}) | {"train.fp8_from": None}

@@ -31,8 +31,8 @@ class Point:
     trainable_fraction: float | None
     """In phase lora; None too where the model is not known."""
     hours: float | None
-    """Wall-clock of the whole run at the phases' measured speed; None too where a phase was not measured with images of a
-    size that it would have."""
+    """Wall-clock of the whole run at the phases' measured speed; None too where a phase was not measured with images of
+    a size that it would have."""
 
 
 @dataclass(frozen=True)

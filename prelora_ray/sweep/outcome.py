@@ -1,4 +1,4 @@
-"""Which run a setting stands for, known before anything is trained. Settings that agree in it are one run."""
+"""Which run a candidate stands for, known before anything is trained. Candidates that agree in it are one run."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from dataclasses import dataclass
 
 from prelora_ray.config import Settings
 from prelora_ray.sweep.replay import Record, replay
-from prelora_ray.sweep.settings import OF_THE_TEST, Plan, Setting
+from prelora_ray.sweep.settings import OF_THE_TEST, Candidate, Plan
 
 
 @dataclass(frozen=True)
 class Outcome:
     switch_epoch: int | None
-    """None where the setting never switches: its run is the trunk."""
+    """None where the candidate never switches: its run is the trunk."""
     trial: str
     """Name of the run folder."""
 
 
-def outcome(plan: Plan, setting: Setting, trunk: Record) -> Outcome:
+def outcome(plan: Plan, candidate: Candidate, trunk: Record) -> Outcome:
     """`trunk`: the record of the sweep's trunk."""
-    settings = plan.settings_of(setting, "check")
+    settings = plan.settings_of(candidate, "check")
     found = replay(trunk, settings.method, settings.train.ramp_epochs)
     if found.switch_epoch is None or found.ranks is None or found.switch_epoch >= settings.train.epochs:
         return Outcome(None, plan.trunk.name)
-    return Outcome(found.switch_epoch, _trial_name(settings, setting, found.switch_epoch, found.ranks))
+    return Outcome(found.switch_epoch, _trial_name(settings, candidate, found.switch_epoch, found.ranks))
 
 
-def _trial_name(settings: Settings, setting: Setting, switch_epoch: int, ranks: dict[str, int]) -> str:
+def _trial_name(settings: Settings, candidate: Candidate, switch_epoch: int, ranks: dict[str, int]) -> str:
     """Names the switch and what else was searched, and ends in a digest of all that makes the run what it is."""
     after = settings.method.model_dump(mode="json", exclude={*OF_THE_TEST, "rank_pattern"})
     digest = hashlib.blake2b(json.dumps([ranks, after], sort_keys=True).encode(), digest_size=4).hexdigest()
     told = [f"switch-{switch_epoch}"]
-    for key, value in setting.items():
+    for key, value in candidate.items():
         name = key.removeprefix("method.")
         if name in after:
             told.append(f"{name}-{value:.4g}" if isinstance(value, float) else f"{name}-{value}")

@@ -1,4 +1,4 @@
-"""What a sweep leaves in its folder: a note for each setting that was tried, and sweep.json."""
+"""What a sweep leaves in its folder: a note for each candidate that was tried, and sweep.json."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from prelora_ray.run_folder import RunFolder
 from prelora_ray.sweep.cost import own_hours, pareto_front, straight_hours
 from prelora_ray.sweep.outcome import outcome
 from prelora_ray.sweep.replay import read_record
-from prelora_ray.sweep.settings import Plan, Setting
+from prelora_ray.sweep.settings import Candidate, Plan
 
 
-def write_note(plan: Plan, setting: Setting, **content: Any) -> dict[str, Any]:
-    """Adds to a setting's note (`ended`: finished, stopped or failed; `message`: why it failed), and returns it."""
-    folder, name = RunFolder(plan.folder) / "settings", f"{_digest(setting)}.json"
-    before = folder.read_json(name) if folder.exists(name) else {"setting": setting, "ended": None, "message": None}
+def write_note(plan: Plan, candidate: Candidate, **content: Any) -> dict[str, Any]:
+    """Adds to a candidate's note (`ended`: finished, stopped or failed; `message`: why it failed), and returns it."""
+    folder, name = RunFolder(plan.folder) / "settings", f"{_digest(candidate)}.json"
+    before = folder.read_json(name) if folder.exists(name) else {"setting": candidate, "ended": None, "message": None}
     folder.write_json(name, before | content)
     return before | content
 
@@ -32,21 +32,21 @@ def is_finished(plan: Plan, trial: str) -> bool:
 
 
 def summarize_sweep(plan: Plan) -> dict[str, Any]:
-    """The contents of sweep.json: each setting with its run and that one's results, the Pareto front, and the cost.
+    """The contents of sweep.json: each candidate with its run and that one's results, the Pareto front, and the cost.
 
-    `naive_gpu_hours` is what the settings would have cost had each been trained by itself from the start.
+    `naive_gpu_hours` is what the candidates would have cost had each been trained by itself from the start.
     `smallest_warmup` is that of the finished runs whose loss did not jump at the freeze, where warmups are compared.
     """
     trunk, epochs = RunFolder.of(plan.trunk), plan.trunk.train.epochs
     record = read_record(str(trunk))
     notes = {_digest(note["setting"]): note for note in read_notes(plan)}
     is_listed = plan.sweep.search != "optuna"
-    settings = plan.settings_to_try() if is_listed else [note["setting"] for note in notes.values()]
+    candidates = plan.candidates() if is_listed else [note["setting"] for note in notes.values()]
     entries = []
-    for setting in settings:
-        found = outcome(plan, setting, record)
+    for candidate in candidates:
+        found = outcome(plan, candidate, record)
         run = RunFolder(plan.folder) / found.trial
-        entries.append({"setting": setting, "trial": found.trial, "switch_epoch": found.switch_epoch, **_of_run(run, epochs)})
+        entries.append({"setting": candidate, "trial": found.trial, "switch_epoch": found.switch_epoch, **_of_run(run, epochs)})
     tried = {entry["trial"]: note for entry in entries if (note := notes.get(_digest(entry["setting"]))) and note["ended"]}
     for entry in entries:
         note = tried.get(entry["trial"], {"ended": None, "message": None})
@@ -88,5 +88,5 @@ def _smallest_warmup(finished: list[dict[str, Any]]) -> int | None:
     return min((entry["setting"][key] for entry in calm), default=None)
 
 
-def _digest(setting: Setting) -> str:
-    return hashlib.blake2b(json.dumps(setting, sort_keys=True).encode(), digest_size=8).hexdigest()
+def _digest(candidate: Candidate) -> str:
+    return hashlib.blake2b(json.dumps(candidate, sort_keys=True).encode(), digest_size=8).hexdigest()

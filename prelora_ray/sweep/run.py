@@ -1,4 +1,4 @@
-"""A sweep on Ray Tune: the trunk once, then one trial for each run that its settings stand for."""
+"""A sweep on Ray Tune: the trunk once, then one trial for each run that its candidates stand for."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from prelora_ray.sweep.fork import fork
 from prelora_ray.sweep.outcome import outcome
 from prelora_ray.sweep.replay import read_record
 from prelora_ray.sweep.result import is_finished, read_notes, summarize_sweep, write_note
-from prelora_ray.sweep.settings import Plan, Range, Setting, SweepSettings, without_effect
+from prelora_ray.sweep.settings import Candidate, Plan, Range, SweepSettings, keys_without_effect
 from prelora_ray.train.run import train
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def sweep(plan: Plan, watch: Callable[[Settings], AbstractContextManager[None]],
     `watch` shows the trunk's progress for the time of a block. A trial that fails is told and does not
     end the sweep. Raises as `train` does, and WorkError where every trial fails.
     """
-    for sentence in without_effect(plan.sweep):
+    for sentence in keys_without_effect(plan.sweep):
         logger.warning("%s", sentence)
     with ray_session(debug=debug):
         trunk = plan.trunk
@@ -71,15 +71,15 @@ def sweep(plan: Plan, watch: Callable[[Settings], AbstractContextManager[None]],
 
 
 def _search(plan: Plan, earlier: list[dict[str, Any]]) -> None:
-    """Trains what the settings stand for: those of a grid, drawn ones, or Optuna's, which begin with the `earlier`."""
+    """Trains what candidates stand for: those of a grid, drawn ones, or Optuna's, which begin with the `earlier`."""
     sweep = plan.sweep
     if sweep.search == "optuna":
         space = {key: _dimension(values) for key, values in sweep.space.items()}
     else:
         trunk = read_record(str(RunFolder.of(plan.trunk)))
-        distinct = {outcome(plan, setting, trunk).trial: setting for setting in reversed(plan.settings_to_try())}
+        distinct = {outcome(plan, candidate, trunk).trial: candidate for candidate in reversed(plan.candidates())}
         if sweep.asha is None:  # which would have to hear of finished runs too
-            distinct = {name: setting for name, setting in distinct.items() if not is_finished(plan, name)}
+            distinct = {name: candidate for name, candidate in distinct.items() if not is_finished(plan, name)}
         if not distinct:
             return
         space = {"setting": tune.grid_search([distinct[name] for name in sorted(distinct)])}
@@ -108,7 +108,7 @@ def _dimension(values: list[Any] | Range) -> Any:
 
 
 def _optuna(sweep: SweepSettings, earlier: list[dict[str, Any]]) -> OptunaSearch:
-    """Earlier settings come first: their runs are there, so a search that goes on learns from them at once."""
+    """Earlier candidates come first: their runs are there, so a search that goes on learns from them at once."""
     modes = [_MODES[metric] for metric in sweep.objectives]
     seed = sweep.seed + len(earlier)  # what is drawn after them is not to be what was drawn before
     if len(modes) == 1:
@@ -143,22 +143,22 @@ def _concurrent(plan: Plan) -> int:
 
 
 def _trial(config: dict[str, Any], plan: Plan) -> None:
-    """A trial, in a process of its own. Why it failed goes into its setting's note."""
+    """A trial, in a process of its own. Why it failed goes into its candidate's note."""
     let_trials_be_stopped()
-    setting = config.get("setting", config)
-    was_stopped = write_note(plan, setting, message=None)["ended"] == "stopped"
+    candidate = config.get("setting", config)
+    was_stopped = write_note(plan, candidate, message=None)["ended"] == "stopped"
     try:
-        _train_or_go_on(plan, setting, was_stopped=was_stopped)
+        _train_or_go_on(plan, candidate, was_stopped=was_stopped)
     except Exception as error:
-        write_note(plan, setting, message=one_line(error))
+        write_note(plan, candidate, message=one_line(error))
         raise
 
 
-def _train_or_go_on(plan: Plan, setting: Setting, *, was_stopped: bool) -> None:
-    """Trains the run that a setting stands for; of one that was stopped, only reports what it did."""
+def _train_or_go_on(plan: Plan, candidate: Candidate, *, was_stopped: bool) -> None:
+    """Trains the run that a candidate stands for; of one that was stopped, only reports what it did."""
     trunk = RunFolder.of(plan.trunk)
-    found = outcome(plan, setting, read_record(str(trunk)))
-    settings = plan.trunk if found.switch_epoch is None else plan.settings_of(setting, found.trial)
+    found = outcome(plan, candidate, read_record(str(trunk)))
+    settings = plan.trunk if found.switch_epoch is None else plan.settings_of(candidate, found.trial)
     run = RunFolder.of(settings)
     if found.switch_epoch is not None:
         _once_free(lambda: fork(trunk, settings))
@@ -174,7 +174,7 @@ def _train_or_go_on(plan: Plan, setting: Setting, *, was_stopped: bool) -> None:
 
 
 def _once_free(work: Callable[[], object]) -> None:
-    """Does the work on a run, once no other trial works on it: its setting may stand for the same run."""
+    """Does the work on a run, once no other trial works on it: its candidate may stand for the same run."""
     while True:
         try:
             work()
@@ -225,11 +225,11 @@ class _Ends(tune.Callback):
         self._end(trial, "failed")
 
     def _end(self, trial: Trial, ended: str | None) -> None:
-        setting = trial.config.get("setting", trial.config)
-        name = outcome(self._plan, setting, self._trunk).trial
-        note = write_note(self._plan, setting, ended=ended)
+        candidate = trial.config.get("setting", trial.config)
+        name = outcome(self._plan, candidate, self._trunk).trial
+        note = write_note(self._plan, candidate, ended=ended)
         if ended == "failed" and note["message"] is None:
-            note = write_note(self._plan, setting, message="its process died")
+            note = write_note(self._plan, candidate, message="its process died")
         if ended == "stopped":
             self._reserved += reservations((RunFolder(self._plan.folder) / name).events())
         top1 = trial.last_result.get("val_top1") if trial.last_result else None

@@ -16,8 +16,8 @@ from prelora_ray.config_file import load_settings, parse_section, parse_settings
 from prelora_ray.errors import UserError
 from prelora_ray.section import Count, Section, Whole
 
-Setting = dict[str, Any]
-"""A value for each key that a sweep searches, such as {"method.tau": 0.5, "method.r_max": 32}."""
+Candidate = dict[str, Any]
+"""A value for each key that a sweep searches, such as {"method.tau": 0.5, "method.r_max": 32}. In files: a setting."""
 
 OF_THE_TEST = (
     "tau",
@@ -84,10 +84,10 @@ class SweepSettings(Section):
     recipe: str
     """The runs' recipe, by its path from the folder of this file."""
     overrides: dict[str, Any] = Field(default_factory=dict)
-    """Settings that all runs have in place of the recipe's: {key.path: value}."""
+    """The recipe's keys that have other values in all runs: {key.path: value}."""
     space: dict[str, list[Any] | Range] = Field(default_factory=dict)
     """What is searched: {key: list of values, or {min, max, log}}."""
-    settings: list[Setting] = Field(default_factory=list)
+    settings: list[Candidate] = Field(default_factory=list)
     """Instead of a space: the settings to try, each {key: value}."""
     trunk_only: bool = False
     """Whether only the trunk is trained, to see where each setting would switch."""
@@ -108,7 +108,7 @@ class SweepSettings(Section):
     def _check(self) -> Self:
         if bool(self.space) == bool(self.settings):
             raise ValueError("space or settings must be given, one of them, such as space: {method.tau: [0.25, 0.5, 1.0]}")
-        if len({tuple(setting) for setting in self.settings}) > 1:
+        if len({tuple(candidate) for candidate in self.settings}) > 1:
             raise ValueError("settings differ in their keys: give each the same ones, in the same order")
         if self.settings and self.search != "grid":
             raise ValueError(f"search = {self.search!r} is not allowed with settings: it needs a space to choose from")
@@ -134,18 +134,18 @@ class SweepSettings(Section):
 
     @property
     def keys(self) -> list[str]:
-        """Keys that the settings differ in."""
+        """Keys that the candidates differ in."""
         return list(self.space or self.settings[0])
 
     def values(self, key: str) -> list[Any] | Range | None:
         """What a key may be; None where it is not searched."""
         if key not in self.keys:
             return None
-        return self.space[key] if self.space else [setting[key] for setting in self.settings]
+        return self.space[key] if self.space else [candidate[key] for candidate in self.settings]
 
 
-def without_effect(sweep: SweepSettings) -> list[str]:
-    """A sentence for each setting of the sweep that was given and has no effect."""
+def keys_without_effect(sweep: SweepSettings) -> list[str]:
+    """A sentence for each key of the sweep that was given and has no effect."""
     given = sweep.model_fields_set
     why: dict[str, str] = {}
     if sweep.search == "grid":
@@ -158,22 +158,22 @@ def without_effect(sweep: SweepSettings) -> list[str]:
 
 
 class Plan:
-    """A sweep's runs: the trunk, and the run of each setting."""
+    """A sweep's runs: the trunk, and the run of each candidate."""
 
     def __init__(self, sweep: SweepSettings, base: Settings) -> None:
         """`base`: the recipe's settings with the sweep's overrides.
 
         Paths become absolute, as trials run in folders of their own. Raises UserError where the space
-        holds a setting that is not allowed.
+        holds a candidate that is not allowed.
         """
         self.sweep = sweep
         base = with_absolute_paths(base.model_copy(update={"storage": sweep.storage}))
         self._base = base
-        self._content = base.model_dump(mode="json", exclude_unset=True)  # what nobody set is no setting without effect
+        self._content = base.model_dump(mode="json", exclude_unset=True)  # what nobody set is no key without effect
         self._method = self._content.get("method", {})
         self.folder = f"{base.storage.rstrip('/')}/{sweep.name}"
-        for setting in self.settings_to_try():
-            self.settings_of(setting, "check")
+        for candidate in self.candidates():
+            self.settings_of(candidate, "check")
         if sweep.asha is not None and sweep.asha.grace_epochs > base.train.epochs:
             raise UserError(
                 f"asha.grace_epochs = {sweep.asha.grace_epochs} is not allowed: it must not exceed train.epochs = "
@@ -182,7 +182,7 @@ class Plan:
 
     @property
     def trunk(self) -> Settings:
-        """Full training to the end of the run, with a checkpoint wherever a setting may switch."""
+        """Full training to the end of the run, with a checkpoint wherever a candidate may switch."""
         epochs = math.gcd(*self._switch_grid())
         of_records = {"tau", "zeta", "windows", "norm_statistic", "targets"}
         method = {key: value for key, value in self._method.items() if key in of_records}
@@ -191,14 +191,14 @@ class Plan:
         checkpoint = {**self._content.get("checkpoint", {}), "keep_trunk": True, "every_epochs": every}
         return parse_settings({**self._content, **self._place("trunk"), "method": method, "checkpoint": checkpoint})
 
-    def settings_of(self, setting: Setting, name: str) -> Settings:
-        """The settings of the run that a setting asks for."""
+    def settings_of(self, candidate: Candidate, name: str) -> Settings:
+        """The settings of the run that a candidate asks for."""
         method = {**self._method, "enabled": True}
-        method |= {key.removeprefix("method."): value for key, value in setting.items()}
+        method |= {key.removeprefix("method."): value for key, value in candidate.items()}
         return parse_settings({**self._content, **self._place(name), "method": method})
 
-    def settings_to_try(self) -> list[Setting]:
-        """The given settings, all of a grid, or as many drawn ones as are to be tried."""
+    def candidates(self) -> list[Candidate]:
+        """The given ones, all of a grid, or as many drawn ones as are to be tried."""
         space = self.sweep.space
         if self.sweep.settings:
             return list(self.sweep.settings)

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from prelora_ray.config import Settings
 from prelora_ray.data.batch import Batch
 from prelora_ray.data.manifest import read_manifest
-from prelora_ray.engine.evaluation import Evaluation
 from prelora_ray.engine.micro_batch import FoundSizes
 from prelora_ray.engine.snapshot import Snapshot
 from prelora_ray.engine.state import TrainState
@@ -31,6 +30,7 @@ from prelora_ray.method.targets import target_norms
 from prelora_ray.monitor.telemetry import WorkerTelemetry
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage, once_reachable
+from prelora_ray.tasks.classification import Evaluation
 from prelora_ray.train.batch_stream import BatchStream, stream_plan, validates
 from prelora_ray.train.epoch_meter import EpochMeter
 from prelora_ray.train.found_sizes import read_found
@@ -177,7 +177,7 @@ class WorkerAttempt:
         if self.rank != 0:
             self.watchdog.end()  # all that is left to do is rank 0's
             return
-        self._saving.finish()
+        self._saving.ensure_saved()
         self.watchdog.beat(patiently=True)
 
     def finish(self) -> None:
@@ -189,7 +189,7 @@ class WorkerAttempt:
 
     def fail(self, message: str) -> None:
         """Ends the run for good, without another try by Ray Train."""
-        self._saving.finish()
+        self._saving.ensure_saved()
         self._fail(message)
 
     def close(self) -> None:
@@ -218,7 +218,7 @@ class WorkerAttempt:
         self._saving.save(self._train_step.worker_sums(), must=action is not Action.SAVE)
         if action is Action.SAVE:
             return
-        self._saving.finish()
+        self._saving.ensure_saved()
         kind: EndKind = "stop" if action is Action.STOP else "preemption"
         self._recorder.leaves(kind)
         with contextlib.suppress(OSError) if action is Action.STOP else contextlib.nullcontext():
@@ -248,7 +248,7 @@ class WorkerAttempt:
     def _end(self, kind: EndKind, message: str | None = None) -> None:
         """Where the last save has failed, the storage has been waited for already."""
         seconds = 0.0 if self._saving.failure is not None else self.settings.workers.hang_seconds
-        self._recorder.finish(kind, seconds, message)
+        self._recorder.attempt_ends(kind, seconds, message)
 
 
 def _reached(folder: RunFolder) -> RunFolder:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import ray
 import torch
@@ -71,18 +70,15 @@ def stream_plan(settings: Settings, manifest: Manifest, rank: int, world_size: i
         "train": Order(manifest.row_groups("train"), data.num_cells, data.cell, seed, data.shuffle_row_groups),
         "val": Order(manifest.row_groups("val"), data.num_cells, data.cell, None),
     }
-    augmentation = Augmentation(
-        image_size=settings.model.image_size,
-        mean=data.mean,
-        std=data.std,
-        **augment.model_dump(include={"crop", "min_scale", "padding", "flip", "policy", "color_jitter", "erase"}),
-    )
-    others = {
-        epoch: replace(augmentation, image_size=step.image_size, policy=step.policy or augment.policy)
+    augmentation = Augmentation(settings.model.image_size, data.mean, data.std, augment)
+    of_epochs = {
+        epoch: Augmentation(
+            step.image_size, data.mean, data.std, augment.model_copy(update={"policy": step.policy or augment.policy})
+        )
         for epoch in range(settings.train.epochs)
         if (step := settings.resolution_step(epoch)) is not None
     }
-    return StreamPlan(data.path, manifest, orders, augmentation, seed, data.crop_ratio, rank, world_size, others)
+    return StreamPlan(data.path, manifest, orders, augmentation, seed, data.crop_ratio, rank, world_size, of_epochs)
 
 
 def _decoders(settings: Settings, workers_on_node: int) -> int:

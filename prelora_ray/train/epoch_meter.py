@@ -8,10 +8,10 @@ import time
 import torch
 
 from prelora_ray.data.batch import StreamPlan
-from prelora_ray.engine.evaluation import Evaluation
 from prelora_ray.engine.state import TrainState
 from prelora_ray.method.phases import count_parameters
 from prelora_ray.records import EpochLine
+from prelora_ray.tasks.classification import Evaluation
 from prelora_ray.train.batch_stream import BatchStream
 
 

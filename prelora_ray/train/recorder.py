@@ -137,7 +137,7 @@ class Recorder:
             self.flush_beside()
             self._flushing.wait(_SAMPLES_SECONDS, self._watchdog.beat)
 
-    def finish(self, kind: EndKind, seconds: float, message: str | None = None) -> None:
+    def attempt_ends(self, kind: EndKind, seconds: float, message: str | None = None) -> None:
         """Tries for so many seconds to have the run folder hold all that was recorded."""
         with contextlib.suppress(OSError):  # samples are no reason to train again
             self._finish_flushing(seconds)
@@ -275,7 +275,7 @@ class RankZeroRecorder(Recorder):
     def failed(self, message: str) -> None:
         self._event(RunFailed, message=message)
 
-    def finish(self, kind: EndKind, seconds: float, message: str | None = None) -> None:
+    def attempt_ends(self, kind: EndKind, seconds: float, message: str | None = None) -> None:
         """Also records then how the attempt ended.
 
         Raises OSError where that fails: so has the attempt. Where no other one follows, the driver reports that the

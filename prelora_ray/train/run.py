@@ -39,7 +39,7 @@ from prelora_ray.fault_tolerance.ray_private import (
     release,
 )
 from prelora_ray.fault_tolerance.watchdog import OUTAGE_PATIENCE, PATIENCE
-from prelora_ray.monitor.client import finish
+from prelora_ray.monitor.client import tell_end
 from prelora_ray.monitor.exporter import start_exporter
 from prelora_ray.monitor.telemetry import run_label
 from prelora_ray.nodes import check_seen_by_all_nodes
@@ -111,7 +111,7 @@ def train(settings: Settings, *, debug: bool = False, callbacks: Sequence[ray.tr
         _start_exporter(settings)
         with stop_on_sigterm(folder):
             _fit(settings, folder, lock.check, callbacks)
-        finish(run_label(settings))
+        tell_end(run_label(settings))
         _wait_for_storage(folder, settings.workers)
         check_finished(folder, settings.train.epochs)
         return write_result(folder)
@@ -309,7 +309,7 @@ def _told(error: Exception, max_failures: int) -> str:
 
 @contextmanager
 def _starting(folder: RunFolder) -> Iterator[None]:
-    """Says in the run folder, for the time of the block, what the run does before it trains; Ray's start comes first."""
+    """Has the run folder say what the run does before it trains; Ray's start comes first. For the time of a block."""
     folder.write_starting("start Ray")
     try:
         yield

@@ -41,7 +41,7 @@ class Saving:
     def wait(self) -> None:
         """Returns when nothing is being saved."""
 
-    def finish(self) -> None:
+    def ensure_saved(self) -> None:
         """As `wait`; where the save failed, tries again for a while: nothing newer will be saved."""
 
     def record(self) -> None:
@@ -98,7 +98,7 @@ class RankZeroSaving(Saving):
     def wait(self) -> None:
         self._checkpointer.wait(meanwhile=self._watchdog.beat)
 
-    def finish(self) -> None:
+    def ensure_saved(self) -> None:
         self.wait()
         end = time.monotonic() + self._hang_seconds
         while self.failure is not None and time.monotonic() < end:

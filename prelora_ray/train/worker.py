@@ -11,7 +11,6 @@ from prelora_ray.config_file import parse_settings
 from prelora_ray.engine.micro_batch import MemoryShortageError
 from prelora_ray.engine.precision import check_precision
 from prelora_ray.engine.step import NonFiniteLossError
-from prelora_ray.errors import UserError
 from prelora_ray.fault_tolerance.failure import own_failures
 from prelora_ray.train.attempt import StoppedError, WorkerAttempt
 
@@ -39,6 +38,6 @@ def train_worker(config: dict[str, Any]) -> None:
             attempt.finish()
         except StoppedError:
             pass
-        except (NonFiniteLossError, UserError, MemoryShortageError) as error:
+        except (NonFiniteLossError, MemoryShortageError) as error:
             # The same on every worker and on every retry, so no retry helps.
             attempt.fail(str(error))

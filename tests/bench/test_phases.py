@@ -4,9 +4,7 @@ import json
 
 import pytest
 
-from prelora_ray.bench import phases
 from prelora_ray.bench.own import RANKS
-from prelora_ray.bench.phases import Row
 from tests.command import prelora_here
 
 WIDTH, DEPTH, TOKENS, CLASSES = 192, 12, 17, 1000
@@ -23,6 +21,7 @@ def result() -> dict:
 
 def test_rows_are_the_wanted_ones(result):
     assert [row["name"] for row in result["rows"]] == ["timm eager full", "timm + PEFT eager lora", "prelora bf16 lora"]
+    assert result["failed"] is None
     for row in result["rows"]:
         assert row["images_per_second"] == pytest.approx(4 / row["milliseconds"] * 1e3)
 
@@ -46,21 +45,3 @@ def test_lora_exchanges_what_trains(result):
     others = DEPTH * 4 * WIDTH + 2 * WIDTH + (768 + 1) * WIDTH + WIDTH + TOKENS * WIDTH + (WIDTH + 1) * CLASSES
     assert lora["gradient_bytes"] == pytest.approx(4 * (mean + others), rel=0.15)  # families do not share evenly
     assert lora["gradient_bytes"] < 0.5 * result["rows"][0]["gradient_bytes"]
-
-
-@pytest.mark.parametrize(
-    ("end", "told"),
-    [
-        (RuntimeError("CUDA error: an illegal memory access\nCompile with ..."), "CUDA error: an illegal memory access"),
-        (KeyboardInterrupt(), "interrupted"),
-    ],
-)
-def test_what_was_measured_before_the_end_stands(monkeypatch, end, told):
-    def rows(bench):
-        yield Row("first", 1.0, 1.0, None, 0.1, 1.0, 4)
-        raise end
-
-    monkeypatch.setattr(phases._Bench, "rows", rows)
-    result = phases.bench_phases(phases.Options("vit_tiny_patch16_224", 64, 2))
-    assert [row["name"] for row in result["rows"]] == ["first"]
-    assert result["failed"] == told

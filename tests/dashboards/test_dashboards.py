@@ -112,7 +112,7 @@ Watched = tuple[RunFolder, str, Callable[[str], list[dict[str, Any]]]]
 
 @pytest.fixture(scope="module")
 def watched(disturbed: Disturbed) -> Iterator[Watched]:
-    """A run that goes on after a fault in each phase, its label, and what answers queries of what a Prometheus saw of it."""
+    """A run that goes on after a fault in each phase, its label, and what asks the Prometheus that saw it."""
     needs("prometheus")
     assert disturbed.prometheus
     yield RunFolder.of(disturbed.run), run_label(disturbed.run), disturbed.prometheus.query

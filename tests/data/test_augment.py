@@ -19,6 +19,7 @@ from prelora_ray.data.augment import (
     read_crop,
     undecodable,
 )
+from prelora_ray.data.augment_settings import AugmentSettings
 
 NOISE = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
 
@@ -30,7 +31,7 @@ def png(pixels: np.ndarray) -> bytes:
 
 
 def augmenter(size: int = 32, seed: int = 0, crop_ratio: float = 1.0, **options) -> Augmenter:
-    return Augmenter(Augmentation(size, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), **options), seed, crop_ratio)
+    return Augmenter(Augmentation(size, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), AugmentSettings(**options)), seed, crop_ratio)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +116,8 @@ def test_decoders_do_without_torch():
     code = """
 import sys
 from prelora_ray.data import augment, stream
-augment.Augmenter(augment.Augmentation(32, (0.5,) * 3, (0.2,) * 3, policy="rand-m9-mstd0.5-inc1", color_jitter=0.3), 0, 1.0)
+settings = augment.AugmentSettings(policy="rand-m9-mstd0.5-inc1", color_jitter=0.3)
+augment.Augmenter(augment.Augmentation(32, (0.5,) * 3, (0.2,) * 3, settings), 0, 1.0)
 print([name for name in ("torch", "torchvision", "timm") if name in sys.modules])
 """
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -3,19 +3,21 @@ import pytest
 import torch
 from PIL import Image
 
-from prelora_ray.data.mixing import Mixing, MixPlan, mix, normalize, plan_mixing, soft_targets
+from prelora_ray.data.augment_settings import AugmentSettings
+from prelora_ray.data.mixing import MixPlan, mix, normalize, plan_mixing, soft_targets
 
 
-def plan(mixing: Mixing, cells, ids, size=4, batch=0):
-    return plan_mixing(mixing, 7, 2, batch, cells, size, ids, image_size=8)
+def plan(augment: AugmentSettings, cells, ids, size=4, batch=0):
+    return plan_mixing(augment, 7, 2, batch, cells, size, ids, image_size=8)
 
 
 def test_partners_stay_inside_the_cell_and_among_filled_slots():
     ids = np.array([0, 1, 2, 3, 4, 5, -1, -1, 8, -1, -1, -1, -1, -1, -1, -1])
-    drawn = plan(Mixing(mixup=1.0), [0, 1, 2], ids)
-    assert sorted(drawn.partner[:4]) == [0, 1, 2, 3]
-    assert sorted(drawn.partner[4:6]) == [4, 5]
-    assert drawn.partner[6:].tolist() == list(range(6, 16))  # one image alone, empty slots, padding
+    drawn = plan(AugmentSettings(mixup=1.0), [0, 1, 2], ids)
+    partner = torch.arange(16) + drawn.offset
+    assert sorted(partner[:4]) == [0, 1, 2, 3]
+    assert sorted(partner[4:6]) == [4, 5]
+    assert partner[6:].tolist() == list(range(6, 16))  # one image alone, empty slots, padding
     assert (drawn.weight[8:] == 1).all()
     assert len(drawn.weight[:4].unique()) == 1
     assert drawn.weight[0] != drawn.weight[4]
@@ -23,17 +25,19 @@ def test_partners_stay_inside_the_cell_and_among_filled_slots():
 
 def test_a_cell_is_mixed_alike_wherever_it_is():
     ids = np.arange(16)
-    whole = plan(Mixing(mixup=0.8, cutmix=1.0), range(4), ids)
+    whole = plan(AugmentSettings(mixup=0.8, cutmix=1.0), range(4), ids)
     for cell in range(4):
-        alone = plan(Mixing(mixup=0.8, cutmix=1.0), [cell], ids[:4])
+        alone = plan(AugmentSettings(mixup=0.8, cutmix=1.0), [cell], ids[:4])
         part = slice(4 * cell, 4 * cell + 4)
-        assert torch.equal(whole.partner[part] - 4 * cell, alone.partner)
+        assert torch.equal(whole.offset[part], alone.offset)
         assert torch.equal(whole.weight[part], alone.weight)
         assert torch.equal(whole.box[part], alone.box)
 
 
 def test_both_kinds_come_and_probability_counts():
-    plans = [plan(Mixing(mixup=0.8, cutmix=1.0, probability=0.5), range(4), np.arange(16), batch=b) for b in range(50)]
+    plans = [
+        plan(AugmentSettings(mixup=0.8, cutmix=1.0, mix_probability=0.5), range(4), np.arange(16), batch=b) for b in range(50)
+    ]
     cells = [(p.weight[i * 4], p.box[i * 4]) for p in plans for i in range(4)]
     plain = sum(weight == 1 for weight, _ in cells)
     cut = sum(weight != 1 and box.any() for weight, box in cells)
@@ -44,7 +48,7 @@ def test_both_kinds_come_and_probability_counts():
 def test_mixup_and_cutmix_by_hand():
     images = torch.stack([torch.full((3, 4, 4), float(v)) for v in (1, 2, 3, 4)])
     plan = MixPlan(
-        partner=torch.tensor([1, 0, 3, 2]),
+        offset=torch.tensor([1, -1, 1, -1]),
         weight=torch.tensor([0.75, 0.75, 0.875, 0.875]),
         box=torch.tensor([[0, 0, 0, 0], [0, 0, 0, 0], [1, 2, 2, 4], [1, 2, 2, 4]]),
     )
@@ -62,10 +66,10 @@ def test_a_box_of_cutmix_cut_off_at_the_border_weighs_what_is_left_of_it():
     """Where own pixels are 1 and the partner's 0, the share of the label is the mean of the pixels."""
     cut_off = 0
     for batch in range(50):
-        drawn = plan(Mixing(cutmix=1.0), [0], np.arange(4), batch=batch)
+        drawn = plan(AugmentSettings(cutmix=1.0), [0], np.arange(4), batch=batch)
         top, left, bottom, right = drawn.box[0].tolist()
         cut_off += 0 in (top, left) or 8 in (bottom, right)
-        pair = MixPlan(torch.tensor([1, 0]), drawn.weight[:2], drawn.box[:2])
+        pair = MixPlan(torch.tensor([1, -1]), drawn.weight[:2], drawn.box[:2])
         images = torch.stack([torch.ones(3, 8, 8), torch.zeros(3, 8, 8)]).double()
         mixed, targets = mix(images, torch.eye(2).double(), pair)
         assert targets[0].tolist() == pytest.approx([mixed[0].mean().item(), 1 - mixed[0].mean().item()])
@@ -80,7 +84,7 @@ def test_label_smoothing_by_hand():
 
 def test_an_unmixed_cell_keeps_its_bits():
     images = torch.randn(4, 3, 8, 8)
-    mixed, targets = mix(images, torch.eye(4), plan(Mixing(mixup=0.8, probability=1e-9), [0], np.arange(4)))
+    mixed, targets = mix(images, torch.eye(4), plan(AugmentSettings(mixup=0.8, mix_probability=1e-9), [0], np.arange(4)))
     assert torch.equal(mixed, images)
     assert torch.equal(targets, torch.eye(4))
 

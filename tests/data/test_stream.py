@@ -15,7 +15,7 @@ from prelora_ray.config import Settings
 from prelora_ray.config_file import parse_settings
 from prelora_ray.data.batch import Batch, Pass
 from prelora_ray.data.manifest import read_manifest
-from prelora_ray.data.mixing import Mixing, mix, normalize, plan_mixing, soft_targets
+from prelora_ray.data.mixing import mix, normalize, plan_mixing, soft_targets
 from prelora_ray.data.stream import stream_batches
 from prelora_ray.storage import Storage
 from prelora_ray.train.batch_stream import stream_plan
@@ -40,14 +40,13 @@ def seen_cells(settings: Settings, rank: int, world_size: int, passes: list[Pass
     """Ids, augmented pixels and mixed batch of every cell that a worker serves, by (split, epoch, batch, cell)."""
     plan = stream_plan(settings, read_manifest(Storage(settings.data.path)), rank, world_size)
     augment, cell = settings.augment, settings.data.cell
-    mixing = Mixing(augment.mixup, augment.cutmix, augment.mix_probability, augment.label_smoothing)
     cells: Cells = {}
     for batch in stream_batches(plan, passes, decoders=1):
         assert len(batch.ids) == plan.num_slots
         assert (batch.labels[batch.ids < 0] == -1).all()
-        drawn = plan_mixing(mixing, 0, batch.epoch, batch.batch, plan.cells, cell, batch.ids, batch.images.shape[1])
+        drawn = plan_mixing(augment, 0, batch.epoch, batch.batch, plan.cells, cell, batch.ids, batch.images.shape[1])
         images = normalize(batch.images, settings.data.mean, settings.data.std)
-        mixed, targets = mix(images, soft_targets(batch.labels, 10, mixing.label_smoothing, images.dtype), drawn)
+        mixed, targets = mix(images, soft_targets(batch.labels, 10, augment.label_smoothing, images.dtype), drawn)
         for i, number in enumerate(plan.cells):
             part = slice(i * cell, (i + 1) * cell)
             content = (batch.ids[part], batch.images[part], batch.labels[part], mixed[part], targets[part])

@@ -85,7 +85,7 @@ def test_subsets_are_tried_too(rule, rate):
 
 
 ENCODER = {"name": "qwen3_vit_88m_enc", "image_size": 384, "options": {}}
-TWICE = {"name": "cait_xxs24_224", "options": {**TINY_VIT, "depth_token_only": 1}}  # a block's branches share a drop path
+TWICE = {"name": "cait_xxs24_224", "options": {**TINY_VIT, "depth_token_only": 1}}  # its branches share a drop path
 WINDOWS = {"name": "samvit_base_patch16", "image_size": 256, "options": {}}
 
 

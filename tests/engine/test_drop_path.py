@@ -160,7 +160,7 @@ def test_subsets_belong_to_cells_whoever_serves_them(workers):
     for rank in range(workers):
         cells = range(rank * 7 // workers, (rank + 1) * 7 // workers)
         part = draw_drop_path(modules, 1, 2, 3, cells, 4, -(-7 // workers) * 4)
-        assert ((part.view(4, -1, 4) > 0).sum(2) == torch.tensor([[3], [3], [2], [2]])).all()  # of slots without a cell too
+        assert ((part.view(4, -1, 4) > 0).sum(2) == torch.tensor([[3], [3], [2], [2]])).all()  # without a cell too
         parts.append(part[:, : len(cells) * 4])
     assert torch.equal(torch.cat(parts, dim=1), whole)
     assert len({tuple(row) for row in whole.view(28, 4).tolist()}) > 8  # of 4 + 4 + 6 + 6
@@ -190,6 +190,11 @@ def test_counts_are_few_and_right_in_the_mean(cell, rate):
 def test_a_cell_that_is_too_small_is_refused(rate, cell, least):
     with pytest.raises(UserError, match=rf"model\.drop_path = {rate} is not allowed .*data\.cell = {cell}.* {least}"):
         model_of(rate, cell=cell)
+
+
+def test_a_share_that_is_too_small_for_a_cell_is_refused():
+    with pytest.raises(UserError, match=r"model\.drop_path = 0\.01 is not allowed .*cell = 8: no block would leave out any"):
+        model_of(0.01, cell=8)
 
 
 def test_blocks_that_leave_out_nothing_and_evaluation_are_untouched():

@@ -26,8 +26,8 @@ def start(worker: Any, *arguments: Any) -> None:
 def join(rank: int, folder: Path) -> None:
     """Begins a group that ends with its process.
 
-    Where `destroy_process_group` came first, DDP could be the group's last owner, and its end wait for a thread of the group
-    that waits for it.
+    Where `destroy_process_group` came first, DDP could be the group's last owner, and its end wait for a thread of the
+    group that waits for it.
     """
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORKERS)

@@ -25,6 +25,15 @@ def test_a_smaller_image_takes_fewer():
     assert forward_flops(ModelSettings(name="vit_base_patch16_224"), 1000, image_size=112) == 2 * products
 
 
+def test_what_a_subset_leaves_out_is_not_counted():
+    """By hand, ViT-B at 112: half of what its blocks take."""
+    tokens, d = 50, 768
+    blocks = 12 * tokens * (4 * d * d + 2 * d * 4 * d) + 12 * 2 * tokens**2 * d
+    dropped = {"drop_path": 0.5, "drop_path_rule": "uniform", "drop_path_form": "subset"}
+    settings = ModelSettings(name="vit_base_patch16_224", image_size=112, **dropped)
+    assert forward_flops(settings, 1000) - forward_flops(settings, 1000, cell=16) == 2 * blocks / 2
+
+
 def test_grey_images_save_two_thirds_of_the_patch_embedding():
     rgb, grey = (
         forward_flops(ModelSettings(name="vit_base_patch16_224", options={"in_chans": channels}), 1000) for channels in (3, 1)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
 from prelora_ray.config_file import parse_settings
-from prelora_ray.engine import state as state_module
+from prelora_ray.engine import prelora as prelora_module
 from prelora_ray.engine.fp8 import Fp8Mlp
 from prelora_ray.engine.snapshot import Snapshot
 from prelora_ray.engine.state import TrainState
@@ -59,7 +59,7 @@ def test_a_switch_that_changes_an_output_is_an_error(monkeypatch, value):
         for b in adapters.lora_layers(model)["blocks.2.mlp.fc1"].lora_B.values():
             b.data.fill_(value)
 
-    monkeypatch.setattr(state_module, "inject", inject)
+    monkeypatch.setattr(prelora_module, "inject", inject)
     state = train_state()
     with pytest.raises(RuntimeError, match="injecting the adapters changed a logit by"):
         enter(state, Phase.WARMUP)
@@ -90,6 +90,18 @@ def test_no_change_of_phase_is_to_come_in_a_runs_own_snapshot(phase):
     resumed = train_state(checkpoint=state.snapshot([], holds_base=False))
     assert resumed.fork is None and resumed.phases.phase is phase
     assert_same_bits(resumed.snapshot([], holds_base=False), state.snapshot([], holds_base=False))
+
+
+@pytest.mark.parametrize("fp8_from", ["full", "warmup"])
+def test_a_fork_tells_the_change_of_logits_that_a_straight_run_does(fp8_from):
+    train = {"precision": "fp8", "fp8_from": fp8_from}
+    straight = train_state(train=train)
+    checkpoint = straight.snapshot([], holds_base=False)
+    enter(straight, Phase.WARMUP)
+    checkpoint.state |= {"phases": straight.phases.state_dict(), "fork": True}
+    fork = train_state(train=train, checkpoint=checkpoint)
+    assert fork.phases.phase is Phase.WARMUP
+    assert fork.logit_change == straight.logit_change > 0
 
 
 def test_fp8_from_phase_full_goes_through_all_phases():

@@ -14,7 +14,7 @@ from prelora_ray.config import Settings
 from prelora_ray.config_file import parse_settings
 from prelora_ray.data.batch import Batch
 from prelora_ray.data.manifest import Manifest, Shard
-from prelora_ray.data.mixing import Mixing, plan_mixing
+from prelora_ray.data.mixing import plan_mixing
 from prelora_ray.engine.drop_path import draw_drop_path, set_drop_path
 from prelora_ray.engine.state import TrainState
 from prelora_ray.engine.step import NonFiniteLossError, TrainStep
@@ -115,13 +115,14 @@ def test_mixing_label_smoothing_and_drop_path_are_the_same_in_every_micro_batch(
     gradients = gradients_of_a_step(step, content)
 
     key = (run.train.seed, 0, 0, range(6), 4)
-    plan = plan_mixing(Mixing(0.8, 1.0), *key, IDS, size)
-    images = step._normalize(content.images)
-    mixed = plan.weight.view(-1, 1, 1, 1) * images + (1 - plan.weight).view(-1, 1, 1, 1) * images[plan.partner]
+    plan = plan_mixing(run.augment, *key, IDS, size)
+    partner = torch.arange(24) + plan.offset
+    images = step.task.normalize(content.images)
+    mixed = plan.weight.view(-1, 1, 1, 1) * images + (1 - plan.weight).view(-1, 1, 1, 1) * images[partner]
     cuts = [(slot, box) for slot, box in enumerate(plan.box.tolist()) if any(box)]
     for slot, (top, left, bottom, right) in cuts:
         mixed[slot] = images[slot]
-        mixed[slot, :, top:bottom, left:right] = images[plan.partner[slot], :, top:bottom, left:right]
+        mixed[slot, :, top:bottom, left:right] = images[partner[slot], :, top:bottom, left:right]
     scales = draw_drop_path(step.state.drop_path, *key, 24).float()  # as the step sends them to the device
     assert 4 < len(cuts) < 20 and (scales[:, 4:] == 0).any(1).all()  # both kinds of mixing, and every branch left out
 
@@ -130,7 +131,7 @@ def test_mixing_label_smoothing_and_drop_path_are_the_same_in_every_micro_batch(
     logits = reference.model.train()(mixed[filled])
     own, partners = (
         F.cross_entropy(logits, labels[filled], label_smoothing=0.1, reduction="none")
-        for labels in (content.labels, content.labels[plan.partner])
+        for labels in (content.labels, content.labels[partner])
     )
     weight = plan.weight[filled]
     loss = (weight * own + (1 - weight) * partners).mean()
@@ -149,7 +150,7 @@ def test_evaluation_counts_every_filled_slot_once(tmp_path):
     content = batch(IDS)
     result = step.evaluate([content, content])
     filled = torch.from_numpy(IDS >= 0)
-    logits = step.state.model.eval()(step._normalize(content.images))[filled]
+    logits = step.state.model.eval()(step.task.normalize(content.images))[filled]
     labels = content.labels[filled]
     assert result.images == 42
     assert result.top1 == pytest.approx((logits.argmax(1) == labels).double().mean().item())

@@ -116,7 +116,7 @@ RUN = settings(Path("x"), Path("x"), "x", 1)
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_run_on_a_disk_that_is_full_from_the_switch_on(disk, digits, undisturbed):
-    """It trains to its end, is not finished, and says where it goes on; then it ends with the bits of an undisturbed one."""
+    """It trains to its end, is not finished, and says where it goes on; then it ends with an undisturbed one's bits."""
     run = settings(digits, disk.path, "run", 1, checkpoint={"every_steps": 4}, workers={"hang_seconds": 5.0})
     folder = RunFolder.of(run)
 

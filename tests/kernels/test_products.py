@@ -268,16 +268,17 @@ def test_a_model_compiles_once_for_blocks_of_different_ranks(vit, images, format
             assert error(parameter.grad, reference.grad) < tolerance, name
 
 
+@pytest.mark.parametrize("adapters", ["plain", "merged"])
 @pytest.mark.parametrize("frozen", [False, True], ids=["warmup", "lora"])
-def test_a_model_compiles_once_for_each_size_of_images(frozen):
-    """Shapes that are numbers, for blocks of different ranks still in one: code for any number of tokens would be slower."""
+def test_a_model_compiles_once_for_each_size_of_images(frozen, adapters):
+    """Shapes are numbers, for blocks of different ranks still in one: code for any number of tokens would be slower."""
     settings = ModelSettings(name="vit_tiny_patch16_224", image_size=8, options=TINY_VIT)
     model = create_model(settings, 10, seed=0, any_size=True)
     targets = find_targets(model)
     inject(model, targets, {target.name: [2, 4, 8, 16][(i + i // 6) % 4] for i, target in enumerate(targets)})
     if frozen:
         freeze_parameters(model, targets, "adapted")
-    for held in use_products(model, "fp32", "merged"):
+    for held in use_products(model, "fp32", adapters):
         held.refresh()
     compiled: list[torch.Size] = []
 

@@ -161,7 +161,7 @@ def test_its_address_is_what_prometheus_is_given(tmp_path, host, start):
 
 
 def test_prometheus_finds_every_exporter_of_the_machine(tmp_path):
-    """With the project's own configuration, less the place of the files; those of exporters that are gone are removed."""
+    """With the project's own configuration but for the place of the files; an exporter that is gone loses its own."""
     program = prometheus.PROGRAM or pytest.skip("no prometheus on this machine (Debian: apt install prometheus)")
     config = (prometheus.CONFIG / "prometheus.yml").read_text()
     assert "[/tmp/ray/prelora-exporter-*.json]" in config

@@ -16,8 +16,9 @@ from prelora_ray.plan.cost import (
 )
 
 MIB = 2**20
-# ViT-L/16 at 224 in DDP on two H100s, 256 images each, torch 2.11, November 2026: milliseconds of a step inside NVLink, bytes
-# of its gradients, and milliseconds where an all-reduce of n bytes takes 2 n / bandwidth longer, by Gbit/s (docs/plan.md).
+# ViT-L/16 at 224 in DDP on two H100s, 256 images each, torch 2.11, November 2026: milliseconds of a step inside NVLink,
+# bytes of its gradients, and milliseconds where an all-reduce of n bytes takes 2 n / bandwidth longer, by Gbit/s
+# (docs/plan.md).
 MEASURED = {
     "full": (234, 1_217_306_528, {100: 326, 25: 907, 10: 2072, 5: 4018, 1: 19_600}),
     "lora bf16": (205, 65_052_576, {100: 206, 25: 220, 10: 257, 5: 354, 1: 1156}),
@@ -37,7 +38,7 @@ def test_steps_that_were_measured(phase, gbit):
 def test_buckets_are_exchanged_one_behind_the_other():
     # One bucket is full as the backward ends, so all of its exchange is waited for.
     assert waiting_seconds(MIB, 3 / MIB, backward_seconds=1.0) == pytest.approx(3)
-    # Two of 1 MiB, full at 0.5 and 1 s. Exchanged in 0.25 s each: 0.5 to 0.75, 1 to 1.25. In 2 s each: 0.5 to 2.5, 2.5 to 4.5.
+    # Two of 1 MiB, full at 0.5 and 1 s. In 0.25 s each: 0.5 to 0.75, 1 to 1.25. In 2 s each: 0.5 to 2.5, 2.5 to 4.5.
     assert waiting_seconds(2 * MIB, 0.25 / MIB, backward_seconds=1.0) == pytest.approx(0.25)
     assert waiting_seconds(2 * MIB, 2 / MIB, backward_seconds=1.0) == pytest.approx(3.5)
     # 1, 25 and 1 MiB, full at 1/27, 26/27 and 1 s: the second waits for its gradients, and the third for the second.
@@ -65,7 +66,7 @@ def test_a_run_is_the_sum_of_its_phases():
 
 
 def test_a_late_switch_does_not_pay_for_its_warmup():
-    # Full 1, warmup 1.5, lora 0.5 an epoch, warmup of 2: after 5 epochs 5 + 3 + 1.5 = 9.5, after 6 as much as never, 10.
+    # Full 1, warmup 1.5, lora 0.5 an epoch, warmup of 2: after 5 epochs 5 + 3 + 1.5 = 9.5, after 6 as never, 10.
     costs = {Phase.FULL: [1.0] * 10, Phase.WARMUP: [1.5] * 10, Phase.LORA: [0.5] * 10}
     by_switch = [sum(sum_by_phase(costs, phase_spans(10, switch, 2)).values()) for switch in range(1, 10)]
     assert by_switch[4:7] == [9.5, 10.0, 10.5]

@@ -72,7 +72,7 @@ def refused(*arguments: str) -> str:
 
 
 def test_hours_by_hand(recipe, bench):
-    # 3600 images: an epoch of full takes 36 s or 0.01 h, of warmup 45 s, of lora 18 s, of timm 72 s, on however many GPUs.
+    # 3600 images: an epoch of full takes 36 s or 0.01 h, of warmup 45 s, of lora 18 s, of timm 72 s, on any GPUs.
     plan = planned(recipe, "--bench", bench, "--gpus", "2", "--images", "3600")
     runs = {run["name"]: run for run in plan["runs"]}
     assert list(runs) == ["full training", "switch after 3", "switch after 4, as here", "switch after 6", "switch after 9",
@@ -87,7 +87,7 @@ def test_hours_by_hand(recipe, bench):
     assert own["of_timm"] == pytest.approx(0.095 / 0.24)
     assert own["full_epochs"] == pytest.approx(9.5)  # the control: 9.5 epochs of 0.01 h
     assert runs["timm eager, full"]["total_gpu_hours"] == pytest.approx(0.24)
-    # After 11 epochs 0.11 + 0.0125; after 10 0.125; after 9 0.09 + 0.025 + 0.005 = 0.12, no less than full; after 8 0.115.
+    # After 11 epochs 0.11 + 0.0125; after 10 0.125; after 9 0.09 + 0.025 + 0.005 = 0.12, as full; after 8 0.115.
     assert plan["gpu_hours_by_switch"][7:] == pytest.approx([0.115, 0.12, 0.125, 0.1225])
     assert plan["break_even_epoch"] in (8, 9)  # equal up to rounding at 9
     # 3601 images take a batch more, and so 16/15 of the time.
@@ -103,8 +103,8 @@ def test_the_exchange_is_waited_for(recipe, bench):
     arguments = (recipe, "--bench", bench, "--gpus", "2", "--images", "2400")
     hidden, counted = planned(*arguments), planned(*arguments, "--bandwidth", "1")
     full = counted["phases"][0]
-    # 120 images at 100/s compute 1.2 s. A ring of two sends each byte once: 1,217,306,528 at 0.125e9 a second take 9.738 s, of
-    # which the backward hides 0.54 but for the first MiB's share of it.
+    # 120 images at 100/s compute 1.2 s. A ring of two sends each byte once: 1,217,306,528 at 0.125e9 a second take
+    # 9.738 s, of which the backward hides 0.54 but for the first MiB's share of it.
     assert hidden["phases"][0]["step_ms"] == pytest.approx(1200)
     assert full["exchanged_bytes"] == 1_217_306_528
     assert full["waiting_ms"] == pytest.approx(9738 - 540, rel=1e-3)
@@ -116,7 +116,7 @@ def test_the_exchange_is_waited_for(recipe, bench):
 
 
 def test_what_the_measured_file_says_of_the_papers_run():
-    """By docs/performance.md's table: 906 images/s of timm, 1,157, 1,139 and 1,320 of ours; MB that its rows exchange."""
+    """By docs/performance.md's table: 906 images/s of timm, 1,157, 1,139 and 1,320 of ours; MB that rows exchange."""
     plan = planned(VIT_L, "--bench", H100, "--set", "train.residual=bf16", "--set", "method.switch_epoch=225")
     (own,) = [run for run in plan["runs"] if run["switch_epoch"] == 225]
     assert own["of_timm"] == pytest.approx((225 / 1157 + 10 / 1139 + 65 / 1320) / (300 / 906), rel=1e-3)
@@ -131,7 +131,7 @@ def test_what_the_measured_file_says_of_the_papers_run():
 
 @pytest.mark.parametrize(("image_size", "images_per_second", "gib"), [(192, 1529, 31.9), (160, 2202, 23.5), (128, 3305, 17.7)])
 def test_other_image_sizes_are_estimated_and_it_says_so(tmp_path, image_size, images_per_second, gib):
-    """Against compiled blocks with a bf16 stream, one H100, 256 images, November 2026: 1,154 images/s and 41.9 GiB at 224."""
+    """Against compiled blocks, bf16 stream, one H100, 256 images, November 2026: 1,154 images/s and 41.9 GiB at 224."""
     bench = bench_file(tmp_path / "bench.json", {"prelora bf16 full": 1154.0}, peak_gib=41.9)
     arguments = ("--set", "method.enabled=false", "--set", f"model.image_size={image_size}", "--set", "train.micro_batch=256")
     (full,) = planned(VIT_L, "--bench", bench, "--gpus", "16", *arguments)["phases"]
@@ -162,7 +162,7 @@ def test_the_nearest_row_is_taken(tmp_path, recipe):
 
 
 def test_the_micro_batch_that_a_run_found(tmp_path, recipe):
-    """docs/performance.md: ViT-L on 79.18 GiB, 444 images a step: 228 at once came to 43.7 GiB, 444 left a snapshot no room."""
+    """docs/performance.md: ViT-L on 79.18 GiB, 444 images a step: 228 took 43.7 GiB, 444 left a snapshot no room."""
     bench = bench_file(tmp_path / "bench.json", {"prelora bf16 full": 100.0}, peak_gib=43.7, batch=228)
     arguments = (recipe, "--bench", bench, "--images", "4440", "--set", "method.enabled=false", "--set", "data.batch_size=444")
     (auto,) = planned(*arguments, "--set", "train.micro_batch=auto")["phases"]
@@ -190,7 +190,7 @@ def test_epochs_on_smaller_images_have_a_speed_of_their_own(tmp_path, recipe, be
 
 
 def test_a_run_is_compared_with_its_plan(tmp_path, recipe, bench):
-    """Records of a run on 2 GPUs that switched after 3 epochs, at 96 % of the bench file's speed but for its first epoch."""
+    """A run on 2 GPUs that switched after 3 epochs, at 96 % of the bench file's speed but for its first epoch."""
     folder = RunFolder(tmp_path / "run")
     folder.make()
     folder.write_settings(load_settings(recipe))

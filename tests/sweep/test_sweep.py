@@ -14,7 +14,7 @@ from prelora_ray.sweep.cost import pareto_front
 from prelora_ray.sweep.outcome import outcome
 from prelora_ray.sweep.replay import Record, read_record
 from prelora_ray.sweep.result import read_notes, write_note
-from prelora_ray.sweep.settings import SweepSettings, load_sweep, without_effect
+from prelora_ray.sweep.settings import SweepSettings, keys_without_effect, load_sweep
 from tests.chaos.site import wait_for
 from tests.lines import norms_line
 from tests.runs import assert_same_bits, final, last
@@ -69,7 +69,7 @@ def test_the_trunk_alone_tells_where_settings_switch(load, trunk):
     published = [{"method.tau": tau, "method.zeta": zeta} for tau, zeta in ((1000, 1000), (0.0, 1000))]
     plan = load(settings=published, trunk_only=True, name="calibration", overrides={"method.windows": 4})
     record = read_record(str(trunk))
-    assert [outcome(plan, setting, record).switch_epoch for setting in plan.settings_to_try()] == [4, None]
+    assert [outcome(plan, setting, record).switch_epoch for setting in plan.candidates()] == [4, None]
 
 
 @pytest.mark.slow
@@ -150,7 +150,7 @@ def test_what_a_sweep_may_not_ask_is_one_sentence(load, content, sentence):
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "jobs" / "sweeps").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_sweep_of_the_project_is_sound(path):
     plan = load_sweep(str(path), [])
-    assert plan.settings_to_try()
+    assert plan.candidates()
     assert not plan.trunk.method.enabled and plan.trunk.checkpoint.keep_trunk
     assert f"prelora sweep jobs/sweeps/{path.name}" in path.read_text().splitlines()[0]
 
@@ -167,7 +167,7 @@ def test_trials_are_named_by_what_makes_them(load):
     plan = load(space={"method.tau": [0.5, 1.0], "method.warmup_epochs": [1, 2]})
     norms = {f"blocks.{layer}.attn.query": 1.0 + layer for layer in range(3)}
     trunk = Record([norms_line(epoch, norms) for epoch in range(7)], plan.trunk.method, ramp_epochs=1)
-    names = [outcome(plan, setting, trunk).trial for setting in plan.settings_to_try()]
+    names = [outcome(plan, setting, trunk).trial for setting in plan.candidates()]
     assert names[0] == names[2] != names[1] == names[3]
     assert names[0].startswith("switch-3_warmup_epochs-1_")
 
@@ -175,12 +175,12 @@ def test_trials_are_named_by_what_makes_them(load):
 def test_settings_without_effect_are_told():
     content = {"name": "s", "recipe": "r.yaml", "space": {"method.tau": [1.0]}}
     grid = SweepSettings(**content, num_settings=5, objectives=("val_top1",))
-    assert without_effect(grid) == [
+    assert keys_without_effect(grid) == [
         "num_settings has no effect, as a grid draws nothing",
         "objectives has no effect, as Optuna alone chooses by them",
     ]
     optuna = SweepSettings(**content, search="optuna", num_settings=5, seed=1, objectives=("val_top1", "gpu_hours"))
-    assert without_effect(optuna) == []
-    assert without_effect(SweepSettings(**content, trunk_only=True, concurrent=2)) == [
+    assert keys_without_effect(optuna) == []
+    assert keys_without_effect(SweepSettings(**content, trunk_only=True, concurrent=2)) == [
         "concurrent has no effect, as trunk_only runs no trial"
     ]

@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
 def test_killed_in_every_phase_it_ends_with_the_same_bits(disturbed, undisturbed):
-    """A worker; Ray Train's controller, whose room nobody else may take; all workers, with the newest checkpoint damaged."""
+    """A worker; Ray Train's controller, whose room nobody else may take; all workers, the newest checkpoint damaged."""
     ends_as_undisturbed(disturbed, undisturbed(2))
     folder = RunFolder.of(disturbed.run)
     assert [line["event"] for line in folder.read_lines("events.jsonl")].count("checkpoint_damaged") == 1
@@ -61,7 +61,7 @@ def ends_as_undisturbed(disturbed: Disturbed, plain: Settings) -> None:
 
 
 def test_stopped_by_sigterm_it_goes_on_where_it_stood(digits, storage, bucket, undisturbed):
-    """Meanwhile another driver of the same run is refused. Its data are in a bucket, and those of the other run on a disk."""
+    """Meanwhile another driver of the run is refused. Its data are in a bucket, those of the other run on a disk."""
     data = f"{bucket}/digits"
     prepare("digits", data)
     assert read_manifest(Storage(data)).splits == read_manifest(Storage(digits)).splits
