@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import sys
 import time
 from dataclasses import asdict
@@ -11,11 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from prelora_ray import __version__
 from prelora_ray.bench import commands as bench
 from prelora_ray.data.prepare_settings import PrepareSettings
 from prelora_ray.errors import InterruptedRunError, UserError, WorkError
 from prelora_ray.json_output import Json, print_json
 from prelora_ray.options import options_of
+from prelora_ray.words import counted
 
 if TYPE_CHECKING:
     from prelora_ray.config import MethodSettings
@@ -34,8 +37,17 @@ app.add_typer(bench.app, name="bench")
 _debug = False
 
 
+def _tell_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"prelora {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and the workers' output.")] = False,
 ) -> None:
     global _debug
@@ -56,11 +68,12 @@ def train(
     settings = load_settings(config, overrides or [], name=name, storage=storage)
 
     from prelora_ray import console
+    from prelora_ray.live import watch
     from prelora_ray.records import Diagnosis
     from prelora_ray.run_folder import RunFolder
     from prelora_ray.train.run import train as run
 
-    with console.watch(settings):
+    with watch(settings):
         result = run(settings, debug=_debug)
     folder = RunFolder.of(settings)
     result = {**result, "path": str(folder)}
@@ -69,7 +82,8 @@ def train(
         return
     console.out.print(console.result_table(result["path"], folder.epochs()))
     if result["ranks"]:
-        console.out.print("ranks: " + ", ".join(f"{count} modules of {rank}" for rank, count in result["ranks"].items()))
+        told = (f"{counted(count, 'module')} of {rank}" for rank, count in result["ranks"].items())
+        console.out.print("ranks: " + ", ".join(told))
     console.out.print(console.result_line(result))
     for diagnosis in folder.events_of(Diagnosis):
         console.out.print(diagnosis.message)
@@ -132,19 +146,23 @@ def sweep(
     plan = load_sweep(config, overrides or [], name=name, storage=storage)
 
     from prelora_ray import console
+    from prelora_ray.live import watch
     from prelora_ray.sweep.run import sweep as run
 
-    result = run(plan, console.watch, debug=_debug)
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # a box of Tune's, with advice that fits neither paths nor names here
+    result = run(plan, watch, debug=_debug)
     if as_json:
         print_json(result)
         return
     console.out.print(console.sweep_table(result))
     console.out.print(
-        f"{result['trials']} runs stand for {len(result['settings'])} settings: {result['gpu_hours']:.3g} GPU-hours with the "
-        f"trunk, where each setting by itself would have cost {result['naive_gpu_hours']:.3g}"
+        f"{counted(result['trials'], 'run stands', 'runs stand')} for {counted(len(result['settings']), 'setting')}: "
+        f"{result['gpu_hours']:.3g} GPU-hours with the trunk, where each setting by itself would have cost "
+        f"{result['naive_gpu_hours']:.3g}"
     )
     if result["smallest_warmup"] is not None:
-        console.out.print(f"smallest warmup without a jump of the loss at the freeze: {result['smallest_warmup']} epochs")
+        told = counted(result["smallest_warmup"], "epoch")
+        console.out.print(f"smallest warmup without a jump of the loss at the freeze: {told}")
 
 
 @app.command()
@@ -185,7 +203,8 @@ def prepare(
     for line in console.prepared(manifest):
         console.out.print(line)
     console.out.print(
-        f"{content['train']:,} training and {content['val']:,} validation images of {content['classes']} classes in {out}, "
+        f"{content['train']:,} training and {counted(manifest.num_images('val'), 'validation image')} of "
+        f"{counted(len(manifest.classes), 'class', 'classes')} in {out}, "
         f"{content['seconds']:.1f} s"
     )
 
@@ -218,7 +237,8 @@ def evaluate(
         console.out.print(console.classes_table(report))
     if confusion:
         console.out.print(console.confusion_table(report))
-    console.out.print(f"top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, loss {result.loss:.4f} over {result.images:,} images")
+    told = counted(result.images, "image")
+    console.out.print(f"top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, loss {result.loss:.4f} over {told}")
 
 
 @app.command()
@@ -239,9 +259,9 @@ def export(
         return
     for form, difference in exported.max_abs_diff.items():
         console.out.print(
-            f"{out.rstrip('/')}/{form}: logits differ by at most {difference:.2g} over {exported.images} real images"
+            f"{out.rstrip('/')}/{form}: logits differ by at most {difference:.2g} over {counted(exported.images, 'real image')}"
         )
-    console.out.print(f"{out.rstrip('/')}/README.md says how to load each")
+    console.out.print(f"{out.rstrip('/')}/README.md is the model's card, with code that runs each")
 
 
 @app.command()
@@ -296,7 +316,7 @@ def replay(
     if result.ranks is None:
         console.out.print(f"no switch: {result.reason}")
     else:
-        told = ", ".join(f"{count} modules of rank {rank}" for rank, count in rank_counts(result.ranks).items())
+        told = ", ".join(f"{counted(count, 'module')} of rank {rank}" for rank, count in rank_counts(result.ranks).items())
         console.out.print(f"switch after epoch {result.switch_epoch} (window {result.switch_window}): {told}")
 
 
@@ -359,12 +379,31 @@ def report(
     """Show what happened in a run, in several side by side, or in a sweep, as one HTML file."""
     from prelora_ray import console
     from prelora_ray.report.page import write_report
+    from prelora_ray.storage import absolute, check_outlives_job
 
+    for place in (out, png or ""):
+        check_outlives_job(absolute(place))
     figures = write_report(paths, out, png)
     if as_json:
         print_json({"path": out, "figures": figures, "png": png})
     else:
-        console.out.print(f"{out}: {len(figures)} figures" + (f", as pictures in {png}" if png else ""))
+        console.out.print(f"{out}: {counted(len(figures), 'figure')}" + (f", as pictures in {png}" if png else ""))
+
+
+@app.command()
+def runs(
+    storage: Annotated[str, typer.Argument(help="Folder or bucket that holds run folders; also a sweep's folder.")] = "runs",
+    as_json: Json = False,
+) -> None:
+    """List runs: what each does, how far it is, and when it last said so."""
+    from prelora_ray import console
+    from prelora_ray.runs import list_runs
+
+    found = list_runs(storage)
+    if as_json:
+        print_json({"storage": storage, "runs": [asdict(run) for run in found]})
+        return
+    console.out.print(console.runs_table(storage, found))
 
 
 @app.command()
@@ -383,9 +422,16 @@ def doctor(
     else:
         for finding in findings:
             console.out.print(finding)
-        console.out.print(f"{path}: {len(findings) or 'no'} finding{'' if len(findings) == 1 else 's'}")
+        console.out.print(f"{path}: {counted(len(findings), 'finding') if findings else 'no findings'}")
     if findings:
         raise typer.Exit(1)
+
+
+class _StandardError(logging.Handler):
+    """Writes to what standard error is at the moment: a live view puts itself there, to show lines above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
 
 
 def main() -> None:
@@ -393,7 +439,7 @@ def main() -> None:
 
     Any other error is the program's own: it comes out with its traceback, and exit status 1.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_StandardError()])
     logging.getLogger("prelora_ray").setLevel(logging.INFO)
     if "--debug" in sys.argv:  # wherever it stands
         sys.argv = [sys.argv[0], "--debug", *(argument for argument in sys.argv[1:] if argument != "--debug")]

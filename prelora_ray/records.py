@@ -6,6 +6,7 @@ order in which they are written. A field with a default, other than `event`, is 
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar, TypeVar
@@ -129,6 +130,19 @@ class Progress:
     """Mean training loss of rank 0 in the epoch so far."""
     images_per_second: float
     """Images of all workers over the time of the epoch so far."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Starting:
+    """What the run does before its next step; it trains again once progress.json is newer."""
+
+    FILE: ClassVar[str] = "starting.json"
+
+    time: float
+    """When that began, in seconds since 1970."""
+    doing: str
+    """`start Ray`, `prepare the images`, `place the workers`, `build the model`, `read the first images`, and
+    `compile`, or `take a first step` where nothing is compiled; the last one also where a phase begins."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -377,7 +391,7 @@ BEGINNINGS = RunStarted, Restart
 Line = NormsLine | WindowLine | EpochLine | Event
 EventT = TypeVar("EventT", bound=Event)
 LineT = TypeVar("LineT", NormsLine, WindowLine, EpochLine)
-RecordT = TypeVar("RecordT", NormsLine, WindowLine, EpochLine, Event, Progress, Result)
+RecordT = TypeVar("RecordT", NormsLine, WindowLine, EpochLine, Event, Progress, Starting, Result)
 
 
 def from_json(kind: type[RecordT], content: Mapping[str, Any], file: str) -> RecordT:
@@ -392,7 +406,7 @@ def from_json(kind: type[RecordT], content: Mapping[str, Any], file: str) -> Rec
     return own(**{f.name: content[f.name] for f in fields(own) if f.name in content})  # type: ignore[return-value]
 
 
-def to_json(record: Line | Progress | Result) -> dict[str, Any]:
+def to_json(record: Line | Progress | Starting | Result) -> dict[str, Any]:
     """The object to write."""
     return {f.name: getattr(record, f.name) for f in fields(record)}
 
@@ -485,6 +499,15 @@ def top1s(epochs: Iterable[EpochLine]) -> list[float]:
 def last_top1(epochs: Iterable[EpochLine]) -> float | None:
     """None where no epoch was validated."""
     return next(reversed(top1s(epochs)), None)
+
+
+_PACE_EPOCHS = 5
+"""Epochs whose median duration is the pace."""
+
+
+def remaining_seconds(epochs: Sequence[EpochLine], still: float) -> float:
+    """Time that so many more epochs take at the median pace of the last ones, of which there must be one."""
+    return statistics.median(line.seconds for line in epochs[-_PACE_EPOCHS:]) * still
 
 
 def rank_counts(ranks: Mapping[str, int]) -> dict[int, int]:

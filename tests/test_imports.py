@@ -13,8 +13,9 @@ ROOT = Path(__file__).parent.parent / "prelora_ray"
 MAY_IMPORT = {
     "errors.py": set(),
     "storage.py": {"errors.py"},
-    "nodes.py": {"errors.py"},
+    "nodes.py": {"errors.py", "storage.py"},
     "records.py": set(),
+    "words.py": set(),
     "section.py": set(),
     "json_output.py": set(),
     "options.py": {"section.py", "errors.py"},
@@ -45,17 +46,18 @@ MAY_IMPORT = {
     "ray_session.py": {"fault_tolerance/ray_private.py", "errors.py"},
     "train": {
         *("train", "ray_session.py", "fault_tolerance", "monitor", "engine", "tasks", "method", "data"),
-        *("run_folder.py", "records.py", "config.py", "config_file.py", "storage.py", "errors.py", "nodes.py"),
+        *("run_folder.py", "records.py", "config.py", "config_file.py", "storage.py", "errors.py", "nodes.py", "words.py"),
     },
     "inference": {
         *("inference", "fault_tolerance/checkpoint.py", "engine", "tasks", "method", "data"),
-        *("run_folder.py", "config.py", "storage.py", "errors.py", "nodes.py", "torchvision_ops.py"),
+        *("run_folder.py", "records.py", "config.py", "storage.py", "errors.py", "nodes.py", "torchvision_ops.py", "words.py"),
     },
     "sweep": {
         *("sweep", "ray_session.py", "train", "fault_tolerance", "engine", "method"),
         *("schedule.py", "run_folder.py", "records.py", "config.py", "config_file.py", "section.py", "storage.py", "errors.py"),
     },
     "report": {"report", "method/architecture.py", "run_folder.py", "records.py", "config.py", "storage.py", "errors.py"},
+    "runs.py": {"fault_tolerance", "run_folder.py", "records.py", "errors.py"},
     "doctor.py": {"fault_tolerance", "data", "run_folder.py", "records.py", "errors.py"},
     "bench": {
         *("bench", "ray_session.py", "train", "fault_tolerance", "monitor", "engine", "method", "data"),
@@ -66,10 +68,13 @@ MAY_IMPORT = {
         *("config.py", "config_file.py", "storage.py", "errors.py"),
     },
     "bench/commands.py": {"bench", "report", "console.py", "json_output.py", "storage.py", "errors.py"},
-    "console.py": {"report", "sweep", "plan", "inference", "data", "run_folder.py", "records.py", "config.py"},
+    "console.py": {"report", "sweep", "plan", "inference", "data", "records.py", "runs.py", "words.py"},
+    "live.py": {"console.py", "run_folder.py", "records.py", "config.py", "words.py"},
     "cli.py": {
         *(
             "console.py",
+            "live.py",
+            "runs.py",
             "ray_session.py",
             "json_output.py",
             "options.py",
@@ -83,6 +88,7 @@ MAY_IMPORT = {
             "data",
         ),
         *("run_folder.py", "records.py", "config.py", "config_file.py", "storage.py", "errors.py", "nodes.py"),
+        *("words.py", "__init__.py"),
     },
     "__main__.py": {"cli.py"},
     "__init__.py": {"engine/prelora.py"},
