@@ -25,6 +25,8 @@ MAY_IMPORT = {
     "config_file.py": {"config.py", "section.py", "storage.py", "errors.py"},
     "run_folder.py": {"records.py", "config.py", "config_file.py", "storage.py", "errors.py"},
     "schedule.py": {"method", "records.py", "config.py", "errors.py"},
+    "run_state.py": {"schedule.py", "method", "fault_tolerance/end.py", "run_folder.py", "records.py", "config.py"},
+    "smoke.py": {"config.py", "config_file.py"},
     "data/draws.py": set(),
     "data/order.py": {"data/draws.py"},
     "data": {"data", "section.py", "storage.py", "errors.py"},
@@ -51,9 +53,13 @@ MAY_IMPORT = {
     },
     "sweep": {
         *("sweep", "ray_session.py", "train", "fault_tolerance", "engine", "method"),
-        *("schedule.py", "run_folder.py", "records.py", "config.py", "config_file.py", "section.py", "storage.py", "errors.py"),
+        *("schedule.py", "run_state.py", "run_folder.py", "records.py"),
+        *("config.py", "config_file.py", "section.py", "storage.py", "errors.py"),
     },
-    "report": {"report", "method/architecture.py", "run_folder.py", "records.py", "config.py", "storage.py", "errors.py"},
+    "report": {
+        *("report", "method/architecture.py", "run_state.py", "run_folder.py", "records.py"),
+        *("config.py", "storage.py", "errors.py"),
+    },
     "doctor.py": {"fault_tolerance", "data", "run_folder.py", "records.py", "errors.py"},
     "bench": {
         *("bench", "ray_session.py", "train", "fault_tolerance", "monitor", "engine", "method", "data"),
@@ -61,10 +67,10 @@ MAY_IMPORT = {
     },
     "plan": {
         *("plan", "engine", "method", "data/manifest.py", "schedule.py", "run_folder.py", "records.py"),
-        *("config.py", "config_file.py", "storage.py", "errors.py"),
+        *("config.py", "config_file.py", "section.py", "storage.py", "errors.py"),
     },
     "bench/commands.py": {"bench", "report", "console.py", "json_output.py", "storage.py", "errors.py"},
-    "console.py": {"report", "sweep", "plan", "inference", "data", "run_folder.py", "records.py", "config.py"},
+    "console.py": {"report", "sweep", "plan", "inference", "data", "run_state.py", "run_folder.py", "records.py", "config.py"},
     "cli.py": {
         *(
             "console.py",
@@ -79,6 +85,7 @@ MAY_IMPORT = {
             "inference",
             "train",
             "data",
+            "smoke.py",
         ),
         *("run_folder.py", "records.py", "config.py", "config_file.py", "storage.py", "errors.py", "nodes.py"),
     },
