@@ -52,7 +52,7 @@ def why_no_switch(method: MethodSettings, verdicts: Sequence[Verdict], epochs: i
     loss_change = max(step.loss_change or 0.0 for step in steps)
     kept = []
     if change >= method.tau:
-        kept.append(f"{family} changed by {change:.3g} %, where method.tau = {method.tau:g} wants less")
+        kept.append(f"the norms of {family} changed by {change:.3g} %, where method.tau = {method.tau:g} wants less")
     if loss_change > method.zeta:
         kept.append(f"the loss changed by {loss_change:.3g} %, where method.zeta = {method.zeta:g} wants no more")
     others = _others(method, taken, epochs)

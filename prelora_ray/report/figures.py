@@ -21,6 +21,8 @@ _BANDS = {"full": "rgba(0,0,0,0)", "warmup": "rgba(230,159,0,0.13)", "lora": "rg
 _MARKS = {"restart": "#D55E00", "resize": "#009E73", "preemption": "#CC79A7"}
 _SIZE_MARK = "#000000"
 _SYMBOLS = ("star", "circle", "square", "diamond", "cross", "x")
+_WIDE = 300.0
+"""Between values that are so many times as large and more, a log axis has ticks at powers of 10 alone."""
 _NEAR = 0.05
 """Marks closer than this share of the epochs have one label, or theirs would lie over each other on a narrow screen."""
 
@@ -43,17 +45,19 @@ def learning(runs: Sequence[RunRecords]) -> go.Figure:
 def convergence(run: RunRecords) -> go.Figure:
     """What the partial convergence test saw: norm changes against tau, loss changes against zeta, its verdicts."""
     method = run.settings.method
-    figure = _panels([f"norm change, % (tau {method.tau:g})", f"loss change, % (zeta {method.zeta:g})"])
+    figure = _panels([f"norms, % (tau {method.tau:g})", f"loss, % (zeta {method.zeta:g})"])
     windows = [(line, line.change) for line in run.windows if line.change is not None]
     ends = [line.epoch_end for line, _ in windows]
     verdicts = ["in the ramp" if w.in_ramp else "converged" if w.converged else "not yet" for w, _ in windows]
     for index, family in enumerate(family for family in FAMILIES if windows and family in windows[0][1]):
         changes = [change[family] for _, change in windows]
         _line(figure, 1, ends, changes, family, index, markers=True, hover=verdicts)
-    _line(figure, 2, ends, [line.loss_change for line, _ in windows], "loss", 6, markers=True, hover=verdicts)
-    for row, limit in ((1, method.tau), (2, method.zeta)):
+    losses = [line.loss_change for line, _ in windows]
+    _line(figure, 2, ends, losses, "loss", 6, markers=True, hover=verdicts)
+    norms = [change for _, changes in windows for change in changes.values()]
+    for row, limit, values in ((1, method.tau, norms), (2, method.zeta, losses)):
         figure.add_hline(limit, row=row, col=1, line={"color": "black", "dash": "dash", "width": 1})
-        figure.update_yaxes(type="log", dtick="D2", row=row, col=1)
+        figure.update_yaxes(**_log_axis([limit, *values]), row=row, col=1)
     return _with_marks(figure, [run], 2)
 
 
@@ -78,10 +82,10 @@ def speed(runs: Sequence[RunRecords]) -> go.Figure:
     """Throughput, time of an epoch, waiting for data, memory of GPUs and what trains, over the epochs."""
     panels: dict[str, Callable[[EpochLine], float]] = {
         "images/s": lambda line: line.images_per_second,
-        "seconds an epoch": lambda line: line.seconds,
-        "waiting for data, %": lambda line: 100 * line.data_wait_seconds / line.train_seconds,
+        "s an epoch": lambda line: line.seconds,
+        "waits for data, %": lambda line: 100 * line.data_wait_seconds / line.train_seconds,
         "peak memory, GiB": lambda line: line.peak_memory_bytes / 2**30,
-        "trainable parameters, %": lambda line: 100 * line.trainable_fraction,
+        "trains, %": lambda line: 100 * line.trainable_fraction,
         "workers": lambda line: line.world_size,
     }
     if not any(run.on_gpu for run in runs):
@@ -122,8 +126,12 @@ def switch_map(
 
     `marks`: (tau, zeta) by name. Those outside the map are left out, and two of one place are one mark.
     """
-    heatmap = go.Heatmap(z=values, x=zetas, y=taus, colorscale="Cividis", colorbar={"title": title}, hoverongaps=False)
-    figure = go.Figure(heatmap, layout=_layout(height=460, left=70) | {"hovermode": "closest"})
+    heatmap = go.Heatmap(z=values, x=zetas, y=taus, name=title, colorscale="Cividis", hoverongaps=False)
+    heatmap.update(
+        colorbar={"thickness": 14}, hovertemplate=f"tau %{{y:.3g}}, zeta %{{x:.3g}}<br>{title} %{{z:.4g}}<extra></extra>"
+    )
+    legend = {"orientation": "h", "yanchor": "top", "y": -0.2}
+    figure = go.Figure(heatmap, layout=_layout(height=500, left=70) | {"hovermode": "closest", "legend": legend})
     names: dict[tuple[float, float], list[str]] = {}
     for name, (tau, zeta) in marks.items():
         if min(taus) <= tau <= max(taus) and min(zetas) <= zeta <= max(zetas):
@@ -132,8 +140,8 @@ def switch_map(
         marker = {"symbol": symbol, "size": 13, "color": "white", "line": {"color": "black", "width": 2}}
         name = escape(f"{', '.join(told)}: tau {tau:g}, zeta {zeta:g}")
         figure.add_trace(go.Scatter(x=[zeta], y=[tau], name=name, mode="markers", marker=marker, showlegend=True))
-    figure.update_xaxes(title="zeta, %", type="log")
-    figure.update_yaxes(title="tau, %", type="log")
+    figure.update_xaxes(title="zeta, %", **_log_axis(zetas))
+    figure.update_yaxes(title="tau, %", **_log_axis(taus))
     return figure
 
 
@@ -186,6 +194,13 @@ def _scatter(
             hovertemplate="%{text}<br>%{x:.3g} GPU-hours, top-1 %{y:.2f} %<extra></extra>",
         )
     )
+
+
+def _log_axis(values: Sequence[float | None]) -> dict[str, Any]:
+    """With ticks at 1, 2 and 5, or where these would lie over each other at 1, 10, 100."""
+    positive = [value for value in values if value is not None and value > 0]
+    is_wide = bool(positive) and max(positive) > _WIDE * min(positive)
+    return {"type": "log", "dtick": 1 if is_wide else "D2"}
 
 
 def _panels(titles: list[str]) -> go.Figure:

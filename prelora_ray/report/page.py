@@ -31,7 +31,7 @@ h1 { font-size: 1.6em } h2 { font-size: 1.2em; margin-top: 2em; border-bottom: 1
 table { border-collapse: collapse; margin: 1em 0; font-size: 0.9em } th, td { padding: 0.25em 0.7em; text-align: right }
 th { border-bottom: 2px solid #888 } td:first-child, th:first-child { text-align: left }
 tr:nth-child(even) { background: #f5f5f5 }
-.wide { overflow-x: auto; overflow-wrap: normal } .facts td { text-align: left }
+.wide { overflow-x: auto; overflow-wrap: normal } .facts td, .facts th { text-align: left }
 .finding, .healthy, .open { border-left: 4px solid #D55E00; padding-left: 0.8em }
 .healthy { border-color: #009E73 } .open { border-color: #888 }
 @media (max-width: 700px) { body { margin: 1em auto; padding: 0 0.6em } }
