@@ -60,16 +60,19 @@ def train(
     overrides: Overrides = None,
     storage: Annotated[str | None, typer.Option(help="Folder or bucket that holds the run folders.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run; the same name again resumes it.")] = None,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="A smoke run: 4 batches an epoch through all phases, under a name of its own.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train a run through full, warmup and lora, or resume it."""
     from prelora_ray.config_file import load_settings
+    from prelora_ray.smoke import smoke_run
 
-    settings = load_settings(config, overrides or [], name=name, storage=storage)
+    settings = (smoke_run if fast else load_settings)(config, overrides or [], name=name, storage=storage)
 
     from prelora_ray import console
     from prelora_ray.live import watch
-    from prelora_ray.records import Diagnosis
     from prelora_ray.run_folder import RunFolder
     from prelora_ray.train.run import train as run
 
@@ -80,13 +83,8 @@ def train(
     if as_json:
         print_json(result)
         return
-    console.out.print(console.result_table(result["path"], folder.epochs()))
-    if result["ranks"]:
-        told = (f"{counted(count, 'module')} of {rank}" for rank, count in result["ranks"].items())
-        console.out.print("ranks: " + ", ".join(told))
-    console.out.print(console.result_line(result))
-    for diagnosis in folder.events_of(Diagnosis):
-        console.out.print(diagnosis.message)
+    for part in console.trained(folder, result):
+        console.out.print(part)
 
 
 @app.command()
@@ -332,14 +330,15 @@ def _replay_map(
 ) -> None:
     from prelora_ray import console
     from prelora_ray.report.page import write_switch_map
-    from prelora_ray.sweep.map import switch_map, what_it_means
+    from prelora_ray.sweep.map import PUBLISHED, switch_map, what_it_means
 
     points = switch_map(record, method, ramp_epochs, taus, zetas, what_it_means(source, method))
     if picture is not None:
         rows = [points[row * len(zetas) : (row + 1) * len(zetas)] for row in range(len(taus))]
         titles = {"switch_epoch": "switch after epoch", "trainable_fraction": "share that lora trains", "hours": "hours"}
         maps = {title: [[getattr(point, key) for point in row] for row in rows] for key, title in titles.items()}
-        write_switch_map(taus, zetas, maps, picture)
+        marks = {"this run": (record.method.tau, record.method.zeta), **PUBLISHED}
+        write_switch_map(taus, zetas, maps, picture, marks)
     if as_json:
         print_json({"settings": [asdict(point) for point in points], "picture": picture})
         return
@@ -374,6 +373,9 @@ def report(
     paths: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders, or one sweep's folder.")],
     out: Annotated[str, typer.Option(help="The HTML file.")] = "report.html",
     png: Annotated[str | None, typer.Option(metavar="FOLDER", help="Also draw each figure as a picture into a folder.")] = None,
+    plotly: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Keep the 5 MB that draw figures in a file that many reports share.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show what happened in a run, in several side by side, or in a sweep, as one HTML file."""
@@ -383,7 +385,7 @@ def report(
 
     for place in (out, png or ""):
         check_outlives_job(absolute(place))
-    figures = write_report(paths, out, png)
+    figures = write_report(paths, out, png, plotly)
     if as_json:
         print_json({"path": out, "figures": figures, "png": png})
     else:

@@ -16,7 +16,9 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from prelora_ray import records
+from prelora_ray.remarks import remarks_on
 from prelora_ray.report.sweep_table import sweep_table as sweep_rows
+from prelora_ray.run_folder import RunFolder
 from prelora_ray.sweep.replay import Replay
 from prelora_ray.words import ago, counted, number, percent
 
@@ -66,10 +68,12 @@ def prepared(manifest: Manifest) -> Iterator[str | Table]:
         yield f"  {reason}: " + ", ".join(f"{entry.count:,} {entry.ending or 'without an ending'}" for entry in skipped)
 
 
-def result_table(path: str, epochs: list[records.EpochLine]) -> Table:
-    """A run by phase. `epochs`: its lines that stand."""
+def result_table(path: str, epochs: list[records.EpochLine], *, on_gpu: bool = False) -> Table:
+    """A run by phase. `epochs`: its lines that stand. Memory is told of GPUs alone, as `records.memory_note` says."""
     table = Table(title=f"run {path}", title_justify="left")
-    for column in ("phase", "epochs", "loss", "top-1", "images/s", "trains", "peak memory", "seconds"):
+    memory = ["peak memory"] if on_gpu else []
+    columns = ["epochs", "loss", "top-1", "images/s", "against full", "start-up, s", "trains", *memory, "seconds"]
+    for column in ("phase", *columns):
         table.add_column(column, justify="left" if column == "phase" else "right")
     for name, summary in records.table_summaries(epochs).items():
         table.add_row(
@@ -78,8 +82,10 @@ def result_table(path: str, epochs: list[records.EpochLine]) -> Table:
             number(summary.loss),
             percent(summary.val_top1),
             f"{summary.images_per_second:,.0f}",
+            "-" if summary.against_full is None else f"{summary.against_full:.2f}",
+            "-" if summary.startup_seconds is None else f"{summary.startup_seconds:,.1f}",
             percent(summary.trainable_fraction),
-            f"{summary.peak_memory_bytes / 2**20:,.0f} MiB",
+            *([f"{summary.peak_memory_bytes / 2**20:,.0f} MiB"] if on_gpu else []),
             f"{summary.seconds:,.0f}",
         )
     return table
@@ -102,6 +108,21 @@ def runs_table(storage: str, runs: Sequence[RunState]) -> Table:
             age + (f": {run.message}" if run.message else ""),
         )
     return table
+
+
+def trained(folder: RunFolder, result: dict[str, Any]) -> Iterator[str | Table]:
+    """What a finished run came to, and what is to be said of it."""
+    epochs, on_gpu = folder.epochs(), folder.read_settings().workers.gpu is True
+    yield result_table(str(folder), epochs, on_gpu=on_gpu)
+    if result["ranks"]:
+        yield "ranks: " + ", ".join(f"{count} modules of {rank}" for rank, count in result["ranks"].items())
+    yield result_line(result)
+    if not on_gpu:
+        yield records.memory_note(epochs)
+    if (note := records.gain_note(epochs)) is not None:
+        yield note
+    yield from remarks_on(folder).remarks
+    yield from (diagnosis.message for diagnosis in folder.events_of(records.Diagnosis))
 
 
 def result_line(result: dict[str, Any]) -> str:

@@ -27,6 +27,8 @@ MAY_IMPORT = {
     "config_file.py": {"config.py", "section.py", "storage.py", "errors.py"},
     "run_folder.py": {"records.py", "config.py", "config_file.py", "storage.py", "errors.py"},
     "schedule.py": {"method", "records.py", "config.py", "errors.py"},
+    "remarks.py": {"schedule.py", "method", "fault_tolerance/end.py", "run_folder.py", "records.py", "config.py"},
+    "smoke.py": {"config.py", "config_file.py"},
     "data/draws.py": set(),
     "data/order.py": {"data/draws.py"},
     "data": {"data", "section.py", "storage.py", "errors.py"},
@@ -54,9 +56,13 @@ MAY_IMPORT = {
     },
     "sweep": {
         *("sweep", "ray_session.py", "train", "fault_tolerance", "engine", "method"),
-        *("schedule.py", "run_folder.py", "records.py", "config.py", "config_file.py", "section.py", "storage.py", "errors.py"),
+        *("schedule.py", "remarks.py", "run_folder.py", "records.py"),
+        *("config.py", "config_file.py", "section.py", "storage.py", "errors.py"),
     },
-    "report": {"report", "method/architecture.py", "run_folder.py", "records.py", "config.py", "storage.py", "errors.py"},
+    "report": {
+        *("report", "method/architecture.py", "remarks.py", "run_folder.py", "records.py"),
+        *("config.py", "storage.py", "errors.py"),
+    },
     "runs.py": {"fault_tolerance", "run_folder.py", "records.py", "errors.py"},
     "doctor.py": {"fault_tolerance", "data", "run_folder.py", "records.py", "errors.py"},
     "bench": {
@@ -65,10 +71,13 @@ MAY_IMPORT = {
     },
     "plan": {
         *("plan", "engine", "method", "data/manifest.py", "schedule.py", "run_folder.py", "records.py"),
-        *("config.py", "config_file.py", "storage.py", "errors.py"),
+        *("config.py", "config_file.py", "section.py", "storage.py", "errors.py"),
     },
     "bench/commands.py": {"bench", "report", "console.py", "json_output.py", "storage.py", "errors.py"},
-    "console.py": {"report", "sweep", "plan", "inference", "data", "records.py", "runs.py", "words.py"},
+    "console.py": {
+        *("report", "sweep", "plan", "inference", "data", "remarks.py", "run_folder.py", "records.py"),
+        *("config.py", "runs.py", "words.py"),
+    },
     "live.py": {"console.py", "run_folder.py", "records.py", "config.py", "words.py"},
     "cli.py": {
         *(
@@ -86,6 +95,7 @@ MAY_IMPORT = {
             "inference",
             "train",
             "data",
+            "smoke.py",
         ),
         *("run_folder.py", "records.py", "config.py", "config_file.py", "storage.py", "errors.py", "nodes.py"),
         *("words.py", "__init__.py"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import platform
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -57,6 +58,10 @@ from prelora_ray.train.found_sizes import write_found
 _SAMPLES_SECONDS = 2.0
 _LAST_FLUSHES = 10
 """How often the end of an attempt tries to write its records, where a try takes no time."""
+
+
+def _name_of(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
 
 
 class Recorder:
@@ -195,7 +200,8 @@ class RankZeroRecorder(Recorder):
         for message in point.damaged.values():
             self._event(CheckpointDamaged, message=message)
         world_size = self._state.world_size
-        content: dict[str, Any] = {"world_size": world_size, "reservation": reservation()}
+        device = _name_of(self._state.device)
+        content: dict[str, Any] = {"world_size": world_size, "reservation": reservation(), "device": device}
         if point.attempt == 0:
             self._event(RunStarted, seed=self._settings.train.seed, **content)
         else:
