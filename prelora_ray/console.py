@@ -130,7 +130,8 @@ class _Watcher(threading.Thread):
             case records.WindowClosed():
                 return self._window(event.window)
             case records.Switch():
-                told = f" after epoch {event.epoch}: adapters join, {event.trainable_parameters:,} parameters train"
+                left = "" if event.rate_left is None else f" with {event.rate_left:.1%} of the learning rate's sum left"
+                told = f" after epoch {event.epoch}{left}: adapters join, {event.trainable_parameters:,} parameters train"
                 return Text.assemble(("switch", "bold"), told)
             case records.Freeze():
                 share = event.trainable_parameters / event.parameters
@@ -212,7 +213,7 @@ def sweep_table(result: dict[str, Any]) -> Table:
     for column in head:
         table.add_column(column, justify="left" if column in ("diagnosis", "run") else "right")
     for index, row in enumerate(rows):
-        table.add_row(*row, end_section=index == 0)  # full training stands apart
+        table.add_row(*row, end_section=index == len(result["controls"]))  # full training and the controls stand apart
     return table
 
 
@@ -255,15 +256,15 @@ def replay_table(replay: Replay) -> Table:
 
 
 def switch_map_table(points: Sequence[Point]) -> Table:
-    """Each tau and zeta with what it comes to."""
+    """Each tau and zeta with what it comes to. `rate left`: of the learning rate's sum, at the switch."""
     table = Table()
-    for column in ("tau", "zeta", "switch", "ranks", "lora trains", "hours"):
+    for column in ("tau", "zeta", "switch", "rate left", "ranks", "lora trains", "hours"):
         table.add_column(column, justify="right")
     for point in points:
         counts = ", ".join(f"{count} of {rank}" for rank, count in records.rank_counts(point.ranks or {}).items())
         switch = "never" if point.switch_epoch is None else str(point.switch_epoch)
-        share = _percent(point.trainable_fraction)
-        table.add_row(_number(point.tau), _number(point.zeta), switch, counts, share, _number(point.hours))
+        left, share = _percent(point.rate_left), _percent(point.trainable_fraction)
+        table.add_row(_number(point.tau), _number(point.zeta), switch, left, counts, share, _number(point.hours))
     return table
 
 

@@ -20,11 +20,11 @@ TEXT = "runs/[old]/:x: [/bold] [red]"
 REPORT = EvaluationReport(Evaluation(loss=1.0, top1=0.5, top5=1.0, images=2), (TEXT, "b"), torch.tensor([[0, 1], [1, 0]]))
 SWEEP = {
     "path": TEXT,
-    "pareto": [],
-    "full": {"gpu_hours": 1.0, "val_top1": 0.5},
+    **{"unit": "CPU-hours", "pareto": [], "controls": []},
+    "full": {"cost": 1.0, "val_top1": 0.5, "trial": "trunk"},
     "settings": [
         {
-            **{"setting": {"method.freeze": "all"}, "switch_epoch": 1, "trainable_fraction": 0.1, "gpu_hours": 1.0},
+            **{"setting": {"method.freeze": "all"}, "switch_epoch": 1, "trainable_fraction": 0.1, "cost": 1.0},
             **{"val_top1": None, "ended": "failed", "diagnosis": [], "trial": "t", "message": TEXT},
         }
     ],
@@ -65,6 +65,8 @@ def test_a_bar_and_a_runs_events_are_shown_as_they_are(monkeypatch: pytest.Monke
     assert printed(told).strip() == TEXT
     switch = watcher._event(event("switch", 3, switch_epoch=3, trainable_parameters=5, parameters=9))
     assert printed(switch).strip() == "switch after epoch 3: adapters join, 5 parameters train"
+    late = watcher._event(event("switch", 3, switch_epoch=3, rate_left=0.0094, trainable_parameters=5, parameters=9))
+    assert printed(late).startswith("switch after epoch 3 with 0.9% of the learning rate's sum left: adapters join")
 
 
 def test_a_run_that_never_switched_or_froze_is_told_as_that():

@@ -12,10 +12,10 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from prelora_ray.errors import UserError
-from prelora_ray.records import Diagnosis, table_summaries
+from prelora_ray.records import Diagnosis, Switch, table_summaries
 from prelora_ray.report import figures
 from prelora_ray.report.records import RunRecords, differing_settings, read_runs, read_sweep
-from prelora_ray.report.sweep_table import sweep_table
+from prelora_ray.report.sweep_table import sweep_table, told_of_controls
 from prelora_ray.storage import absolute
 
 Section = tuple[str, str, str, go.Figure | None]
@@ -78,7 +78,8 @@ def _write(title: str, sections: list[Section], out: str) -> None:
 
 def _run_sections(runs: list[RunRecords]) -> list[Section]:
     sections: list[Section] = [("", "Diagnosis", "".join(_diagnosis(run) for run in runs), None)]
-    sections.append(("", "By phase", _table(*_phases(runs)), None))
+    switches = "".join(_switch(run, event) for run in runs for event in run.events_of(Switch)[-1:])
+    sections.append(("", "By phase", _table(*_phases(runs)) + switches, None))
     if len(runs) > 1:
         differing = differing_settings(runs)
         rows = [[key, *map(str, values)] for key, values in differing.items()]
@@ -102,11 +103,13 @@ def _run_sections(runs: list[RunRecords]) -> list[Section]:
 
 def _sweep_sections(sweep: dict[str, Any]) -> list[Section]:
     cost = (
-        f"<p>{escape(str(sweep['trials']))} runs stand for {len(sweep['settings'])} settings. With the trunk they cost "
-        f"{sweep['gpu_hours']:.3g} GPU-hours; each setting by itself would have cost {sweep['naive_gpu_hours']:.3g}.</p>"
+        f"{sweep['trials']} runs stand for {len(sweep['settings'])} settings, beside {len(sweep['controls'])} controls. With "
+        f"the trunk they cost {sweep['cost']:.3g} {sweep['unit']}; each by itself would have cost {sweep['naive_cost']:.3g}."
     )
+    told = told_of_controls(sweep)
+    text = f"<p>{escape(cost)}</p>" + ("" if told is None else f"<p>{escape(told)}.</p>")
     return [
-        ("pareto", "Accuracy and cost", cost, figures.pareto(sweep)),
+        ("pareto", "Accuracy and cost", text, figures.pareto(sweep)),
         ("", "Settings", _table(*sweep_table(sweep)), None),
     ]
 
@@ -117,6 +120,13 @@ def _diagnosis(run: RunRecords) -> str:
     if not found:
         return f"<p class='healthy'>{of}none of the failure signatures shows.</p>"
     return "".join(f"<p class='finding'>{of}{escape(event.message)}.</p>" for event in found)
+
+
+def _switch(run: RunRecords, switch: Switch) -> str:
+    told = f"{run.name} switched after epoch {switch.switch_epoch} of {run.settings.train.epochs}"
+    if switch.rate_left is not None:
+        told += f", with {switch.rate_left:.1%} of the learning rate's sum left: the less, the less it says of adapters"
+    return f"<p>{escape(told)}.</p>"
 
 
 def _phases(runs: list[RunRecords]) -> tuple[list[str], list[list[str]]]:

@@ -15,13 +15,15 @@ from prelora_ray.sweep.settings import OF_THE_TEST, Plan, Setting
 @dataclass(frozen=True)
 class Outcome:
     switch_epoch: int | None
-    """None where the setting never switches: its run is the trunk."""
+    """None where the setting never switches: its run is the trunk, or of a control in full training, one of its own."""
     trial: str
     """Name of the run folder."""
 
 
 def outcome(plan: Plan, setting: Setting, trunk: Record) -> Outcome:
     """`trunk`: the record of the sweep's trunk."""
+    if setting.get("control") == "full":
+        return Outcome(None, f"full-{setting['train.bend.after']}-to-{setting['train.epochs']}")
     settings = plan.settings_of(setting, "check")
     found = replay(trunk, settings.method, settings.train.ramp_epochs)
     if found.switch_epoch is None or found.ranks is None or found.switch_epoch >= settings.train.epochs:
@@ -33,7 +35,8 @@ def _trial_name(settings: Settings, setting: Setting, switch_epoch: int, ranks: 
     """Names the switch and what else was searched, and ends in a digest of all that makes the run what it is."""
     after = settings.method.model_dump(mode="json", exclude={*OF_THE_TEST, "rank_pattern"})
     digest = hashlib.blake2b(json.dumps([ranks, after], sort_keys=True).encode(), digest_size=4).hexdigest()
-    told = [f"switch-{switch_epoch}"]
+    told = ["rank-1"] if "control" in setting else []
+    told.append(f"switch-{switch_epoch}")
     for key, value in setting.items():
         name = key.removeprefix("method.")
         if name in after:
