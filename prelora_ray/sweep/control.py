@@ -13,15 +13,16 @@ Entry = dict[str, Any]
 """What sweep.json says of a setting."""
 
 
-def name_controls(plan: Plan, entries: list[Entry], full: Entry, trunk: Record, prices: Prices) -> list[Setting]:
+def name_controls(plan: Plan, entries: list[Entry], trunk: Record, prices: Prices) -> list[Setting]:
     """Adds to the entries of settings which runs are their controls, `full_control` and `rank_1_control`, and returns
     the controls that are to be trained, each once.
 
-    `full`: the entry of the trunk, which may be a control itself. A run that has not finished has none yet.
+    The trunk is the control of a run that costs as much. A run that has not finished has none yet.
     """
-    wanted, controls = plan.sweep.controls, {}
+    wanted = plan.sweep.controls
+    controls: dict[str, Setting] = {}
     switched = [entry for entry in entries if entry["ended"] == "finished" and entry["switch_epoch"] is not None]
-    front = on_front([full, *switched])
+    front = on_front(switched)
     for entry in entries:
         entry |= {"full_control": None, "rank_1_control": None}
     for entry in switched:
@@ -49,7 +50,7 @@ def full_training_of_cost(plan: Plan, prices: Prices, after: int, cost: float) -
 
 
 def on_front(entries: list[Entry]) -> list[str]:
-    """The runs of the Pareto front, the cheapest first, of finished ones."""
+    """The runs of the Pareto front of finished ones, the cheapest first."""
     return [entries[i]["trial"] for i in pareto_front((entry["val_top1"], entry["cost"]) for entry in entries)]
 
 

@@ -95,7 +95,7 @@ def switch_map(
             ranks = ranks_for(method, verdict.module_change, norms)
             fraction = meaning.trainable_fraction(ranks) if meaning else None
             hours = meaning.hours(epoch, method.warmup_epochs) if meaning else None
-            left = record.rates_left and record.rates_left[epoch]
+            left = record.rates_left[epoch] if record.rates_left else None
             switches[epoch] = Point(tau, zeta, epoch, ranks, fraction, left, hours)
         points.append(replace(switches[epoch], tau=tau, zeta=zeta))
     return points

@@ -72,7 +72,7 @@ def replay(record: Record, method: MethodSettings, ramp_epochs: int) -> Replay:
     if schedule.switched_at is None:
         return Replay(None, None, None, _reason(method, len(record.epochs), verdicts), verdicts)
     window = verdicts[-1].window.index if verdicts else None
-    left = record.rates_left and record.rates_left[schedule.switched_at]
+    left = record.rates_left[schedule.switched_at] if record.rates_left else None
     return Replay(window, schedule.switched_at, schedule.ranks, None, verdicts, left)
 
 

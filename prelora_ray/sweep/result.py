@@ -45,7 +45,7 @@ def summarize_sweep(plan: Plan) -> dict[str, Any]:
     listed = [note["setting"] for note in read_notes(plan)] if plan.sweep.search == "optuna" else plan.settings_to_try()
     entries = _entries(plan, listed, record, prices)
     full = {"trial": plan.trunk.name, **_of_run(trunk, plan.trunk.train.epochs, prices)}
-    wanted = name_controls(plan, entries, full, record, prices)
+    wanted = name_controls(plan, entries, record, prices)
     begun = [note["setting"] for note in read_notes(plan, "controls")]
     controls = _entries(plan, _distinct([*wanted, *begun]), record, prices)
     finished = [entry for entry in [*entries, *controls] if entry["ended"] == "finished"]

@@ -79,8 +79,8 @@ class AshaSettings(Section):
 
 class ControlSettings(Section):
     full: Literal["front", "all", "none"] = "front"
-    """Beside which runs full training of equal cost is trained: those on the front of accuracy and cost, of which the
-    trunk is one; all that switch; or none."""
+    """Beside which runs full training of equal cost is trained: those that no other run beats in accuracy and cost, all
+    that switch, or none."""
     rank_1: Share = 0.0
     """A fork of rank 1 throughout is trained beside each switch that leaves at most this share of the learning rate's
     sum, such as 0.02: where it ends as high, the run says nothing of adapters."""

@@ -219,7 +219,7 @@ def test_which_runs_have_full_training_of_equal_cost_beside_them(full, named):
         entry("trunk", 0.90, 120.0, switch_epoch=None, rate_left=None),
     ]
     trunk = Record([norms_line(epoch, {"a": 1.0}) for epoch in range(120)], plan.trunk.method, ramp_epochs=10)
-    controls = name_controls(plan, entries, {"trial": "trunk", "val_top1": 0.90, "cost": 120.0}, trunk, prices_of(plan))
+    controls = name_controls(plan, entries, trunk, prices_of(plan))
     names = [f"full-90-to-{end}" for end in (100, 110)]
     assert [control["train.epochs"] for control in controls] == [[100, 110][i] for i in named]
     told = [name if i in named else None for i, name in enumerate(names)]
