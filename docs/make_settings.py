@@ -1,12 +1,11 @@
 """Writes docs/settings.md from the settings' own descriptions: `python docs/make_settings.py`."""
 
 from pathlib import Path
-from typing import get_origin
 
 from pydantic import BaseModel
 
 from prelora_ray.config import Settings, acts, inner_section
-from prelora_ray.sweep.settings import AshaSettings, SweepSettings
+from prelora_ray.sweep.settings import SweepSettings
 
 HEAD = """# Settings
 
@@ -36,8 +35,8 @@ ACTS = {"always": "from the start", "switch": "from the switch on", "never": "no
 def rows(section: type[BaseModel], prefix: str = "", *, tell_acts: bool = False) -> list[str]:
     found = []
     for name, field in section.model_fields.items():
-        inner, is_list = inner_section(field.annotation), get_origin(field.annotation) is tuple
-        if inner is not None and not is_list:
+        inner = inner_section(field.annotation)
+        if inner is not None and inner is field.annotation:
             found += rows(inner, f"{prefix}{name}.", tell_acts=tell_acts)
             continue
         default = "required" if field.is_required() else f"`{_yaml(field.get_default(call_default_factory=True))}`"
@@ -55,8 +54,7 @@ def _yaml(value: object) -> str:
 
 
 def reference() -> str:
-    sweep = rows(SweepSettings) + rows(AshaSettings, "asha.")
-    run = rows(Settings, tell_acts=True)
+    run, sweep = rows(Settings, tell_acts=True), rows(SweepSettings)
     return HEAD + TABLE + "\n".join(run) + "\n" + SWEEP_HEAD + SWEEP_TABLE + "\n".join(sweep) + "\n"
 
 

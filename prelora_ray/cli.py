@@ -145,6 +145,7 @@ def sweep(
 
     from prelora_ray import console
     from prelora_ray.live import watch
+    from prelora_ray.report.sweep_table import told_of_controls
     from prelora_ray.sweep.run import sweep as run
 
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # a box of Tune's, with advice that fits neither paths nor names here
@@ -154,10 +155,12 @@ def sweep(
         return
     console.out.print(console.sweep_table(result))
     console.out.print(
-        f"{counted(result['trials'], 'run stands', 'runs stand')} for {counted(len(result['settings']), 'setting')}: "
-        f"{result['gpu_hours']:.3g} GPU-hours with the trunk, where each setting by itself would have cost "
-        f"{result['naive_gpu_hours']:.3g}"
+        f"{counted(result['trials'], 'run stands', 'runs stand')} for {counted(len(result['settings']), 'setting')}, beside "
+        f"{counted(len(result['controls']), 'control')}: {result['cost']:.3g} {result['unit']} with the trunk, where each by "
+        f"itself would have cost {result['naive_cost']:.3g}"
     )
+    if (told := told_of_controls(result)) is not None:
+        console.out.print(told)
     if result["smallest_warmup"] is not None:
         told = counted(result["smallest_warmup"], "epoch")
         console.out.print(f"smallest warmup without a jump of the loss at the freeze: {told}")
@@ -308,14 +311,15 @@ def replay(
         raise UserError(f"--picture {picture} is not allowed: it takes several values of --tau or --zeta, such as 0.1:10:30")
     result = run(record, method, ramp)
     if as_json:
-        print_json({key: getattr(result, key) for key in ("switch_window", "switch_epoch", "ranks", "reason")})
+        print_json({key: getattr(result, key) for key in ("switch_window", "switch_epoch", "rate_left", "ranks", "reason")})
         return
     console.out.print(console.replay_table(result))
     if result.ranks is None:
         console.out.print(f"no switch: {result.reason}")
     else:
         told = ", ".join(f"{counted(count, 'module')} of rank {rank}" for rank, count in rank_counts(result.ranks).items())
-        console.out.print(f"switch after epoch {result.switch_epoch} (window {result.switch_window}): {told}")
+        left = "" if result.rate_left is None else f", {result.rate_left:.1%} of the learning rate's sum left"
+        console.out.print(f"switch after epoch {result.switch_epoch} (window {result.switch_window}{left}): {told}")
 
 
 def _replay_map(
@@ -335,7 +339,8 @@ def _replay_map(
     points = switch_map(record, method, ramp_epochs, taus, zetas, what_it_means(source, method))
     if picture is not None:
         rows = [points[row * len(zetas) : (row + 1) * len(zetas)] for row in range(len(taus))]
-        titles = {"switch_epoch": "switch after epoch", "trainable_fraction": "share that lora trains", "hours": "hours"}
+        titles = {"switch_epoch": "switch after epoch", "rate_left": "share of the learning rate's sum left"}
+        titles |= {"trainable_fraction": "share that lora trains", "hours": "hours"}
         maps = {title: [[getattr(point, key) for point in row] for row in rows] for key, title in titles.items()}
         marks = {"this run": (record.method.tau, record.method.zeta), **PUBLISHED}
         write_switch_map(taus, zetas, maps, picture, marks)

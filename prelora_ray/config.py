@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
+from types import UnionType
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 from pydantic import AfterValidator, Field, model_validator
@@ -127,7 +128,8 @@ class DataSettings(Section):
 
 class ResolutionStep(Section):
     until: Count | Annotated[float, Field(gt=0, lt=1)]
-    """Where the step ends: completed epochs, or a share of the run below 1, which comes to the nearest epoch."""
+    """Where the step ends: completed epochs, or a share of the run below 1, which comes to the nearest epoch; behind
+    `train.bend.after`, of the schedule as it was."""
     image_size: Count
     """Side of the training images until then, in pixels: whole patches, and at most `model.image_size`."""
     policy: Policy | None = None
@@ -135,9 +137,19 @@ class ResolutionStep(Section):
     does not."""
 
 
+class BendSettings(Section):
+    after: Count
+    """Completed epochs up to which the run keeps to the schedule as it was."""
+    of: Count
+    """Epochs of that schedule: `train.epochs` of the trunk."""
+
+
 class TrainSettings(Section):
     epochs: Count = 300
     """Passes over the training images, all phases together."""
+    bend: BendSettings | None = None
+    """Ends a schedule of `of` epochs sooner: after `after` of them, what is left of it, learning rate and `resolution`
+    alike, passes evenly faster, to be over with `train.epochs`. So a fork may end before its trunk."""
     seed: Whole = 0
     """Seed of everything that is drawn."""
     learning_rate: Positive = 1e-3
@@ -182,9 +194,39 @@ class TrainSettings(Section):
     [{until: 0.6, image_size: 160}]. Validation is at `model.image_size` throughout."""
 
     @property
+    def length_key(self) -> str:
+        """The key that says how long the schedule is."""
+        return "train.epochs" if self.bend is None else "train.bend.of"
+
+    @property
+    def schedule_epochs(self) -> int:
+        """Epochs of the schedule as it is without a bend."""
+        return self.epochs if self.bend is None else self.bend.of
+
+    def scheduled(self, done: int, steps: int = 1) -> float:
+        """How much of the schedule has passed after so many epochs of the run, or after so many steps, `steps` to an
+        epoch."""
+        if self.bend is None:
+            return done
+        after = self.bend.after
+        pace = (self.bend.of - after) / (self.epochs - after)
+        return done + max(0, done - after * steps) * (pace - 1)
+
+    @property
+    def scheduled_step_ends(self) -> list[int]:
+        """Epochs of the schedule that have passed at the end of each step of `resolution`."""
+        shares = (step.until for step in self.resolution)
+        return [until if isinstance(until, int) else round(until * self.schedule_epochs) for until in shares]
+
+    @property
     def step_ends(self) -> list[int]:
-        """Completed epochs at the end of each step of `resolution`."""
-        return [step.until if isinstance(step.until, int) else round(step.until * self.epochs) for step in self.resolution]
+        """Completed epochs at the end of each step of `resolution`; behind a bend a step has the epochs that lie in it
+        as a whole."""
+        ends = self.scheduled_step_ends
+        if self.bend is None:
+            return ends
+        after, left, of = self.bend.after, self.epochs - self.bend.after, self.bend.of - self.bend.after
+        return [end if end <= after else after + (end - after) * left // of for end in ends]
 
 
 _Family = Literal["query", "key", "value", "proj", "fc1", "fc2"]
@@ -368,20 +410,26 @@ class Settings(Section):
                 "train.gradient_exchange = 'bf16' is not allowed with train.precision = 'fp64', of which it would leave 8 "
                 "bits: use fp32, which then is float64"
             )
-        if train.ramp_epochs >= train.epochs:
+        if train.bend is not None and not train.bend.after < train.epochs < train.bend.of:
             raise ValueError(
-                f"train.ramp_epochs = {train.ramp_epochs} is not allowed: it must be below train.epochs = {train.epochs}"
+                f"train.epochs = {train.epochs} is not allowed: it must be above train.bend.after = {train.bend.after} and "
+                f"below train.bend.of = {train.bend.of}"
+            )
+        if train.ramp_epochs >= train.schedule_epochs:
+            raise ValueError(
+                f"train.ramp_epochs = {train.ramp_epochs} is not allowed: it must be below {train.length_key} = "
+                f"{train.schedule_epochs}"
             )
         self._check_resolution()
         return self
 
     def _check_resolution(self) -> None:
         train, before = self.train, 0
-        for step, end in zip(train.resolution, train.step_ends, strict=True):
-            if not before < end < train.epochs:
+        for step, end in zip(train.resolution, train.scheduled_step_ends, strict=True):
+            if not before < end < train.schedule_epochs:
                 raise ValueError(
                     f"train.resolution.until = {step.until:g} is not allowed: it comes to {end} epochs, which must be more "
-                    f"than {before}, where its step begins, and fewer than train.epochs = {train.epochs}"
+                    f"than {before}, where its step begins, and fewer than {train.length_key} = {train.schedule_epochs}"
                 )
             if step.image_size > self.model.image_size:
                 raise ValueError(
@@ -423,9 +471,9 @@ def acts(key: str) -> Literal["always", "switch", "never"]:
 
 
 def inner_section(annotation: Any) -> type[Section] | None:
-    """The section that a field is, or that the entries of its list are; None where it is a value."""
-    of = next(iter(get_args(annotation)), None) if get_origin(annotation) is tuple else annotation
-    return of if isinstance(of, type) and issubclass(of, Section) else None
+    """The section that a field is, may be, or that the entries of its list are; None where it is a value."""
+    parts = get_args(annotation) if get_origin(annotation) in (tuple, UnionType) else (annotation,)
+    return next((part for part in parts if isinstance(part, type) and issubclass(part, Section)), None)
 
 
 def flat(settings: Section) -> dict[str, Any]:

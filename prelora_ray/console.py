@@ -141,7 +141,7 @@ def sweep_table(result: dict[str, Any]) -> Table:
     for column in head:
         table.add_column(column, justify="left" if column in ("diagnosis", "run") else "right")
     for index, row in enumerate(rows):
-        table.add_row(*row, end_section=index == 0)  # full training stands apart
+        table.add_row(*row, end_section=index == len(result["controls"]))  # full training and the controls stand apart
     return table
 
 
@@ -184,14 +184,17 @@ def replay_table(replay: Replay) -> Table:
 
 
 def switch_map_table(points: Sequence[Point]) -> Table:
-    """Each tau and zeta with what it comes to; of many, each switch with the number and the range of its pairs."""
+    """Each tau and zeta with what it comes to; of many, each switch with the number and the range of its pairs.
+
+    `rate left`: of the learning rate's sum, at the switch.
+    """
     is_long = len(points) > _LISTED_POINTS
     groups: dict[float, list[Point]] = {}
     for index, point in enumerate(points):
         switch = math.inf if point.switch_epoch is None else point.switch_epoch
         groups.setdefault(switch if is_long else index, []).append(point)
     table = Table()
-    for column in ("tau", "zeta", *(["pairs"] if is_long else []), "switch", "ranks", "lora trains", "hours"):
+    for column in ("tau", "zeta", *(["pairs"] if is_long else []), "switch", "rate left", "ranks", "lora trains", "hours"):
         table.add_column(column, justify="right")
     for group in (groups[key] for key in sorted(groups)):
         point = group[0]  # what it comes to follows from the switch
@@ -200,6 +203,7 @@ def switch_map_table(points: Sequence[Point]) -> Table:
             _range([point.zeta for point in group]),
             *([f"{len(group):,}"] if is_long else []),
             "never" if point.switch_epoch is None else str(point.switch_epoch),
+            percent(point.rate_left),
             ", ".join(f"{count} of {rank}" for rank, count in records.rank_counts(point.ranks or {}).items()),
             percent(point.trainable_fraction),
             number(point.hours),

@@ -118,7 +118,8 @@ class _Watcher(threading.Thread):
             case records.WindowClosed():
                 return self._window(event.window)
             case records.Switch():
-                told = f" after epoch {event.epoch}: adapters join, {event.trainable_parameters:,} parameters train"
+                left = "" if event.rate_left is None else f" with {event.rate_left:.1%} of the learning rate's sum left"
+                told = f" after epoch {event.epoch}{left}: adapters join, {event.trainable_parameters:,} parameters train"
                 return Text.assemble(("switch", "bold"), told)
             case records.Freeze():
                 share = event.trainable_parameters / event.parameters

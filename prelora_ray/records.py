@@ -274,6 +274,8 @@ class Switch(Event):
     event: str = "switch"
     switch_epoch: int
     """Completed epochs at the switch."""
+    rate_left: float | None = None
+    """Share of the learning rate's sum over the run that is left."""
     trainable_parameters: int
     """Parameters that train from here on."""
     parameters: int

@@ -59,6 +59,10 @@ def steps(*steps: tuple) -> dict:
     return {"train": {"resolution": [dict(zip(keys, step, strict=False)) for step in steps]}}
 
 
+def bend(epochs: int, after: int, of: int) -> dict:
+    return {"train": {"epochs": epochs, "bend": {"after": after, "of": of}}}
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
@@ -130,6 +134,26 @@ def steps(*steps: tuple) -> dict:
             "train.gradient_exchange = 'bf16' is not allowed with train.precision = 'fp64', of which it would leave 8 bits",
         ),
         ({"name": "../up"}, "name = '../up' is not allowed: it must be 1 to 128 letters"),
+        (
+            bend(60, 60, 120),
+            "train.epochs = 60 is not allowed: it must be above train.bend.after = 60 and below train.bend.of = 120",
+        ),
+        (bend(120, 60, 120), "train.epochs = 120 is not allowed: it must be above train.bend.after = 60 and below"),
+        (bend(9, 0, 120), "train.bend.after = 0 is not allowed: it must be greater than or equal to 1"),
+        ({"train": {"bend": {"after": 60}}}, "train.bend.of is missing: it must be given"),
+        (
+            {"train": {"bend": {"after": 60, "off": 9, "of": 120}}},
+            "train.bend.off = 9 is not allowed: there is no such key, did you mean train.bend.of?",
+        ),
+        (
+            {"train": bend(9, 2, 12)["train"] | {"ramp_epochs": 12}, "method": {"enabled": False}},
+            "train.ramp_epochs = 12 is not allowed: it must be below train.bend.of = 12",
+        ),
+        (
+            {"train": bend(80, 60, 120)["train"] | steps((120, 64))["train"]},
+            "train.resolution.until = 120 is not allowed: it comes to 120 epochs, which must be more than 0, where its step "
+            "begins, and fewer than train.bend.of = 120",
+        ),
         (steps((1.5, 64)), "train.resolution.until = 1.5 is not allowed: it must be a valid integer, or less than 1"),
         (steps((True, 64)), "train.resolution.until = True is not allowed: it must be a valid integer"),
         (steps((300, 64)), "train.resolution.until = 300 is not allowed: it comes to 300 epochs, which must be more than 0"),
@@ -352,6 +376,16 @@ def test_the_size_of_an_epochs_images():
     assert parse_settings({"name": "run", **DATA}).image_size(0) == 224
 
 
+def test_behind_a_bend_a_step_has_the_epochs_that_lie_in_it_as_a_whole():
+    """From epoch 60 on each epoch goes through 3 of the schedule: 63 - 66, ..., and the last one begins at 117."""
+    train = bend(80, 60, 120)["train"] | steps((30, 64), (0.6, 96), (119, 128))["train"]
+    run = parse_settings({"name": "run", **DATA, "train": train})
+    assert run.train.step_ends == [30, 64, 79]
+    assert [run.image_size(epoch) for epoch in (29, 30, 63, 64, 78, 79)] == [64, 96, 96, 128, 128, 224]
+    short = steps((0.7, 64), (0.71, 96))["train"] | bend(80, 60, 120)["train"]  # epochs 84 and 85: none lies in the second
+    assert parse_settings({"name": "run", **DATA, "train": short}).train.step_ends == [68, 68]
+
+
 @pytest.mark.parametrize(
     ("channels", "given", "taken"),
     [
@@ -520,10 +554,44 @@ def test_a_fork_in_fp8_has_a_trunk_that_computes_alike(tmp_path, trunk, fork, re
             _check_same_trunk(folder, forked)
 
 
+@pytest.mark.parametrize(
+    ("train", "refused"),
+    [
+        ({"epochs": 80, "bend": {"after": 60, "of": 120}}, None),
+        ({"epochs": 80}, r"^train.epochs = 80 is not .* with 120; it ends sooner with train.bend: {after: EPOCH, of: 120}$"),
+        ({"epochs": 130}, r"^train.epochs = 130 is not allowed in a fork: its trunk .* was run with 120$"),
+        ({"epochs": 80, "bend": {"after": 60, "of": 110}}, r"^train.bend.of = 110 is not .* with train.epochs = 120$"),
+        (
+            {"epochs": 80, "bend": {"after": 60, "of": 120}, "ramp_epochs": 7},
+            r"^train.ramp_epochs = 7 is not allowed in a fork",
+        ),
+    ],
+)
+def test_a_fork_may_end_before_its_trunk_where_its_schedule_says_how(tmp_path, train, refused):
+    folder = RunFolder(tmp_path)
+    folder.write_settings(parse_settings({"name": "run", **DATA, "train": {"epochs": 120}}))
+    forked = parse_settings({"name": "fork", **DATA, "train": train})
+    if refused is None:
+        _check_same_trunk(folder, forked)
+    else:
+        with pytest.raises(UserError, match=refused):
+            _check_same_trunk(folder, forked)
+
+
+def test_a_bend_stays_as_it_was_on_resume(tmp_path):
+    folder = RunFolder(tmp_path)
+    run = parse_settings({"name": "run", **DATA, **bend(80, 60, 120)})
+    folder.write_settings(run)
+    _check_unchanged(folder.read_settings(), run, folder)
+    for other in (bend(80, 61, 120), {"train": {"epochs": 80}}):
+        with pytest.raises(UserError, match=r"^train\.bend"):
+            _check_unchanged(run, parse_settings({"name": "run", **DATA, **other}), folder)
+
+
 def test_every_key_says_when_it_acts():
     keys = flat(parse_settings({"name": "run", **DATA}))
     assert {acts(key) for key in keys} == {"always", "switch", "never"}
-    assert acts("model.options.depth") == "always"
+    assert acts("model.options.depth") == acts("train.bend.after") == "always"
     assert acts("method.rank_pattern.blocks.3.attn") == "switch"
 
 

@@ -22,11 +22,11 @@ TEXT = "runs/[old]/:x: [/bold] [red]"
 REPORT = EvaluationReport(Evaluation(loss=1.0, top1=0.5, top5=1.0, images=2), (TEXT, "b"), torch.tensor([[0, 1], [1, 0]]))
 SWEEP = {
     "path": TEXT,
-    "pareto": [],
-    "full": {"gpu_hours": 1.0, "val_top1": 0.5},
+    **{"unit": "CPU-hours", "pareto": [], "controls": []},
+    "full": {"cost": 1.0, "val_top1": 0.5, "trial": "trunk"},
     "settings": [
         {
-            **{"setting": {"method.freeze": "all"}, "switch_epoch": 1, "trainable_fraction": 0.1, "gpu_hours": 1.0},
+            **{"setting": {"method.freeze": "all"}, "switch_epoch": 1, "trainable_fraction": 0.1, "cost": 1.0},
             **{"val_top1": None, "ended": "failed", "diagnosis": [], "trial": "t", "message": TEXT},
         }
     ],
@@ -68,11 +68,11 @@ def test_a_map_of_many_pairs_has_a_row_for_each_switch():
     """Its counts and ranges are those of the points."""
     ranks = {"blocks.0.mlp.fc1": 4}
     points = [
-        Point(tau, zeta, None if tau < 0.5 else 9 if tau * zeta > 50 else 12, ranks, 0.25, 1.5)
+        Point(tau, zeta, None if tau < 0.5 else 9 if tau * zeta > 50 else 12, ranks, 0.25, 0.2, 1.5)
         for tau, zeta in itertools.product([0.1, *range(1, 32)], range(1, 33))
     ]
     lines = [re.split(r" *[│┃] *", line)[1:-1] for line in printed(console.switch_map_table(points)).splitlines()]
-    rows = {cells[3]: cells for cells in lines if len(cells) == 7 and cells[2] != "pairs"}
+    rows = {cells[3]: cells for cells in lines if len(cells) == 8 and cells[2] != "pairs"}
     assert list(rows) == ["9", "12", "never"]
     for switch, cells in rows.items():
         those = [point for point in points if str(point.switch_epoch or "never") == switch]

@@ -32,7 +32,7 @@ from tests.lines import epoch_line
 NORMS = '{"attempt": 0, "epoch": 3, "phase": "full", "loss": 2.5, "norms": {"blocks.0.mlp.fc1": 1.5}}'
 SWITCH = (
     '{"attempt": 1, "time": 5.5, "event": "switch", "epoch": 3, "step": 45, "phase": "warmup", "switch_epoch": 3, '
-    '"trainable_parameters": 7, "parameters": 9, "format": "bf16", "logit_change": null}'
+    '"rate_left": 0.25, "trainable_parameters": 7, "parameters": 9, "format": "bf16", "logit_change": null}'
 )
 PROGRESS = (
     '{"attempt": 0, "time": 5.5, "epoch": 1, "batch": 2, "batches": 15, "step": 17, "phase": "full", "loss": null, '

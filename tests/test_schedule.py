@@ -34,8 +34,8 @@ def test_a_replay_tells_where_a_control_would_have_switched(enabled):
     schedule = phase_schedule(method, 0, NAMES)
     decide(schedule, EPOCHS)
     assert schedule.switched_at == (4 if enabled else None)
-    found = replay(Record(EPOCHS, method, 0), method, 0)
-    assert (found.switch_window, found.switch_epoch, found.reason) == (1, 4, None)
+    found = replay(Record(EPOCHS, method, 0, rates_left=[1.0, 0.9, 0.8, 0.6, 0.4]), method, 0)
+    assert (found.switch_window, found.switch_epoch, found.rate_left, found.reason) == (1, 4, 0.4, None)
 
 
 def test_given_ranks_stand_in_place_of_assigned_ones():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -14,6 +15,8 @@ from prelora_ray.method.architecture import is_embedding
 
 OptimizerState = dict[str, dict[str, torch.Tensor]]
 """AdamW's moments and step count by parameter name."""
+_SAMPLES = 20
+"""Of the learning rate in an epoch, for its sum: closer than a thousandth, whatever the number of steps."""
 
 
 def build_optimizer(
@@ -86,13 +89,28 @@ def set_learning_rate(
 
 
 def learning_rate(settings: Settings, step: int, batches: int) -> float:
-    """A linear ramp from 0, then half a cosine down to the final learning rate at the run's last step."""
+    """A linear ramp from 0, then half a cosine down to the final learning rate at the run's last step.
+
+    With `train.bend` it is that of the schedule as it was, where the run's own step has come to.
+    """
     train = settings.train
-    ramp, total = train.ramp_epochs * batches, train.epochs * batches
-    if step < ramp:
-        return train.learning_rate * (step + 1) / ramp
-    cosine = 0.5 * (1 + math.cos(math.pi * (step - ramp) / max(1, total - ramp)))
-    return train.learning_rate * (train.final_learning_rate_scale + (1 - train.final_learning_rate_scale) * cosine)
+    now, ramp, total = train.scheduled(step, batches), train.ramp_epochs * batches, train.schedule_epochs * batches
+    if now < ramp:
+        return train.learning_rate * (now + 1) / ramp
+    return train.learning_rate * fraction_of_peak(now - ramp, total - ramp, train.final_learning_rate_scale)
+
+
+def fraction_of_peak(done: float, total: int, final: float) -> float:
+    """Half a cosine from 1 down to `final`, over `total` steps of which so many are done."""
+    return final + (1 - final) * (0.5 * (1 + math.cos(math.pi * done / max(1, total))))
+
+
+def rates_left(settings: Settings) -> list[float]:
+    """Share of the learning rate's sum over the run that is left after 0, 1, 2, ... epochs."""
+    epochs = range(settings.train.epochs)
+    sums = [sum(learning_rate(settings, epoch * _SAMPLES + i, _SAMPLES) for i in range(_SAMPLES)) for epoch in epochs]
+    left = list(itertools.accumulate(reversed(sums), initial=0.0))[::-1]
+    return [rest / left[0] for rest in left]
 
 
 def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -101,16 +101,23 @@ def speed(runs: Sequence[RunRecords]) -> go.Figure:
 
 
 def pareto(sweep: dict[str, Any]) -> go.Figure:
-    """Top-1 against cost, every setting of a sweep, with the Pareto front and full training."""
+    """Top-1 against cost, every setting of a sweep, with the Pareto front, full training and the other controls."""
     figure = go.Figure(layout=_layout(height=480))
-    entries = [entry for entry in sweep["settings"] if entry["val_top1"] is not None]
-    told = [", ".join(f"{key.removeprefix('method.')} {value}" for key, value in e["setting"].items()) for e in entries]
-    told = [escape(text) for text in told]
-    _scatter(figure, entries, told, "settings", COLORS[0], "circle", "markers")
-    front = [sweep["settings"][i] for i in sweep["pareto"]]
-    _scatter(figure, front, [escape(entry["trial"]) for entry in front], "Pareto front", COLORS[1], "diamond", "lines+markers")
-    _scatter(figure, [sweep["full"]], ["full training"], "full training", COLORS[2], "star", "markers")
-    figure.update_xaxes(title="cost of a straight run, GPU-hours")
+    settings, controls = (
+        [entry for entry in sweep[kind] if entry["val_top1"] is not None] for kind in ("settings", "controls")
+    )
+    told = [", ".join(f"{key.removeprefix('method.')} {value}" for key, value in e["setting"].items()) for e in settings]
+    unit = escape(sweep["unit"])
+    _scatter(figure, settings, told, "settings", COLORS[0], "circle", "markers", unit)
+    by_trial = {entry["trial"]: entry for entry in [*settings, *controls, sweep["full"]]}
+    front = [by_trial[trial] for trial in sweep["pareto"]]
+    _scatter(figure, front, sweep["pareto"], "Pareto front", COLORS[1], "diamond", "lines+markers", unit)
+    _scatter(figure, [sweep["full"]], ["full training"], "full training", COLORS[2], "star", "markers", unit)
+    for kind, name, symbol in (("full", "full training, ended sooner", "star-open"), ("rank 1", "rank 1", "circle-open")):
+        own = [entry for entry in controls if entry["setting"]["control"] == kind]
+        if own:
+            _scatter(figure, own, [entry["trial"] for entry in own], name, COLORS[2], symbol, "markers", unit)
+    figure.update_xaxes(title=f"cost of a straight run, {unit}")
     figure.update_yaxes(title="top-1, %")
     return figure
 
@@ -180,18 +187,18 @@ def plan(by_switch: list[float], levels: dict[str, float], break_even: int | Non
 
 
 def _scatter(
-    figure: go.Figure, entries: list[dict[str, Any]], text: list[str], name: str, color: str, symbol: str, mode: str
+    figure: go.Figure, entries: list[dict[str, Any]], text: list[str], name: str, color: str, symbol: str, mode: str, unit: str
 ) -> None:
     figure.add_trace(
         go.Scatter(
-            x=[entry["gpu_hours"] for entry in entries],
+            x=[entry["cost"] for entry in entries],
             y=[100 * entry["val_top1"] for entry in entries],
-            text=text,
+            text=[escape(line) for line in text],
             name=name,
             mode=mode,
             marker={"color": color, "symbol": symbol, "size": 10},
             line={"color": color, "dash": "dot"},
-            hovertemplate="%{text}<br>%{x:.3g} GPU-hours, top-1 %{y:.2f} %<extra></extra>",
+            hovertemplate=f"%{{text}}<br>%{{x:.3g}} {unit}, top-1 %{{y:.2f}} %<extra></extra>",
         )
     )
 

@@ -15,11 +15,11 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from prelora_ray.errors import UserError
-from prelora_ray.records import Diagnosis, gain_note, memory_note, table_summaries
+from prelora_ray.records import Diagnosis, Switch, gain_note, memory_note, table_summaries
 from prelora_ray.report import figures
 from prelora_ray.report.facts import facts
 from prelora_ray.report.records import RunRecords, differing_settings, read_runs, read_sweep
-from prelora_ray.report.sweep_table import sweep_table
+from prelora_ray.report.sweep_table import sweep_table, told_of_controls
 from prelora_ray.storage import absolute
 
 Section = tuple[str, str, str, go.Figure | None]
@@ -97,10 +97,12 @@ def _write(title: str, sections: list[Section], out: str, plotly: str | None = N
 
 
 def _run_sections(runs: list[RunRecords]) -> list[Section]:
+    switches = "".join(_switch(run, event) for run in runs for event in run.events_of(Switch)[-1:])
+    notes = "".join(_notes(run, len(runs) > 1) for run in runs)
     sections: list[Section] = [
         ("", "Summary", _table(*facts(runs), "facts"), None),
         ("", "Diagnosis", "".join(_diagnosis(run) for run in runs), None),
-        ("", "By phase", _table(*_phases(runs)) + "".join(_notes(run, len(runs) > 1) for run in runs), None),
+        ("", "By phase", _table(*_phases(runs)) + switches + notes, None),
     ]
     if len(runs) > 1:
         differing = differing_settings(runs)
@@ -125,11 +127,13 @@ def _run_sections(runs: list[RunRecords]) -> list[Section]:
 
 def _sweep_sections(sweep: dict[str, Any]) -> list[Section]:
     cost = (
-        f"<p>{escape(str(sweep['trials']))} runs stand for {len(sweep['settings'])} settings. With the trunk they cost "
-        f"{sweep['gpu_hours']:.3g} GPU-hours; each setting by itself would have cost {sweep['naive_gpu_hours']:.3g}.</p>"
+        f"{sweep['trials']} runs stand for {len(sweep['settings'])} settings, beside {len(sweep['controls'])} controls. With "
+        f"the trunk they cost {sweep['cost']:.3g} {sweep['unit']}; each by itself would have cost {sweep['naive_cost']:.3g}."
     )
+    told = told_of_controls(sweep)
+    text = f"<p>{escape(cost)}</p>" + ("" if told is None else f"<p>{escape(told)}.</p>")
     return [
-        ("pareto", "Accuracy and cost", cost, figures.pareto(sweep)),
+        ("pareto", "Accuracy and cost", text, figures.pareto(sweep)),
         ("", "Settings", _table(*sweep_table(sweep)), None),
     ]
 
@@ -153,6 +157,13 @@ def _notes(run: RunRecords, is_one_of_several: bool) -> str:
     notes = [gain_note(run.epochs), None if run.on_gpu else memory_note(run.epochs)]
     of = f"{escape(run.name)}: " if is_one_of_several else ""
     return "".join(f"<p>{of}{escape(note)}.</p>" for note in notes if note is not None)
+
+
+def _switch(run: RunRecords, switch: Switch) -> str:
+    told = f"{run.name} switched after epoch {switch.switch_epoch} of {run.settings.train.epochs}"
+    if switch.rate_left is not None:
+        told += f", with {switch.rate_left:.1%} of the learning rate's sum left: the less, the less it says of adapters"
+    return f"<p>{escape(told)}.</p>"
 
 
 def _phases(runs: list[RunRecords]) -> tuple[list[str], list[list[str]]]:

@@ -94,7 +94,19 @@ def read_run(path: str, name: str) -> RunRecords:
 def read_sweep(path: str) -> dict[str, Any] | None:
     """The contents of sweep.json; None where the folder holds no sweep."""
     folder = RunFolder(path)
-    return dict(folder.read_json("sweep.json")) if folder.exists("sweep.json") else None
+    return _with_keys_of_now(folder.read_json("sweep.json")) if folder.exists("sweep.json") else None
+
+
+def _with_keys_of_now(sweep: dict[str, Any]) -> dict[str, Any]:
+    """A sweep that an earlier version wrote: without controls, its front by index, its cost by worker on CPUs too."""
+    if "unit" in sweep:
+        return sweep
+    keys = {"gpu_hours": "cost", "naive_gpu_hours": "naive_cost"}
+    now = {keys.get(key, key): value for key, value in sweep.items()}
+    settings = [{keys.get(key, key): value for key, value in entry.items()} for entry in sweep["settings"]]
+    full = {"trial": "trunk", "val_top1": sweep["full"]["val_top1"], "cost": sweep["full"]["gpu_hours"]}
+    front = [settings[index]["trial"] for index in sweep["pareto"]]
+    return {**now, "unit": "worker-hours", "full": full, "settings": settings, "controls": [], "pareto": front}
 
 
 def differing_settings(runs: list[RunRecords]) -> dict[str, list[Any]]:

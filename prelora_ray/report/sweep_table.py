@@ -6,31 +6,67 @@ from typing import Any
 
 
 def sweep_table(sweep: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of sweep.json: full training, then the settings from the best on; `*` marks the Pareto front."""
+    """Head and rows of sweep.json: full training, the controls, then the settings from the best on.
+
+    `*` marks the Pareto front of them all. `rate left` is the share of the learning rate's sum at the switch; `full, %`
+    and `rank 1, %` are what the controls of a setting come to.
+    """
     keys = list(sweep["settings"][0]["setting"])
+    controls = {"full_control": "full, %"}
+    if any(entry.get("rank_1_control") for entry in sweep["settings"]):
+        controls["rank_1_control"] = "rank 1, %"
+    top1 = {entry["trial"]: _percent(entry["val_top1"]) for entry in [sweep["full"], *sweep["controls"]]}
+
+    def row(first: list[str], switch: str, trains: str, entry: dict[str, Any]) -> list[str]:
+        left = entry.get("rate_left")
+        hours, ended = entry["cost"], entry.get("ended", "finished")
+        return [
+            *first,
+            switch,
+            "-" if left is None else f"{100 * left:.1f}",
+            trains,
+            "-" if hours is None else f"{hours:.4g}",
+            _percent(entry["val_top1"]),
+            *(top1.get(entry.get(key), "") for key in controls),
+            "*" if entry["trial"] in sweep["pareto"] else "" if ended == "finished" else ended or "not run",
+            ", ".join(signature.replace("_", " ") for signature in entry.get("diagnosis", [])),
+            entry["trial"] if entry.get("message") is None else f"{entry['trial']}: {entry['message']}",
+        ]
+
+    rest = [""] * (len(keys) - 1)
+    rows = [row(["full", *rest], "-", "100.0", sweep["full"])]
+    for entry in sweep["controls"]:
+        kind = entry["setting"]["control"]
+        if kind == "full":
+            rows.append(row([f"full, to {entry['setting']['train.epochs']}", *rest], "-", "100.0", entry))
+        else:
+            rows.append(row([kind, *rest], str(entry["switch_epoch"]), _trains(entry), entry))
+    for entry in sorted(sweep["settings"], key=lambda entry: (entry["ended"] != "finished", -(entry["val_top1"] or 0))):
+        switch = "never" if entry["switch_epoch"] is None else str(entry["switch_epoch"])
+        rows.append(row([_value(entry["setting"][key]) for key in keys], switch, _trains(entry), entry))
     names = [key.removeprefix("method.") for key in keys]
-    head = [*names, "switch", "trains, %", "GPU-hours", "top-1, %", "", "diagnosis", "run"]
-    rows = [["full", *[""] * (len(keys) - 1), "-", "100.0", *_cost_and_top1(sweep["full"]), "", "", "trunk"]]
-    order = sorted(enumerate(sweep["settings"]), key=lambda item: (item[1]["ended"] != "finished", -(item[1]["val_top1"] or 0)))
-    for index, entry in order:
-        share = entry["trainable_fraction"]
-        rows.append(
-            [
-                *(_value(entry["setting"][key]) for key in keys),
-                "never" if entry["switch_epoch"] is None else str(entry["switch_epoch"]),
-                "-" if share is None else f"{100 * share:.1f}",
-                *_cost_and_top1(entry),
-                "*" if index in sweep["pareto"] else "" if entry["ended"] == "finished" else entry["ended"] or "not run",
-                ", ".join(signature.replace("_", " ") for signature in entry["diagnosis"]),
-                entry["trial"] if entry["message"] is None else f"{entry['trial']}: {entry['message']}",
-            ]
-        )
-    return head, rows
+    told = ["switch", "rate left, %", "trains, %", sweep["unit"], "top-1, %", *controls.values(), "", "diagnosis", "run"]
+    return [*names, *told], rows
 
 
-def _cost_and_top1(entry: dict[str, Any]) -> tuple[str, str]:
-    hours, top1 = entry["gpu_hours"], entry["val_top1"]
-    return "-" if hours is None else f"{hours:.4g}", "-" if top1 is None else f"{100 * top1:.2f}"
+def told_of_controls(sweep: dict[str, Any]) -> str | None:
+    """How runs did against full training of equal cost, in a sentence; None where none has such a control."""
+    controls = [sweep["full"], *sweep["controls"]]
+    top1 = {entry["trial"]: entry["val_top1"] for entry in controls if entry["val_top1"] is not None}
+    runs = {entry["trial"]: entry for entry in sweep["settings"] if entry.get("full_control") in top1}
+    if not runs:
+        return None
+    better = sum(entry["val_top1"] > top1[entry["full_control"]] for entry in runs.values())
+    return f"{better} of {len(runs)} runs end above full training that costs as much"
+
+
+def _trains(entry: dict[str, Any]) -> str:
+    share = entry["trainable_fraction"]
+    return "-" if share is None else f"{100 * share:.1f}"
+
+
+def _percent(top1: float | None) -> str:
+    return "-" if top1 is None else f"{100 * top1:.2f}"
 
 
 def _value(value: Any) -> str:

@@ -1,28 +1,59 @@
-"""What runs cost at their measured speed, in GPU-hours of all workers (on CPUs a worker counts as a GPU)."""
+"""What runs cost at their measured speed: GPU-hours of their workers, or on CPUs the CPU-hours that they reserve."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
+from prelora_ray.config import Settings, WorkerSettings
 from prelora_ray.records import EpochLine, by_phase_and_size, in_steady_state
 from prelora_ray.run_folder import RunFolder
 
 
-def straight_hours(run: RunFolder, epochs: int) -> float:
-    """Cost of a straight run of so many epochs: each as in the steady state of its phase and size of images, and what a
-    stopped one lacks as the last.
+@dataclass(frozen=True)
+class Prices:
+    """What an hour of a worker costs, and how long an epoch of full training takes: in every run as in the trunk."""
 
-    That leaves out what the start of a process, of a phase or of a fork adds to an epoch.
-    """
-    stages = by_phase_and_size(run.epochs())
-    counts = {stage: len(lines) for stage, lines in stages.items()}
-    counts[list(stages)[-1]] += epochs - sum(counts.values())
-    return sum(in_steady_state(stages[stage], _hours) * count for stage, count in counts.items())
+    unit: str
+    worker: float
+    """Of an hour of a worker, in `unit`."""
+    trunk: Settings
+    lines: list[EpochLine]
+    """Of the trunk's epochs, those that stand."""
+
+    @classmethod
+    def of(cls, trunk: RunFolder) -> Prices:
+        settings = trunk.read_settings()
+        return cls(*unit_of(settings.workers), settings, trunk.epochs())
+
+    def straight(self, run: RunFolder, epochs: int) -> float:
+        """Cost of a straight run of so many epochs: each as in the steady state of its phase and size of images, and
+        what a stopped one lacks as the last.
+
+        That leaves out what the start of a process, of a phase or of a fork adds to an epoch.
+        """
+        stages = by_phase_and_size(run.epochs())
+        measured = stages | {stage: lines for stage, lines in by_phase_and_size(self.lines).items() if stage in stages}
+        counts = {stage: len(lines) for stage, lines in stages.items()}
+        counts[list(stages)[-1]] += epochs - sum(counts.values())
+        return self.worker * sum(in_steady_state(measured[stage], _hours) * n for stage, n in counts.items())
+
+    def full(self, settings: Settings) -> float:
+        """Cost of full training that the settings describe: the trunk's, or with a nearer end."""
+        stages: dict[int, list[EpochLine]] = {}
+        for line in self.lines:
+            stages.setdefault(self.trunk.image_size(line.epoch), []).append(line)
+        hours = {size: in_steady_state(lines, _hours) for size, lines in stages.items()}
+        return self.worker * sum(hours[settings.image_size(epoch)] for epoch in range(settings.train.epochs))
+
+    def own(self, run: RunFolder) -> float:
+        """Cost of what the run has trained itself, without what a fork took over from its trunk."""
+        return self.worker * sum(_hours(line) for line in run.records(EpochLine) if line.attempt >= 0)
 
 
-def own_hours(run: RunFolder) -> float:
-    """Cost of what the run has trained itself, without what a fork took over from its trunk."""
-    return sum(_hours(line) for line in run.records(EpochLine) if line.attempt >= 0)
+def unit_of(workers: WorkerSettings) -> tuple[str, float]:
+    """What the cost of a run that has begun is told in, and how much of it an hour of a worker is."""
+    return ("GPU-hours", 1.0) if workers.gpu is True else ("CPU-hours", workers.cpus)
 
 
 def pareto_front(points: Iterable[tuple[float, float]]) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -33,6 +33,8 @@ class Point:
     ranks: dict[str, int] | None
     trainable_fraction: float | None
     """In phase lora; None too where the model is not known."""
+    rate_left: float | None
+    """Share of the learning rate's sum that is left at the switch; None too where the run's settings are not known."""
     hours: float | None
     """Wall-clock of the whole run at the phases' measured speed; None too where a phase was not measured with images of
     a size that it would have."""
@@ -83,12 +85,12 @@ def switch_map(
     never = method.model_copy(update={"tau": 0.0, "zeta": 0.0, "switch_epoch": None})
     verdicts = replay(record, never, ramp_epochs).verdicts
     norms = list(record.epochs[0].norms)
-    switches: dict[int, tuple[int, dict[str, int], float | None, float | None]] = {}
+    switches: dict[int, Point] = {}
     points = []
     for tau, zeta in itertools.product(taus, zetas):
         verdict = next((verdict for verdict in verdicts if verdict.is_under(tau, zeta)), None)
         if verdict is None:
-            points.append(Point(tau, zeta, None, None, None, None))
+            points.append(Point(tau, zeta, None, None, None, None, None))
             continue
         epoch = verdict.window.epoch_end
         if epoch not in switches:
@@ -96,8 +98,9 @@ def switch_map(
             ranks = ranks_for(method, verdict.module_change, norms)
             fraction = meaning.trainable_fraction(ranks) if meaning else None
             hours = meaning.hours(epoch, method.warmup_epochs) if meaning else None
-            switches[epoch] = epoch, ranks, fraction, hours
-        points.append(Point(tau, zeta, *switches[epoch]))
+            left = record.rates_left[epoch] if record.rates_left else None
+            switches[epoch] = Point(tau, zeta, epoch, ranks, fraction, left, hours)
+        points.append(replace(switches[epoch], tau=tau, zeta=zeta))
     return points
 
 

@@ -15,13 +15,15 @@ from prelora_ray.sweep.settings import OF_THE_TEST, Candidate, Plan
 @dataclass(frozen=True)
 class Outcome:
     switch_epoch: int | None
-    """None where the candidate never switches: its run is the trunk."""
+    """None where the candidate never switches: its run is the trunk, or a control's own in full training."""
     trial: str
     """Name of the run folder."""
 
 
 def outcome(plan: Plan, candidate: Candidate, trunk: Record) -> Outcome:
     """`trunk`: the record of the sweep's trunk."""
+    if candidate.get("control") == "full":
+        return Outcome(None, f"full-{candidate['train.bend.after']}-to-{candidate['train.epochs']}")
     settings = plan.settings_of(candidate, "check")
     found = replay(trunk, settings.method, settings.train.ramp_epochs)
     if found.switch_epoch is None or found.ranks is None or found.switch_epoch >= settings.train.epochs:
@@ -33,7 +35,8 @@ def _trial_name(settings: Settings, candidate: Candidate, switch_epoch: int, ran
     """Names the switch and what else was searched, and ends in a digest of all that makes the run what it is."""
     after = settings.method.model_dump(mode="json", exclude={*OF_THE_TEST, "rank_pattern"})
     digest = hashlib.blake2b(json.dumps([ranks, after], sort_keys=True).encode(), digest_size=4).hexdigest()
-    told = [f"switch-{switch_epoch}"]
+    told = ["rank-1"] if "control" in candidate else []
+    told.append(f"switch-{switch_epoch}")
     for key, value in candidate.items():
         name = key.removeprefix("method.")
         if name in after:

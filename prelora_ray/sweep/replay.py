@@ -6,6 +6,7 @@ import posixpath
 from dataclasses import dataclass
 
 from prelora_ray.config import MethodSettings, Settings
+from prelora_ray.engine.optim import rates_left
 from prelora_ray.errors import UserError
 from prelora_ray.method.convergence import Verdict
 from prelora_ray.records import NormsLine
@@ -22,6 +23,8 @@ class Record:
     """Lines of norms.jsonl that stand, in order."""
     method: MethodSettings
     ramp_epochs: int
+    rates_left: list[float] | None = None
+    """Share of the learning rate's sum that is left after 0, 1, ... epochs; None where the settings are not known."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class Replay:
     reason: str | None
     """Why there is no switch; None where there is one."""
     verdicts: list[Verdict]
+    rate_left: float | None = None
+    """Share of the learning rate's sum that is left at the switch; None without one, or where it is not known."""
 
 
 def read_record(source: str) -> Record:
@@ -58,7 +63,7 @@ def read_record(source: str) -> Record:
     settings: Settings | None = folder.read_settings() if folder.exists("config.yaml") else None
     if settings is None:
         return Record(epochs, MethodSettings(), ramp_epochs=0)
-    return Record(epochs, settings.method, settings.train.ramp_epochs)
+    return Record(epochs, settings.method, settings.train.ramp_epochs, rates_left(settings))
 
 
 def replay(record: Record, method: MethodSettings, ramp_epochs: int) -> Replay:
@@ -68,7 +73,8 @@ def replay(record: Record, method: MethodSettings, ramp_epochs: int) -> Replay:
     if schedule.switched_at is None:
         return Replay(None, None, None, _reason(method, len(record.epochs), verdicts), verdicts)
     window = verdicts[-1].window.index if verdicts else None
-    return Replay(window, schedule.switched_at, schedule.ranks, None, verdicts)
+    left = record.rates_left[schedule.switched_at] if record.rates_left else None
+    return Replay(window, schedule.switched_at, schedule.ranks, None, verdicts, left)
 
 
 def _reason(method: MethodSettings, num_epochs: int, verdicts: list[Verdict]) -> str:

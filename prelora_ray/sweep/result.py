@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from typing import Any, Literal
 
 from prelora_ray.records import Diagnosis, last_top1, phase_summaries
 from prelora_ray.run_folder import RunFolder
-from prelora_ray.sweep.cost import own_hours, pareto_front, straight_hours
+from prelora_ray.sweep.control import Entry, name_controls, on_front
+from prelora_ray.sweep.cost import Prices
 from prelora_ray.sweep.outcome import outcome
-from prelora_ray.sweep.replay import read_record
+from prelora_ray.sweep.replay import Record, read_record
 from prelora_ray.sweep.settings import Candidate, Plan
 
 
 def write_note(plan: Plan, candidate: Candidate, **content: Any) -> dict[str, Any]:
     """Adds to a candidate's note (`ended`: finished, stopped or failed; `message`: why it failed), and returns it."""
-    folder, name = RunFolder(plan.folder) / "settings", f"{_digest(candidate)}.json"
+    kind = "controls" if "control" in candidate else "settings"
+    folder, name = RunFolder(plan.folder) / kind, f"{_digest(candidate)}.json"
     before = folder.read_json(name) if folder.exists(name) else {"setting": candidate, "ended": None, "message": None}
     folder.write_json(name, before | content)
     return before | content
 
 
-def read_notes(plan: Plan) -> list[dict[str, Any]]:
-    folder = RunFolder(plan.folder) / "settings"
+def read_notes(plan: Plan, kind: Literal["settings", "controls"] = "settings") -> list[dict[str, Any]]:
+    folder = RunFolder(plan.folder) / kind
     return [folder.read_json(name) for name in sorted(folder.list_files()) if name.endswith(".json")]
 
 
@@ -32,51 +34,69 @@ def is_finished(plan: Plan, trial: str) -> bool:
 
 
 def summarize_sweep(plan: Plan) -> dict[str, Any]:
-    """The contents of sweep.json: each candidate with its run and that one's results, the Pareto front, and the cost.
+    """The contents of sweep.json: each candidate and control with its run and that one's results, the Pareto front of
+    all and of full training, and the cost.
 
-    `naive_gpu_hours` is what the candidates would have cost had each been trained by itself from the start.
+    `naive_cost` is what candidates and controls would have cost had each been trained by itself from the start.
     `smallest_warmup` is that of the finished runs whose loss did not jump at the freeze, where warmups are compared.
     """
-    trunk, epochs = RunFolder.of(plan.trunk), plan.trunk.train.epochs
-    record = read_record(str(trunk))
-    notes = {_digest(note["setting"]): note for note in read_notes(plan)}
-    is_listed = plan.sweep.search != "optuna"
-    candidates = plan.candidates() if is_listed else [note["setting"] for note in notes.values()]
+    trunk = RunFolder.of(plan.trunk)
+    record, prices = read_record(str(trunk)), Prices.of(trunk)
+    listed = [note["setting"] for note in read_notes(plan)] if plan.sweep.search == "optuna" else plan.candidates()
+    entries = _entries(plan, listed, record, prices)
+    full = {"trial": plan.trunk.name, **_of_run(trunk, plan.trunk.train.epochs, prices)}
+    wanted = name_controls(plan, entries, record, prices)
+    begun = [note["setting"] for note in read_notes(plan, "controls")]
+    controls = _entries(plan, _distinct([*wanted, *begun]), record, prices)
+    finished = [entry for entry in [*entries, *controls] if entry["ended"] == "finished"]
+    trials = {entry["trial"] for entry in entries} - {plan.trunk.name}
+    trained = trials | {entry["trial"] for entry in controls} | {plan.trunk.name}
+    return {
+        "path": plan.folder,
+        "unit": prices.unit,
+        "full": full,
+        "settings": entries,
+        "controls": controls,
+        "pareto": on_front([full, *finished]),
+        "smallest_warmup": _smallest_warmup([entry for entry in entries if entry["ended"] == "finished"]),
+        "trials": len(trials),
+        "cost": sum(prices.own(RunFolder(plan.folder) / name) for name in sorted(trained)),
+        "naive_cost": sum(entry["cost"] or 0.0 for entry in [*entries, *controls]),
+    }
+
+
+def _entries(plan: Plan, candidates: list[Candidate], record: Record, prices: Prices) -> list[Entry]:
+    """What sweep.json says of candidates; of those that are one run, the note of any that was tried counts."""
+    kinds: tuple[Literal["settings", "controls"], ...] = ("settings", "controls")
+    notes = {_digest(note["setting"]): note for kind in kinds for note in read_notes(plan, kind)}
     entries = []
     for candidate in candidates:
         found = outcome(plan, candidate, record)
         run = RunFolder(plan.folder) / found.trial
-        entries.append({"setting": candidate, "trial": found.trial, "switch_epoch": found.switch_epoch, **_of_run(run, epochs)})
+        left = None if found.switch_epoch is None or record.rates_left is None else record.rates_left[found.switch_epoch]
+        place = {"setting": candidate, "trial": found.trial, "switch_epoch": found.switch_epoch, "rate_left": left}
+        entries.append({**place, **_of_run(run, plan.settings_of(candidate, found.trial).train.epochs, prices)})
     tried = {entry["trial"]: note for entry in entries if (note := notes.get(_digest(entry["setting"]))) and note["ended"]}
     for entry in entries:
         note = tried.get(entry["trial"], {"ended": None, "message": None})
         if is_finished(plan, entry["trial"]):
             note = {"ended": "finished", "message": None}
         entry |= {"ended": note["ended"], "message": note["message"]}
-    finished = [entry for entry in entries if entry["ended"] == "finished"]
-    front = pareto_front((entry["val_top1"], entry["gpu_hours"]) for entry in finished)
-    trials = {entry["trial"] for entry in entries} - {plan.trunk.name}
-    trained = [RunFolder(plan.folder) / name for name in sorted(trials | {plan.trunk.name})]
-    return {
-        "path": plan.folder,
-        "full": _of_run(trunk, epochs),
-        "settings": entries,
-        "pareto": [entries.index(finished[i]) for i in front],
-        "smallest_warmup": _smallest_warmup(finished),
-        "trials": len(trials),
-        "gpu_hours": sum(own_hours(run) for run in trained),
-        "naive_gpu_hours": sum(entry["gpu_hours"] or 0.0 for entry in entries),
-    }
+    return entries
 
 
-def _of_run(run: RunFolder, epochs: int) -> dict[str, Any]:
+def _distinct(settings: list[Candidate]) -> list[Candidate]:
+    return list({_digest(candidate): candidate for candidate in settings}.values())
+
+
+def _of_run(run: RunFolder, epochs: int, prices: Prices) -> dict[str, Any]:
     """A run's results; of one that was stopped, those so far."""
     lines = run.epochs()
     lora = phase_summaries(lines).get("lora")
     return {
         "epochs": len(lines),
         "val_top1": last_top1(lines),
-        "gpu_hours": straight_hours(run, epochs) if lines else None,
+        "cost": prices.straight(run, epochs) if lines else None,
         "diagnosis": [event.signature for event in run.events_of(Diagnosis)],
         "trainable_fraction": lora.trainable_fraction if lora else None,
     }

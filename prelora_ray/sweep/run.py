@@ -25,7 +25,7 @@ from prelora_ray.ray_session import ray_session
 from prelora_ray.records import reservations
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
-from prelora_ray.sweep.cost import straight_hours
+from prelora_ray.sweep.cost import Prices
 from prelora_ray.sweep.fork import fork
 from prelora_ray.sweep.outcome import outcome
 from prelora_ray.sweep.replay import read_record
@@ -39,7 +39,7 @@ _TRIAL_CPUS = 0.01
 """What a trial's own process asks for; its workers ask for theirs."""
 _POLL_SECONDS = 2.0
 """Between polls whether another trial is done with the run that both stand for."""
-_MODES = {"val_top1": "max", "gpu_hours": "min"}
+_MODES = {"val_top1": "max", "cost": "min"}
 
 
 def sweep(plan: Plan, watch: Callable[[Settings], AbstractContextManager[None]], *, debug: bool = False) -> dict[str, Any]:
@@ -55,15 +55,16 @@ def sweep(plan: Plan, watch: Callable[[Settings], AbstractContextManager[None]],
         with watch(trunk):
             train(trunk, debug=debug)
         notes = read_notes(plan)
-        for note in notes:
+        for note in [*notes, *read_notes(plan, "controls")]:
             if note["ended"] == "failed":  # is tried again
                 write_note(plan, note["setting"], ended=None, message=None)
         if not plan.sweep.trunk_only:
             _search(plan, [note["setting"] for note in notes])
+            _train_controls(plan)
     result = summarize_sweep(plan)
     Storage(plan.folder).write_json("sweep.json", result)
     ended = [entry["ended"] for entry in result["settings"]]
-    if None in ended and not plan.sweep.trunk_only:
+    if None in [*ended, *(entry["ended"] for entry in result["controls"])] and not plan.sweep.trunk_only:
         raise InterruptedRunError(f"interrupted; the same command goes on with {plan.folder}")
     if set(ended) == {"failed"}:
         raise WorkError(f"every trial failed: {result['settings'][0]['message']}")
@@ -75,22 +76,35 @@ def _search(plan: Plan, earlier: list[dict[str, Any]]) -> None:
     sweep = plan.sweep
     if sweep.search == "optuna":
         space = {key: _dimension(values) for key, values in sweep.space.items()}
-    else:
-        trunk = read_record(str(RunFolder.of(plan.trunk)))
-        distinct = {outcome(plan, candidate, trunk).trial: candidate for candidate in reversed(plan.candidates())}
-        if sweep.asha is None:  # which would have to hear of finished runs too
-            distinct = {name: candidate for name, candidate in distinct.items() if not is_finished(plan, name)}
-        if not distinct:
-            return
-        space = {"setting": tune.grid_search([distinct[name] for name in sorted(distinct)])}
+        return _tune(plan, space, _asha(plan), _optuna(sweep, earlier), sweep.num_settings)
+    trunk = read_record(str(RunFolder.of(plan.trunk)))
+    distinct = {outcome(plan, candidate, trunk).trial: candidate for candidate in reversed(plan.candidates())}
+    if sweep.asha is None:  # which would have to hear of finished runs too
+        distinct = {name: candidate for name, candidate in distinct.items() if not is_finished(plan, name)}
+    if distinct:
+        _tune(plan, {"setting": tune.grid_search([distinct[name] for name in sorted(distinct)])}, _asha(plan))
+
+
+def _train_controls(plan: Plan) -> None:
+    """Once all settings are tried: what the controls cost follows from their runs."""
+    result = summarize_sweep(plan)
+    missing = [entry["setting"] for entry in result["controls"] if entry["ended"] != "finished"]
+    if missing and None not in [entry["ended"] for entry in result["settings"]]:
+        _tune(plan, {"setting": tune.grid_search(missing)})
+
+
+def _tune(
+    plan: Plan,
+    space: dict[str, Any],
+    scheduler: ASHAScheduler | None = None,
+    search: OptunaSearch | None = None,
+    num_samples: int = 1,
+) -> None:
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(_trial, plan=plan), {"CPU": _TRIAL_CPUS}),
         param_space=space,
         tune_config=tune.TuneConfig(
-            search_alg=_optuna(sweep, earlier) if sweep.search == "optuna" else None,
-            scheduler=_asha(plan),
-            num_samples=sweep.num_settings if sweep.search == "optuna" else 1,
-            max_concurrent_trials=_concurrent(plan),
+            search_alg=search, scheduler=scheduler, num_samples=num_samples, max_concurrent_trials=_concurrent(plan)
         ),
         run_config=tune.RunConfig(
             name=time.strftime("%Y%m%d-%H%M%S"), storage_path=f"{plan.folder}/tune", callbacks=[_Ends(plan)], verbose=0
@@ -158,9 +172,10 @@ def _train_or_go_on(plan: Plan, candidate: Candidate, *, was_stopped: bool) -> N
     """Trains the run that a candidate stands for; of one that was stopped, only reports what it did."""
     trunk = RunFolder.of(plan.trunk)
     found = outcome(plan, candidate, read_record(str(trunk)))
-    settings = plan.trunk if found.switch_epoch is None else plan.settings_of(candidate, found.trial)
+    is_trunk = found.trial == plan.trunk.name
+    settings = plan.trunk if is_trunk else plan.settings_of(candidate, found.trial)
     run = RunFolder.of(settings)
-    if found.switch_epoch is not None:
+    if not is_trunk:
         _once_free(lambda: fork(trunk, settings))
         for line in run.epochs():  # trained before: the scheduler is to know
             if line.attempt >= 0:
@@ -170,7 +185,7 @@ def _train_or_go_on(plan: Plan, candidate: Candidate, *, was_stopped: bool) -> N
     _once_free(lambda: train(settings, callbacks=[_Report()]))
     line = run.epochs()[-1]
     heard = _heard(line.epoch, line.phase, line.val_top1)
-    tune.report({**heard, "gpu_hours": straight_hours(run, settings.train.epochs), "finished": True})
+    tune.report({**heard, "cost": Prices.of(trunk).straight(run, settings.train.epochs), "finished": True})
 
 
 def _once_free(work: Callable[[], object]) -> None:
@@ -194,7 +209,7 @@ class _Report(TuneReportCallback):
 def _heard(epoch: int, phase: str, val_top1: float | None) -> dict[str, Any]:
     """What Tune compares: it wants every objective at every report, also where it is not known."""
     top1 = math.nan if val_top1 is None else val_top1
-    return {"epochs_done": epoch + 1, "phase": phase, "val_top1": top1, "gpu_hours": math.nan}
+    return {"epochs_done": epoch + 1, "phase": phase, "val_top1": top1, "cost": math.nan}
 
 
 class _Ends(tune.Callback):

@@ -5,18 +5,21 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from prelora_ray.config import Address, FolderName, MethodSettings, Settings, acts, with_absolute_paths
+from prelora_ray.config import Address, BendSettings, FolderName, MethodSettings, Settings, acts, with_absolute_paths
 from prelora_ray.config_file import parse_section, parse_settings, read_named, set_key
 from prelora_ray.errors import UserError
-from prelora_ray.section import Count, Section, Whole
+from prelora_ray.section import Count, Section, Share, Whole
 
 Candidate = dict[str, Any]
-"""A value for each key that a sweep searches, such as {"method.tau": 0.5, "method.r_max": 32}. In files: a setting."""
+"""A value for each key that a sweep searches, such as {"method.tau": 0.5, "method.r_max": 32}. In files: a setting.
+
+A control has one key more, `control`, which says what kind it is: `full` or `rank 1`."""
 
 OF_THE_TEST = (
     "tau",
@@ -73,6 +76,15 @@ class AshaSettings(Section):
     """At each rung one trial in so many goes on."""
 
 
+class ControlSettings(Section):
+    full: Literal["front", "all", "none"] = "front"
+    """Beside which runs full training of equal cost is trained: those that no other run beats in accuracy and cost, all
+    that switch, or none."""
+    rank_1: Share = 0.0
+    """A fork of rank 1 throughout is trained beside each switch that leaves at most this share of the learning rate's
+    sum, such as 0.02: where it ends as high, the run says nothing of adapters."""
+
+
 class SweepSettings(Section):
     """A sweep, as one YAML file describes it."""
 
@@ -94,10 +106,11 @@ class SweepSettings(Section):
     """All combinations; so many drawn ones; or Optuna's choice: TPE for one objective, NSGA-II for two."""
     num_settings: Count = 20
     """Settings that `random` and `optuna` try."""
-    objectives: Annotated[tuple[Literal["val_top1", "gpu_hours"], ...], Field(min_length=1, max_length=2)] = ("val_top1",)
+    objectives: Annotated[tuple[Literal["val_top1", "cost"], ...], Field(min_length=1, max_length=2)] = ("val_top1",)
     """What is to be best: the final top-1, and the cost of a straight run."""
     asha: AshaSettings | None = None
     """Stops trials that fall behind (one objective only); null lets all run to their end."""
+    controls: ControlSettings = ControlSettings()
     concurrent: Count | Literal["auto"] = "auto"
     """Trials at a time; auto is as many as the cluster has room for."""
     seed: Whole = 0
@@ -126,8 +139,8 @@ class SweepSettings(Section):
             raise ValueError("search = 'optuna' is not allowed with trunk_only: it chooses by what trials come to")
         if self.asha and len(self.objectives) > 1:
             raise ValueError("asha is not allowed with two objectives: it ranks trials by one")
-        if self.asha and self.objectives == ("gpu_hours",):
-            raise ValueError("asha is not allowed with objective gpu_hours: a trial's cost is known from the start")
+        if self.asha and self.objectives == ("cost",):
+            raise ValueError("asha is not allowed with objective cost: a trial's cost is known from the start")
         if len(set(self.objectives)) < len(self.objectives):
             raise ValueError(f"objectives = {list(self.objectives)} is not allowed: one stands twice")
         return self
@@ -153,7 +166,7 @@ def keys_without_effect(sweep: SweepSettings) -> list[str]:
     if sweep.search != "optuna":
         why["objectives"] = "as Optuna alone chooses by them"
     if sweep.trunk_only:
-        why |= dict.fromkeys(("asha", "concurrent", "objectives"), "as trunk_only runs no trial")
+        why |= dict.fromkeys(("asha", "concurrent", "controls", "objectives"), "as trunk_only runs no trial")
     return [f"{key} has no effect, {reason}" for key, reason in why.items() if key in given]
 
 
@@ -172,6 +185,8 @@ class Plan:
         self._content = base.model_dump(mode="json", exclude_unset=True)  # what nobody set is no key without effect
         self._method = self._content.get("method", {})
         self.folder = f"{base.storage.rstrip('/')}/{sweep.name}"
+        if base.train.bend is not None:
+            raise UserError("train.bend is not allowed in a sweep: the forks of its controls bend the schedule of its trunk")
         for candidate in self.candidates():
             self.settings_of(candidate, "check")
         if sweep.asha is not None and sweep.asha.grace_epochs > base.train.epochs:
@@ -180,7 +195,7 @@ class Plan:
                 f"{base.train.epochs}"
             )
 
-    @property
+    @cached_property
     def trunk(self) -> Settings:
         """Full training to the end of the run, with a checkpoint wherever a candidate may switch."""
         epochs = math.gcd(*self._switch_grid())
@@ -191,10 +206,19 @@ class Plan:
         checkpoint = {**self._content.get("checkpoint", {}), "keep_trunk": True, "every_epochs": every}
         return parse_settings({**self._content, **self._place("trunk"), "method": method, "checkpoint": checkpoint})
 
+    def full_training(self, after: int, epochs: int, name: str) -> Settings:
+        """Full training that leaves the trunk after so many epochs, and ends after `epochs` of them."""
+        bend = BendSettings(after=after, of=self.trunk.train.epochs)
+        train = self.trunk.train.model_copy(update={"epochs": epochs, "bend": bend})
+        checkpoint = self._base.checkpoint.model_copy(update={"keep_trunk": False})
+        return self.trunk.model_copy(update={**self._place(name), "train": train, "checkpoint": checkpoint})
+
     def settings_of(self, candidate: Candidate, name: str) -> Settings:
         """The settings of the run that a candidate asks for."""
+        if candidate.get("control") == "full":
+            return self.full_training(candidate["train.bend.after"], candidate["train.epochs"], name)
         method = {**self._method, "enabled": True}
-        method |= {key.removeprefix("method."): value for key, value in candidate.items()}
+        method |= {key.removeprefix("method."): value for key, value in candidate.items() if key != "control"}
         return parse_settings({**self._content, **self._place(name), "method": method})
 
     def candidates(self) -> list[Candidate]:

@@ -16,6 +16,7 @@ import torch
 from prelora_ray.config import Settings
 from prelora_ray.data.batch import Batch
 from prelora_ray.engine.micro_batch import FoundSizes
+from prelora_ray.engine.optim import rates_left
 from prelora_ray.engine.state import TrainState
 from prelora_ray.fault_tolerance.async_checkpointer import Saved
 from prelora_ray.fault_tolerance.background import Background
@@ -302,7 +303,8 @@ class RankZeroRecorder(Recorder):
             "logit_change": self._state.logit_change,
         }
         if decision.switch is not None:
-            self._event(Switch, switch_epoch=phases.switched_at, **content)
+            left = rates_left(self._settings)[self._state.epoch]
+            self._event(Switch, switch_epoch=phases.switched_at, rate_left=left, **content)
         if decision.freeze:
             self._event(Freeze, freeze_epoch=phases.frozen_at, **content)
 

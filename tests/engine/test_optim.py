@@ -5,7 +5,7 @@ import torch
 
 from prelora_ray.config_file import parse_settings
 from prelora_ray.engine.model import create_model
-from prelora_ray.engine.optim import build_optimizer, learning_rate, optimizer_state, set_learning_rate
+from prelora_ray.engine.optim import build_optimizer, learning_rate, optimizer_state, rates_left, set_learning_rate
 from prelora_ray.method.adapters import inject
 from prelora_ray.method.architecture import find_targets
 from prelora_ray.method.phases import freeze_parameters
@@ -90,6 +90,37 @@ def test_schedule_by_hand():
     assert learning_rate(run, 30, 5) == pytest.approx(0.055)
     assert learning_rate(run, 20, 5) == pytest.approx(0.01 + 0.09 * (0.5 + 0.5 * math.cos(math.pi / 4)))
     assert learning_rate(run, 50, 5) == pytest.approx(0.01)
+
+
+def test_a_bent_schedule_by_hand():
+    """From epoch 6 on, the 4 epochs that are left of 10 pass in 2."""
+    trunk, run = settings(), settings(epochs=8, bend={"after": 6, "of": 10})
+    assert [learning_rate(run, step, 5) for step in range(31)] == [learning_rate(trunk, step, 5) for step in range(31)]
+    for step, position in ((31, 32), (35, 40), (39, 48), (40, 50)):
+        by_hand = 0.1 * (0.1 + 0.9 * (1 + math.cos(math.pi * (position - 10) / 40)) / 2)
+        assert learning_rate(run, step, 5) == pytest.approx(by_hand, rel=1e-12)
+        assert learning_rate(run, step, 5) == pytest.approx(learning_rate(trunk, position, 5), rel=1e-12)
+
+
+def test_a_bend_inside_the_ramp_and_one_by_an_odd_share():
+    in_ramp = settings(epochs=8, ramp_epochs=4, bend={"after": 2, "of": 10})  # what is left of the ramp passes in 1.5 epochs
+    assert learning_rate(in_ramp, 8, 4) == pytest.approx(0.1 * 9 / 16)
+    assert learning_rate(in_ramp, 11, 4) == pytest.approx(0.1 * (8 + 3 * 4 / 3 + 1) / 16)
+    odd = settings(epochs=9, bend={"after": 2, "of": 10})
+    assert learning_rate(odd, 9 * 7, 7) == pytest.approx(0.01, rel=1e-12)
+    assert learning_rate(odd, 2 * 7, 7) == 0.1
+
+
+def test_the_share_of_the_rates_sum_that_is_left_by_hand():
+    """The cosine's integral from share t of it on: 1/2 (1 - t) - sin(pi t) / (2 pi), over all and the ramp's."""
+    left = rates_left(settings(epochs=100, ramp_epochs=10, final_learning_rate_scale=0.0))
+    assert len(left) == 101
+    for epoch, share in ((10, 0.0), (40, 1 / 3), (85, 75 / 90)):
+        by_hand = 90 * ((1 - share) / 2 - math.sin(math.pi * share) / (2 * math.pi)) / (5 + 45)
+        assert left[epoch] == pytest.approx(by_hand, abs=1e-3)
+    assert (left[0], left[100]) == (1.0, 0.0)
+    bent = rates_left(settings(epochs=70, ramp_epochs=10, final_learning_rate_scale=0.0, bend={"after": 40, "of": 100}))
+    assert bent[40] == pytest.approx(left[40] / 2 / (1 - left[40] / 2), abs=1e-3)  # at twice the pace half of it is spent
 
 
 def test_adapters_rise_after_the_switch(model):

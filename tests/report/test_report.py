@@ -66,6 +66,7 @@ def test_every_figure_of_a_run_is_drawn(undisturbed, tmp_path):
     ):
         assert fact in page.split("<h2>Summary")[1].split("<h2>Diagnosis")[0]
     assert "peak memory " in page.split("<h2>By phase")[1] and "a process on a CPU hardly gives any back" in page
+    assert re.search(r"switched after epoch 3 of 7, with 3\d\.\d% of the learning rate&#x27;s sum left", page)
 
 
 def test_runs_side_by_side_tell_what_differs(undisturbed, tmp_path):
@@ -163,11 +164,13 @@ def test_a_sweep_with_markup_in_its_records(tmp_path):
         "message": MARKUP,
         "switch_epoch": MARKUP,
         "trainable_fraction": 0.5,
-        "gpu_hours": 1.0,
+        "cost": 1.0,
         "val_top1": 0.5,
         "diagnosis": [MARKUP],
     }
-    sweep = {"trials": MARKUP, "settings": [entry], "pareto": [0], "full": entry, "gpu_hours": 1.0, "naive_gpu_hours": 2.0}
+    control = {**entry, "setting": {"control": "rank 1"}}
+    sweep = {"trials": MARKUP, "settings": [entry], "controls": [control], "pareto": [MARKUP], "full": entry, "unit": MARKUP}
+    sweep |= {"cost": 1.0, "naive_cost": 2.0}
     folder = tmp_path / "<script>alert(1)<"
     folder.mkdir()
     (folder / "sweep.json").write_text(json.dumps(sweep))
@@ -176,7 +179,7 @@ def test_a_sweep_with_markup_in_its_records(tmp_path):
     assert "<script>alert(1)" not in page and "<a href" not in page.split("<body>")[1]
     assert f"<p>{escape(MARKUP)} runs stand for" in page
     texts = [text for trace in figures.pareto(sweep).data for text in trace.text]
-    assert len(texts) == 3 and not any("<" in text for text in texts)
+    assert len(texts) == 4 and not any("<" in text for text in texts)
 
 
 def records_of_an_epoch() -> RunRecords:

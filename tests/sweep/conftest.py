@@ -42,7 +42,7 @@ class Grid:
 
 @pytest.fixture
 def load(digits, tmp_path):
-    """Reads a sweep over a recipe of 7 epochs with windows of 1."""
+    """Reads a sweep over a recipe of 7 epochs with windows of 1, without controls unless it asks for them."""
     return lambda **content: load_over_recipe(digits, tmp_path, **content)
 
 
@@ -67,7 +67,7 @@ def listed(names) -> list[dict[str, Any]]:
 def load_over_recipe(digits, folder: Path, **content) -> Plan:
     recipe = settings(digits, folder, "recipe", 1).model_dump(mode="json", exclude_unset=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    content = {"recipe": "recipe.yaml", "storage": str(folder), **content}
+    content = {"recipe": "recipe.yaml", "storage": str(folder), "controls": {"full": "none"}, **content}
     (folder / "sweep.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     return load_sweep(str(folder / "sweep.yaml"), [])
 

@@ -12,7 +12,9 @@ from prelora_ray.fault_tolerance.lock import DriverLock, HeldRunError
 from prelora_ray.method.phases import Phase
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.sweep.fork import fork
+from prelora_ray.sweep.map import what_it_means
 from prelora_ray.train.run import train
+from tests.disturbed import train_disturbed
 from tests.runs import EPOCHS, FREEZE, SWITCH, assert_same_bits, final, last, settings
 
 
@@ -33,6 +35,29 @@ def test_a_fork_without_warmup_freezes_where_it_forks(grid, digits, storage):
     assert train(run)["freeze_epoch"] == forked.read_json("result.json")["freeze_epoch"] == 5
     assert last(forked).state["phases"]["phase"] == Phase.LORA
     assert_same_bits(last(forked), final(run))
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "method", "kill_in"),
+    [("full", 5, {"enabled": False}, SWITCH + 1), ("adapters", 6, {}, FREEZE)],
+)
+def test_a_fork_that_ends_sooner_is_killed_and_has_the_bits_of_the_straight_run(
+    trunk, digits, storage, name, epochs, method, kill_in
+):
+    """In full training, and in phase lora; images grow behind the bend too."""
+    bent = {"train": {"epochs": epochs, "bend": {"after": SWITCH, "of": EPOCHS}}, "method": method}
+    straight = settings(digits, storage, f"bent-{name}", 1, **bent)
+    forked = settings(digits, storage, f"bent-fork-{name}", 1, **bent, checkpoint={"every_steps": 4})
+    assert fork(trunk, forked) == SWITCH
+    assert train_disturbed(forked, {kill_in: "worker killed"}).result["restarts"] == 1
+    train(straight)
+    assert_same_bits(final(forked), final(straight))
+    lines, of_trunk = RunFolder.of(forked).epochs(), trunk.epochs()
+    assert [line.epoch for line in lines] == list(range(epochs))
+    assert [line.image_size for line in lines] == [4, 6, 6, 6, 8] if name == "full" else [4, 6, 6, 6, 6, 8]
+    assert [line.loss for line in lines[:SWITCH]] == [line.loss for line in of_trunk[:SWITCH]]
+    assert lines[SWITCH].learning_rate < of_trunk[SWITCH].learning_rate
+    assert what_it_means(str(RunFolder.of(forked)), forked.method).image_sizes == [line.image_size for line in lines]
 
 
 def test_a_fork_is_made_once_and_refuses_other_images_as_its_trunk_does(trunk, digits, storage):
@@ -59,6 +84,12 @@ def test_what_cannot_fork_is_told(trunk, digits, storage):
     never = settings(digits, storage, "never", 1, method={"tau": 0})
     with pytest.raises(ValueError, match="does not switch with the settings of never"):
         fork(trunk, never)
+    full = settings(digits, storage, "full", 1, method={"enabled": False})
+    with pytest.raises(ValueError, match=r"method\.enabled = False is not allowed in a fork without train\.bend"):
+        fork(trunk, full)
+    early = settings(digits, storage, "early", 1, train={"epochs": 5, "bend": {"after": 2, "of": EPOCHS}})
+    with pytest.raises(ValueError, match=r"train\.bend\.after = 2 is not allowed in a fork of .*: it must be at least 3"):
+        fork(trunk, early)
     lacking = RunFolder(shutil.copytree(trunk.path, storage / "lacking"))
     Checkpoints(lacking).folder.remove_folder(f"{EPOCHS - 1:05d}-000000")
     late = settings(digits, storage, "late", 1, method={"windows": EPOCHS - 1})

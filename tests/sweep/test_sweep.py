@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import ray
 
+from prelora_ray.config import BendSettings
+from prelora_ray.config_file import parse_settings
 from prelora_ray.errors import UserError
 from prelora_ray.fault_tolerance.ray_private import release_groups_of_dead_actors
-from prelora_ray.sweep.cost import pareto_front
+from prelora_ray.records import EpochLine
+from prelora_ray.report.records import read_sweep
+from prelora_ray.report.sweep_table import sweep_table, told_of_controls
+from prelora_ray.run_folder import RunFolder
+from prelora_ray.sweep.control import full_training_of_cost, name_controls, on_front
+from prelora_ray.sweep.cost import Prices, pareto_front
 from prelora_ray.sweep.outcome import outcome
 from prelora_ray.sweep.replay import Record, read_record
 from prelora_ray.sweep.result import read_notes, write_note
-from prelora_ray.sweep.settings import SweepSettings, keys_without_effect, load_sweep
+from prelora_ray.sweep.settings import Plan, SweepSettings, keys_without_effect, load_sweep
 from tests.chaos.site import wait_for
-from tests.lines import norms_line
+from tests.lines import epoch_line, norms_line
 from tests.runs import assert_same_bits, final, last
 from tests.sweep.conftest import GRID, listed, load_over_recipe, run
 
+SWEEPS = Path(__file__).parents[2] / "jobs" / "sweeps"
 STALE_ADDRESS = Path("/tmp/ray/ray_current_cluster")
 
 
@@ -41,7 +51,8 @@ def test_settings_that_agree_are_one_run_with_the_bits_of_a_straight_one(grid, u
     assert grid.entry("never")["trial"] == "trunk"
     assert grid.entry("like the recipe")["trial"] == grid.entry("alike")["trial"]
     assert grid.result["trials"] == len(GRID) - 2
-    assert 0 < grid.result["gpu_hours"] < grid.result["naive_gpu_hours"]
+    assert 0 < grid.result["cost"] < grid.result["naive_cost"]
+    assert grid.result["controls"] == []
     assert_same_bits(last(grid.run("like the recipe")), final(undisturbed(1)))
 
 
@@ -62,6 +73,43 @@ def test_a_trial_that_fails_is_told_and_leaves_the_others_alone(grid):
     events = grid.run("diverging").read_lines("events.jsonl")
     assert (events[-1]["event"], events[-1]["message"]) == ("run_failed", message)
     assert "restart" not in [line["event"] for line in events]
+
+
+def test_controls_are_trained_once_all_settings_are(grid, digits, tmp_path):
+    """An epoch takes 10 s, and one of phase lora 1 s: a run of 7 with 2 of lora costs 52 s, full training of 5 50 s.
+
+    Of what is left after epoch 5, a run of 6 is closer than the trunk; and that switch alone leaves less than a tenth.
+    """
+    shutil.copytree(grid.folder, tmp_path, dirs_exist_ok=True)
+    names = ["like the recipe", "without warmup"]
+    runs = {name: RunFolder(tmp_path / "grid" / grid.entry(name)["trial"]) for name in ["never", *names]}
+    for run_folder in runs.values():
+        lines = run_folder.epochs()
+        timed = [replace(line, seconds=1.0 if line.phase == "lora" else 10.0) for line in lines]
+        run_folder.write_records(EpochLine, timed)
+    controls = {"full": "all", "rank_1": 0.1}
+    plan = load_over_recipe(digits, tmp_path, name="grid", settings=listed(names), controls=controls)
+    result = run(plan)
+    trials = {entry["trial"]: entry for entry in [result["full"], *result["settings"], *result["controls"]]}
+    early, late = result["settings"]
+    assert (early["full_control"], late["full_control"]) == ("full-3-to-5", "full-5-to-6")
+    assert early["rank_1_control"] is None and late["rank_1_control"].startswith("rank-1_switch-5_")
+    assert [entry["ended"] for entry in result["controls"]] == ["finished"] * 3
+    assert result["unit"] == "CPU-hours"  # of half a CPU, which a worker asks for
+    assert {name: trials[name]["cost"] * 2 * 3600 for name in ("trunk", early["trial"], "full-3-to-5", "full-5-to-6")} == {
+        "trunk": pytest.approx(70),
+        early["trial"]: pytest.approx(52),
+        "full-3-to-5": pytest.approx(50),
+        "full-5-to-6": pytest.approx(60),
+    }
+    assert set(RunFolder(tmp_path / "grid" / late["rank_1_control"]).read_json("ranks.json").values()) == {1}
+    assert RunFolder(tmp_path / "grid" / "full-3-to-5").read_json("result.json")["switch_epoch"] is None
+    points = {name: (entry["val_top1"], entry["cost"]) for name, entry in trials.items()}
+    beaten = {a for a in points for b in points if points[b][0] >= points[a][0] and points[b][1] < points[a][1]}
+    assert set(result["pareto"]) <= set(points) - beaten
+    assert max(points.values())[0] == points[result["pareto"][-1]][0]
+    assert result["naive_cost"] * 2 * 3600 == pytest.approx(52 + 52 + 50 + 60 + trials[late["rank_1_control"]]["cost"] * 7200)
+    assert run(plan) == result
 
 
 def test_the_trunk_alone_tells_where_settings_switch(load, trunk):
@@ -92,7 +140,7 @@ def all_room_is_given_back() -> bool:
 @pytest.mark.timeout(900)
 def test_optuna_goes_on_with_what_it_has_tried(load):
     space = {"method.warmup_epochs": {"min": 0, "max": 3}, "method.scaling": {"min": 0.5, "max": 4, "log": True}}
-    search = {"name": "optuna", "search": "optuna", "space": space, "objectives": ["val_top1", "gpu_hours"]}
+    search = {"name": "optuna", "search": "optuna", "space": space, "objectives": ["val_top1", "cost"]}
     first = run(load(**search, num_settings=3))
     assert len(first["settings"]) == 3
     more = run(load(**search, num_settings=5))
@@ -114,6 +162,134 @@ def test_notes_are_read_whole_and_a_torn_one_is_told(load, tmp_path):
         read_notes(plan)
 
 
+@pytest.fixture
+def warmups() -> Plan:
+    """A sweep of the project: five warmups behind one switch, after epoch 90 of 120."""
+    return load_sweep(str(SWEEPS / "cifar10_warmup.yaml"), [])
+
+
+def prices_of(plan: Plan, seconds: float = 3600.0) -> Prices:
+    """An hour for each epoch of full training."""
+    return Prices("GPU-hours", 1.0, plan.trunk, [epoch_line(epoch, seconds=seconds, image_size=32) for epoch in range(120)])
+
+
+def entry(trial: str, val_top1: float, cost: float, **content) -> dict:
+    setting = {"method.switch_epoch": 90, "method.warmup_epochs": 5}
+    place = {"setting": setting, "switch_epoch": 90, "rate_left": 0.03, "ended": "finished"}
+    return {**place, "trial": trial, "val_top1": val_top1, "cost": cost, **content}
+
+
+@pytest.mark.parametrize(
+    ("after", "cost", "end"), [(90, 105.4, 105), (90, 105.6, 106), (90, 105.5, 105), (60, 61.0, 61), (60, 30.0, 61)]
+)
+def test_full_training_of_equal_cost_ends_where_that_is_closest(warmups, after, cost, end):
+    control = full_training_of_cost(warmups, prices_of(warmups), after, cost)
+    assert control == {"control": "full", "train.bend.after": after, "train.epochs": end}
+    settings = warmups.settings_of(control, "control")
+    assert (settings.train.epochs, settings.method.enabled, settings.checkpoint.keep_trunk) == (end, False, False)
+    assert settings.train.bend == BendSettings(after=after, of=120)
+    assert parse_settings(settings.model_dump(mode="json")) == settings
+
+
+@pytest.mark.parametrize(("after", "cost"), [(90, 119.6), (90, 130.0), (119, 119.2)])
+def test_the_trunk_is_the_control_of_what_costs_as_much(warmups, after, cost):
+    assert full_training_of_cost(warmups, prices_of(warmups), after, cost) is None
+
+
+def test_smaller_images_count_as_the_cheaper_epochs_that_they_are():
+    """With half the images' side up to epoch 100 an epoch takes a quarter; after 90, 6 of 20 are small: 24 + 14."""
+    resolution = "overrides={train.resolution: [{until: 100, image_size: 16}]}"
+    plan = load_sweep(str(SWEEPS / "cifar10_warmup.yaml"), [resolution])
+    lines = [epoch_line(epoch, seconds=900.0 if epoch < 100 else 3600.0) for epoch in range(120)]
+    prices = Prices("GPU-hours", 1.0, plan.trunk, lines)
+    assert prices.full(plan.trunk) == 25 + 20
+    assert prices.full(plan.full_training(90, 110, "control")) == 96 / 4 + 14
+    assert full_training_of_cost(plan, prices, 90, 38.1) == {"control": "full", "train.bend.after": 90, "train.epochs": 110}
+
+
+@pytest.mark.parametrize(("full", "named"), [("front", [0]), ("all", [0, 1]), ("none", [])])
+def test_which_runs_have_full_training_of_equal_cost_beside_them(full, named):
+    """The first beats the second; the trunk is the control of the third, which costs more; a stopped run has none."""
+    plan = load_sweep(str(SWEEPS / "cifar10_warmup.yaml"), [f"controls.full={full}"])
+    entries = [
+        entry("cheap", 0.88, 100.0),
+        entry("beaten", 0.87, 110.0),
+        entry("dear", 0.89, 125.0),
+        entry("stopped", 0.5, 100.0, ended="stopped"),
+        entry("trunk", 0.90, 120.0, switch_epoch=None, rate_left=None),
+    ]
+    trunk = Record([norms_line(epoch, {"a": 1.0}) for epoch in range(120)], plan.trunk.method, ramp_epochs=10)
+    controls = name_controls(plan, entries, trunk, prices_of(plan))
+    names = [f"full-90-to-{end}" for end in (100, 110)]
+    assert [control["train.epochs"] for control in controls] == [[100, 110][i] for i in named]
+    told = [name if i in named else None for i, name in enumerate(names)]
+    assert [entry["full_control"] for entry in entries] == [*told, "trunk", None, None]
+    assert {entry["rank_1_control"] for entry in entries} == {None}
+
+
+def test_full_training_takes_the_star_from_a_run_that_it_beats():
+    trunk, control = entry("trunk", 0.9047, 120.0), entry("full-60-to-80", 0.8947, 80.0)
+    runs = [entry("relaxed", 0.8945, 80.0), entry("late", 0.9025, 118.0), entry("dear", 0.91, 130.0)]
+    assert on_front([trunk, *runs]) == ["relaxed", "late", "trunk", "dear"]
+    assert on_front([trunk, *runs, control]) == ["full-60-to-80", "late", "trunk", "dear"]
+
+
+@pytest.mark.parametrize(
+    ("workers", "unit"),
+    [({"gpu": True, "cpus": 4.0}, ("GPU-hours", 1.0)), ({"gpu": False, "cpus": 4.0}, ("CPU-hours", 4.0))],
+)
+def test_the_unit_of_a_cost_is_what_its_workers_take(workers, unit, tmp_path):
+    plan = load_sweep(str(SWEEPS / "digits.yaml"), [], storage=str(tmp_path))
+    run = plan.trunk.model_copy(update={"workers": plan.trunk.workers.model_copy(update=workers)})
+    folder = RunFolder.of(run)
+    folder.write_settings(run)
+    folder.write_records(EpochLine, [epoch_line(epoch, seconds=1800.0, world_size=2) for epoch in range(40)])
+    prices = Prices.of(folder)
+    assert (prices.unit, prices.straight(folder, 40), prices.full(run)) == (unit[0], 40 * unit[1], 40 * unit[1])
+
+
+def test_controls_stand_in_the_table_beside_the_runs():
+    full = {"trial": "trunk", "val_top1": 0.9047, "cost": 120.0}
+    runs = [
+        {**entry("late", 0.9025, 118.0, switch_epoch=102, rate_left=0.0094), "trainable_fraction": 0.1, "diagnosis": []},
+        {**entry("relaxed", 0.8945, 80.0, switch_epoch=60, rate_left=0.217), "trainable_fraction": 0.1, "diagnosis": []},
+    ]
+    runs[0] |= {"full_control": "trunk", "rank_1_control": "rank-1"}
+    runs[1] |= {"full_control": "full-60-to-80", "rank_1_control": None}
+    controls = [
+        entry(
+            "full-60-to-80", 0.8947, 80.0, setting={"control": "full", "train.epochs": 80}, switch_epoch=None, rate_left=None
+        ),
+        entry(
+            "rank-1", 0.9024, 117.0, setting={"control": "rank 1"}, switch_epoch=102, rate_left=0.0094, trainable_fraction=0.01
+        ),
+    ]
+    sweep = {"unit": "GPU-hours", "full": full, "settings": runs, "controls": controls}
+    sweep["pareto"] = on_front([full, *runs, *controls])
+    head, rows = sweep_table(sweep)
+    shown = [dict(zip([*head[:-3], "star", *head[-2:]], row, strict=True)) for row in rows]
+    assert [row["run"] for row in shown] == ["trunk", "full-60-to-80", "rank-1", "late", "relaxed"]
+    assert [row["star"] for row in shown] == ["*", "*", "*", "*", ""]
+    assert [row["switch_epoch"] for row in shown[:3]] == ["full", "full, to 80", "rank 1"]
+    assert [row["rate left, %"] for row in shown] == ["-", "-", "0.9", "0.9", "21.7"]
+    assert [row["full, %"] for row in shown[3:]] == ["90.47", "89.47"]
+    assert [row["rank 1, %"] for row in shown[3:]] == ["90.24", ""]
+    assert [row["GPU-hours"] for row in shown] == ["120", "80", "117", "118", "80"]
+    assert told_of_controls(sweep) == "0 of 2 runs end above full training that costs as much"
+
+
+def test_a_sweep_of_an_earlier_version_is_read(tmp_path):
+    settings = [{**entry("a", 0.9, 1.0), "trainable_fraction": 0.1, "diagnosis": [], "message": None, "gpu_hours": 2.0}]
+    del settings[0]["cost"], settings[0]["rate_left"]
+    before = {"full": {"val_top1": 0.8, "gpu_hours": 3.0}, "settings": settings, "pareto": [0], "trials": 1}
+    RunFolder(tmp_path).write_json("sweep.json", {**before, "gpu_hours": 4.0, "naive_gpu_hours": 5.0})
+    sweep = read_sweep(str(tmp_path))
+    head, rows = sweep_table(sweep)
+    assert [row[head.index("worker-hours")] for row in rows] == ["3", "2"]
+    assert [row[head.index("")] for row in rows] == ["", "*"]
+    assert (sweep["cost"], sweep["naive_cost"]) == (4.0, 5.0)
+
+
 def test_pareto_front_is_what_nothing_beats():
     points = [(0.9, 5.0), (0.8, 1.0), (0.9, 4.0), (0.7, 2.0), (0.95, 9.0), (0.8, 1.5)]
     assert pareto_front(points) == [1, 2, 4]
@@ -131,7 +307,7 @@ def test_pareto_front_is_what_nothing_beats():
         (
             {
                 "space": {"method.tau": [1]},
-                "objectives": ["val_top1", "gpu_hours"],
+                "objectives": ["val_top1", "cost"],
                 "asha": {"grace_epochs": 2},
             },
             "asha is not allowed with two objectives",
@@ -139,6 +315,14 @@ def test_pareto_front_is_what_nothing_beats():
         ({"space": {"method.tau": [1]}, "asha": {"grace_epochs": 1000}}, r"asha.grace_epochs = 1000 is not allowed: .* = \d+$"),
         ({"space": {"method.tau": [1]}, "name": "../up"}, r"name = '../up' is not allowed"),
         ({"space": {"method.tau": [1]}, "recipe": "none.yaml"}, "none.yaml is no file"),
+        (
+            {"space": {"method.tau": [1]}, "controls": {"full": "some"}},
+            r"controls.full = 'some' is not allowed: .* 'front', 'all'",
+        ),
+        (
+            {"space": {"method.tau": [1]}, "overrides": {"train.bend": {"after": 3, "of": 9}}},
+            "train.bend is not allowed in a sweep",
+        ),
         ({"space": {"method.tau": [1]}, "serach": "grid"}, "serach = 'grid' is not allowed: .* did you mean search"),
     ],
 )
@@ -147,10 +331,10 @@ def test_what_a_sweep_may_not_ask_is_one_sentence(load, content, sentence):
         load(**content)
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "jobs" / "sweeps").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted(SWEEPS.glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_sweep_of_the_project_is_sound(path):
     plan = load_sweep(str(path), [])
-    assert plan.candidates()
+    assert plan.candidates() and plan.sweep.controls.full != "none"
     assert not plan.trunk.method.enabled and plan.trunk.checkpoint.keep_trunk
     assert f"prelora sweep jobs/sweeps/{path.name}" in path.read_text().splitlines()[0]
 
@@ -179,8 +363,11 @@ def test_settings_without_effect_are_told():
         "num_settings has no effect, as a grid draws nothing",
         "objectives has no effect, as Optuna alone chooses by them",
     ]
-    optuna = SweepSettings(**content, search="optuna", num_settings=5, seed=1, objectives=("val_top1", "gpu_hours"))
+    optuna = SweepSettings(**content, search="optuna", num_settings=5, seed=1, objectives=("val_top1", "cost"))
     assert keys_without_effect(optuna) == []
     assert keys_without_effect(SweepSettings(**content, trunk_only=True, concurrent=2)) == [
         "concurrent has no effect, as trunk_only runs no trial"
+    ]
+    assert keys_without_effect(SweepSettings(**content, trunk_only=True, controls={"full": "all"})) == [
+        "controls has no effect, as trunk_only runs no trial"
     ]
