@@ -115,7 +115,7 @@ def trained(folder: RunFolder, result: dict[str, Any]) -> Iterator[str | Table]:
     epochs, on_gpu = folder.epochs(), folder.read_settings().workers.gpu is True
     yield result_table(str(folder), epochs, on_gpu=on_gpu)
     if result["ranks"]:
-        yield "ranks: " + ", ".join(f"{count} modules of {rank}" for rank, count in result["ranks"].items())
+        yield "ranks: " + ", ".join(f"{counted(count, 'module')} of {rank}" for rank, count in result["ranks"].items())
     yield result_line(result)
     if not on_gpu:
         yield records.memory_note(epochs)
