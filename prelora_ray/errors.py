@@ -13,7 +13,7 @@ class WorkError(RuntimeError):
 
 
 class InterruptedRunError(RuntimeError):
-    """The run was stopped from outside, and can be resumed."""
+    """The work was stopped from outside; a run can be resumed."""
 
 
 def one_line(error: BaseException) -> str:

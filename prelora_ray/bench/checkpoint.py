@@ -11,7 +11,9 @@ import torch
 
 from prelora_ray.bench.machine import describe, synchronize
 from prelora_ray.config_file import parse_settings
+from prelora_ray.engine.check import check_model
 from prelora_ray.engine.state import TrainState
+from prelora_ray.errors import WorkError
 from prelora_ray.fault_tolerance.async_checkpointer import AsyncCheckpointer
 from prelora_ray.fault_tolerance.checkpoint import Checkpoints, Retention
 from prelora_ray.storage import Storage
@@ -22,8 +24,18 @@ _ROUNDS = 5
 def bench_checkpoint(model: str, image_size: int, batch: int) -> dict[str, Any]:
     """Takes snapshots in the midst of steps, and goes on stepping until each is written, checksummed and committed.
 
-    Rows are what that costs, in the median and at most of five rounds; `step_ms` is a step beside no save.
+    Rows are what that costs, in the median and at most of five rounds; `step_ms` is a step beside no save. Raises
+    UserError for a model that cannot work, WorkError where it does not fit on the GPU, or a checkpoint not on the disk.
     """
+    try:
+        return _bench(model, image_size, batch)
+    except torch.OutOfMemoryError:
+        raise WorkError(
+            f"the GPU has no room for {batch} images of {model} beside a checkpoint's snapshot: take fewer, with --batch"
+        ) from None
+
+
+def _bench(model: str, image_size: int, batch: int) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings = parse_settings(
         {
@@ -33,6 +45,7 @@ def bench_checkpoint(model: str, image_size: int, batch: int) -> dict[str, Any]:
             "train": {"compile": False},
         }
     )
+    check_model(settings)
     state = TrainState(settings, 1000, 10**6, device, 1)
     images = torch.randn(batch, 3, image_size, image_size, device=device)
 
@@ -63,9 +76,10 @@ def bench_checkpoint(model: str, image_size: int, batch: int) -> dict[str, Any]:
             while checkpointer.is_busy:
                 steps.append(step())
             written.append(time.perf_counter() - start)
-            longest.append(max(steps) - usual)
+            longest.append(max(steps, default=usual) - usual)  # none where the save was done before the first
             slowed.append(blocked[-1] + sum(steps) - len(steps) * usual)
-            assert checkpointer.failure is None
+            if checkpointer.failure is not None:
+                raise WorkError(f"a checkpoint could not be written to {directory}: {checkpointer.failure}")
         size = sum((checkpoints.folder / checkpoints.names()[-1]).list_files().values())
     costs = {
         "snapshot, which holds up the loop": blocked,

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from prelora_ray.errors import UserError, WorkError
+from prelora_ray.errors import InterruptedRunError, UserError, WorkError
 from prelora_ray.json_output import Json, print_json
 from prelora_ray.storage import absolute
 
@@ -202,6 +202,7 @@ def _size(model: str | None, image_size: int | None, batch: int | None, *, batch
 
 def _measure(run: Callable[[], dict[str, Any]], out: str | None, as_json: bool, picture: str | None = None) -> None:
     from prelora_ray import console
+    from prelora_ray.bench.machine import INTERRUPTED
 
     for option, path in (("--out", out), ("--picture", picture)):
         if path is not None and not (folder := Path(absolute(path)).parent).is_dir():
@@ -222,5 +223,6 @@ def _measure(run: Callable[[], dict[str, Any]], out: str | None, as_json: bool, 
         write_network(result, picture)
     for name, reason in result.get("missing", {}).items():
         print(f"not measured: {name} ({reason})", file=sys.stderr)
-    if result.get("failed") is not None:
-        raise WorkError(f"the benchmark ended before its last row: {result['failed']}")
+    if (failed := result.get("failed")) is not None:
+        kind = InterruptedRunError if failed == INTERRUPTED else WorkError
+        raise kind(f"the benchmark ended before its last row: {failed}")

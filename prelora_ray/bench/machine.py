@@ -8,16 +8,19 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from typing import Any
 
 import torch
 
 from prelora_ray.engine.precision import has_fp8
+from prelora_ray.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+INTERRUPTED = "interrupted"
+"""What `failed` says where a user ended a benchmark."""
 _PACKAGES = ("torch", "timm", "peft", "transformers", "ray", "numpy", "pyarrow", "pillow", "simplejpeg")
 
 
@@ -48,22 +51,29 @@ def usual_size(batch_on_cpu: int) -> dict[str, Any]:
     return {"model": "vit_tiny_patch16_224", "image_size": 64, "batch": batch_on_cpu}
 
 
+def check_rows(wanted: Sequence[str], names: Sequence[str]) -> None:
+    """Raises UserError where one of the wanted beginnings is that of no row's name."""
+    for beginning in wanted:
+        if not any(name.startswith(beginning) for name in names):
+            raise UserError(f"--row {beginning!r} is not allowed: no row's name begins so; there are {'; '.join(names)}")
+
+
 def measure_rows(rows: Iterable[Any], told: Callable[[Any], str]) -> dict[str, Any]:
     """`rows`, as JSON can hold them, and `failed`, which says what ended them before the last one, or is None.
 
-    Each row is a dataclass with a name, logged as soon as it is measured, with what `told` says of it.
+    Each row is a dataclass with a name, logged as soon as it is kept, with what `told` says of it.
     """
     content: list[dict[str, Any]] = []
     failed = None
     try:
         for row in rows:
-            logger.info("%s: %s", row.name, told(row))
             content.append(vars(row))
+            logger.info("%s: %s", row.name, told(row))
     except RuntimeError as error:  # after a device fault this process cannot use it any more; what was measured counts
         logger.debug("", exc_info=True)
         failed = next(iter(str(error).splitlines()), type(error).__name__)
     except KeyboardInterrupt:
-        failed = "interrupted"
+        failed = INTERRUPTED
     return {"rows": content, "failed": failed}
 
 

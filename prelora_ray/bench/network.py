@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
 
 from prelora_ray.bench.link import Link
-from prelora_ray.bench.machine import describe, missing_fp8, seconds_per_call
+from prelora_ray.bench.machine import INTERRUPTED, check_rows, describe, missing_fp8, seconds_per_call
 from prelora_ray.bench.own import OwnRun, own_settings
 from prelora_ray.config import Settings
 from prelora_ray.engine.check import check_model
@@ -34,6 +34,13 @@ logger = logging.getLogger(__name__)
 NumberFormat = Literal["fp32", "bf16"]
 BANDWIDTHS = (100.0, 25.0, 10.0, 5.0, 1.0)
 _FULL = "full"
+_NUMBER_FORMATS: dict[str, tuple[NumberFormat, ...]] = {
+    _FULL: ("fp32", "bf16"),
+    "warmup": ("fp32", "bf16"),
+    "lora": ("fp32",),
+    "lora fp8": ("fp32",),
+}
+"""Those that gradients are exchanged in, by what computes them."""
 _WARM_UP_STEPS = 4
 """At the begin of each phase: they compile."""
 _ROUNDS, _MOST_STEPS = 5, 50
@@ -77,8 +84,8 @@ class Row:
 def bench_network(options: Options) -> dict[str, Any]:
     """Measures every row in as many processes as workers; `rows` and what they ran on, as JSON can hold it.
 
-    `failed` says what ended it before its last row, or is None. Raises UserError for a model that cannot work, and
-    where there is not a GPU for each worker.
+    `failed` says what ended it before its last row, or is None. Raises UserError for a model that cannot work, for a
+    row that there is not, and where there is not a GPU for each worker.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda" and torch.cuda.device_count() < options.workers:
@@ -86,6 +93,7 @@ def bench_network(options: Options) -> dict[str, Any]:
             f"--workers {options.workers} is not allowed here: each needs a GPU of its own, and this machine has "
             f"{torch.cuda.device_count()}"
         )
+    check_rows(options.rows, [_name(title, each) for title, formats in _NUMBER_FORMATS.items() for each in formats])
     check_model(_settings(options, "auto"))
     failed = None
     with tempfile.TemporaryDirectory() as folder:
@@ -97,7 +105,7 @@ def bench_network(options: Options) -> dict[str, Any]:
             logger.debug("", exc_info=True)
             failed = str(error).strip().splitlines()[-1]
         except KeyboardInterrupt:
-            failed = "interrupted"
+            failed = INTERRUPTED
         rows = [json.loads(line) for line in path.read_text().splitlines()]
     return {
         "benchmark": "network",
@@ -107,6 +115,10 @@ def bench_network(options: Options) -> dict[str, Any]:
         "missing": missing_fp8(device, "lora fp8"),
         "failed": failed,
     }
+
+
+def _name(title: str, number_format: NumberFormat) -> str:
+    return title if number_format == "fp32" else f"{title}, {number_format} exchange"
 
 
 def _settings(options: Options, precision: Literal["auto", "fp8"]) -> Settings:
@@ -131,6 +143,7 @@ def _measure(rank: int, options: Options, device_type: str, folder: str) -> None
         for row in _Worker(options, device, rank).rows():
             if rank == 0:
                 print(json.dumps(vars(row)), file=file, flush=True)
+                logger.info("%s: %.0f ms a step", row.name, row.milliseconds)
     dist.destroy_process_group()
 
 
@@ -145,30 +158,23 @@ class _Worker:
 
     def rows(self) -> Iterator[Row]:
         run = self._run("auto")
-        measured: dict[Phase, tuple[NumberFormat, ...]] = {
-            Phase.FULL: ("fp32", "bf16"),
-            Phase.WARMUP: ("fp32", "bf16"),
-            Phase.LORA: ("fp32",),
-        }
-        for phase, number_formats in measured.items():
-            yield from self._rows(run, phase, phase.value, number_formats)
+        for phase in Phase:
+            yield from self._rows(run, phase, phase.value)
         if has_fp8(self.device):
             del run
             run = self._run("fp8")
             run.enter(Phase.WARMUP)
-            yield from self._rows(run, Phase.LORA, "lora fp8", ("fp32",))
+            yield from self._rows(run, Phase.LORA, "lora fp8")
 
     def _run(self, precision: Literal["auto", "fp8"]) -> OwnRun:
         exchange = Exchange(self.link.exchange, bucket_mb=self.options.bucket)
         settings, workers = _settings(self.options, precision), self.options.workers
         return OwnRun(settings, self.device, rank=self.rank, world_size=workers, exchange=exchange)
 
-    def _rows(self, run: OwnRun, phase: Phase, title: str, number_formats: tuple[NumberFormat, ...]) -> Iterator[Row]:
+    def _rows(self, run: OwnRun, phase: Phase, title: str) -> Iterator[Row]:
         self.link.gbit_per_second = None
         run.enter(phase)
-        names: dict[str, NumberFormat] = {}
-        for number_format in number_formats:
-            names[title if number_format == "fp32" else f"{title}, {number_format} exchange"] = number_format
+        names = {_name(title, number_format): number_format for number_format in _NUMBER_FORMATS[title]}
         wanted = [name for name in names if self._wanted(name)]
         if not wanted:
             return
@@ -196,7 +202,7 @@ class _Worker:
             if name == _FULL:
                 self.full[gbit] = seconds
             full = self.full.get(gbit)
-            row = Row(
+            yield Row(
                 f"{name}, {'no limit' if gbit is None else f'{gbit:g} Gbit/s'}",
                 phase.value,
                 gbit,
@@ -205,8 +211,6 @@ class _Worker:
                 self.link.busy_seconds() * 1e3 / (steps // rounds * rounds),
                 exchanged,
             )
-            logger.info("%s: %.0f ms a step", row.name, row.milliseconds)
-            yield row
 
     def _seconds_per_step(self, run: OwnRun, calls: int, rounds: int) -> float:
         """Of the slowest worker: all of them must come to the same number of steps."""

@@ -6,7 +6,7 @@ plain loop of their stack, on images that are on the device already.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from prelora_ray.bench.machine import (
+    check_rows,
     copy_rate,
     describe,
     free_memory,
@@ -75,14 +76,55 @@ class Row:
 def bench_phases(options: Options) -> dict[str, Any]:
     """Measures every row in this process, one after the other; `rows` and what they ran on, as JSON can hold it.
 
-    `failed` says what ended it before its last row, or is None.
+    `failed` says what ended it before its last row, or is None. Raises UserError for a model that cannot work, and for
+    a row that there is not.
     """
+    check_rows(options.rows, row_names(options))
     check_model(own_settings({"name": options.model, "image_size": options.image_size}, options.batch, options.batch, {}))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rates = {"matrix_flops": matrix_rate(device), "copy_bytes_per_second": copy_rate(device)}
     bench = _Bench(options, device, rates["matrix_flops"])
     content = {"options": vars(options), **measure_rows(bench.rows(), lambda row: f"{row.images_per_second:.0f} images/s")}
     return {"benchmark": "phases", **describe(device), **rates, **content, "missing": bench.missing}
+
+
+@dataclass(frozen=True)
+class _OwnRows:
+    """A run of our own, and the phases of it that are measured; adapters on all blocks but the first share of them."""
+
+    title: str
+    changes: dict[str, Any]
+    """Of the settings, by section."""
+    phases: tuple[Phase, ...] = (Phase.LORA,)
+    first_share: float = 0.0
+
+    def name(self, phase: Phase) -> str:
+        return f"prelora {self.title} {phase}"
+
+
+def _own_rows(drop_path: float) -> list[_OwnRows]:
+    every = tuple(Phase)
+    fp8, prefix = {"train": {"precision": "fp8", "fp8_from": "full"}}, {"method": {"freeze": "prefix"}}
+    rows = [
+        _OwnRows("bf16", {}, every),
+        _OwnRows("bf16 plain", {"train": {"adapters": "plain"}}, (Phase.WARMUP, Phase.LORA)),
+        _OwnRows("fp8", fp8, every),
+        _OwnRows("bf16 last half", prefix, first_share=0.5),
+        _OwnRows("fp8 last half", fp8 | prefix, first_share=0.5),
+    ]
+    if drop_path:
+        for rule in ("uniform", "linear"):
+            for form in ("mask", "subset"):
+                keys = {"drop_path": drop_path, "drop_path_rule": rule, "drop_path_form": form}
+                rows.append(_OwnRows(f"bf16 {rule} {form}", {"model": keys}, every))
+                rows.append(_OwnRows(f"fp8 {rule} {form}", fp8 | {"model": keys}, every))
+    return rows
+
+
+def row_names(options: Options) -> list[str]:
+    """Of all rows that there are with these options, wanted or not."""
+    own = [rows.name(phase) for rows in _own_rows(options.drop_path) for phase in rows.phases]
+    return [*_REFERENCES, *own]
 
 
 class _Bench:
@@ -100,36 +142,18 @@ class _Bench:
 
     def rows(self) -> Iterator[Row]:
         on_gpu = self.device.type == "cuda"
-        references: dict[str, Callable[[], tuple[Step, nn.Module]]] = {
-            "timm eager full": lambda: self._timm(compiled=False),
-            "timm compiled full": lambda: self._timm(compiled=True),
-            "timm + PEFT eager lora": lambda: self._timm_peft(compiled=False),
-            "timm + PEFT compiled lora": lambda: self._timm_peft(compiled=True),
-            "HF fp16 full": lambda: self._hugging_face(adapters=False),
-            "HF + PEFT fp16 lora": lambda: self._hugging_face(adapters=True),
-        }
-        for name, build in references.items():
+        for name, build in _REFERENCES.items():
             if not self._wanted(name):
                 continue
             if not on_gpu and ("compiled" in name or "fp16" in name):
                 self.missing[name] = "needs a GPU"
                 continue
             free_memory(self.device)
-            step, model = build()
+            step, model = build(self)
             yield self._measure(name, step, model, phase=Phase.FULL if "full" in name else Phase.LORA)
             del step, model
-        fp8, prefix = {"train": {"precision": "fp8", "fp8_from": "full"}}, {"method": {"freeze": "prefix"}}
-        yield from self._own("bf16", {}, phases=list(Phase))
-        yield from self._own("bf16 plain", {"train": {"adapters": "plain"}}, phases=(Phase.WARMUP, Phase.LORA))
-        yield from self._own("fp8", fp8, phases=list(Phase))
-        yield from self._own("bf16 last half", prefix, first_share=0.5)
-        yield from self._own("fp8 last half", fp8 | prefix, first_share=0.5)
-        if self.options.drop_path:
-            for rule in ("uniform", "linear"):
-                for form in ("mask", "subset"):
-                    keys = {"drop_path": self.options.drop_path, "drop_path_rule": rule, "drop_path_form": form}
-                    yield from self._own(f"bf16 {rule} {form}", {"model": keys}, phases=list(Phase))
-                    yield from self._own(f"fp8 {rule} {form}", fp8 | {"model": keys}, phases=list(Phase))
+        for own in _own_rows(self.options.drop_path):
+            yield from self._own(own)
 
     def _wanted(self, name: str) -> bool:
         return not self.options.rows or any(name.startswith(row) for row in self.options.rows)
@@ -154,27 +178,23 @@ class _Bench:
             kernels,
         )
 
-    def _own(
-        self, title: str, changes: dict[str, Any], phases: Sequence[Phase] = (Phase.LORA,), first_share: float = 0.0
-    ) -> Iterator[Row]:
-        """A run's phases, of which some are measured; adapters on all blocks but the first share of them."""
-        names = {phase: f"prelora {title} {phase}" for phase in Phase}
-        wanted = [phase for phase in phases if self._wanted(names[phase])]
+    def _own(self, own: _OwnRows) -> Iterator[Row]:
+        wanted = [phase for phase in own.phases if self._wanted(own.name(phase))]
         if not wanted:
             return
-        if "fp8" in title and (missing := missing_fp8(self.device, *(names[phase] for phase in wanted))):
+        if "fp8" in own.title and (missing := missing_fp8(self.device, *map(own.name, wanted))):
             self.missing |= missing
             return
         free_memory(self.device)
-        options = self.options
+        options, changes = self.options, own.changes
         train = {"precision": "bf16", "residual": options.residual, "adapters": "merged", **changes.get("train", {})}
         model = {"name": options.model, "image_size": options.image_size, **changes.get("model", {})}
         settings = own_settings(model, options.batch, options.batch, train, changes.get("method"))
-        run = OwnRun(settings, self.device, first_share=first_share)
+        run = OwnRun(settings, self.device, first_share=own.first_share)
         for phase in Phase:
             run.enter(phase)
             if phase in wanted:
-                yield self._measure(names[phase], run.step, run.state.model, phase=phase)
+                yield self._measure(own.name(phase), run.step, run.state.model, phase=phase)
 
     def _timm(self, *, compiled: bool) -> tuple[Step, nn.Module]:
         import timm
@@ -228,6 +248,16 @@ class _Bench:
 
         model.train()
         return step
+
+
+_REFERENCES: dict[str, Callable[[_Bench], tuple[Step, nn.Module]]] = {
+    "timm eager full": lambda bench: bench._timm(compiled=False),
+    "timm compiled full": lambda bench: bench._timm(compiled=True),
+    "timm + PEFT eager lora": lambda bench: bench._timm_peft(compiled=False),
+    "timm + PEFT compiled lora": lambda bench: bench._timm_peft(compiled=True),
+    "HF fp16 full": lambda bench: bench._hugging_face(adapters=False),
+    "HF + PEFT fp16 lora": lambda bench: bench._hugging_face(adapters=True),
+}
 
 
 def _compiled_graphs() -> int:

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
+import subprocess
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from tests.command import prelora, prelora_here
+from prelora_ray.engine.snapshot import Snapshot
+from prelora_ray.engine.state import TrainState
+from prelora_ray.fault_tolerance.async_checkpointer import AsyncCheckpointer
+from tests.command import COMMAND, ROOT, prelora, prelora_here
+
+CHECKPOINT = ("checkpoint", "--model", "vit_tiny_patch16_224", "--image-size", "32", "--batch", "2")
 
 
 def measured(*arguments: str) -> dict[str, dict[str, Any]]:
@@ -46,9 +58,44 @@ def test_restart_tells_both_starts():
 
 @pytest.mark.slow
 def test_checkpoint_tells_what_it_holds_up():
-    rows = measured("checkpoint", "--model", "vit_tiny_patch16_224", "--image-size", "32", "--batch", "2")
+    rows = measured(*CHECKPOINT)
     assert len(rows) == 4
     assert rows["snapshot, which holds up the loop"]["most_ms"] < rows["until the commit"]["most_ms"]
+
+
+def test_a_checkpoint_that_finds_no_room_is_told_in_one_sentence(disk, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(disk.path))
+    done = prelora_here("bench", *CHECKPOINT)
+    assert done.returncode == 1
+    assert re.fullmatch(
+        rf"prelora: a checkpoint could not be written to {disk.path}/\w+: OSError: .*No space left.*\n", done.stderr
+    )
+
+
+def test_a_gpu_that_is_too_small_for_a_checkpoint_is_told_in_one_sentence(monkeypatch):
+    def snapshot(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(TrainState, "snapshot", snapshot)
+    done = prelora_here("bench", *CHECKPOINT)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "prelora: the GPU has no room for 2 images of vit_tiny_patch16_224 beside a checkpoint's snapshot: take fewer, with "
+        "--batch\n"
+    )
+
+
+def test_a_save_that_is_done_before_the_next_step_slows_none(monkeypatch):
+    start = AsyncCheckpointer.start
+
+    def start_and_wait(checkpointer: AsyncCheckpointer, take: Callable[[], Snapshot]) -> None:
+        start(checkpointer, take)
+        checkpointer.wait()
+
+    monkeypatch.setattr(AsyncCheckpointer, "start", start_and_wait)
+    done = prelora_here("bench", *CHECKPOINT, "--json")
+    rows = {row["name"]: row["most_ms"] for row in json.loads(done.stdout)["rows"]}
+    assert rows["slowest step while it is written, beyond a usual one"] == 0
 
 
 @pytest.mark.slow
@@ -73,6 +120,10 @@ def test_exporter_is_sent_to_and_scraped():
         (["phases", "--model", "vit_tinny"], "model.name = 'vit_tinny' is not allowed"),
         (["phases", "--image-size", "15"], "is not allowed with image_size 15 and options {}: phase full fails"),
         (["phases", "--batch", "0"], "Invalid value for '--batch'"),
+        (["phases", "--row", "timm", "--row", "bf16"], "--row 'bf16' is not allowed: no row's name begins so; there are timm"),
+        (["phases", "--row", "prelora bf16 uniform"], "prelora bf16 last half lora; prelora fp8 last half lora\n"),
+        (["network", "--row", "full, 100"], "--row 'full, 100' is not allowed: no row's name begins so; there are full; full"),
+        (["checkpoint", "--image-size", "15"], "is not allowed with image_size 15 and options {}: phase full fails"),
         (["phases", "--out", "/nowhere/phases.json"], "--out /nowhere/phases.json is not allowed: /nowhere is no folder"),
         (["data", "--images", "100"], "--batch 64 is not allowed with --images 100: a pass needs four batches"),
         (["loop", "--batch", "100"], "data.batch_size = 100 is not allowed: it must be a multiple of data.cell = 8"),
@@ -87,3 +138,28 @@ def test_a_wrong_request_gets_one_sentence(arguments: list[str], sentence: str):
     assert done.returncode == 2
     assert sentence in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("phases", "--image-size", "32", "--batch", "2", "--row", "prelora bf16"),
+        pytest.param(
+            ("network", "--image-size", "16", "--batch", "1", "--seconds", "0", "--bandwidth", "0.02", "--row", "full"),
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_what_was_measured_before_ctrl_c_stands(tmp_path: Path, arguments: tuple[str, ...]):
+    """As from a terminal, which sends it to all processes of the command."""
+    out = tmp_path / "out.json"
+    command = [*COMMAND, "bench", *arguments, "--out", str(out)]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stderr is not None
+        first = next(line for line in process.stderr if " full" in line or "no limit" in line).partition(":")[0]
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.endswith("prelora: the benchmark ended before its last row: interrupted\n")
+    assert [row["name"] for row in json.loads(out.read_text())["rows"]] == [first]
