@@ -216,7 +216,7 @@ def _panels(titles: list[str]) -> go.Figure:
     figure.update_layout(_layout(height=90 + 190 * len(titles), left=80, modebar="v"))
     for row, title in enumerate(titles, 1):
         figure.update_yaxes(title=title, row=row, col=1)
-    figure.update_xaxes(title="epochs completed", row=len(titles), col=1)
+    figure.update_xaxes(title="epochs completed", ticks="outside", ticklen=6, row=len(titles), col=1)  # off the other axis's 0
     return figure
 
 

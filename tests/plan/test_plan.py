@@ -146,6 +146,10 @@ def test_other_image_sizes_are_estimated_and_it_says_so(image_size):
     assert full["memory_gib"] == pytest.approx(row["peak_gib"], rel=0.02)
 
 
+def test_a_run_on_few_batches_has_few_images(recipe, bench):
+    assert planned(recipe, "--bench", bench, "--set", "data.max_batches=2")["images"] == 480
+
+
 def test_the_nearest_row_is_taken(tmp_path, recipe):
     rates = {"prelora bf16 full": 100.0}
     files = [

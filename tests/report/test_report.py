@@ -240,7 +240,7 @@ def test_on_a_phone_nothing_is_wider_than_the_screen_and_no_label_lies_over_anot
         LineWriter(RunFolder(tmp_path / "run"), "events.jsonl").write(**to_json(mark))
     write_report([str(tmp_path / "run")], str(tmp_path / "report.html"))
     page = (tmp_path / "report.html").read_text()
-    measured = page.replace("<body>", "<body style='width: 360px; margin: 0'>").replace(
+    measured = page.replace("<body>", "<body style='width: 360px; margin: 0; padding: 0'>").replace(
         "</body>", f"<script>{MEASURE}</script></body>"
     )
     (tmp_path / "report.html").write_text(measured)
