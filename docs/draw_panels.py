@@ -75,7 +75,7 @@ def draw(figure: go.Figure, place: tuple[int, int], panel: dict[str, Any], lines
     log = is_log(panel)
     low, high = axis_range([float(v) for _, values in lines for _, v in values if math.isfinite(float(v))], log=log)
     figure.update_yaxes(type="log" if log else "linear", range=[low, high], row=row, col=column)
-    last = [float(values[-1][1]) for _, values in lines]
+    last = [next((float(v) for _, v in reversed(values) if math.isfinite(float(v))), low) for _, values in lines]
     ends = [math.log10(max(end, 10**low)) if log else end for end in last]
     heights = spread([min(max((end - low) / (high - low), 0.0), 1.0) for end in ends])
     axis = "" if place == (1, 1) else str((row - 1) * COLUMNS + column)  # plotly's first axis has no number
