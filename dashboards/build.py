@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
-from grafana_foundation_sdk.builders import dashboard, prometheus, timeseries
+from grafana_foundation_sdk.builders import common, dashboard, prometheus, stat, timeseries
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.models.common import BigValueGraphMode, BigValueTextMode, ScaleDistribution
 from grafana_foundation_sdk.models.dashboard import (
     DashboardCursorSync,
     DataSourceRef,
@@ -40,6 +43,36 @@ def run() -> dashboard.Dashboard:
     return _with_rows(
         board,
         {
+            "Now": [
+                _tile("Phase", "What trains.", [(f"prelora_phase_info{of} == 1", "{{phase}}")], text=BigValueTextMode.NAME),
+                _tile(
+                    "Epoch",
+                    "Completed epochs, and those of the whole run.",
+                    [(f"prelora_epoch{of}", "done"), (f"prelora_epochs{of}", "of")],
+                    text=BigValueTextMode.VALUE_AND_NAME,
+                ),
+                _tile(
+                    "Time left",
+                    "At the pace of the last epochs; a phase to come may be faster or slower.",
+                    [(f"prelora_remaining_seconds{of}", "left")],
+                    unit="s",
+                ),
+                _tile("Top-1", "Of the last validation.", [(f"prelora_val_top1_ratio{of}", "top-1")], unit="percentunit"),
+                _tile(
+                    "Norm change, of tau",
+                    "The largest of all families over the threshold: under 100 % the newest step counts as converged.",
+                    [(f'max(prelora_norm_change_percent{of}) / max(prelora_threshold_percent{{run="$run", kind="tau"}})', "")],
+                    unit="percentunit",
+                    warn=1.0,
+                ),
+                _tile(
+                    "Loss change, of zeta",
+                    "Over the threshold: up to 100 % the newest step counts as converged.",
+                    [(f'max(prelora_loss_change_percent{of}) / max(prelora_threshold_percent{{run="$run", kind="zeta"}})', "")],
+                    unit="percentunit",
+                    warn=1.0,
+                ),
+            ],
             "Learning": [
                 _panel("Training loss", "Mean of the epoch so far.", [(f"prelora_loss{of}", "loss")]),
                 _panel("Top-1", "Of the last validation.", [(f"prelora_val_top1_ratio{of}", "top-1")], unit="percentunit"),
@@ -54,12 +87,13 @@ def run() -> dashboard.Dashboard:
             "Partial convergence test": [
                 _panel(
                     "Norm change by family, against tau",
-                    "All families have to be under tau in several windows running.",
+                    "All families have to be under tau in several windows running. The axis is a logarithm.",
                     [
                         (f"prelora_norm_change_percent{of}", "{{family}}"),
                         ('prelora_threshold_percent{run="$run", kind="tau"}', "tau"),
                     ],
                     unit="percent",
+                    log=True,
                 ),
                 _panel(
                     "Loss change, against zeta",
@@ -291,26 +325,52 @@ def _variable(name: str, query: str, *, multi: bool) -> dashboard.QueryVariable:
 
 
 def _panel(
-    title: str, description: str, targets: list[tuple[str, str]], unit: str = "none", warn: float | None = None
+    title: str,
+    description: str,
+    targets: list[tuple[str, str]],
+    unit: str = "none",
+    warn: float | None = None,
+    log: bool = False,
 ) -> timeseries.Panel:
-    steps = [Threshold(value=None, color="green")] + ([Threshold(value=warn, color="red")] if warn is not None else [])
-    panel = (
-        timeseries.Panel()
-        .title(title)
-        .description(description)
-        .datasource(SOURCE)
-        .unit(unit)
-        .thresholds(dashboard.ThresholdsConfig().mode(ThresholdsMode.ABSOLUTE).steps(steps))
-        .span(6)
-        .height(8)
-    )
-    for index, (expression, legend) in enumerate(targets):
-        query = prometheus.Dataquery().expr(expression).legend_format(legend).ref_id(chr(ord("A") + index))
+    panel = _described(timeseries.Panel().span(6).height(8), title, description, unit, warn)
+    if log:
+        panel = panel.scale_distribution(common.ScaleDistributionConfig().type(ScaleDistribution.LOG).log(10))
+    for query in _queries(targets):
         panel = panel.with_target(query)
     return panel
 
 
-def _with_rows(board: dashboard.Dashboard, rows: dict[str, list[timeseries.Panel]]) -> dashboard.Dashboard:
+def _tile(
+    title: str,
+    description: str,
+    targets: list[tuple[str, str]],
+    unit: str = "none",
+    warn: float | None = None,
+    text: BigValueTextMode = BigValueTextMode.VALUE,
+) -> stat.Panel:
+    """The last value, large."""
+    panel = _described(stat.Panel().span(4).height(4), title, description, unit, warn)
+    panel = panel.text_mode(text).graph_mode(BigValueGraphMode.NONE)
+    for query in _queries(targets):
+        panel = panel.with_target(query.instant())
+    return panel
+
+
+PanelT = TypeVar("PanelT", stat.Panel, timeseries.Panel)
+
+
+def _described(panel: PanelT, title: str, description: str, unit: str, warn: float | None) -> PanelT:
+    steps = [Threshold(value=None, color="green")] + ([Threshold(value=warn, color="red")] if warn is not None else [])
+    thresholds = dashboard.ThresholdsConfig().mode(ThresholdsMode.ABSOLUTE).steps(steps)
+    return panel.title(title).description(description).datasource(SOURCE).unit(unit).thresholds(thresholds)
+
+
+def _queries(targets: list[tuple[str, str]]) -> Iterator[prometheus.Dataquery]:
+    for index, (expression, legend) in enumerate(targets):
+        yield prometheus.Dataquery().expr(expression).legend_format(legend).ref_id(chr(ord("A") + index))
+
+
+def _with_rows(board: dashboard.Dashboard, rows: dict[str, list[stat.Panel | timeseries.Panel]]) -> dashboard.Dashboard:
     for title, panels in rows.items():
         board = board.with_row(dashboard.Row(title))
         for panel in panels:

@@ -9,7 +9,9 @@ HEAD = """# Metrics
 What the exporter serves at `/metrics`; written by `python docs/make_metrics.py`. The exporter is a detached actor on
 the cluster's head that reserves no CPU, started by the first run and shared by all. It listens on loopback, port 9464,
 unless `monitor.host` and `monitor.port` say otherwise; where the port is taken it uses the next free one, and the run
-says so. `/healthz` answers `ok`; all else is 404.
+says so. It also says so in `prelora-exporter-<port>.json` in Ray's folder for temporary files (`/tmp/ray`), which
+`dashboards/prometheus/prometheus.yml` follows: all exporters of a machine are found, whichever port they have.
+`/healthz` answers `ok`; all else is 404.
 
 Every worker sends all of its values about once a second and never waits for an answer. So a lost message costs nothing,
 and an exporter that died has all values again a second after Ray has restarted it. Workers that leave the group are

@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from prelora_ray import records
-from prelora_ray.records import EVENTS, EpochLine, Event, NormsLine, Progress, Result, WindowLine
+from prelora_ray.records import EVENTS, EpochLine, Event, NormsLine, Progress, Result, Starting, WindowLine
 
 PAGE = Path(__file__).with_name("run-folder.md")
 BEGIN = "<!-- Written by `python docs/make_records.py`. -->\n"
@@ -29,7 +29,7 @@ def page(text: str) -> str:
 
 
 def tables() -> str:
-    parts = [_table(kind) for kind in (NormsLine, WindowLine, EpochLine, Progress, Result, Event)]
+    parts = [_table(kind) for kind in (NormsLine, WindowLine, EpochLine, Starting, Progress, Result, Event)]
     rows = [f"| `{name}` | {_sentence(kind)} | {_own_keys(kind)} |" for name, kind in EVENTS.items()]
     parts.append("| event | what happened | keys of its own |\n| --- | --- | --- |\n" + "\n".join(rows) + "\n")
     return "\n" + "\n".join(parts) + "\n"

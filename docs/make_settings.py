@@ -10,8 +10,9 @@ from prelora_ray.sweep.settings import AshaSettings, SweepSettings
 
 HEAD = """# Settings
 
-Every key of a recipe, with its default. `--set key.path=value` changes one on the command line. Written by
-`python docs/make_settings.py`.
+Every key of a recipe, with its default. `--set key.path=value` changes one on the command line; the keys of a mapping,
+as in `--set 'train={epochs: 50}'`, go beside those that are there, and `--set key.path=null` in front makes room.
+Written by `python docs/make_settings.py`.
 
 Keys that do not act on the result may change when a run is resumed. A fork may differ from its trunk in those, and in
 keys that act from the switch on.

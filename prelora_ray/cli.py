@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import sys
 import time
 from dataclasses import asdict
@@ -11,11 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from prelora_ray import __version__
 from prelora_ray.bench import commands as bench
 from prelora_ray.data.prepare_settings import PrepareSettings
 from prelora_ray.errors import InterruptedRunError, UserError, WorkError
 from prelora_ray.json_output import Json, print_json
 from prelora_ray.options import options_of
+from prelora_ray.words import counted
 
 if TYPE_CHECKING:
     from prelora_ray.config import MethodSettings
@@ -34,8 +37,17 @@ app.add_typer(bench.app, name="bench")
 _debug = False
 
 
+def _tell_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"prelora {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and the workers' output.")] = False,
 ) -> None:
     global _debug
@@ -48,31 +60,31 @@ def train(
     overrides: Overrides = None,
     storage: Annotated[str | None, typer.Option(help="Folder or bucket that holds the run folders.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run; the same name again resumes it.")] = None,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="A smoke run: 4 batches an epoch through all phases, under a name of its own.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train a run through full, warmup and lora, or resume it."""
     from prelora_ray.config_file import load_settings
+    from prelora_ray.smoke import smoke_run
 
-    settings = load_settings(config, overrides or [], name=name, storage=storage)
+    settings = (smoke_run if fast else load_settings)(config, overrides or [], name=name, storage=storage)
 
     from prelora_ray import console
-    from prelora_ray.records import Diagnosis
+    from prelora_ray.live import watch
     from prelora_ray.run_folder import RunFolder
     from prelora_ray.train.run import train as run
 
-    with console.watch(settings):
+    with watch(settings):
         result = run(settings, debug=_debug)
     folder = RunFolder.of(settings)
     result = {**result, "path": str(folder)}
     if as_json:
         print_json(result)
         return
-    console.out.print(console.result_table(result["path"], folder.epochs()))
-    if result["ranks"]:
-        console.out.print("ranks: " + ", ".join(f"{count} modules of {rank}" for rank, count in result["ranks"].items()))
-    console.out.print(console.result_line(result))
-    for diagnosis in folder.events_of(Diagnosis):
-        console.out.print(diagnosis.message)
+    for part in console.trained(folder, result):
+        console.out.print(part)
 
 
 @app.command()
@@ -132,19 +144,23 @@ def sweep(
     plan = load_sweep(config, overrides or [], name=name, storage=storage)
 
     from prelora_ray import console
+    from prelora_ray.live import watch
     from prelora_ray.sweep.run import sweep as run
 
-    result = run(plan, console.watch, debug=_debug)
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # a box of Tune's, with advice that fits neither paths nor names here
+    result = run(plan, watch, debug=_debug)
     if as_json:
         print_json(result)
         return
     console.out.print(console.sweep_table(result))
     console.out.print(
-        f"{result['trials']} runs stand for {len(result['settings'])} settings: {result['gpu_hours']:.3g} GPU-hours with the "
-        f"trunk, where each setting by itself would have cost {result['naive_gpu_hours']:.3g}"
+        f"{counted(result['trials'], 'run stands', 'runs stand')} for {counted(len(result['settings']), 'setting')}: "
+        f"{result['gpu_hours']:.3g} GPU-hours with the trunk, where each setting by itself would have cost "
+        f"{result['naive_gpu_hours']:.3g}"
     )
     if result["smallest_warmup"] is not None:
-        console.out.print(f"smallest warmup without a jump of the loss at the freeze: {result['smallest_warmup']} epochs")
+        told = counted(result["smallest_warmup"], "epoch")
+        console.out.print(f"smallest warmup without a jump of the loss at the freeze: {told}")
 
 
 @app.command()
@@ -185,7 +201,8 @@ def prepare(
     for line in console.prepared(manifest):
         console.out.print(line)
     console.out.print(
-        f"{content['train']:,} training and {content['val']:,} validation images of {content['classes']} classes in {out}, "
+        f"{content['train']:,} training and {counted(manifest.num_images('val'), 'validation image')} of "
+        f"{counted(len(manifest.classes), 'class', 'classes')} in {out}, "
         f"{content['seconds']:.1f} s"
     )
 
@@ -218,7 +235,8 @@ def evaluate(
         console.out.print(console.classes_table(report))
     if confusion:
         console.out.print(console.confusion_table(report))
-    console.out.print(f"top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, loss {result.loss:.4f} over {result.images:,} images")
+    told = counted(result.images, "image")
+    console.out.print(f"top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, loss {result.loss:.4f} over {told}")
 
 
 @app.command()
@@ -239,9 +257,9 @@ def export(
         return
     for form, difference in exported.max_abs_diff.items():
         console.out.print(
-            f"{out.rstrip('/')}/{form}: logits differ by at most {difference:.2g} over {exported.images} real images"
+            f"{out.rstrip('/')}/{form}: logits differ by at most {difference:.2g} over {counted(exported.images, 'real image')}"
         )
-    console.out.print(f"{out.rstrip('/')}/README.md says how to load each")
+    console.out.print(f"{out.rstrip('/')}/README.md is the model's card, with code that runs each")
 
 
 @app.command()
@@ -296,7 +314,7 @@ def replay(
     if result.ranks is None:
         console.out.print(f"no switch: {result.reason}")
     else:
-        told = ", ".join(f"{count} modules of rank {rank}" for rank, count in rank_counts(result.ranks).items())
+        told = ", ".join(f"{counted(count, 'module')} of rank {rank}" for rank, count in rank_counts(result.ranks).items())
         console.out.print(f"switch after epoch {result.switch_epoch} (window {result.switch_window}): {told}")
 
 
@@ -312,14 +330,15 @@ def _replay_map(
 ) -> None:
     from prelora_ray import console
     from prelora_ray.report.page import write_switch_map
-    from prelora_ray.sweep.map import switch_map, what_it_means
+    from prelora_ray.sweep.map import PUBLISHED, switch_map, what_it_means
 
     points = switch_map(record, method, ramp_epochs, taus, zetas, what_it_means(source, method))
     if picture is not None:
         rows = [points[row * len(zetas) : (row + 1) * len(zetas)] for row in range(len(taus))]
         titles = {"switch_epoch": "switch after epoch", "trainable_fraction": "share that lora trains", "hours": "hours"}
         maps = {title: [[getattr(point, key) for point in row] for row in rows] for key, title in titles.items()}
-        write_switch_map(taus, zetas, maps, picture)
+        marks = {"this run": (record.method.tau, record.method.zeta), **PUBLISHED}
+        write_switch_map(taus, zetas, maps, picture, marks)
     if as_json:
         print_json({"settings": [asdict(point) for point in points], "picture": picture})
         return
@@ -354,17 +373,39 @@ def report(
     paths: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders, or one sweep's folder.")],
     out: Annotated[str, typer.Option(help="The HTML file.")] = "report.html",
     png: Annotated[str | None, typer.Option(metavar="FOLDER", help="Also draw each figure as a picture into a folder.")] = None,
+    plotly: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Keep the 5 MB that draw figures in a file that many reports share.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show what happened in a run, in several side by side, or in a sweep, as one HTML file."""
     from prelora_ray import console
     from prelora_ray.report.page import write_report
+    from prelora_ray.storage import absolute, check_outlives_job
 
-    figures = write_report(paths, out, png)
+    for place in (out, png or ""):
+        check_outlives_job(absolute(place))
+    figures = write_report(paths, out, png, plotly)
     if as_json:
         print_json({"path": out, "figures": figures, "png": png})
     else:
-        console.out.print(f"{out}: {len(figures)} figures" + (f", as pictures in {png}" if png else ""))
+        console.out.print(f"{out}: {counted(len(figures), 'figure')}" + (f", as pictures in {png}" if png else ""))
+
+
+@app.command()
+def runs(
+    storage: Annotated[str, typer.Argument(help="Folder or bucket that holds run folders; also a sweep's folder.")] = "runs",
+    as_json: Json = False,
+) -> None:
+    """List runs: what each does, how far it is, and when it last said so."""
+    from prelora_ray import console
+    from prelora_ray.runs import list_runs
+
+    found = list_runs(storage)
+    if as_json:
+        print_json({"storage": storage, "runs": [asdict(run) for run in found]})
+        return
+    console.out.print(console.runs_table(storage, found))
 
 
 @app.command()
@@ -383,9 +424,16 @@ def doctor(
     else:
         for finding in findings:
             console.out.print(finding)
-        console.out.print(f"{path}: {len(findings) or 'no'} finding{'' if len(findings) == 1 else 's'}")
+        console.out.print(f"{path}: {counted(len(findings), 'finding') if findings else 'no findings'}")
     if findings:
         raise typer.Exit(1)
+
+
+class _StandardError(logging.Handler):
+    """Writes to what standard error is at the moment: a live view puts itself there, to show lines above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
 
 
 def main() -> None:
@@ -393,7 +441,7 @@ def main() -> None:
 
     Any other error is the program's own: it comes out with its traceback, and exit status 1.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_StandardError()])
     logging.getLogger("prelora_ray").setLevel(logging.INFO)
     if "--debug" in sys.argv:  # wherever it stands
         sys.argv = [sys.argv[0], "--debug", *(argument for argument in sys.argv[1:] if argument != "--debug")]

@@ -117,6 +117,8 @@ class DataSettings(Section):
     """Standard deviation of each channel; one value stands for all three. With in_chans 1 their average counts."""
     crop_ratio: Annotated[float, Field(gt=0, le=1)] = 0.875
     """Share of the shorter side in evaluation's centre crop."""
+    max_batches: Count | None = None
+    """Most batches of an epoch, and of a validation, of the first images as they were prepared; null is all."""
 
     @property
     def num_cells(self) -> int:
@@ -348,7 +350,9 @@ class Settings(Section):
         if method.enabled and method.switch_epoch is None and train.epochs < method.windows * method.window_epochs:
             raise ValueError(
                 f"train.epochs = {train.epochs} is not allowed: the test needs {method.windows} windows of "
-                f"{method.window_epochs} epochs, so at least {method.windows * method.window_epochs}"
+                f"{method.window_epochs} epochs, so at least {method.windows * method.window_epochs}; or set a smaller "
+                "method.window_epochs or method.windows, method.switch_epoch to switch without the test, or method.enabled: "
+                "false for full training alone"
             )
         if method.enabled and method.switch_epoch is not None and method.switch_epoch >= train.epochs:
             raise ValueError(
@@ -436,6 +440,13 @@ def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def first_verdict(settings: Settings) -> int:
+    """Completed epochs at the first window for which the test can take a verdict: behind the learning-rate ramp."""
+    method = settings.method
+    of_ramp = max(1, -(-settings.train.ramp_epochs // method.window_epochs))  # windows in front of the first step
+    return (of_ramp + method.windows - 1) * method.window_epochs
+
+
 def without_effect(settings: Settings) -> list[str]:
     """A sentence for each setting that was given and has no effect."""
     method, augment, train = settings.method, settings.augment, settings.train
@@ -449,6 +460,12 @@ def without_effect(settings: Settings) -> list[str]:
             f"method.{key} has no effect, as method.rank_pattern gives the ranks"
             for key in sorted(given & {"r_min", "r_max", "normalize", "rank_floor_percent"})
         ]
+    if method.enabled and method.switch_epoch is None and train.epochs <= (first := first_verdict(settings)):
+        sentences.append(
+            f"the run cannot switch: a verdict that rests on no window of train.ramp_epochs = {train.ramp_epochs} comes after "
+            f"epoch {first} of {train.epochs} at the earliest, so set a smaller method.window_epochs or train.ramp_epochs, or "
+            "method.switch_epoch"
+        )
     if 0 < len({"query", "key", "value"} & set(method.targets)) < 3 and method.enabled:
         sentences.append("method.targets has some of query, key and value: phase lora freezes the fused qkv as a whole")
     if "residual" in train.model_fields_set and train.precision in ("fp32", "fp64"):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,11 +13,10 @@ from pydantic_core import ErrorDetails
 
 from prelora_ray.config import MethodSettings, Settings, inner_section
 from prelora_ray.errors import UserError, one_line
-from prelora_ray.section import Section
+from prelora_ray.section import Section, rule
 from prelora_ray.storage import without_keys
 
 SectionT = TypeVar("SectionT", bound=Section)
-_RULE_START = re.compile(r"^(Input should be|must be) ")
 
 
 def load_settings(
@@ -82,7 +79,7 @@ def parse_section(section: type[SectionT], content: dict[str, Any], prefix: str 
     try:
         return section.model_validate(content)
     except ValidationError as error:
-        raise UserError("\n".join(_sentences(error.errors(), _known_keys(section, prefix), prefix))) from None
+        raise UserError("\n".join(_sentences(error.errors(), content, _known_keys(section, prefix), prefix))) from None
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -112,54 +109,83 @@ def _apply(content: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise UserError(f"--set {override!r} is not allowed: write key.path=value, such as train.epochs=20")
-    *parents, last = key.strip().split(".")
-    section = content
-    for parent in parents:
-        inner = {} if section.get(parent) is None else section[parent]
-        if not isinstance(inner, dict):
-            raise UserError(f"--set {override!r} is not allowed: {parent} is no section")
-        section[parent] = dict(inner)  # of its own, as an alias may have it stand elsewhere too
-        section = section[parent]
     try:
-        section[last] = parse_yaml(value)
+        set_key(content, key.strip(), parse_yaml(value))
     except yaml.YAMLError as error:
         reason = one_line(error)
         raise UserError(f"--set {override!r} is not allowed: the value is not YAML: {reason}") from None
 
 
-def _sentences(errors: list[ErrorDetails], known: list[str], prefix: str) -> list[str]:
-    """One sentence a key and entry: the errors of a union's members (an integer, or `auto`) are one mistake."""
-    merged: dict[tuple[str, ...], ErrorDetails] = {}
+def set_key(content: dict[str, Any], key: str, value: Any) -> None:
+    """Sets what a key.path leads to; the keys of a mapping go beside those that are there.
+
+    Raises UserError where the path leads through a value.
+    """
+    *parents, last = key.split(".")
+    section = content
+    for parent in parents:
+        inner = section.pop(parent, None)  # which comes to stand last: of keys that mean the same, the last one counts
+        if not isinstance(inner, dict | None):
+            raise UserError(f"{key} = {value!r} is not allowed: {parent} is no section")
+        section[parent] = dict(inner or {})  # of its own, as an alias may have it stand elsewhere too
+        section = section[parent]
+    section[last] = _merged(section.pop(last, None), value)
+
+
+def _merged(before: Any, now: Any) -> Any:
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return now
+    return before | {key: _merged(before.get(key), value) for key, value in now.items()}
+
+
+def _sentences(errors: list[ErrorDetails], content: Any, known: list[str], prefix: str) -> list[str]:
+    """One sentence a key and entry: the errors of a union's members (an integer, or `auto`) are one mistake.
+
+    Where one of them is further inside, the value was meant for that member.
+    """
+    found: dict[tuple[str | int, ...], list[tuple[str, ErrorDetails]]] = {}
     for details in errors:
-        location = [part for part in details["loc"] if isinstance(part, str)]
-        entry = [str(part) for part in details["loc"] if isinstance(part, int)]  # of a list
-        if details["type"] != "extra_forbidden":  # drop what pydantic adds behind the key: the union's member
-            while location and prefix + ".".join(location) not in known:
-                location.pop()
-        key = prefix + ".".join(location), *entry
-        message = _RULE_START.sub("", details["msg"].removeprefix("Value error, "))
-        if key in merged and details["type"] != "extra_forbidden":
-            message = f"{merged[key]['msg']}, or {message}"
-        merged[key] = {**details, "msg": message}
-    return [without_keys(_sentence(key[0], details, known)) for key, details in merged.items()]
+        place = _place(details, content)
+        key = prefix + ".".join(str(part) for part in place if not isinstance(part, int))
+        found.setdefault(place, []).append((key, details))
+    innermost = [place for place in found if not any(place == other[: len(place)] != other for other in found)]
+    sentences = (_sentence(found[place][0][0], [details for _, details in found[place]], known) for place in innermost)
+    return [" ".join(without_keys(sentence).splitlines()) for sentence in sentences]
 
 
-def _sentence(key: str, details: ErrorDetails, known: list[str]) -> str:
-    value, rule = details["input"], details["msg"]
-    if details["type"] == "extra_forbidden":
+def _place(details: ErrorDetails, content: Any) -> tuple[str | int, ...]:
+    """Keys, and numbers of lists' entries, that lead to what is wrong. What else pydantic has in between, such as the
+    member of a union, the user did not write."""
+    place: list[str | int] = []
+    for part in details["loc"]:
+        if isinstance(content, dict) and part in content:
+            content = content[part]
+            place.append(str(part))
+        elif isinstance(content, (list, tuple)) and isinstance(part, int) and part < len(content):
+            content = content[part]
+            place.append(part)
+    missing = details["loc"][-1] if details["type"] == "missing" else None
+    return (*place, missing) if isinstance(missing, str) else tuple(place)
+
+
+def _sentence(key: str, errors: list[ErrorDetails], known: list[str]) -> str:
+    """`errors`: of one value, one of each member of its union."""
+    details, value, kinds = errors[0], errors[0]["input"], {error["type"] for error in errors}
+    if "extra_forbidden" in kinds:
         close = difflib.get_close_matches(key, known, 1)
         close = close or [other for other in known if other.split(".")[-1] == key.split(".")[-1]]
-        hint = f"did you mean {close[0]}?" if close else f"its section knows {_siblings(key, known)}"
-        return f"{key} = {value!r} is not allowed: there is no such key, {hint}"
-    if details["type"] == "missing" and isinstance(details["loc"][-1], int):
+        siblings = _siblings(key, known)
+        hint = f", did you mean {close[0]}?" if close else f", its section knows {siblings}" if siblings else ""
+        return f"{key} = {value!r} is not allowed: there is no such key{hint}"
+    if "missing" in kinds and isinstance(details["loc"][-1], int):
         return f"{key} = {value!r} is not allowed: it has too few entries"
-    if details["type"] == "missing":
+    if "missing" in kinds:
         return f"{key} is missing: it must be given"
-    if isinstance(value, float) and not math.isfinite(value):
-        rule = "a finite number"
-    if details["type"] == "value_error" and isinstance(value, dict):  # a rule between keys, which names them itself
-        return rule
-    return f"{key} = {value!r} is not allowed: it must be {rule}"
+    if "invalid_key" in kinds or details["loc"][-1:] == ("[key]",):
+        return f"{key} is not allowed as a key: it must be text, between quotes"
+    if details["type"] == "value_error" and isinstance(value, dict) and not details["msg"].startswith("Value error, must be"):
+        return rule(details)  # between keys, which it names itself
+    return f"{key} = {value!r} is not allowed: it must be {', or '.join(dict.fromkeys(map(rule, errors)))}"
 
 
 def _known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:

@@ -1,30 +1,32 @@
-"""What a person sees: a run's progress while it goes on, and tables."""
+"""What a person sees: tables, and a bar for what takes a while."""
 
 from __future__ import annotations
 
 import itertools
+import math
 import sys
-import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
 from prelora_ray import records
-from prelora_ray.config import Settings
+from prelora_ray.remarks import remarks_on
 from prelora_ray.report.sweep_table import sweep_table as sweep_rows
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.sweep.replay import Replay
+from prelora_ray.words import ago, counted, number, percent
 
 if TYPE_CHECKING:
     from prelora_ray.data.manifest import Manifest
     from prelora_ray.inference.evaluate import EvaluationReport
     from prelora_ray.plan.result import Plan
+    from prelora_ray.runs import RunState
     from prelora_ray.sweep.map import Point
 
 _PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False, "soft_wrap": True}
@@ -34,17 +36,7 @@ out = Console(**_PLAIN, width=None if sys.stdout.isatty() else 160)
 err = Console(**_PLAIN, stderr=True)
 """Standard error: everything else."""
 _LISTED_CLASSES = 20
-
-
-@contextmanager
-def watch(settings: Settings) -> Iterator[None]:
-    """Shows the run's progress for the time of the block: a bar on a terminal, a line an epoch everywhere."""
-    watcher = _Watcher(settings)
-    watcher.start()
-    try:
-        yield
-    finally:
-        watcher.stop()
+_LISTED_POINTS = 40
 
 
 @contextmanager
@@ -54,107 +46,6 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=err, disable=not err.is_terminal) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-class _Watcher(threading.Thread):
-    """Reads what the run writes into its folder, and prints what is new."""
-
-    def __init__(self, settings: Settings) -> None:
-        super().__init__(daemon=True)
-        self._settings = settings
-        self._folder = RunFolder.of(settings)
-        self._done = threading.Event()
-        self._num_epochs = len(self._folder.records(records.EpochLine))
-        self._num_events = len(self._folder.events())
-        self._bar = Progress(
-            TextColumn("{task.description}", style="bold", markup=False),
-            BarColumn(),
-            TextColumn("{task.fields[status]}", markup=False),
-            TimeElapsedColumn(),
-            console=err,
-            transient=True,
-            disable=not err.is_terminal,
-        )
-        self._task = self._bar.add_task("starting", total=settings.train.epochs, status="")
-
-    def run(self) -> None:
-        with self._bar:
-            while not self._done.wait(0.5 if self._folder.is_local else 10):
-                self._show_new()
-            self._show_new()
-
-    def stop(self) -> None:
-        self._done.set()
-        self.join(timeout=30)
-
-    def _show_new(self) -> None:
-        try:
-            for line in sorted(self._new(), key=lambda line: (line.attempt, line.epoch, isinstance(line, records.Event))):
-                text = self._event(line) if isinstance(line, records.Event) else self._epoch(line)
-                if text:
-                    self._bar.console.print(text)
-            if self._folder.exists("progress.json"):
-                self._show_position(self._folder.read_progress())
-        except (OSError, ValueError):  # the next poll will show it; the run itself does not depend on it
-            pass
-
-    def _new(self) -> list[records.Event | records.EpochLine]:
-        events, epochs = self._folder.events(), self._folder.records(records.EpochLine)
-        new: list[records.Event | records.EpochLine] = [*events[self._num_events :], *epochs[self._num_epochs :]]
-        self._num_events, self._num_epochs = len(events), len(epochs)
-        return new
-
-    def _show_position(self, position: records.Progress) -> None:
-        self._bar.update(
-            self._task,
-            description=position.phase,
-            completed=position.epoch + position.batch / position.batches,
-            status=f"epoch {position.epoch + 1}, loss {_number(position.loss)}, {position.images_per_second:,.0f} images/s",
-        )
-
-    def _epoch(self, line: records.EpochLine) -> str:
-        width = len(str(self._settings.train.epochs))
-        parts = [
-            f"epoch {line.epoch + 1:{width}d}/{self._settings.train.epochs}",
-            f"{line.phase:6s}",
-            *([f"{line.image_size} px"] if self._settings.train.resolution else []),
-            f"loss {_number(line.loss)}",
-            f"top-1 {_percent(line.val_top1)}",
-            f"{line.images_per_second:,.0f} images/s",
-        ]
-        self._bar.update(self._task, completed=line.epoch + 1)
-        return "  ".join(parts)
-
-    def _event(self, event: records.Event) -> Text | str | None:
-        match event:
-            case records.WindowClosed():
-                return self._window(event.window)
-            case records.Switch():
-                told = f" after epoch {event.epoch}: adapters join, {event.trainable_parameters:,} parameters train"
-                return Text.assemble(("switch", "bold"), told)
-            case records.Freeze():
-                share = event.trainable_parameters / event.parameters
-                told = f" after epoch {event.epoch}: {event.trainable_parameters:,} parameters train ({share:.1%})"
-                return Text.assemble(("freeze", "bold"), told)
-            case records.RunStarted() | records.Restart():
-                at = f" from epoch {event.epoch}" if event.epoch else ""
-                told = f"{at} with {event.world_size} workers, phase {event.phase}"
-                return Text.assemble((event.event.replace("_", " "), "bold"), told)
-            case records.CheckpointDamaged() | records.InitFrom() | records.Diagnosis():
-                return Text(event.message, "bold")
-        return None
-
-    def _window(self, window: int) -> str | None:
-        line = next((w for w in reversed(self._folder.records(records.WindowLine)) if w.window == window), None)
-        if line is None or line.change is None or line.phase != "full":
-            return None
-        method = self._settings.method
-        family, change = max(line.change.items(), key=lambda item: float("inf") if item[1] is None else item[1])
-        verdict = "converged" if line.converged else "in the learning-rate ramp, no verdict" if line.in_ramp else "not yet"
-        return (
-            f"  window {window}: norms change by up to {_number(change)} % ({family}; tau {method.tau:g}), "
-            f"the loss by {_number(line.loss_change)} % (zeta {method.zeta:g}): {verdict}"
-        )
 
 
 def prepared(manifest: Manifest) -> Iterator[str | Table]:
@@ -167,7 +58,7 @@ def prepared(manifest: Manifest) -> Iterator[str | Table]:
     if len(manifest.classes) <= _LISTED_CLASSES:
         table = Table("class", "train", "val")
         for name, *numbers in zip(manifest.classes, stored["train"], stored["val"], strict=True):
-            table.add_row(name, *(f"{number:,}" for number in numbers))
+            table.add_row(name, *(f"{count:,}" for count in numbers))
         yield table
     else:
         ranges = (f"{min(numbers):,} to {max(numbers):,} {split} images" for split, numbers in stored.items())
@@ -177,23 +68,61 @@ def prepared(manifest: Manifest) -> Iterator[str | Table]:
         yield f"  {reason}: " + ", ".join(f"{entry.count:,} {entry.ending or 'without an ending'}" for entry in skipped)
 
 
-def result_table(path: str, epochs: list[records.EpochLine]) -> Table:
-    """A run by phase. `epochs`: its lines that stand."""
+def result_table(path: str, epochs: list[records.EpochLine], *, on_gpu: bool = False) -> Table:
+    """A run by phase. `epochs`: its lines that stand. Memory is told of GPUs alone, as `records.memory_note` says."""
     table = Table(title=f"run {path}", title_justify="left")
-    for column in ("phase", "epochs", "loss", "top-1", "images/s", "trains", "peak memory", "seconds"):
+    memory = ["peak memory"] if on_gpu else []
+    columns = ["epochs", "loss", "top-1", "images/s", "against full", "start-up, s", "trains", *memory, "seconds"]
+    for column in ("phase", *columns):
         table.add_column(column, justify="left" if column == "phase" else "right")
     for name, summary in records.table_summaries(epochs).items():
         table.add_row(
             name,
             str(summary.epochs),
-            _number(summary.loss),
-            _percent(summary.val_top1),
+            number(summary.loss),
+            percent(summary.val_top1),
             f"{summary.images_per_second:,.0f}",
-            _percent(summary.trainable_fraction),
-            f"{summary.peak_memory_bytes / 2**20:,.0f} MiB",
+            "-" if summary.against_full is None else f"{summary.against_full:.2f}",
+            "-" if summary.startup_seconds is None else f"{summary.startup_seconds:,.1f}",
+            percent(summary.trainable_fraction),
+            *([f"{summary.peak_memory_bytes / 2**20:,.0f} MiB"] if on_gpu else []),
             f"{summary.seconds:,.0f}",
         )
     return table
+
+
+def runs_table(storage: str, runs: Sequence[RunState]) -> Table:
+    """The runs of a storage."""
+    table = Table(title=f"{counted(len(runs), 'run')} in {storage}", title_justify="left")
+    for column in ("name", "state", "phase", "epoch", "top-1", "restarts", "last word"):
+        table.add_column(column, justify="right" if column in ("epoch", "top-1", "restarts") else "left")
+    for run in runs:
+        age = "-" if run.time is None else ago(time.time() - run.time)
+        table.add_row(
+            run.name,
+            run.state,
+            run.phase or "-",
+            "-" if run.epochs is None else f"{run.epoch} of {run.epochs}",
+            percent(run.val_top1),
+            str(run.restarts),
+            age + (f": {run.message}" if run.message else ""),
+        )
+    return table
+
+
+def trained(folder: RunFolder, result: dict[str, Any]) -> Iterator[str | Table]:
+    """What a finished run came to, and what is to be said of it."""
+    epochs, on_gpu = folder.epochs(), folder.read_settings().workers.gpu is True
+    yield result_table(str(folder), epochs, on_gpu=on_gpu)
+    if result["ranks"]:
+        yield "ranks: " + ", ".join(f"{count} modules of {rank}" for rank, count in result["ranks"].items())
+    yield result_line(result)
+    if not on_gpu:
+        yield records.memory_note(epochs)
+    if (note := records.gain_note(epochs)) is not None:
+        yield note
+    yield from remarks_on(folder).remarks
+    yield from (diagnosis.message for diagnosis in folder.events_of(records.Diagnosis))
 
 
 def result_line(result: dict[str, Any]) -> str:
@@ -221,7 +150,7 @@ def classes_table(report: EvaluationReport) -> Table:
     table = Table("class", "images", "top-1")
     counts = report.confusion.sum(1).tolist()
     for name, count, top1 in zip(report.classes, counts, report.class_top1, strict=True):
-        table.add_row(name, str(count), _percent(top1))
+        table.add_row(name, str(count), percent(top1))
     return table
 
 
@@ -247,24 +176,40 @@ def replay_table(replay: Replay) -> Table:
         table.add_row(
             str(verdict.window.index),
             str(verdict.window.epoch_end),
-            *[_number(changes.get(family)) for family in families],
-            _number(verdict.loss_change),
+            *[number(changes.get(family)) for family in families],
+            number(verdict.loss_change),
             "converged" if verdict.converged else "in ramp" if verdict.in_ramp else "",
         )
     return table
 
 
 def switch_map_table(points: Sequence[Point]) -> Table:
-    """Each tau and zeta with what it comes to."""
+    """Each tau and zeta with what it comes to; of many, each switch with the number and the range of its pairs."""
+    is_long = len(points) > _LISTED_POINTS
+    groups: dict[float, list[Point]] = {}
+    for index, point in enumerate(points):
+        switch = math.inf if point.switch_epoch is None else point.switch_epoch
+        groups.setdefault(switch if is_long else index, []).append(point)
     table = Table()
-    for column in ("tau", "zeta", "switch", "ranks", "lora trains", "hours"):
+    for column in ("tau", "zeta", *(["pairs"] if is_long else []), "switch", "ranks", "lora trains", "hours"):
         table.add_column(column, justify="right")
-    for point in points:
-        counts = ", ".join(f"{count} of {rank}" for rank, count in records.rank_counts(point.ranks or {}).items())
-        switch = "never" if point.switch_epoch is None else str(point.switch_epoch)
-        share = _percent(point.trainable_fraction)
-        table.add_row(_number(point.tau), _number(point.zeta), switch, counts, share, _number(point.hours))
+    for group in (groups[key] for key in sorted(groups)):
+        point = group[0]  # what it comes to follows from the switch
+        table.add_row(
+            _range([point.tau for point in group]),
+            _range([point.zeta for point in group]),
+            *([f"{len(group):,}"] if is_long else []),
+            "never" if point.switch_epoch is None else str(point.switch_epoch),
+            ", ".join(f"{count} of {rank}" for rank, count in records.rank_counts(point.ranks or {}).items()),
+            percent(point.trainable_fraction),
+            number(point.hours),
+        )
     return table
+
+
+def _range(values: Sequence[float]) -> str:
+    low, high = number(min(values)), number(max(values))
+    return low if low == high else f"{low} to {high}"
 
 
 def planned(plan: Plan) -> Iterator[str | Table]:
@@ -306,9 +251,9 @@ def _steps_table(plan: Plan) -> Table:
             f"{step.step_ms:,.0f}",
             f"{step.waiting_ms:,.0f}",
             f"{step.exchanged_bytes / 1e6:,.1f}",
-            _percent(step.trainable_parameters / step.parameters),
+            percent(step.trainable_parameters / step.parameters),
             str(step.micro_batch),
-            _number(step.memory_gib),
+            number(step.memory_gib),
             {None: "?", True: "yes", False: f"no, {step.largest_micro_batch} do"}[step.fits],
             step.source,
         )
@@ -335,14 +280,6 @@ def _runs_table(plan: Plan) -> Table:
 
 def _hours(gpu_hours: float | None, hours: float | None) -> str:
     return "-" if gpu_hours is None else f"{_figure(gpu_hours)} in {_figure(hours)} h"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"
 
 
 def bench_table(result: dict[str, Any]) -> Table:

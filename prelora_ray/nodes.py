@@ -12,6 +12,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from prelora_ray.errors import UserError
+from prelora_ray.storage import check_outlives_job
 
 _PATIENCE_SECONDS = 5.0
 """A file share may show a new file a little later elsewhere."""
@@ -24,15 +25,19 @@ def check_seen_by_all_nodes(reads: Iterable[str] = (), writes: Iterable[str] = (
     A folder to write into is made, and holds a hidden file during the check. What is no absolute path, such as an
     address in a bucket, is not checked, and neither are nodes that join later.
 
-    Raises UserError, with the path and the node, where a node does not see one.
+    Raises UserError, with the path and the node, where a node does not see one, and for a folder that would end with
+    its job.
     """
+    folders = [path for path in writes if os.path.isabs(path)]
+    for path in folders:
+        check_outlives_job(path)
     nodes = _other_nodes()
     if not nodes:
         return
     looked_for = {_something_of(path): path for path in reads if os.path.isabs(path) and os.path.exists(path)}
     tokens = []
     try:
-        for path in filter(os.path.isabs, writes):
+        for path in folders:
             os.makedirs(path, exist_ok=True)
             tokens.append(Path(path, f".seen-{uuid.uuid4().hex}"))
             tokens[-1].touch()

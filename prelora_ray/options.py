@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from prelora_ray.errors import UserError
-from prelora_ray.section import Section
+from prelora_ray.section import Section, rule
 
 
 def options_of(section: type[Section]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -52,4 +52,4 @@ def _checked(section: type[Section], values: dict[str, Any]) -> Section:
 
 def _sentence(details: ErrorDetails) -> str:
     option = str(details["loc"][0]).replace("_", "-")
-    return f"--{option} {details['input']} is not allowed: it must be {details['msg'].removeprefix('Input should be ')}"
+    return f"--{option} {details['input']} is not allowed: it must be {rule(details)}"

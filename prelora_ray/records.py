@@ -6,6 +6,8 @@ order in which they are written. A field with a default, other than `event`, is 
 
 from __future__ import annotations
 
+import itertools
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar, TypeVar
@@ -132,6 +134,19 @@ class Progress:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Starting:
+    """What the run does before its next step; it trains again once progress.json is newer."""
+
+    FILE: ClassVar[str] = "starting.json"
+
+    time: float
+    """When that began, in seconds since 1970."""
+    doing: str
+    """`start Ray`, `prepare the images`, `place the workers`, `build the model`, `read the first images`, and
+    `compile`, or `take a first step` where nothing is compiled; the last one also where a phase begins."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Result:
     """What a finished run came to."""
 
@@ -148,9 +163,9 @@ class Result:
     best_val_top1: float | None
     """The highest of all validations."""
     images_per_second: dict[str, float]
-    """Images over seconds of training, validation not counted, by phase."""
+    """In the steady state, by phase: in the median epoch of those that begin no phase, size of images or attempt."""
     peak_memory_bytes: dict[str, int]
-    """The most in any epoch of the phase, as in epochs.jsonl, by phase."""
+    """The most in any epoch of the phase, as in epochs.jsonl, by phase; on a CPU it never falls from phase to phase."""
     trainable_fraction: dict[str, float]
     """Of the parameters, those that train, by phase."""
     ranks: dict[str, int] | None
@@ -159,6 +174,10 @@ class Result:
     """Attempts after the first."""
     seconds: float
     """Time from each attempt's first event to its last, all attempts together."""
+    startup_seconds: dict[str, float | None] | None = None
+    """Time of training that the other epochs took beyond that speed, by phase; `null` where a phase has no others."""
+    against_full: dict[str, float | None] | None = None
+    """That speed of a worker as a multiple of phase full's on images of one size, by phase; `null` if not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,6 +211,8 @@ class RunStarted(Event):
     """Workers."""
     reservation: dict[str, str] | None = None
     """What Ray Train has reserved for the attempt: `{"requester", "placement_group"}`."""
+    device: str | None = None
+    """Name of the GPU, or kind of the CPU, that rank 0 trains on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +230,8 @@ class Restart(Event):
     """Workers."""
     reservation: dict[str, str] | None = None
     """What Ray Train has reserved for the attempt: `{"requester", "placement_group"}`."""
+    device: str | None = None
+    """Name of the GPU, or kind of the CPU, that rank 0 trains on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -377,7 +400,7 @@ BEGINNINGS = RunStarted, Restart
 Line = NormsLine | WindowLine | EpochLine | Event
 EventT = TypeVar("EventT", bound=Event)
 LineT = TypeVar("LineT", NormsLine, WindowLine, EpochLine)
-RecordT = TypeVar("RecordT", NormsLine, WindowLine, EpochLine, Event, Progress, Result)
+RecordT = TypeVar("RecordT", NormsLine, WindowLine, EpochLine, Event, Progress, Starting, Result)
 
 
 def from_json(kind: type[RecordT], content: Mapping[str, Any], file: str) -> RecordT:
@@ -392,7 +415,7 @@ def from_json(kind: type[RecordT], content: Mapping[str, Any], file: str) -> Rec
     return own(**{f.name: content[f.name] for f in fields(own) if f.name in content})  # type: ignore[return-value]
 
 
-def to_json(record: Line | Progress | Result) -> dict[str, Any]:
+def to_json(record: Line | Progress | Starting | Result) -> dict[str, Any]:
     """The object to write."""
     return {f.name: getattr(record, f.name) for f in fields(record)}
 
@@ -418,11 +441,15 @@ class PhaseSummary:
     val_top1: float | None
     """The last one; None where no epoch was validated."""
     images_per_second: float
-    """Images over seconds of training, validation not counted."""
+    """In the steady state."""
+    against_full: float | None
+    """A worker's, as a multiple of phase full's on images of one size; None where either has no steady epoch of it."""
+    startup_seconds: float | None
+    """Seconds of training beyond that speed, in epochs that begin a phase, a size or an attempt; None where all do."""
     seconds: float
-    """With validation."""
+    """With validation and all that starts."""
     data_wait_fraction: float
-    """Of the seconds of training."""
+    """Of the seconds of training, in the steady state."""
     peak_memory_bytes: int
     trainable_fraction: float
     """Of the parameters, in the last epoch."""
@@ -438,7 +465,9 @@ def by_phase(epochs: Iterable[EpochLine]) -> dict[str, list[EpochLine]]:
 
 def phase_summaries(epochs: Iterable[EpochLine]) -> dict[str, PhaseSummary]:
     """A summary of each phase, in their order."""
-    return {phase: _summary(phase, lines) for phase, lines in by_phase(epochs).items()}
+    phases = by_phase(epochs)
+    full = by_phase_and_size(phases.get("full", []))
+    return {phase: _summary(phase, lines, full) for phase, lines in phases.items()}
 
 
 def table_summaries(epochs: Sequence[EpochLine]) -> dict[str, PhaseSummary]:
@@ -449,7 +478,7 @@ def table_summaries(epochs: Sequence[EpochLine]) -> dict[str, PhaseSummary]:
     stages = by_phase_and_size(epochs)
     if len({size for _, size in stages if size is not None}) < 2:
         return phase_summaries(epochs)
-    return {f"{phase}, {size or '?'} px": _summary(phase, lines) for (phase, size), lines in stages.items()}
+    return {f"{phase}, {size or '?'} px": _summary(phase, lines, stages) for (phase, size), lines in stages.items()}
 
 
 def by_phase_and_size(epochs: Iterable[EpochLine]) -> dict[tuple[str, int | None], list[EpochLine]]:
@@ -460,19 +489,96 @@ def by_phase_and_size(epochs: Iterable[EpochLine]) -> dict[tuple[str, int | None
     return stages
 
 
-def _summary(phase: str, lines: Sequence[EpochLine]) -> PhaseSummary:
-    train_seconds = sum(line.train_seconds for line in lines)
+def steady_lines(lines: Sequence[EpochLine]) -> list[EpochLine]:
+    """Of the lines of one phase and size of images those in which nothing starts, compiles or fills: all but the first,
+    and the first of every attempt."""
+    return [line for before, line in itertools.pairwise(lines) if before.attempt == line.attempt]
+
+
+def in_steady_state(lines: Sequence[EpochLine], value: Callable[[EpochLine], float]) -> float:
+    """The median over the steady ones of the lines of one phase and size of images; over all where none is."""
+    return statistics.median(map(value, steady_lines(lines) or lines))
+
+
+GAIN = 1.05
+"""A speed below this multiple of another is no gain: epochs of one phase differ by as much."""
+_WAITS = 0.1
+"""From this share of its time on, a phase's waiting for images is told as what holds it up."""
+
+
+def gain_note(epochs: Iterable[EpochLine]) -> str | None:
+    """A sentence where phase lora is no faster than full training; None where it is, or that is not known."""
+    lora = phase_summaries(epochs).get("lora")
+    if lora is None or lora.against_full is None or lora.against_full >= GAIN:
+        return None
+    waits = lora.data_wait_fraction
+    why = f"it waits for images {waits:.0%} of its time" if waits >= _WAITS else "at this size freezing saves no time"
+    return f"phase lora trains {lora.against_full:.2f} times as fast as full training: {why}"
+
+
+def memory_note(epochs: Iterable[EpochLine]) -> str:
+    """Peak memory of a run on CPUs, and why it is not told by phase."""
+    peak = max((line.peak_memory_bytes for line in epochs), default=0)
+    return f"peak memory {peak / 2**20:,.0f} MiB, of all phases together: a process on a CPU hardly gives any back"
+
+
+def _summary(
+    phase: str, lines: Sequence[EpochLine], full: Mapping[tuple[str, int | None], Sequence[EpochLine]]
+) -> PhaseSummary:
+    """`full`: the lines of phase full, by phase and size of images."""
+    stages = {size: stage for (_, size), stage in by_phase_and_size(lines).items()}
+    steady = [line for stage in stages.values() for line in steady_lines(stage) or stage]
+    startups = [seconds for stage in stages.values() if (seconds := _startup_seconds(stage)) is not None]
     return PhaseSummary(
         phase=phase,
         epochs=len(lines),
         loss=lines[-1].loss,
         val_top1=last_top1(lines),
-        images_per_second=sum(line.images_per_second * line.train_seconds for line in lines) / train_seconds,
+        images_per_second=_rate(stages, stages, lambda line: line.images_per_second),
+        against_full=_against_full(stages, {size: stage for (name, size), stage in full.items() if name == "full"}),
+        startup_seconds=sum(startups) if startups else None,
         seconds=sum(line.seconds for line in lines),
-        data_wait_fraction=sum(line.data_wait_seconds for line in lines) / train_seconds,
+        data_wait_fraction=sum(line.data_wait_seconds for line in steady) / sum(line.train_seconds for line in steady),
         peak_memory_bytes=max(line.peak_memory_bytes for line in lines),
         trainable_fraction=lines[-1].trainable_fraction,
     )
+
+
+_Stages = Mapping[int | None, Sequence[EpochLine]]
+"""Lines of one phase, by size of images."""
+
+
+def _rate(stages: _Stages, epochs: _Stages, rate: Callable[[EpochLine], float]) -> float:
+    """In the steady state of `stages`, over as many epochs of each size as `epochs` has, each of as many images."""
+    return statistics.harmonic_mean(
+        [in_steady_state(stages[size], rate) for size in epochs], [len(lines) for lines in epochs.values()]
+    )
+
+
+def _against_full(stages: _Stages, full: _Stages) -> float | None:
+    """By worker, as the number of workers may change; None where either has but epochs that begin something."""
+    if not all(steady_lines(stage) and steady_lines(full.get(size, ())) for size, stage in stages.items()):
+        return None
+    own, theirs = (_rate(of, stages, lambda line: line.images_per_second / line.world_size) for of in (stages, full))
+    return own / theirs
+
+
+def _startup_seconds(lines: Sequence[EpochLine]) -> float | None:
+    """Of lines of one size; None where none of them is steady."""
+    steady = steady_lines(lines)
+    if not steady:
+        return None
+    rate = in_steady_state(lines, lambda line: line.images_per_second)
+    others = [line for line in lines if line not in steady]
+    return sum(max(0.0, line.train_seconds * (1 - line.images_per_second / rate)) for line in others)
+
+
+def seconds_by_attempt(events: Iterable[Event]) -> dict[int, float]:
+    """Time from each attempt's first event to its last."""
+    times: dict[int, list[float]] = {}
+    for event in events:
+        times.setdefault(event.attempt, []).append(event.time)
+    return {attempt: max(at) - min(at) for attempt, at in times.items()}
 
 
 def reservations(events: Iterable[Event]) -> list[dict[str, str]]:
@@ -488,6 +594,15 @@ def top1s(epochs: Iterable[EpochLine]) -> list[float]:
 def last_top1(epochs: Iterable[EpochLine]) -> float | None:
     """None where no epoch was validated."""
     return next(reversed(top1s(epochs)), None)
+
+
+_PACE_EPOCHS = 5
+"""Epochs whose median duration is the pace."""
+
+
+def remaining_seconds(epochs: Sequence[EpochLine], still: float) -> float:
+    """Time that so many more epochs take at the median pace of the last ones, of which there must be one."""
+    return statistics.median(line.seconds for line in epochs[-_PACE_EPOCHS:]) * still
 
 
 def rank_counts(ranks: Mapping[str, int]) -> dict[int, int]:

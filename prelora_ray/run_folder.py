@@ -2,7 +2,8 @@
 
     <storage>/<name>/
       config.yaml, data.json, events.jsonl, norms.jsonl, windows.jsonl, epochs.jsonl, samples-<rank>.jsonl,
-      ranks.json, micro_batch.json, progress.json, end.json, result.json, checkpoints/, tensorboard/, ray/
+      ranks.json, micro_batch.json, starting.json, progress.json, end.json, result.json,
+      checkpoints/, tensorboard/, ray/
 
 docs/run-folder.md describes every file. Lines carry an ``attempt`` that counts restarts: where two
 lines are of the same epoch, window or batch, the later attempt's stands.
@@ -35,6 +36,7 @@ from prelora_ray.records import (
     Progress,
     RecordT,
     Result,
+    Starting,
     WindowLine,
     from_json,
     standing,
@@ -130,6 +132,20 @@ class RunFolder(Storage):
     def read_progress(self) -> Progress:
         """Where the run is right now. Raises ValueError where that is damaged, and OSError where it was not written."""
         return from_json(Progress, self.read_json(Progress.FILE), f"{self}/{Progress.FILE}")
+
+    def read_place(self) -> Starting | Progress | None:
+        """What the run does right now, or did last: what was written later. None where neither is there, or whole."""
+        found: list[Starting | Progress] = []
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            found.append(from_json(Starting, self.read_json(Starting.FILE), f"{self}/{Starting.FILE}"))
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            found.append(self.read_progress())
+        return max(found, key=lambda place: place.time, default=None)
+
+    def write_starting(self, doing: str) -> None:
+        """Says what is done before the next step of training; where there is no room for it, nothing is said."""
+        with contextlib.suppress(OSError):
+            self.write_json(Starting.FILE, to_json(Starting(time=time.time(), doing=doing)))
 
     def read_result(self) -> dict[str, Any]:
         """The result of a finished run, with the keys of `Result`. Raises UserError, with a sentence, where it is

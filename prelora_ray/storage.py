@@ -74,6 +74,19 @@ def absolute(path: str | os.PathLike[str]) -> str:
     return str(local.resolve() if ".." in local.parts else local)
 
 
+_UPLOADED = re.compile(r"/_ray_pkg_[0-9a-f]+(/|$)")
+"""In the path of what `ray job submit --working-dir` uploads."""
+
+
+def check_outlives_job(path: str) -> None:
+    """Raises UserError for an absolute path inside the folder that `ray job submit` has uploaded: Ray removes it."""
+    if _UPLOADED.search(path):
+        raise UserError(
+            f"{path!r} is not allowed in a job: a relative path lies in what Ray uploaded for it, and removes; give a path "
+            "from the root on that every node sees, or a bucket"
+        )
+
+
 _KEYS = re.compile(r"://[^\s'\"/@:]*:[^\s'\"]*@")
 """The name and the secret in ``s3://NAME:SECRET@bucket``; a secret may hold a slash or an @."""
 NO_KEYS = (

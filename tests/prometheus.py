@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import socket
 import subprocess
+import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,6 @@ import yaml
 
 CONFIG = Path(__file__).parent.parent / "dashboards" / "prometheus"
 PROGRAM = shutil.which("prometheus")
-PORT = 19090
 SCRAPE = {"prelora": "200ms", "ray": "1s"}
 """A phase may last half a second."""
 
@@ -35,16 +38,31 @@ class Prometheus:
             for job, target in targets.items()
         ]
         (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
-        files = [f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
-        self._server = subprocess.Popen(
-            [PROGRAM, *files, f"--web.listen-address=127.0.0.1:{PORT}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-
-    def query(self, expression: str) -> list[dict[str, Any]]:
-        address = f"http://127.0.0.1:{PORT}/api/v1/query?{urllib.parse.urlencode({'query': expression})}"
-        with urllib.request.urlopen(address, timeout=10) as answer:
-            return list(json.loads(answer.read())["data"]["result"])
+        self._closing = contextlib.ExitStack()
+        self.query = self._closing.enter_context(serving(PROGRAM, folder / "prometheus.yml", folder / "data"))
 
     def close(self) -> None:
-        self._server.terminate()
-        self._server.wait()
+        self._closing.close()
+
+
+@contextlib.contextmanager
+def serving(program: str, config: Path, data: Path) -> Iterator[Callable[[str], list[dict[str, Any]]]]:
+    """A Prometheus for the time of the block; yields what answers a query."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    files = [f"--config.file={config}", f"--storage.tsdb.path={data}", f"--web.listen-address={address}"]
+    server = subprocess.Popen([program, *files], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def query(expression: str) -> list[dict[str, Any]]:
+        path = f"http://{address}/api/v1/query?{urllib.parse.urlencode({'query': expression})}"
+        with contextlib.suppress(urllib.error.URLError), urllib.request.urlopen(path, timeout=10) as answer:
+            return list(json.loads(answer.read())["data"]["result"])
+        assert server.poll() is None, "Prometheus has ended"
+        return []  # it has not begun to listen
+
+    try:
+        yield query
+    finally:
+        server.terminate()
+        server.wait()

@@ -20,6 +20,7 @@ from prelora_ray.config import with_absolute_paths
 from prelora_ray.config_file import load_settings
 from prelora_ray.fault_tolerance.ray_private import keep_token_private
 from prelora_ray.method.convergence import percent_change
+from prelora_ray.records import Starting
 from prelora_ray.run_folder import RunFolder
 from tests.command import COMMAND, ROOT, prelora, prelora_here
 from tests.runs import TINY_VIT
@@ -67,6 +68,16 @@ def test_a_damaged_file_of_a_run_is_told_before_anything_starts(tmp_path, name):
     assert told.returncode == 2
     assert told.stderr.startswith(f"prelora: {folder}/{name} is damaged (")
     assert told.stderr.count("\n") == 1
+
+
+def test_a_map_of_1024_pairs_fits_on_a_screen(record):
+    arguments = ["replay", str(record), "--tau", "0.1:10:32", "--zeta", "0.5:30:32", "--window-epochs", "1"]
+    told = prelora_here(*arguments)
+    assert told.returncode == 0, told.stderr
+    assert 5 < len(told.stdout.splitlines()) < 20
+    pairs = re.findall(r"│ +([\d,]+) │ +(?:\d+|never) │", told.stdout)
+    assert sum(int(number.replace(",", "")) for number in pairs) == 1024
+    assert len(json.loads(prelora_here(*arguments, "--json").stdout)["settings"]) == 1024
 
 
 @pytest.mark.parametrize("text", ["0.5,-1", "0.5,nan", "0:1:5", "2:1:5", "0.1:inf:3", "1e-300:1e300:3", "many"])
@@ -206,25 +217,34 @@ def tiny_run(tmp_path: Path) -> list[str]:
     return ["train", "jobs/configs/digits.yaml", "--storage", str(tmp_path), "--name", "run", "--json", *sets]
 
 
-def interrupt(tmp_path: Path, signum: int) -> tuple[int, str, str]:
-    """Sends a signal to the driver once two epochs are done; returns exit status, standard output and error."""
+def interrupt(tmp_path: Path, signum: int) -> tuple[int, str, str, list[str]]:
+    """Sends a signal to the driver once two epochs are done; returns exit status, standard output and error, and the
+    steps of its start."""
     command = [*COMMAND, *tiny_run(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    epochs = tmp_path / "run" / "epochs.jsonl"
+    epochs, folder, steps = tmp_path / "run" / "epochs.jsonl", RunFolder(tmp_path / "run"), [""]
     while not (epochs.exists() and len(epochs.read_text().splitlines()) >= 2):
         assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
+        if isinstance(place := folder.read_place(), Starting) and place.doing != steps[-1]:
+            steps.append(place.doing)
+        time.sleep(0.02)
     os.kill(process.pid, signum)
     stdout, stderr = process.communicate(timeout=60)
-    return process.returncode, stdout, stderr
+    return process.returncode, stdout, stderr, steps[1:]
 
 
 def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path):
-    status, stdout, stderr = interrupt(tmp_path, signal.SIGINT)
+    status, stdout, stderr, steps = interrupt(tmp_path, signal.SIGINT)
     assert status == 130, stderr
     assert stdout == ""
     assert "the same command goes on from the last checkpoint" in stderr
     assert "Traceback" not in stderr
+    order = ["start Ray", "prepare the images", "place the workers", "build the model", "read the first images"]
+    assert steps == [step for step in [*order, "take a first step"] if step in steps]  # the quickest may be missed
+    assert {*order[:3], "take a first step"} <= set(steps)
+    told = [line for line in stderr.splitlines() if line.startswith("starting: ")]
+    assert told[0] == "starting: start Ray" and "starting: place the workers" in told
+    assert not (tmp_path / "run" / "starting.json").exists()
 
 
 @pytest.mark.slow

@@ -55,6 +55,15 @@ def test_nothing_is_open_to_the_world(cluster):
     assert "0.0.0.0" not in " ".join(commands)
 
 
+def test_a_jobs_python_is_the_one_that_has_the_projects_packages(cluster):
+    """A job's command finds `python` on the PATH of the `ray start` on its node."""
+    (install,) = [command for command in cluster["setup_commands"] if "pip install" in command]
+    (environment,) = set(re.findall(r"(\S+)/bin/pip install .* \.$", install))
+    commands = cluster["head_start_ray_commands"] + cluster["worker_start_ray_commands"]
+    for command in (command for command in commands if " ray start" in command):
+        assert f"PATH={environment}/bin:$PATH ray start" in command
+
+
 def test_the_token_is_its_owners_alone(cluster):
     """Ray writes it for all to read, and so would it be on every node."""
     (token,) = [place for place in cluster["file_mounts"] if place.endswith("auth_token")]

@@ -2,18 +2,24 @@ from __future__ import annotations
 
 import re
 import runpy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from prelora_ray.config import acts, flat, with_absolute_paths, without_effect
-from prelora_ray.config_file import load_settings, parse_settings, read_named
+from prelora_ray.config import Settings, acts, first_verdict, flat, inner_section, with_absolute_paths, without_effect
+from prelora_ray.config_file import load_settings, parse_section, parse_settings, read_named, set_key
 from prelora_ray.engine.check import check_model
 from prelora_ray.errors import UserError
+from prelora_ray.method.convergence import ConvergenceTest
 from prelora_ray.run_folder import RunFolder
+from prelora_ray.section import Section
 from prelora_ray.sweep.fork import _check_same_trunk
-from prelora_ray.sweep.settings import SEARCHABLE
+from prelora_ray.sweep.settings import SEARCHABLE, SweepSettings
 from prelora_ray.torchvision_ops import make_importable
 from prelora_ray.train.run import _check_unchanged
 
@@ -79,7 +85,17 @@ def steps(*steps: tuple) -> dict:
         ),
         ({"data": {"path": "x", "std": [0]}}, "data.std = 0 is not allowed: it must be greater than 0"),
         ({"data": {}}, "data.path is missing: it must be given"),
-        ({"data": None}, "data = None is not allowed: it must be a valid dictionary or instance of DataSettings"),
+        ({"data": None}, "data = None is not allowed: it must be a mapping, such as {key: value}"),
+        ({"train": {3: 4}}, "train.3 is not allowed as a key: it must be text, between quotes"),
+        ({"method": {"rank_pattern": {1: 8}}}, "method.rank_pattern.1 is not allowed as a key: it must be text"),
+        (
+            {"method": {"rank_pattern": {"a.b": "x"}}},
+            "method.rank_pattern.a.b = 'x' is not allowed: it must be a valid integer",
+        ),
+        ({"train": {"betas": [0.9]}}, "train.betas = [0.9] is not allowed: it has too few entries"),
+        ({"train": {"betas": [0.9, 0.9, 0.9]}}, "train.betas = [0.9, 0.9, 0.9] is not allowed: it must be a list of at most 2"),
+        ({"train": {"betas": 0.9}}, "train.betas = 0.9 is not allowed: it must be a list, such as [a, b]"),
+        ({"train": {"a\nb": 1}}, "train.a b = 1 is not allowed: there is no such key"),
         ({"method": {"r_min": 16, "r_max": 8}}, "method.r_min = 16 is not allowed: it must not exceed r_max = 8"),
         ({"method": {"r_max": 48}}, "method.r_max = 48 is not allowed: a rank is a power of two, such as 8 or 16"),
         ({"method": {"rank_pattern": {"key": 3}}}, "method.rank_pattern.key = 3 is not allowed: a rank is a power of two"),
@@ -88,7 +104,11 @@ def steps(*steps: tuple) -> dict:
         ({"method": {"windows": 1}}, "method.windows = 1 is not allowed: it must be greater than or equal to 2"),
         ({"method": {"switch_epoch": 5}}, "method.switch_epoch = 5 is not allowed: ranks need two windows"),
         ({"method": {"switch_epoch": 300}}, "method.switch_epoch = 300 is not allowed: it must be below train.epochs = 300"),
-        ({"train": {"epochs": 8}}, "train.epochs = 8 is not allowed: the test needs 3 windows of 3 epochs, so at least 9"),
+        (
+            {"train": {"epochs": 8}},
+            "train.epochs = 8 is not allowed: the test needs 3 windows of 3 epochs, so at least 9; or set a smaller "
+            "method.window_epochs or method.windows, method.switch_epoch to switch without the test, or method.enabled: false",
+        ),
         ({"train": {"ramp_epochs": 300}}, "train.ramp_epochs = 300 is not allowed: it must be below train.epochs = 300"),
         (
             {"data": {"path": "x", "batch_size": 100}},
@@ -122,7 +142,7 @@ def steps(*steps: tuple) -> dict:
         (steps((9, 256)), "train.resolution.image_size = 256 is not allowed: it must be at most model.image_size = 224"),
         (steps((9, 0)), "train.resolution.image_size = 0 is not allowed: it must be greater than or equal to 1"),
         (steps((9, 64, "rand-q")), "train.resolution.policy = 'rand-q' is not allowed: it must be `3a` or a RandAugment"),
-        ({"train": {"resolution": [160]}}, "train.resolution = 160 is not allowed: it must be a valid dictionary"),
+        ({"train": {"resolution": [160]}}, "train.resolution = 160 is not allowed: it must be a mapping"),
         (
             {"train": {"resolution": [{"until": 9, "image_size": 64, "polcy": "3a"}]}},
             "train.resolution.polcy = '3a' is not allowed: there is no such key, did you mean train.resolution.policy?",
@@ -196,7 +216,7 @@ def test_a_policy_that_timm_fails_on_or_passes_over_is_refused(policy):
         ("- a", [], "holds no settings"),
         ("a: [", [], "is not YAML"),
         ("data: {path: x}", ["train.epochs"], "write key.path=value"),
-        ("data: {path: x}", ["data.path.more=3"], "path is no section"),
+        ("data: {path: x}", ["data.path.more=3"], "data.path.more = 3 is not allowed: path is no section"),
         ("data: {path: x}", ["train.epochs=[1"], "the value is not YAML"),
         ("data: {path: x}", ["train.epochs=none"], "train.epochs = 'none' is not allowed"),
     ],
@@ -216,6 +236,103 @@ def test_overrides(tmp_path):
     assert settings.train.epochs == 20
     assert settings.method.targets == ("fc1", "fc2")
     assert (settings.name, settings.workers.max) == ("other", 2)
+
+
+def test_overrides_leave_what_they_do_not_name(tmp_path):
+    """Whether they name a key, a section, or both, in any order; `null` in front makes room."""
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "data: {path: x}\ntrain: &train {epochs: 30, ramp_epochs: 2}\ncopy: *train\n"
+        "model: {options: {depth: 3, patch_size: 2}}\nmethod: {rank_pattern: {a: 8}}\n"
+    )
+    content = read_named(
+        path,
+        [
+            *("train={epochs: 50, betas: [0.8, 0.9]}", "train.seed=4", "model={options: {depth: 4}, drop_path: 0.1}"),
+            *("method.rank_pattern=null", "method.rank_pattern={b: 4}"),
+        ],
+    )
+    assert content["train"] == {"epochs": 50, "ramp_epochs": 2, "betas": [0.8, 0.9], "seed": 4}
+    assert content["copy"] == {"epochs": 30, "ramp_epochs": 2}
+    assert content["model"] == {"options": {"depth": 4, "patch_size": 2}, "drop_path": 0.1}
+    assert content["method"] == {"rank_pattern": {"b": 4}}
+
+
+def keys_of(section: type[Section], prefix: str = "") -> list[str]:
+    """Of a section and those in it, also of the entries of its lists."""
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        if (inner := inner_section(field.annotation)) is not None:
+            keys += keys_of(inner, f"{prefix}{name}.")
+    return keys
+
+
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.integers(0, 10**400),
+    st.floats(),
+    st.text(max_size=6),
+    st.binary(max_size=3),
+    st.dates(),
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(st.one_of(st.text(max_size=4), st.integers(), st.booleans()), inner, max_size=3),
+        st.sets(st.integers(), max_size=2),
+    ),
+    max_leaves=6,
+)
+"""What YAML may hold."""
+ANY_SPEED = hypothesis_settings(deadline=None, max_examples=300)
+LEAKS = re.compile(
+    r"function-|\[key\]|Input should|Value error|instance of|validation|constrained|literal\[|tagged|pydantic|"
+    r"(list|dict|tuple|set|union|nullable)\[|unable to|Traceback|Range\b|Settings\b|Section\b"
+)
+
+
+@ANY_SPEED
+@given(st.sampled_from(keys_of(Settings)), VALUES)
+@example("train.resolution", [{"until": 0.5, "image_size": 3}])
+def test_every_refusal_is_a_sentence_of_ours(key, value):
+    """Whatever a key is given: no word of pydantic, a line a mistake, each with the key or a rule that names it."""
+    content: dict = {"name": "run", "data": {"path": "x"}}
+    if key.startswith("train.resolution."):
+        step = {"until": 9, "image_size": 64, key.rpartition(".")[2]: value}
+        content["train"] = {"resolution": [step]}
+    else:
+        set_key(content, key, value)
+    told_in_our_words(lambda: parse_settings(content), key, value)
+
+
+@ANY_SPEED
+@given(st.sampled_from([*keys_of(SweepSettings), "space.method.tau", "asha.grace_epochs", "settings.0"]), VALUES)
+@example("space.method.tau", [2.0])
+@example("space.method.tau", {"min": 1})
+@example("space.method.tau", {"min": 2, "max": 1})
+def test_every_refusal_of_a_sweep_is_a_sentence_of_ours(key, value):
+    content: dict = {"name": "sweep", "recipe": "r.yaml", "space": {"method.tau": [1.0]}}
+    if key == "space.method.tau":
+        content["space"]["method.tau"] = value
+    elif key == "settings.0":
+        content |= {"space": {}, "settings": [value]}
+    else:
+        set_key(content, key, value)
+    told_in_our_words(lambda: parse_section(SweepSettings, content), key.removesuffix(".0"), value)
+
+
+def told_in_our_words(parse: Callable[[], object], key: str, value: object) -> None:
+    try:
+        parse()
+    except UserError as error:
+        for sentence in str(error).split("\n"):
+            said = sentence.replace(repr(value), "")
+            assert not LEAKS.search(said), sentence
+            assert key.split(".")[-1] in sentence or "must be given" in sentence, sentence
 
 
 def test_each_mistake_in_a_list_of_steps_has_its_own_sentence():
@@ -309,6 +426,21 @@ def test_settings_without_effect_are_told():
     assert without_effect(bf16) == ["train.fp8_from has no effect, as train.precision is bf16"]
     floor = parse_settings({"name": "run", **DATA, "method": {"rank_floor_percent": 0.5, "rank_pattern": {".*": 8}}})
     assert without_effect(floor) == ["method.rank_floor_percent has no effect, as method.rank_pattern gives the ranks"]
+
+
+@pytest.mark.parametrize(
+    ("ramp", "windows", "window_epochs"), [(0, 2, 1), (1, 2, 3), (5, 3, 3), (6, 3, 3), (7, 4, 2), (9, 2, 5)]
+)
+def test_a_run_that_ends_before_the_tests_first_verdict_is_told(ramp, windows, window_epochs):
+    """As the test itself finds over norms that do not change."""
+    method = {"windows": windows, "window_epochs": window_epochs}
+    test = ConvergenceTest(1.0, 1.0, ramp_epochs=ramp, **method)
+    verdicts = [test.end_epoch(epoch, {"blocks.0.attn.query": 1.0}, 1.0) for epoch in range(60)]
+    first = next(epoch + 1 for epoch, verdict in enumerate(verdicts) if verdict is not None and verdict.largest is not None)
+    for epochs, is_told in ((first, True), (first + 1, False)):
+        run = parse_settings({"name": "run", **DATA, "train": {"epochs": epochs, "ramp_epochs": ramp}, "method": method})
+        assert first_verdict(run) == first
+        assert any(sentence.startswith("the run cannot switch: ") for sentence in without_effect(run)) == is_told
 
 
 CHANGES = {

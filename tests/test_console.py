@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import itertools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +13,10 @@ import torch
 from rich.console import Console
 
 from prelora_ray import console
-from prelora_ray.config_file import parse_settings
 from prelora_ray.inference.evaluate import EvaluationReport
+from prelora_ray.sweep.map import Point
 from prelora_ray.tasks.classification import Evaluation
-from tests.lines import event
+from prelora_ray.words import ago, counted
 
 TEXT = "runs/[old]/:x: [/bold] [red]"
 REPORT = EvaluationReport(Evaluation(loss=1.0, top1=0.5, top5=1.0, images=2), (TEXT, "b"), torch.tensor([[0, 1], [1, 0]]))
@@ -54,17 +56,40 @@ def test_names_and_paths_are_shown_as_they_are(shown: Callable[[], Any], times: 
     assert printed(shown()).count(TEXT) == times
 
 
-def test_a_bar_and_a_runs_events_are_shown_as_they_are(monkeypatch: pytest.MonkeyPatch, tmp_path):
+def test_a_bar_is_shown_as_it_is(monkeypatch: pytest.MonkeyPatch):
     terminal = Console(**console._PLAIN, force_terminal=True, width=160, file=io.StringIO())
     monkeypatch.setattr(console, "err", terminal)
     with console.progress(TEXT) as show:
         show(1, 2)
     assert TEXT in terminal.file.getvalue()
-    watcher = console._Watcher(parse_settings({"name": "run", "storage": str(tmp_path), "data": {"path": "x"}}))
-    told = watcher._event(event("diagnosis", signature="early_switch", value=1.0, limit=0.0, message=TEXT))
-    assert printed(told).strip() == TEXT
-    switch = watcher._event(event("switch", 3, switch_epoch=3, trainable_parameters=5, parameters=9))
-    assert printed(switch).strip() == "switch after epoch 3: adapters join, 5 parameters train"
+
+
+def test_a_map_of_many_pairs_has_a_row_for_each_switch():
+    """Its counts and ranges are those of the points."""
+    ranks = {"blocks.0.mlp.fc1": 4}
+    points = [
+        Point(tau, zeta, None if tau < 0.5 else 9 if tau * zeta > 50 else 12, ranks, 0.25, 1.5)
+        for tau, zeta in itertools.product([0.1, *range(1, 32)], range(1, 33))
+    ]
+    lines = [re.split(r" *[│┃] *", line)[1:-1] for line in printed(console.switch_map_table(points)).splitlines()]
+    rows = {cells[3]: cells for cells in lines if len(cells) == 7 and cells[2] != "pairs"}
+    assert list(rows) == ["9", "12", "never"]
+    for switch, cells in rows.items():
+        those = [point for point in points if str(point.switch_epoch or "never") == switch]
+        assert cells[2] == str(len(those))
+        assert cells[0].split(" to ")[0] == f"{min(point.tau for point in those):g}"
+        assert cells[1].split(" to ")[-1] == f"{max(point.zeta for point in those):g}"
+    assert len(printed(console.switch_map_table(points[:40])).splitlines()) == 44
+
+
+def test_one_is_not_several():
+    assert (counted(1, "run"), counted(2, "run"), counted(1024, "run")) == ("1 run", "2 runs", "1,024 runs")
+    assert counted(1, "class", "classes") == "1 class" and counted(3, "class", "classes") == "3 classes"
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(-1, "0 s"), (59, "59 s"), (90, "2 min"), (7200, "2 h"), (3 * 86400, "3 days")])
+def test_how_long_ago_is_told_in_one_unit(seconds: float, told: str):
+    assert ago(seconds) == f"{told} ago"
 
 
 def test_a_run_that_never_switched_or_froze_is_told_as_that():

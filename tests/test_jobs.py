@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import socket
 import subprocess
@@ -20,7 +21,6 @@ from prelora_ray.storage import Storage
 from tests.chaos.site import wait_for
 
 ROOT = Path(__file__).parent.parent
-RAY = Path(sys.executable).parent / "ray"
 EPOCHS = 30
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -35,20 +35,21 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
-    """`ray job ...` against a head of this test's own, from a fresh clone."""
+    """`ray job ...` against a head of this test's own, from a fresh clone with its environment activated."""
     checkout = tmp_path_factory.mktemp("job") / "checkout"
     subprocess.run(["git", "clone", "-q", str(ROOT), str(checkout)], check=True)
     directory = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # a socket's path must be short
     port = free_port()
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     environment.pop("RAY_ADDRESS", None)
     start = ["start", "--head", "--port=0", "--num-cpus=4", f"--temp-dir={directory}"]
     ports = [f"--dashboard-port={port}", f"--dashboard-agent-listen-port={free_port()}"]  # others may be taken
-    subprocess.run([RAY, *start, *ports], check=True, env=environment, capture_output=True)
+    subprocess.run(["ray", *start, *ports], check=True, env=environment, capture_output=True)
 
     def call(verb: str, *arguments: str, token: str | None = None) -> subprocess.CompletedProcess[str]:
         own = environment if token is None else {**environment, "RAY_AUTH_TOKEN": token}
-        command = [RAY, "job", verb, "--address", f"http://127.0.0.1:{port}", *arguments]
+        command = ["ray", "job", verb, "--address", f"http://127.0.0.1:{port}", *arguments]
         return subprocess.run(command, cwd=checkout, env=own, capture_output=True, text=True, check=False)
 
     yield call
@@ -57,18 +58,21 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
             process.kill()
 
 
+def as_documented() -> list[str]:
+    """What README.md types behind `ray job submit`, with the digits' recipe, and without a storage."""
+    (command,) = re.findall(r"^    ray job submit (.*) --storage /mnt/shared/runs$", (ROOT / "README.md").read_text(), re.M)
+    return [re.sub(r"jobs/configs/\w+", "jobs/configs/digits", word) for word in command.split()]
+
+
+def test_a_job_does_not_write_into_what_ray_uploads_and_removes(job: Command, digits: Path):
+    told = job("submit", *as_documented(), "--set", f"data.path={digits}")
+    assert told.returncode != 0
+    assert re.search(r"prelora: '/.*/_ray_pkg_\w+/runs/digits' is not allowed in a job: ", told.stdout), told.stdout[-2000:]
+
+
 def test_submit_follow_stop_and_resume(job: Command, digits: Path, tmp_path: Path):
     folder = RunFolder(str(tmp_path / "digits"))
-    train = [
-        "--working-dir",
-        ".",
-        "--",
-        sys.executable,
-        "jobs/train.py",
-        "jobs/configs/digits.yaml",
-        "--storage",
-        str(tmp_path),
-    ]
+    train = [*as_documented(), "--storage", str(tmp_path)]
     for setting in (f"data.path={digits}", f"train.epochs={EPOCHS}", "method.switch_epoch=12", "checkpoint.every_epochs=10"):
         train += ["--set", setting]
     refused = job("submit", "--submission-id", "nobody", "--no-wait", *train, token=secrets.token_hex(32))

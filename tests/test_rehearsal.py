@@ -87,6 +87,7 @@ def step(plan: StreamPlan) -> Callable[[], object]:
             "data": {"path": "nowhere", "batch_size": 4096, "cell": 16},
             "model": {"name": "vit_tiny_patch16_224", "image_size": 8, "options": TINY_VIT, "drop_path": 0.2},
             "augment": {"mixup": 0.8, "cutmix": 1.0},
+            "method": {"r_max": 8},
         }
     )
     state = TrainState(settings, 1000, plan.orders["train"].num_batches, torch.device("cpu"), world_size=1)

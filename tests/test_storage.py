@@ -9,12 +9,13 @@ import stat
 from pathlib import Path
 
 import pytest
+from ray._private.runtime_env.packaging import get_uri_for_directory
 
 from prelora_ray.errors import UserError
 from prelora_ray.fault_tolerance.checkpoint import Checkpoints
 from prelora_ray.fault_tolerance.resume_point import find_resume_point
 from prelora_ray.run_folder import LineWriter, RecordWriter, RunFolder
-from prelora_ray.storage import Storage, absolute, without_keys
+from prelora_ray.storage import Storage, absolute, check_outlives_job, without_keys
 from tests.command import prelora_here
 from tests.lines import epoch_line, event
 
@@ -200,3 +201,16 @@ def test_no_command_takes_an_address_that_holds_keys(arguments, name):
 def test_an_address_of_an_unknown_kind_is_a_users_mistake():
     with pytest.raises(UserError, match=r"^'foo://x' is no folder or bucket: Unrecognized filesystem type"):
         Storage("foo://x")
+
+
+@pytest.mark.parametrize("path", ["/mnt/runs", "s3://bucket/runs", "/home/_ray_pkg_/runs"])
+def test_what_outlives_a_job_is_allowed(path):
+    check_outlives_job(path)
+
+
+@pytest.mark.parametrize("inside", ["", "/runs/digits"])
+def test_what_ends_with_a_job_is_refused(tmp_path, inside):
+    """In a folder that has the name which Ray itself gives to what it uploads."""
+    package = get_uri_for_directory(str(tmp_path), include_gitignore=True).removeprefix("gcs://").removesuffix(".zip")
+    with pytest.raises(UserError, match="is not allowed in a job: a relative path lies in what Ray uploaded for it"):
+        check_outlives_job(f"/tmp/ray/session/runtime_resources/working_dir_files/{package}{inside}")

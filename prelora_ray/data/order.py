@@ -14,6 +14,7 @@ A larger buffer shuffles better and holds more encoded bytes: a worker keeps up 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,6 +35,12 @@ def worker_cells(rank: int, world_size: int, num_cells: int) -> range:
 def max_worker_cells(world_size: int, num_cells: int) -> int:
     """The most cells that any worker serves: what all workers pad their slices to."""
     return -(-num_cells // world_size)
+
+
+def first_rows(row_groups: Sequence[int], num_rows: int) -> tuple[int, ...]:
+    """Rows of each row group that are among the first `num_rows` of all; those of no such row are left out."""
+    starts = itertools.accumulate(row_groups, initial=0)
+    return tuple(min(rows, num_rows - start) for rows, start in zip(row_groups, starts, strict=False) if start < num_rows)
 
 
 @dataclass(frozen=True)

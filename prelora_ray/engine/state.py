@@ -143,7 +143,9 @@ class TrainState:
     def _any_size(self) -> bool:
         return bool(self.settings.train.resolution)
 
-    def _compiles(self) -> bool:
+    @property
+    def compiles(self) -> bool:
+        """Whether the first step of a phase compiles."""
         compiles = self.settings.train.compile
         return self.device.type == "cuda" if compiles == "auto" else compiles
 
@@ -251,7 +253,7 @@ class TrainState:
             torch.cuda.reset_peak_memory_stats()  # once a phase: the replays of a CUDA graph allocate nothing
         self._format_built = self.format
         self._holding = use_products(self.model, self.format, self.settings.train.adapters)
-        if self._compiles():
+        if self.compiles:
             compile_blocks(self.model, any_size=self._any_size)
         if self.world_size == 1:
             return

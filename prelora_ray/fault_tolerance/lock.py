@@ -183,6 +183,15 @@ def holder(folder: RunFolder) -> Claim | None:
     return next((claim for claim in claims(folder).values() if _holds(claim)), None)
 
 
+def is_held(folder: RunFolder) -> bool:
+    """Whether a living driver seems to hold a run folder: one on another machine by its claim's age on our clock."""
+    claim = holder(folder)
+    if claim is None:
+        return False
+    is_running = _is_running(claim)
+    return time.time() - claim.get("time", 0.0) < SILENCE_SECONDS if is_running is None else is_running
+
+
 def _check(folder: RunFolder, name: str) -> None:
     with contextlib.suppress(OSError):  # storage that cannot be reached tells nothing
         if folder.exists(name):

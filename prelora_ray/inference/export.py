@@ -20,6 +20,7 @@ from prelora_ray.data.mixing import normalize
 from prelora_ray.data.rows import read_encoded
 from prelora_ray.engine.prelora import save_adapter
 from prelora_ray.errors import UserError, WorkError
+from prelora_ray.inference.card import write_cards
 from prelora_ray.inference.load import RunModel, TrainedModel, load_run_model, load_trained
 from prelora_ray.method.adapters import base_state_dict, lora_layers, merged_state_dict
 from prelora_ray.storage import Storage
@@ -71,15 +72,16 @@ def export(source: str, out: str, data: str | None = None) -> Exported:
             _write_timm(run, root / "adapter" / "base", base_state_dict(run.module))
             save_adapter(run.module, root / "adapter")
         _write_onnx(run, root / "onnx", root / "timm", images[:2])
-        (root / "README.md").write_text(_readme(run, root))
         forms = tuple(sorted(path.name for path in root.iterdir() if path.is_dir()))
         differences = {form: _difference(run, load_trained(str(root / form)), images) for form in forms}
         worst = max(differences, key=lambda form: differences[form])
         if not differences[worst] <= TOLERANCE:
             raise ExportError(f"the {worst} form differs from the run's model by {differences[worst]:.3g} in a logit")
+        write_cards(run, root, differences, len(images))
         if target.is_local:
             Path(target.path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copytree(root, target.path, dirs_exist_ok=True)
+            # Without the files' modes: safetensors makes its own readable to their owner alone.
+            shutil.copytree(root, target.path, dirs_exist_ok=True, copy_function=shutil.copyfile)
         else:
             pyarrow.fs.copy_files(str(root), target.path, destination_filesystem=target.filesystem)
     return Exported(out, forms, differences, len(images))
@@ -145,37 +147,3 @@ def _write_onnx(run: RunModel, path: Path, merged: Path, example: torch.Tensor) 
             verbose=False,
         )
     shutil.copy(merged / "config.json", path / "config.json")
-
-
-def _readme(run: RunModel, root: Path) -> str:
-    settings, prepared = run.settings, run.preprocessing
-    options = "".join(f", {key}={value!r}" for key, value in settings.model.options.items())
-    adapter = """
-The adapters and the base that they go on:
-
-    from peft import PeftModel
-    model = PeftModel.from_pretrained(timm.create_model("local-dir:adapter/base", pretrained=True), "adapter")
-"""
-    channels, size, _ = settings.model.input_shape
-    kind = "RGB" if channels == 3 else "grey values (Pillow's mode `L`)"
-    return f"""# {settings.name}
-
-{settings.model.name} for {len(run.classes)} classes, trained by prelora_ray; checkpoint {run.checkpoint} of its run. Images are
-{kind} of {size} x {size} pixels in 0..1, normalised with mean {prepared.mean} and standard
-deviation {prepared.std}; evaluation keeps the centre {prepared.crop_ratio:g} of the shorter side, with bicubic
-interpolation. The classes are `label_names` in `timm/config.json`.
-
-The merged model:
-
-    import timm
-    model = timm.create_model("local-dir:timm", pretrained=True)
-    model = timm.create_model(
-        {settings.model.name!r}, num_classes={len(run.classes)}, img_size={size}{options},
-        checkpoint_path="timm/model.safetensors",
-    )
-{adapter if (root / "adapter").exists() else ""}
-ONNX, with images (n, {channels}, {size}, {size}) as `pixels`:
-
-    import onnxruntime
-    (logits,) = onnxruntime.InferenceSession("onnx/model.onnx").run(["logits"], {{"pixels": images}})
-"""

@@ -54,6 +54,7 @@ class RunModel(TrainedModel):
     """A model from a run folder: the timm model with its adapters, which are not merged."""
 
     settings: Settings
+    folder: RunFolder
     checkpoint: str
     """Name of the checkpoint that it was read from."""
 
@@ -111,7 +112,7 @@ def _run_model(folder: RunFolder, settings: Settings, checkpoint: Snapshot) -> R
             f"{folder}: config.yaml or data.json does not fit checkpoint {checkpoint.name}: {one_line(error)[:200]}"
         ) from None
     preprocessing = Preprocessing(settings.model.image_size, *settings.normalization, data.crop_ratio)
-    return RunModel(model, classes, preprocessing, data.path, settings, checkpoint.name)
+    return RunModel(model, classes, preprocessing, data.path, settings, folder, checkpoint.name)
 
 
 def _load_timm(path: Path) -> TrainedModel:

@@ -1,12 +1,20 @@
-"""Serves the metrics of all runs of a cluster at one address: a detached actor on the head that nobody waits for."""
+"""Serves the metrics of all runs of a cluster at one address: a detached actor on the head that nobody waits for.
+
+Several clusters of one machine, such as two embedded ones, have an exporter each, at a port of its own. Each says in a
+file beside Ray's own where it listens, which Prometheus follows (`file_sd_configs`).
+"""
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import json
+import os
 import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -24,6 +32,9 @@ REQUEST_SECONDS = 5.0
 """How long a client may take to send its request, and to take the answer."""
 PORTS = 50
 """Ports that are tried, from the requested one on."""
+DISCOVERY = "prelora-exporter-{port}.json"
+"""Name of the file, in Ray's folder for temporary files, that tells Prometheus of an exporter."""
+_KNOCK_SECONDS = 1.0
 
 
 class Board(Collector):
@@ -110,12 +121,42 @@ def serve(board: Board, host: str, port: int) -> ThreadingHTTPServer:
     return server
 
 
+def announce(address: str, folder: Path) -> None:
+    """Writes the file that tells Prometheus of an exporter, and removes those of exporters that are gone.
+
+    `address`: as `Exporter.address` has it. An exporter that listens on every network is asked on loopback.
+    """
+    host, _, port = address.rpartition(":")
+    own = folder / DISCOVERY.format(port=port)
+    for other in folder.glob(DISCOVERY.format(port="*")):
+        if other != own and not _listens(other):
+            other.unlink(missing_ok=True)
+    target = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
+    unfinished = own.with_suffix(".tmp")
+    unfinished.write_text(json.dumps([{"targets": [f"{target}:{port}"]}]) + "\n")
+    os.replace(unfinished, own)  # Prometheus reads it as soon as it is there
+
+
+def _listens(file: Path) -> bool:
+    """Whether something listens where a file says that an exporter does."""
+    try:
+        (target,) = json.loads(file.read_text())[0]["targets"]
+        host, _, port = target.rpartition(":")
+        socket.create_connection((host.strip("[]"), int(port)), _KNOCK_SECONDS).close()
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+    return True
+
+
 class Exporter:
     """The actor. When it dies it loses all values, and receives them again within a second of its restart."""
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, discovery: str | None = None) -> None:
+        """`discovery`: folder for the file that tells Prometheus where it listens; by default Ray's temporary one."""
         self._board = Board()
         self._server = serve(self._board, host, port)
+        with contextlib.suppress(OSError):  # a full disk, or another user's folder: the run says where it listens
+            announce(self.address(), Path(discovery or ray.get_runtime_context().get_temp_dir()))
 
     def address(self) -> str:
         """Host and port as in a URL: an IPv6 address is in brackets."""

@@ -33,7 +33,9 @@ class WorkerMetrics(_Metrics):
         super().__init__()
         labels = ("worker", "phase")
         self.images = self._counter("images", "Training images that went through the model.", labels)
-        self.images_per_second = self._gauge("images_per_second", "Training images a second, over the last seconds.", labels)
+        self.images_per_second = self._gauge(
+            "images_per_second", "Training images a second over the last seconds; only of the phase that trains.", labels
+        )
         self.step_seconds = Histogram(
             "prelora_step_seconds",
             "Time from one optimizer step's end to the next one's.",
@@ -55,6 +57,8 @@ class RunMetrics(_Metrics):
         super().__init__()
         self.phase_info = self._gauge("phase_info", "1 for the phase that the run is in, 0 for the others.", ["phase"])
         self.epoch = self._gauge("epoch", "Completed epochs.")
+        self.epochs = self._gauge("epochs", "Epochs of the whole run.")
+        self.remaining_seconds = self._gauge("remaining_seconds", "Time to the run's end at the pace of its last epochs.")
         self.loss = self._gauge("loss", "Mean training loss of the epoch so far.")
         self.learning_rate = self._gauge("learning_rate", "Learning rate of the base.")
         self.trainable_parameters = self._gauge("trainable_parameters", "Parameters that train.")

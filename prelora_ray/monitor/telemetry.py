@@ -45,6 +45,7 @@ class WorkerTelemetry:
         self._client = Client(self._labels[0], str(rank), self._metrics, enabled=settings.monitor.enabled)
 
     def begin_epoch(self, phase: Phase, image_size: int) -> None:
+        self._forget_rates()  # those of a phase that is over, or a sum would count them for ever
         self._phase = phase
         self._mfu_per_rate = self._forward_flops(image_size) / self._peak if self._peak else None
         """MFU for each forward a second."""
@@ -54,7 +55,6 @@ class WorkerTelemetry:
         self._images_per_second = 0.0
         labels = (*self._labels, phase)
         self._images = self._metrics.images.labels(*labels)
-        self._rate = self._metrics.images_per_second.labels(*labels)
         self._steps = self._metrics.step_seconds.labels(*labels)
         self._wait = self._metrics.data_wait_seconds.labels(*labels)
 
@@ -73,8 +73,17 @@ class WorkerTelemetry:
         if self._client.is_due:
             self.send()
 
+    def end(self) -> None:
+        """The run has trained all its epochs: its counts stay for a while, its rates end."""
+        self._forget_rates()
+        self._client.send(self._world_size)
+
+    def _forget_rates(self) -> None:
+        self._metrics.images_per_second.clear()
+        self._metrics.mfu.clear()
+
     def send(self) -> None:
-        self._rate.set(self._images_per_second)
+        self._metrics.images_per_second.labels(*self._labels, self._phase).set(self._images_per_second)
         if self._mfu_per_rate is not None:
             forwards = self._images_per_second * training_passes(self._phase)
             self._metrics.mfu.labels(*self._labels, self._phase).set(forwards * self._mfu_per_rate)
@@ -101,6 +110,7 @@ class RunTelemetry:
         self._metrics = RunMetrics()
         self._client = Client(self._run, "run", self._metrics, enabled=settings.monitor.enabled)
         self._metrics.world_size.labels(self._run).set(world_size)
+        self._metrics.epochs.labels(self._run).set(settings.train.epochs)
         for kind, limit in (("tau", settings.method.tau), ("zeta", settings.method.zeta)):
             self._metrics.threshold.labels(self._run, kind).set(limit)
         for event in events:
@@ -122,7 +132,10 @@ class RunTelemetry:
         if self._client.is_due:
             self._client.send(self._world_size)
 
-    def epoch(self, line: EpochLine) -> None:
+    def epoch(self, line: EpochLine, remaining_seconds: float) -> None:
+        """An epoch has ended, and the run will go on for about so many seconds."""
+        self._metrics.epoch.labels(self._run).set(line.epoch + 1)
+        self._metrics.remaining_seconds.labels(self._run).set(remaining_seconds)
         self._metrics.loss.labels(self._run).set(line.loss)
         self._metrics.learning_rate.labels(self._run).set(line.learning_rate)
         self._metrics.trainable_parameters.labels(self._run).set(line.trainable_parameters)

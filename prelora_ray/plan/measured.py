@@ -17,6 +17,7 @@ from prelora_ray.errors import UserError
 from prelora_ray.method.phases import Phase
 from prelora_ray.plan.cost import state_bytes
 from prelora_ray.plan.sizes import ForwardSize, forward_size
+from prelora_ray.section import rule
 
 _SHIPPED = Path(__file__).parent / "measured"
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -172,8 +173,8 @@ def _read(path: Path) -> _File:
         raise UserError(f"--bench {path} cannot be read: {error.strerror}") from None
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        told = f"{place}: {first['msg']}" if place else first["msg"]
+        place = ".".join(map(str, first["loc"])) or "it"
+        told = first["msg"] if first["type"] == "json_invalid" else f"{place} must be {rule(first)}"
         raise UserError(f"--bench {path} is not what `prelora bench phases --out FILE` writes ({told})") from None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ from prelora_ray.engine.precision import Format, phase_format
 from prelora_ray.errors import UserError
 from prelora_ray.method.phases import Phase
 from prelora_ray.plan.cost import Workload
-from prelora_ray.records import EpochLine, Switch
+from prelora_ray.records import EpochLine, Switch, in_steady_state
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
 
@@ -40,7 +39,7 @@ class Source:
     ranks: dict[str, int] | None
     """By module name; None where they are not known."""
     measured: dict[Workload, float]
-    """Images a second and GPU of a run, in the median epoch of each kind."""
+    """Images a second and GPU of a run, in the steady state of each kind of epoch."""
     notes: tuple[str, ...]
     """What is assumed."""
 
@@ -55,6 +54,8 @@ def read_source(path: str, overrides: Sequence[str], images: int | None) -> Sour
         return _read_run(folder, folder.read_settings(overrides), images)
     settings = load_settings(path, overrides)
     found, num_classes, notes = _count_images(settings, images)
+    if settings.data.max_batches is not None:
+        found = min(found, settings.data.max_batches * settings.data.batch_size)
     method = settings.method
     if method.enabled and method.switch_epoch is None:
         notes.append("the recipe's own test decides when it switches: each row is what one answer would come to")
@@ -81,10 +82,9 @@ def _read_run(folder: RunFolder, settings: Settings, images: int | None) -> Sour
         raise UserError(f"{folder} has nothing to plan by yet: no epoch is done")
     own = folder.read_settings()
     why_not = _why_not_comparable(own, settings)
-    rates: dict[Workload, list[float]] = {}
+    kinds: dict[Workload, list[EpochLine]] = {}
     for line in lines if why_not is None else ():
-        of_one = line.images_per_second / line.world_size
-        rates.setdefault(_workload_of(line, own), []).append(of_one)
+        kinds.setdefault(_workload_of(line, own), []).append(line)
     switches = [event.switch_epoch for event in folder.events() if isinstance(event, Switch)]
     return Source(
         settings,
@@ -93,7 +93,7 @@ def _read_run(folder: RunFolder, settings: Settings, images: int | None) -> Sour
         lines[-1].world_size,
         switches[-1] if switches else None,
         folder.read_json("ranks.json") if switches else None,
-        {key: statistics.median(values) for key, values in rates.items()},
+        {kind: in_steady_state(its, lambda line: line.images_per_second / line.world_size) for kind, its in kinds.items()},
         () if why_not is None else (f"the run's own speed is not shown: {why_not}",),
     )
 

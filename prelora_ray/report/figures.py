@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from prelora_ray.method.architecture import FAMILIES, family_of, layer_of
-from prelora_ray.records import Resize
+from prelora_ray.records import EpochLine, Resize
 from prelora_ray.report.records import RunRecords
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -20,6 +20,11 @@ DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 _BANDS = {"full": "rgba(0,0,0,0)", "warmup": "rgba(230,159,0,0.13)", "lora": "rgba(86,180,233,0.13)"}
 _MARKS = {"restart": "#D55E00", "resize": "#009E73", "preemption": "#CC79A7"}
 _SIZE_MARK = "#000000"
+_SYMBOLS = ("star", "circle", "square", "diamond", "cross", "x")
+_WIDE = 300.0
+"""Between values that are so many times as large and more, a log axis has ticks at powers of 10 alone."""
+_NEAR = 0.05
+"""Marks closer than this share of the epochs have one label, or theirs would lie over each other on a narrow screen."""
 
 
 def learning(runs: Sequence[RunRecords]) -> go.Figure:
@@ -40,17 +45,19 @@ def learning(runs: Sequence[RunRecords]) -> go.Figure:
 def convergence(run: RunRecords) -> go.Figure:
     """What the partial convergence test saw: norm changes against tau, loss changes against zeta, its verdicts."""
     method = run.settings.method
-    figure = _panels([f"norm change, % (tau {method.tau:g})", f"loss change, % (zeta {method.zeta:g})"])
+    figure = _panels([f"norms, % (tau {method.tau:g})", f"loss, % (zeta {method.zeta:g})"])
     windows = [(line, line.change) for line in run.windows if line.change is not None]
     ends = [line.epoch_end for line, _ in windows]
     verdicts = ["in the ramp" if w.in_ramp else "converged" if w.converged else "not yet" for w, _ in windows]
     for index, family in enumerate(family for family in FAMILIES if windows and family in windows[0][1]):
         changes = [change[family] for _, change in windows]
         _line(figure, 1, ends, changes, family, index, markers=True, hover=verdicts)
-    _line(figure, 2, ends, [line.loss_change for line, _ in windows], "loss", 6, markers=True, hover=verdicts)
-    for row, limit in ((1, method.tau), (2, method.zeta)):
+    losses = [line.loss_change for line, _ in windows]
+    _line(figure, 2, ends, losses, "loss", 6, markers=True, hover=verdicts)
+    norms = [change for _, changes in windows for change in changes.values()]
+    for row, limit, values in ((1, method.tau, norms), (2, method.zeta, losses)):
         figure.add_hline(limit, row=row, col=1, line={"color": "black", "dash": "dash", "width": 1})
-        figure.update_yaxes(type="log", dtick="D2", row=row, col=1)
+        figure.update_yaxes(**_log_axis([limit, *values]), row=row, col=1)
     return _with_marks(figure, [run], 2)
 
 
@@ -72,24 +79,25 @@ def ranks(run: RunRecords) -> go.Figure:
 
 
 def speed(runs: Sequence[RunRecords]) -> go.Figure:
-    """Throughput, time of an epoch, waiting for data, memory and what trains, over the epochs."""
-    figure = _panels(
-        ["images/s", "seconds an epoch", "waiting for data, %", "peak memory, GiB", "trainable parameters, %", "workers"]
-    )
+    """Throughput, time of an epoch, waiting for data, memory of GPUs and what trains, over the epochs."""
+    panels: dict[str, Callable[[EpochLine], float]] = {
+        "images/s": lambda line: line.images_per_second,
+        "s an epoch": lambda line: line.seconds,
+        "waits for data, %": lambda line: 100 * line.data_wait_seconds / line.train_seconds,
+        "peak memory, GiB": lambda line: line.peak_memory_bytes / 2**30,
+        "trains, %": lambda line: 100 * line.trainable_fraction,
+        "workers": lambda line: line.world_size,
+    }
+    if not any(run.on_gpu for run in runs):
+        del panels["peak memory, GiB"]  # as `memory_note` says
+    figure = _panels(list(panels))
     for index, run in enumerate(runs):
-        columns: list[list[float]] = [
-            [line.images_per_second for line in run.epochs],
-            [line.seconds for line in run.epochs],
-            [100 * line.data_wait_seconds / line.train_seconds for line in run.epochs],
-            [line.peak_memory_bytes / 2**30 for line in run.epochs],
-            [100 * line.trainable_fraction for line in run.epochs],
-            [line.world_size for line in run.epochs],
-        ]
-        for row, values in enumerate(columns, 1):
+        for row, (name, value) in enumerate(panels.items(), 1):
+            values = [value(line) if run.on_gpu or name != "peak memory, GiB" else None for line in run.epochs]
             _line(figure, row, run.done, values, escape(run.name), index, legend=row == 1 and len(runs) > 1)
-    for row in range(1, 7):
+    for row in range(1, len(panels) + 1):
         figure.update_yaxes(rangemode="tozero", row=row, col=1)
-    return _with_marks(figure, runs, 6)
+    return _with_marks(figure, runs, len(panels))
 
 
 def pareto(sweep: dict[str, Any]) -> go.Figure:
@@ -107,12 +115,33 @@ def pareto(sweep: dict[str, Any]) -> go.Figure:
     return figure
 
 
-def switch_map(taus: list[float], zetas: list[float], values: list[list[float | None]], title: str) -> go.Figure:
-    """What each tau (row) and zeta (column) comes to, such as its switch epoch; empty where it never switches."""
-    heatmap = go.Heatmap(z=values, x=zetas, y=taus, colorscale="Cividis", colorbar={"title": title}, hoverongaps=False)
-    figure = go.Figure(heatmap, layout=_layout(height=420, left=70))
-    figure.update_xaxes(title="zeta, %", type="log")
-    figure.update_yaxes(title="tau, %", type="log")
+def switch_map(
+    taus: list[float],
+    zetas: list[float],
+    values: list[list[float | None]],
+    title: str,
+    marks: Mapping[str, tuple[float, float]],
+) -> go.Figure:
+    """What each tau (row) and zeta (column) comes to, such as its switch epoch; empty where it never switches.
+
+    `marks`: (tau, zeta) by name. Those outside the map are left out, and two of one place are one mark.
+    """
+    heatmap = go.Heatmap(z=values, x=zetas, y=taus, name=title, colorscale="Cividis", hoverongaps=False)
+    heatmap.update(
+        colorbar={"thickness": 14}, hovertemplate=f"tau %{{y:.3g}}, zeta %{{x:.3g}}<br>{title} %{{z:.4g}}<extra></extra>"
+    )
+    legend = {"orientation": "h", "yanchor": "top", "y": -0.2}
+    figure = go.Figure(heatmap, layout=_layout(height=500, left=70) | {"hovermode": "closest", "legend": legend})
+    names: dict[tuple[float, float], list[str]] = {}
+    for name, (tau, zeta) in marks.items():
+        if min(taus) <= tau <= max(taus) and min(zetas) <= zeta <= max(zetas):
+            names.setdefault((tau, zeta), []).append(name)
+    for symbol, ((tau, zeta), told) in zip(_SYMBOLS, names.items(), strict=False):
+        marker = {"symbol": symbol, "size": 13, "color": "white", "line": {"color": "black", "width": 2}}
+        name = escape(f"{', '.join(told)}: tau {tau:g}, zeta {zeta:g}")
+        figure.add_trace(go.Scatter(x=[zeta], y=[tau], name=name, mode="markers", marker=marker, showlegend=True))
+    figure.update_xaxes(title="zeta, %", **_log_axis(zetas))
+    figure.update_yaxes(title="tau, %", **_log_axis(taus))
     return figure
 
 
@@ -165,6 +194,13 @@ def _scatter(
             hovertemplate="%{text}<br>%{x:.3g} GPU-hours, top-1 %{y:.2f} %<extra></extra>",
         )
     )
+
+
+def _log_axis(values: Sequence[float | None]) -> dict[str, Any]:
+    """With ticks at 1, 2 and 5, or where these would lie over each other at 1, 10, 100."""
+    positive = [value for value in values if value is not None and value > 0]
+    is_wide = bool(positive) and max(positive) > _WIDE * min(positive)
+    return {"type": "log", "dtick": 1 if is_wide else "D2"}
 
 
 def _panels(titles: list[str]) -> go.Figure:
@@ -229,7 +265,8 @@ def _with_marks(figure: go.Figure, runs: Sequence[RunRecords], rows: int) -> go.
     (run,) = runs
     for phase, begin, end in run.phase_bounds():
         for row in range(1, rows + 1):
-            label = {"text": phase, "textposition": "top left", "font": {"size": 11}} if row == 1 else {}
+            text = "<br>" * list(_BANDS).index(phase) + phase  # each in a line of its own: a band may be narrow
+            label = {"text": text, "textposition": "top left", "font": {"size": 11}} if row == 1 else {}
             figure.add_shape(
                 type="rect", x0=begin, x1=end, y0=0, y1=1, yref="y domain", layer="below", line={"width": 0},
                 fillcolor=_BANDS[phase], label=label, row=row, col=1,
@@ -239,16 +276,29 @@ def _with_marks(figure: go.Figure, runs: Sequence[RunRecords], rows: int) -> go.
         if event.event in _MARKS:
             text = f"{event.before} to {event.world_size} workers" if isinstance(event, Resize) else event.event
             marks.append((event.epoch, escape(text), _MARKS[event.event]))
-    for epoch, text, color in marks:
+    for epoch, _, color in marks:
         figure.add_vline(epoch, line={"color": color, "dash": "dot", "width": 1})
+    for epoch, text in _labels([(epoch, text) for epoch, text, _ in marks], len(run.epochs)):
         figure.add_annotation(
             x=epoch,
-            y=1,
+            y=0,
             yref="y domain",
             text=text,
             textangle=-90,
             showarrow=False,
             xanchor="right",
+            yanchor="bottom",
             font={"size": 10},
         )
     return figure
+
+
+def _labels(marks: Sequence[tuple[int, str]], epochs: int) -> list[tuple[int, str]]:
+    """A label for each group of marks that are near each other, at the first one's place."""
+    groups: list[tuple[int, list[str]]] = []
+    for epoch, text in sorted(marks):
+        if groups and epoch - groups[-1][0] < _NEAR * epochs:
+            groups[-1][1].append(text)
+        else:
+            groups.append((epoch, [text]))
+    return [(epoch, texts[0] + (f" and {len(texts) - 1} more" if texts[1:] else "")) for epoch, texts in groups]

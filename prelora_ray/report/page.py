@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from prelora_ray.errors import UserError
-from prelora_ray.records import Diagnosis, table_summaries
+from prelora_ray.records import Diagnosis, gain_note, memory_note, table_summaries
 from prelora_ray.report import figures
+from prelora_ray.report.facts import facts
 from prelora_ray.report.records import RunRecords, differing_settings, read_runs, read_sweep
 from prelora_ray.report.sweep_table import sweep_table
 from prelora_ray.storage import absolute
@@ -22,21 +26,25 @@ Section = tuple[str, str, str, go.Figure | None]
 """Name of its picture, title, text in HTML, and its figure."""
 
 _STYLE = """
-body { font: 15px/1.45 sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222 }
+body { font: 15px/1.45 sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222; overflow-wrap: anywhere }
 h1 { font-size: 1.6em } h2 { font-size: 1.2em; margin-top: 2em; border-bottom: 1px solid #ccc }
 table { border-collapse: collapse; margin: 1em 0; font-size: 0.9em } th, td { padding: 0.25em 0.7em; text-align: right }
 th { border-bottom: 2px solid #888 } td:first-child, th:first-child { text-align: left }
 tr:nth-child(even) { background: #f5f5f5 }
-.finding, .healthy { border-left: 4px solid #D55E00; padding-left: 0.8em } .healthy { border-color: #009E73 }
+.wide { overflow-x: auto; overflow-wrap: normal } .facts td, .facts th { text-align: left }
+.finding, .healthy, .open { border-left: 4px solid #D55E00; padding-left: 0.8em }
+.healthy { border-color: #009E73 } .open { border-color: #888 }
+@media (max-width: 700px) { body { margin: 1em auto; padding: 0 0.6em } }
 @media print { body { max-width: none } section { break-inside: avoid } }
 """
 _CONFIG: dict[str, Any] = {"displaylogo": False, "responsive": True}
 
 
-def write_report(paths: list[str], out: str, png: str | None = None) -> list[str]:
+def write_report(paths: list[str], out: str, png: str | None = None, plotly: str | None = None) -> list[str]:
     """Writes the report of runs, or of a sweep, to the file `out`, and its figures into the folder `png`.
 
-    Returns the names of the figures. Raises UserError where a path is neither, or both kinds are given.
+    What draws them is in the report itself, or in the file `plotly`, which many reports may share. Returns the names of
+    the figures. Raises UserError where a path is neither, or both kinds are given.
     """
     sweeps = [sweep for path in paths if (sweep := read_sweep(path)) is not None]
     if sweeps and len(paths) > 1:
@@ -44,17 +52,23 @@ def write_report(paths: list[str], out: str, png: str | None = None) -> list[str
     runs = [] if sweeps else read_runs(paths)
     sections = _sweep_sections(sweeps[0]) if sweeps else _run_sections(runs)
     title = f"Sweep {Path(absolute(paths[0])).name}" if sweeps else ", ".join(run.name for run in runs)
-    _write(title, sections, out)
+    _write(title, sections, out, plotly)
     pictures = {name: figure for name, _, _, figure in sections if figure is not None}
     if png is not None:
         _write_pictures(pictures, Path(absolute(png)))
     return list(pictures)
 
 
-def write_switch_map(taus: list[float], zetas: list[float], maps: dict[str, list[list[float | None]]], out: str) -> None:
-    """Writes pictures over tau (rows) and zeta (columns), by title, to the file `out`."""
+def write_switch_map(
+    taus: list[float],
+    zetas: list[float],
+    maps: dict[str, list[list[float | None]]],
+    out: str,
+    marks: Mapping[str, tuple[float, float]] | None = None,
+) -> None:
+    """Writes pictures over tau (rows) and zeta (columns), by title, to the file `out`; `marks`: (tau, zeta) by name."""
     sections: list[Section] = [
-        (f"map-{index}", title, "", figures.switch_map(taus, zetas, values, title))
+        (f"map-{index}", title, "", figures.switch_map(taus, zetas, values, title, marks or {}))
         for index, (title, values) in enumerate(maps.items())
     ]
     _write("Where tau and zeta switch", sections, out)
@@ -72,13 +86,22 @@ def write_plan(name: str, by_switch: list[float], levels: dict[str, float], brea
     _write(f"Plan of {name}", [("plan", "GPU-hours by switch epoch", "", figures.plan(by_switch, levels, break_even))], out)
 
 
-def _write(title: str, sections: list[Section], out: str) -> None:
-    Path(absolute(out)).write_text(_page(title, sections), encoding="utf-8")
+def _write(title: str, sections: list[Section], out: str, plotly: str | None = None) -> None:
+    page = Path(absolute(out))
+    script = f"<script>{get_plotlyjs()}</script>"
+    if plotly is not None:
+        shared = Path(absolute(plotly))
+        shared.write_text(get_plotlyjs(), encoding="utf-8")
+        script = f"<script src='{escape(quote(os.path.relpath(shared, page.parent)))}'></script>"
+    page.write_text(_page(title, sections, script), encoding="utf-8")
 
 
 def _run_sections(runs: list[RunRecords]) -> list[Section]:
-    sections: list[Section] = [("", "Diagnosis", "".join(_diagnosis(run) for run in runs), None)]
-    sections.append(("", "By phase", _table(*_phases(runs)), None))
+    sections: list[Section] = [
+        ("", "Summary", _table(*facts(runs), "facts"), None),
+        ("", "Diagnosis", "".join(_diagnosis(run) for run in runs), None),
+        ("", "By phase", _table(*_phases(runs)) + "".join(_notes(run, len(runs) > 1) for run in runs), None),
+    ]
     if len(runs) > 1:
         differing = differing_settings(runs)
         rows = [[key, *map(str, values)] for key, values in differing.items()]
@@ -112,11 +135,24 @@ def _sweep_sections(sweep: dict[str, Any]) -> list[Section]:
 
 
 def _diagnosis(run: RunRecords) -> str:
-    found = run.events_of(Diagnosis)
+    """Green is a run alone that has finished, switched, and shows nothing."""
     of = f"<b>{escape(run.name)}</b>: "
-    if not found:
-        return f"<p class='healthy'>{of}none of the failure signatures shows.</p>"
-    return "".join(f"<p class='finding'>{of}{escape(event.message)}.</p>" for event in found)
+    found = [*run.state.remarks, *(event.message for event in run.events_of(Diagnosis))]
+    told = [("finding", message) for message in found]
+    if not run.state.is_finished:
+        told.insert(0, ("open", run.state.progress + ("" if found else "; no failure signature so far")))
+    elif not run.settings.method.enabled:
+        told.append(("open", "full training, as method.enabled is false; the failure signatures are of runs that switch"))
+    elif not found:
+        told.append(("healthy", "none of the failure signatures shows"))
+    return "".join(f"<p class='{kind}'>{of}{escape(message)}.</p>" for kind, message in told)
+
+
+def _notes(run: RunRecords, is_one_of_several: bool) -> str:
+    """What is to be said to the numbers of its phases."""
+    notes = [gain_note(run.epochs), None if run.on_gpu else memory_note(run.epochs)]
+    of = f"{escape(run.name)}: " if is_one_of_several else ""
+    return "".join(f"<p>{of}{escape(note)}.</p>" for note in notes if note is not None)
 
 
 def _phases(runs: list[RunRecords]) -> tuple[list[str], list[list[str]]]:
@@ -131,23 +167,27 @@ def _phases(runs: list[RunRecords]) -> tuple[list[str], list[list[str]]]:
                     f"{summary.loss:.4g}",
                     "" if summary.val_top1 is None else f"{100 * summary.val_top1:.2f}",
                     f"{summary.images_per_second:,.0f}",
+                    "-" if summary.against_full is None else f"{summary.against_full:.2f}",
+                    "-" if summary.startup_seconds is None else f"{summary.startup_seconds:,.1f}",
                     f"{100 * summary.data_wait_fraction:.1f}",
-                    f"{summary.peak_memory_bytes / 2**30:.2f}",
+                    f"{summary.peak_memory_bytes / 2**30:.2f}" if run.on_gpu else "-",
                     f"{100 * summary.trainable_fraction:.1f}",
                 ]
             )
-    head = ["run", "phase", "epochs", "loss", "top-1, %", "images/s", "waits for data, %", "peak memory, GiB", "trains, %"]
+    speed = ["images/s", "against full training", "start-up, s", "waits for data, %"]
+    head = ["run", "phase", "epochs", "loss", "top-1, %", *speed, "peak memory, GiB", "trains, %"]
     return head, rows
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def _table(head: list[str], rows: list[list[str]], kind: str = "") -> str:
     def row(cells: list[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
-    return f"<table>{row(head, 'th')}{''.join(row(cells, 'td') for cells in rows)}</table>"
+    table = f"<table>{row(head, 'th')}{''.join(row(cells, 'td') for cells in rows)}</table>"
+    return f"<div class='wide {kind}'>{table}</div>"
 
 
-def _page(title: str, sections: list[Section]) -> str:
+def _page(title: str, sections: list[Section], script: str) -> str:
     parts = []
     for number, (name, heading, text, figure) in enumerate(sections):
         place = name if re.fullmatch(r"[\w.-]*", name) else f"figure-{number}"  # plotly writes it as it is
@@ -155,7 +195,8 @@ def _page(title: str, sections: list[Section]) -> str:
         parts.append(f"<section><h2>{escape(heading)}</h2>{text}{drawn}</section>")
     return (
         f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{escape(title)}</title>"
-        f"<link rel='icon' href='data:,'><style>{_STYLE}</style><script>{get_plotlyjs()}</script></head>"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+        f"<link rel='icon' href='data:,'><style>{_STYLE}</style>{script}</head>"
         f"<body><h1>{escape(title)}</h1>{''.join(parts)}</body></html>\n"
     )
 

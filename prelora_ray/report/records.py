@@ -10,6 +10,7 @@ from typing import Any
 from prelora_ray.config import Settings, flat
 from prelora_ray.errors import UserError
 from prelora_ray.records import EpochLine, Event, EventT, WindowLine
+from prelora_ray.remarks import Remarks, remarks_on
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import absolute
 
@@ -25,6 +26,11 @@ class RunRecords:
     windows: list[WindowLine]
     events: list[Event]
     ranks: dict[str, int] | None
+    state: Remarks
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.settings.workers.gpu is True
 
     @property
     def done(self) -> list[int]:
@@ -81,6 +87,7 @@ def read_run(path: str, name: str) -> RunRecords:
         windows=folder.windows(),
         events=folder.events(),
         ranks=folder.read_json("ranks.json") if folder.exists("ranks.json") else None,
+        state=remarks_on(folder),
     )
 
 

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterable
 
-from prelora_ray.records import EpochLine, by_phase_and_size
+from prelora_ray.records import EpochLine, by_phase_and_size, in_steady_state
 from prelora_ray.run_folder import RunFolder
 
 
 def straight_hours(run: RunFolder, epochs: int) -> float:
-    """Cost of a straight run of so many epochs: each at the median of its phase and size of images, and what a stopped
-    one lacks as the last.
+    """Cost of a straight run of so many epochs: each as in the steady state of its phase and size of images, and what a
+    stopped one lacks as the last.
 
-    The median leaves out what the start of a process, or of a fork, adds to an epoch.
+    That leaves out what the start of a process, of a phase or of a fork adds to an epoch.
     """
-    stages = {stage: [_hours(line) for line in lines] for stage, lines in by_phase_and_size(run.epochs()).items()}
-    counts = {stage: len(hours) for stage, hours in stages.items()}
+    stages = by_phase_and_size(run.epochs())
+    counts = {stage: len(lines) for stage, lines in stages.items()}
     counts[list(stages)[-1]] += epochs - sum(counts.values())
-    return sum(statistics.median(stages[stage]) * count for stage, count in counts.items())
+    return sum(in_steady_state(stages[stage], _hours) * count for stage, count in counts.items())
 
 
 def own_hours(run: RunFolder) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,9 +15,13 @@ from prelora_ray.errors import UserError
 from prelora_ray.method.adapters import inject
 from prelora_ray.method.architecture import find_targets
 from prelora_ray.method.phases import count_parameters, freeze_parameters
+from prelora_ray.records import EpochLine, in_steady_state
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.schedule import ranks_for
 from prelora_ray.sweep.replay import Record, replay
+
+PUBLISHED = {"relaxed": (1.0, 5.0), "medium": (0.5, 2.5), "strict": (0.25, 1.0)}
+"""The paper's settings of the test: (tau, zeta) by name."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Meaning:
     trainable_fraction: Callable[[dict[str, int]], float]
     """Share of the parameters that phase lora trains with some ranks."""
     epoch_seconds: dict[tuple[str, int], float]
-    """Median duration of an epoch by phase and size of images."""
+    """Duration of an epoch in the steady state, by phase and size of images."""
     image_sizes: list[int]
     """Of each of the run's epochs."""
 
@@ -60,12 +63,12 @@ def what_it_means(source: str, method: MethodSettings) -> Meaning | None:
     if not folder.exists("config.yaml"):
         return None
     settings = folder.read_settings()
-    stages: dict[tuple[str, int], list[float]] = {}
+    stages: dict[tuple[str, int], list[EpochLine]] = {}
     for line in folder.epochs():
-        stages.setdefault((line.phase, settings.image_size(line.epoch)), []).append(line.seconds)
-    medians = {stage: statistics.median(seconds) for stage, seconds in stages.items()}
+        stages.setdefault((line.phase, settings.image_size(line.epoch)), []).append(line)
+    seconds = {stage: in_steady_state(lines, lambda line: line.seconds) for stage, lines in stages.items()}
     fraction = _trainable_fraction(settings, len(folder.read_classes()), method)
-    return Meaning(fraction, medians, [settings.image_size(epoch) for epoch in range(settings.train.epochs)])
+    return Meaning(fraction, seconds, [settings.image_size(epoch) for epoch in range(settings.train.epochs)])
 
 
 def switch_map(

@@ -9,6 +9,7 @@ from prelora_ray.config import MethodSettings, Settings
 from prelora_ray.errors import UserError
 from prelora_ray.method.convergence import Verdict
 from prelora_ray.records import NormsLine
+from prelora_ray.remarks import why_no_switch
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.schedule import decide, phase_schedule
 
@@ -78,10 +79,5 @@ def _reason(method: MethodSettings, num_epochs: int, verdicts: list[Verdict]) ->
             f"the record has {num_epochs} epochs of phase full, and {method.windows} windows of "
             f"{method.window_epochs} epochs take {method.windows * method.window_epochs}"
         )
-    last = verdicts[-1]
-    assert last.family_change is not None
-    family, change = max(last.family_change.items(), key=lambda item: item[1])
-    return (
-        f"no window in the record's {num_epochs} epochs of phase full converged; in the last, {family} changed by "
-        f"{change:.4g} % (tau {method.tau:g}) and the loss by {last.loss_change:.4g} % (zeta {method.zeta:g})"
-    )
+    told = why_no_switch(method, verdicts, num_epochs + 1)
+    return f"no window in the record's {num_epochs} epochs of phase full converged: {told}"

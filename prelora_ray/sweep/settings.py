@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import random
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from prelora_ray.config import Address, FolderName, MethodSettings, Settings, acts, with_absolute_paths
-from prelora_ray.config_file import load_settings, parse_section, parse_settings, read_named
+from prelora_ray.config_file import parse_section, parse_settings, read_named, set_key
 from prelora_ray.errors import UserError
 from prelora_ray.section import Count, Section, Whole
 
@@ -51,9 +50,9 @@ class Range(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if not self.min < self.max:
-            raise ValueError(f"a range with min = {self.min:g} and max = {self.max:g} is empty: min must be below max")
+            raise ValueError("must be a range whose min is below its max")
         if self.log and self.min <= 0:
-            raise ValueError(f"a range with min = {self.min:g} has no logarithm: it must be above 0")
+            raise ValueError("must be a range from above 0 on, as log is true")
         return self
 
     @property
@@ -84,7 +83,7 @@ class SweepSettings(Section):
     recipe: str
     """The runs' recipe, by its path from the folder of this file."""
     overrides: dict[str, Any] = Field(default_factory=dict)
-    """The recipe's keys that have other values in all runs: {key.path: value}."""
+    """Settings that all runs have in place of the recipe's: {key.path: value}; a section's keys go beside its own."""
     space: dict[str, list[Any] | Range] = Field(default_factory=dict)
     """What is searched: {key: list of values, or {min, max, log}}."""
     settings: list[Candidate] = Field(default_factory=list)
@@ -112,10 +111,11 @@ class SweepSettings(Section):
             raise ValueError("settings differ in their keys: give each the same ones, in the same order")
         if self.settings and self.search != "grid":
             raise ValueError(f"search = {self.search!r} is not allowed with settings: it needs a space to choose from")
+        place = "space" if self.space else "settings"
         for key in self.keys:
             if key not in SEARCHABLE:
                 raise ValueError(
-                    f"{key} is not allowed: trials share their trunk, so they differ in {', '.join(SEARCHABLE)} alone"
+                    f"{place}.{key} is not allowed: trials share their trunk, so they differ in {', '.join(SEARCHABLE)} alone"
                 )
         for key, values in self.space.items():
             if isinstance(values, Range) and self.search == "grid":
@@ -225,8 +225,20 @@ class Plan:
 
 def load_sweep(path: str, overrides: list[str], *, name: str | None = None, storage: str | None = None) -> Plan:
     """Reads a sweep's file and the recipe that it names. Raises UserError as `load_settings` does."""
-    sweep = parse_section(SweepSettings, read_named(path, overrides, name=name, storage=storage))
-    base = load_settings(
-        Path(path).parent / sweep.recipe, [f"{key}={json.dumps(value)}" for key, value in sweep.overrides.items()]
-    )
-    return Plan(sweep, base)
+    content = read_named(path, overrides, name=name, storage=storage)
+    if isinstance(content.get("space"), dict):
+        content["space"] = _with_whole_keys(content["space"])
+    sweep = parse_section(SweepSettings, content)
+    recipe = read_named(Path(path).parent / sweep.recipe)
+    for key, value in sweep.overrides.items():
+        set_key(recipe, key, value)
+    return Plan(sweep, parse_settings(recipe))
+
+
+def _with_whole_keys(space: dict[Any, Any]) -> dict[Any, Any]:
+    """A space in which `{method: {tau: ...}}`, which `--set space.method.tau=...` makes, is `{method.tau: ...}`."""
+    whole: dict[Any, Any] = {}
+    for key, value in space.items():
+        is_section = isinstance(value, dict) and "." not in str(key) and not value.keys() & Range.model_fields.keys()
+        whole |= {f"{key}.{name}": inner for name, inner in value.items()} if is_section else {key: value}
+    return whole

@@ -61,6 +61,8 @@ class WorkerAttempt:
         )
         checkpoints = Checkpoints(self.folder)
         point, checkpoint = _resume(self.folder, checkpoints, self.rank)
+        if self.rank == 0:
+            self.folder.write_starting("build the model")
         manifest = read_manifest(Storage(settings.data.path))
         self.plan = stream_plan(settings, manifest, self.rank, world_size)
         device = ray.train.torch.get_device()
@@ -70,6 +72,8 @@ class WorkerAttempt:
         self._train_step = TrainStep(self.state, self.plan)
         self._train_step.found_sizes = self._found_sizes()
         self._attempt = point.attempt
+        self._begins_phase = True
+        """Whether the next step is the first of a phase, or of this attempt."""
         self._control = Control()
         self._telemetry = WorkerTelemetry(settings, len(manifest.classes), self.rank, world_size, device)
         if self.rank == 0:
@@ -81,6 +85,7 @@ class WorkerAttempt:
             has_room = functools.partial(room_to_grow, settings.workers, world_size, uses_gpu=uses_gpu)
             notices = Notices(self.folder, settings.checkpoint, has_room)
             self._saving: Saving = RankZeroSaving(checkpoints, settings, self.state, notices, self._recorder, self.watchdog)
+            self.folder.write_starting("read the first images")
         else:
             self._recorder = Recorder(self.folder, settings, self.rank, point.attempt, self.watchdog)
             self._saving = Saving()
@@ -102,6 +107,9 @@ class WorkerAttempt:
         Raises StoppedError where that is to stop.
         """
         self._recorder.samples(batch)
+        if self._begins_phase:
+            self._recorder.starts("compile" if self.state.compiles else "take a first step")
+            self._begins_phase = False
         if self._train_step.wants_search:
             self._find_micro_batch(batch)
         self._train_step.train(batch)
@@ -148,6 +156,7 @@ class WorkerAttempt:
         if decision.begins_phase:
             self.watchdog.beat(patiently=True)  # what trains now is built and compiled anew
         self.state.apply(decision)
+        self._begins_phase = decision.begins_phase
         self._recorder.epoch(line, decision)
         is_last = epoch + 1 == self.settings.train.epochs
         must = is_last or decision.begins_phase or self._ends_trunk_window(epoch)
@@ -164,7 +173,7 @@ class WorkerAttempt:
         report_to_ray(line, decision, self.state, pointer)
 
     def _end_last_epoch(self) -> None:
-        self._telemetry.send()
+        self._telemetry.end()
         if self.rank != 0:
             self.watchdog.end()  # all that is left to do is rank 0's
             return

@@ -12,7 +12,7 @@ from prelora_ray.config import Settings
 from prelora_ray.data.augment import Augmentation
 from prelora_ray.data.batch import Batch, Pass, StreamPlan
 from prelora_ray.data.manifest import Manifest, Split
-from prelora_ray.data.order import Order
+from prelora_ray.data.order import Order, first_rows
 from prelora_ray.data.stream import stream_batches
 
 
@@ -66,9 +66,12 @@ def _passes(settings: Settings, first_epoch: int, first_batch: int) -> list[Pass
 def stream_plan(settings: Settings, manifest: Manifest, rank: int, world_size: int) -> StreamPlan:
     """What a worker streams, as the settings describe it."""
     data, augment, seed = settings.data, settings.augment, settings.train.seed
+    groups: dict[Split, tuple[int, ...]] = {split: manifest.row_groups(split) for split in ("train", "val")}
+    if data.max_batches is not None:
+        groups = {split: first_rows(rows, data.max_batches * data.batch_size) for split, rows in groups.items()}
     orders: dict[Split, Order] = {
-        "train": Order(manifest.row_groups("train"), data.num_cells, data.cell, seed, data.shuffle_row_groups),
-        "val": Order(manifest.row_groups("val"), data.num_cells, data.cell, None),
+        "train": Order(groups["train"], data.num_cells, data.cell, seed, data.shuffle_row_groups),
+        "val": Order(groups["val"], data.num_cells, data.cell, None),
     }
     augmentation = Augmentation(settings.model.image_size, data.mean, data.std, augment)
     of_epochs = {

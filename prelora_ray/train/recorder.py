@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import platform
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -49,6 +50,7 @@ from prelora_ray.records import (
     Switch,
     WindowClosed,
     WindowLine,
+    remaining_seconds,
 )
 from prelora_ray.run_folder import LineWriter, RecordWriter, RunFolder
 from prelora_ray.train.found_sizes import write_found
@@ -56,6 +58,10 @@ from prelora_ray.train.found_sizes import write_found
 _SAMPLES_SECONDS = 2.0
 _LAST_FLUSHES = 10
 """How often the end of an attempt tries to write its records, where a try takes no time."""
+
+
+def _name_of(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
 
 
 class Recorder:
@@ -82,6 +88,9 @@ class Recorder:
 
     def epoch_begins(self) -> None:
         """An epoch, or the rest of one, is about to be trained."""
+
+    def starts(self, doing: str) -> None:
+        """A step that takes longer than others is about to be trained, as it does what `records.Starting` names."""
 
     def progress(self, loss: float, images_per_second: float) -> None:
         """Where the run is. `loss`: of this worker's images since the epoch's begin."""
@@ -191,7 +200,8 @@ class RankZeroRecorder(Recorder):
         for message in point.damaged.values():
             self._event(CheckpointDamaged, message=message)
         world_size = self._state.world_size
-        content: dict[str, Any] = {"world_size": world_size, "reservation": reservation()}
+        device = _name_of(self._state.device)
+        content: dict[str, Any] = {"world_size": world_size, "reservation": reservation(), "device": device}
         if point.attempt == 0:
             self._event(RunStarted, seed=self._settings.train.seed, **content)
         else:
@@ -212,6 +222,10 @@ class RankZeroRecorder(Recorder):
     def epoch_begins(self) -> None:
         phases = self._state.phases
         self._telemetry.state(phases.phase, self._state.epoch, phases.ranks)
+
+    def starts(self, doing: str) -> None:
+        if not self._telling.is_busy:
+            self._telling.begin(functools.partial(self._folder.write_starting, doing))
 
     def progress(self, loss: float, images_per_second: float) -> None:
         state = self._state
@@ -256,9 +270,10 @@ class RankZeroRecorder(Recorder):
     def epoch(self, line: EpochLine, decision: Decision) -> None:
         self._records.write(line)
         self._board.epoch(line)
-        self._telemetry.epoch(line)
+        self._epochs.append(line)
+        self._telemetry.epoch(line, remaining_seconds(self._epochs, self._settings.train.epochs - line.epoch - 1))
         self._change(decision)
-        self._diagnose(line)
+        self._diagnose()
 
     def leaves(self, kind: EndKind) -> None:
         self._event(Stop if kind == "stop" else Preemption)
@@ -291,10 +306,9 @@ class RankZeroRecorder(Recorder):
         if decision.freeze:
             self._event(Freeze, freeze_epoch=phases.frozen_at, **content)
 
-    def _diagnose(self, line: EpochLine) -> None:
+    def _diagnose(self) -> None:
         """Records failure signatures, each once."""
         method = self._settings.method
-        self._epochs.append(line)
         for finding in diagnose(self._epochs, self._state.phases.ranks, len(rank_choices(method.r_min, method.r_max))):
             if finding.signature not in self._diagnosed:
                 self._diagnosed.add(finding.signature)

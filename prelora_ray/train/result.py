@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from prelora_ray.records import Event, Freeze, Result, Switch, last_top1, phase_summaries, rank_counts, to_json, top1s
+from prelora_ray.records import (
+    Freeze,
+    Result,
+    Switch,
+    last_top1,
+    phase_summaries,
+    rank_counts,
+    seconds_by_attempt,
+    to_json,
+    top1s,
+)
 from prelora_ray.run_folder import RunFolder
 
 
@@ -24,14 +34,8 @@ def summarize(folder: RunFolder) -> dict[str, Any]:
         trainable_fraction={phase: summary.trainable_fraction for phase, summary in phases.items()},
         ranks={str(rank): n for rank, n in rank_counts(folder.read_json("ranks.json")).items()} if switches else None,
         restarts=max((event.attempt for event in events), default=0),
-        seconds=sum(_seconds_by_attempt(events).values()),
+        seconds=sum(seconds_by_attempt(events).values()),
+        startup_seconds={phase: summary.startup_seconds for phase, summary in phases.items()},
+        against_full={phase: summary.against_full for phase, summary in phases.items()},
     )
     return to_json(result)
-
-
-def _seconds_by_attempt(events: list[Event]) -> dict[int, float]:
-    """Time from each attempt's first event to its last."""
-    times: dict[int, list[float]] = {}
-    for event in events:
-        times.setdefault(event.attempt, []).append(event.time)
-    return {attempt: max(at) - min(at) for attempt, at in times.items()}

@@ -44,11 +44,12 @@ from prelora_ray.monitor.exporter import start_exporter
 from prelora_ray.monitor.telemetry import run_label
 from prelora_ray.nodes import check_seen_by_all_nodes
 from prelora_ray.ray_session import ray_session
-from prelora_ray.records import reservations
+from prelora_ray.records import Starting, reservations
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage, once_reachable
 from prelora_ray.train.result import summarize
 from prelora_ray.train.worker import train_worker
+from prelora_ray.words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -93,13 +94,13 @@ def train(settings: Settings, *, debug: bool = False, callbacks: Sequence[ray.tr
         read_manifest(Storage(settings.data.path))  # raises, and says how to prepare it
     for sentence in without_effect(settings):
         logger.warning("%s", sentence)
-    with DriverLock(folder) as lock, ray_session(debug=debug) as is_embedded:
+    with DriverLock(folder) as lock, _starting(folder), ray_session(debug=debug) as is_embedded:
         settings = _settle_gpu(settings, before, ray.cluster_resources().get("GPU", 0))
         _check_room(settings, is_embedded)
         _check_nodes_see(settings, folder)
         if not settings.workers.gpu:
             check_precision(settings.train.precision, torch.device("cpu"))
-        _prepare_once(settings)
+        _prepare_once(settings, folder)
         manifest = read_manifest(Storage(settings.data.path))
         for split in manifest.splits:
             if not manifest.num_images(split):
@@ -208,7 +209,8 @@ def _check_room(settings: Settings, is_embedded: bool) -> None:
         needed, there = workers.min * each, has.get(resource, 0)
         if needed <= there:
             continue
-        told = f"{workers.min} workers of {each:g} {resource} need {needed:g}, and Ray has {there:g}"
+        verb = "needs" if workers.min == 1 else "need"
+        told = f"{counted(workers.min, 'worker')} of {each:g} {resource} {verb} {needed:g}, and Ray has {there:g}"
         if is_embedded:
             instead = "; workers.gpu: false trains on CPUs" if resource == "GPU" else ""
             raise UserError(f"workers.min = {workers.min} is not allowed on this machine: {told}{instead}")
@@ -275,6 +277,7 @@ def _fit_again_and_again(
         if reserved := reservations(folder.events()):
             release(reserved[-1])
         remove_end(folder)
+        folder.write_starting("place the workers")
         try:
             trainer.fit()
         except ray.exceptions.RayActorError:
@@ -300,13 +303,25 @@ def _told(error: Exception, max_failures: int) -> str:
             where = "before its first step" if failure.step is None else f"at step {failure.step}"
             return f"training failed {'twice ' if failure.is_repeated else ''}{where}: {failure.reason}"
     if isinstance(error, ray.train.WorkerGroupError) and max_failures >= 0:
-        return f"training failed after {max_failures} restarts: {root_cause(error)}"
+        return f"training failed after {counted(max_failures, 'restart')}: {root_cause(error)}"
     return f"training failed: {root_cause(error)}"
 
 
-def _prepare_once(settings: Settings) -> None:
+@contextmanager
+def _starting(folder: RunFolder) -> Iterator[None]:
+    """Has the run folder say what the run does before it trains; Ray's start comes first. For the time of a block."""
+    folder.write_starting("start Ray")
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            folder.remove_file(Starting.FILE)
+
+
+def _prepare_once(settings: Settings, folder: RunFolder) -> None:
     data = settings.data
     if data.source is not None and not Storage(data.path).exists("manifest.json"):
+        folder.write_starting("prepare the images")
         logger.info("preparing %s into %s", data.source, data.path)
         counts = prepare(data.source, data.path).counts
         for note in counts.notes if counts else ():

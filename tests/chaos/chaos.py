@@ -256,8 +256,8 @@ def page(disk: tuple[list[Cost], Found], bucket: tuple[list[Cost], Found], secon
 A ViT of 3 blocks on scikit-learn's digits in float64, 1 to {WORKERS} workers on nodes of one CPU each, all on one machine of
 {os.cpu_count()} CPU cores; {versions}. Seconds are from the fault to the next trained step:
 for a drained node from the notice, {DRAIN_SECONDS} s before it goes; for a node that is added, from the start of its processes;
-for a disk that is full at the end, from when it fills up. Where they are 0 the run trained on. The undisturbed run trains
-beside it on the same cores, as long as it lasts.
+for a disk that is full at the end, from when it fills up. Where they are 0 the run trained on. The undisturbed run
+trains beside it on the same cores, as long as it lasts.
 
 ## On a disk: {len(on_disk)} faults
 

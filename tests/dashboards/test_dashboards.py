@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import runpy
@@ -59,6 +60,30 @@ def test_every_panel_says_what_it_shows():
                 assert panel["description"]
                 assert panel["fieldConfig"]["defaults"]["unit"]
                 assert panel["fieldConfig"]["defaults"]["thresholds"]["steps"]
+
+
+def test_the_run_begins_with_tiles_of_where_it_stands():
+    _, *board = json.loads((ROOT / "grafana" / "run.json").read_text())["panels"]
+    tiles = list(itertools.takewhile(lambda panel: panel["type"] == "stat", board))
+    assert [tile["title"] for tile in tiles[:4]] == ["Phase", "Epoch", "Time left", "Top-1"]
+    assert {tile["gridPos"]["y"] for tile in tiles} == {tiles[0]["gridPos"]["y"]}, "in one row"
+
+
+def test_norm_changes_are_on_a_logarithm():
+    panels_ = {panel["title"]: panel for panel in json.loads((ROOT / "grafana" / "run.json").read_text())["panels"]}
+    custom = panels_["Norm change by family, against tau"]["fieldConfig"]["defaults"]["custom"]
+    assert custom["scaleDistribution"] == {"log": 10, "type": "log"}
+
+
+@pytest.mark.parametrize("heights", [[0.5] * 7, [0.0, 0.01, 1.0], [0.99, 1.0], [0.2, 0.9, 0.25, 0.24], []])
+def test_labels_of_the_drawn_panels_do_not_overlap(heights):
+    """They stay in order, inside the panel, and where they are if there is room."""
+    draw = runpy.run_path(str(ROOT.parent / "docs" / "draw_panels.py"))
+    moved, gap = draw["spread"](heights), draw["LABEL"]
+    assert all(b - a >= gap - 1e-9 for a, b in itertools.pairwise(sorted(moved)))
+    assert all(0 <= height <= 1 for height in moved)
+    assert sorted(range(len(heights)), key=heights.__getitem__) == sorted(range(len(moved)), key=moved.__getitem__)
+    assert draw["spread"]([0.1, 0.9]) == [0.1, 0.9]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prelora_ray.data.order import Order, max_worker_cells, worker_cells
+from prelora_ray.data.order import Order, first_rows, max_worker_cells, worker_cells
 
 orders = st.builds(
     Order,
@@ -40,6 +40,13 @@ def test_every_sample_once_an_epoch(order, epoch):
     assert [order.batch_size(batch) for batch in range(order.num_batches)] == sizes
     assert [order.rows_from(batch) for batch in range(order.num_batches)] == [sum(sizes[i:]) for i in range(len(sizes))]
     assert order.batch_size(order.num_batches) == order.rows_from(order.num_batches) == 0
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(1, 900))
+def test_the_first_rows_keep_their_ids_and_row_groups(row_groups, num_rows):
+    found = first_rows(row_groups, num_rows)
+    assert sum(found) == min(num_rows, sum(row_groups))
+    assert list(found[:-1]) == row_groups[: len(found) - 1] and 0 < found[-1] <= row_groups[len(found) - 1]
 
 
 @given(orders, st.integers(0, 1000), st.data())

@@ -59,6 +59,7 @@ def test_a_step_leaves_room_for_a_snapshot_in_every_phase(tmp_path):
             "name": "x",
             "data": {"path": "x", "batch_size": 8, "cell": 4},
             "model": {"name": "vit_tiny_patch16_224", "image_size": 8, "options": TINY_VIT},
+            "method": {"r_max": 8},
             "train": {"epochs": 9, "ramp_epochs": 0},
         }
     )
@@ -84,6 +85,7 @@ def test_what_was_found_is_for_a_phase_and_a_size_of_images():
             "name": "x",
             "data": {"path": "x", "batch_size": 64, "cell": 4},
             "model": {"name": "vit_tiny_patch16_224", "image_size": 8, "options": TINY_VIT},
+            "method": {"r_max": 8},
             "train": {
                 **{"epochs": 20, "ramp_epochs": 0, "micro_batch": "auto"},
                 "resolution": [{"until": 2, "image_size": 4}],

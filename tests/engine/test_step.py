@@ -51,6 +51,7 @@ def settings(
                 "drop_path_form": form,
             },
             "augment": augment or {},
+            "method": {"r_max": 8},
             "train": {"precision": "fp64", "epochs": 20, "ramp_epochs": 0, "clip_norm": None, **train},
         }
     )

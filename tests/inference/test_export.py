@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +18,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import yaml
 from peft import PeftModel
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -30,6 +36,7 @@ from prelora_ray.method.phases import Phase
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
 from prelora_ray.train.run import train
+from tests.command import ROOT
 from tests.data.test_damage import overwrite
 from tests.runs import EPOCHS, FREEZE, SWITCH, TINY_VIT, settings
 
@@ -135,6 +142,58 @@ def test_the_configuration_is_that_of_the_run(exports, phase):
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, channels), np.uint8).squeeze()
     expected = (torch.from_numpy(pixels).view(8, 8, channels).permute(2, 0, 1) / 255 - 0.3) / 0.4
     torch.testing.assert_close(transform(Image.fromarray(pixels)), expected, atol=1e-5, rtol=0)
+
+
+def snippets(page: Path) -> list[str]:
+    """The code of a card."""
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("phase", CHANNELS)
+@pytest.mark.parametrize("folder", [".", "timm", "adapter", "onnx"])
+def test_the_code_of_every_card_runs_as_it_stands(runs, exports, phase, folder, tmp_path):
+    """In a process of its own, on an image that is not square; what it says of it is what the run's own model does."""
+    out = shutil.copytree(exports[phase], tmp_path / "out") / folder
+    if not out.exists():
+        assert (phase, folder) == ("full", "adapter")
+        return
+    pixels = np.random.default_rng(3).integers(0, 256, (8, 12, 3), np.uint8)
+    Image.fromarray(pixels).save(out / "image.png")
+    grey = Image.open(out / "image.png").convert("RGB" if CHANNELS[phase] == 3 else "L")
+    values = torch.from_numpy(np.array(grey.resize((8, 8), Image.Resampling.BICUBIC, (2, 0, 10, 8)))).view(8, 8, -1)
+    codes = snippets(out / "README.md")
+    assert len(codes) == (1 if folder != "." else 2 + (phase != "full"))
+    with torch.no_grad():
+        logits = load_run_model(str(runs[phase])).module((values.permute(2, 0, 1)[None] / 255 - 0.3) / 0.4)
+    shares = logits[0].softmax(0)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for code in codes:
+        command = [sys.executable, "-c", code]
+        told = subprocess.run(command, cwd=out, env=environment, capture_output=True, text=True, check=False)
+        assert told.returncode == 0, told.stderr
+        name, share = told.stdout.split()
+        assert float(share) == pytest.approx(shares[int(name)].item(), abs=2e-3)
+        assert shares[int(name)] >= shares.max() - 2e-3
+
+
+def test_the_cards_say_what_the_model_is(exports):
+    for folder in (".", "timm", "adapter", "onnx"):
+        card = (exports["lora"] / folder / "README.md").read_text()
+        front = yaml.safe_load(card.split("---\n")[1])
+        assert front["library_name"] == {"adapter": "peft", "onnx": "onnxruntime"}.get(folder, "timm")
+        assert "| checkpoint | `00003-000000`, after 3 of 300 epochs |" in card
+        assert "`vit_tiny_patch16_224` for 10 classes" in card
+        assert "| values | in 0..1, less mean 0.3, over standard deviation 0.4 |" in card
+        assert (folder == ".") != ("differ from the run's own model by at most" in card)
+
+
+def test_everybody_may_read_what_everybody_may_list(exports):
+    """As the files that the process makes itself: safetensors makes its own readable to their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    files = [path for path in exports["lora"].rglob("*") if path.is_file()]
+    assert {path.name for path in files} >= {"model.safetensors", "adapter_model.safetensors", "model.onnx", "README.md"}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o666 & ~mask}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import socket
 import time
@@ -12,16 +13,30 @@ from pathlib import Path
 
 import pytest
 import ray
+import torch
+from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from prelora_ray.config_file import parse_settings
+from prelora_ray.method.phases import Phase
 from prelora_ray.monitor.client import Client
-from prelora_ray.monitor.exporter import KEEP_SECONDS, NAME, NAMESPACE, SILENT_SECONDS, Board, Exporter, serve, start_exporter
+from prelora_ray.monitor.exporter import (
+    KEEP_SECONDS,
+    NAME,
+    NAMESPACE,
+    SILENT_SECONDS,
+    Board,
+    Exporter,
+    announce,
+    serve,
+    start_exporter,
+)
 from prelora_ray.monitor.metrics import RunMetrics, WorkerMetrics
-from prelora_ray.monitor.telemetry import run_label
+from prelora_ray.monitor.telemetry import WorkerTelemetry, run_label
 from prelora_ray.run_folder import RunFolder
+from tests import prometheus
 from tests.chaos.site import wait_for
-from tests.runs import EPOCHS
+from tests.runs import EPOCHS, settings
 
 Series = dict[tuple[str, tuple[str, ...]], float]
 
@@ -138,11 +153,51 @@ def test_a_taken_port_means_the_next_one(board):
 
 
 @pytest.mark.parametrize(("host", "start"), [("127.0.0.1", "127.0.0.1:"), ("::1", "[::1]:")])
-def test_its_address_is_what_prometheus_is_given(host, start):
-    exporter = Exporter(host, 19600)
+def test_its_address_is_what_prometheus_is_given(tmp_path, host, start):
+    exporter = Exporter(host, 19600, str(tmp_path))
     exporter.update("a", "0", worker("a", "0", 5).collect(), world_size=1)
     assert exporter.address().startswith(start)
     assert images(exporter.address()) == {("full", "a", "0"): 5}
+
+
+def test_prometheus_finds_every_exporter_of_the_machine(tmp_path):
+    """With the project's own configuration but for the place of the files; an exporter that is gone loses its own."""
+    program = prometheus.PROGRAM or pytest.skip("no prometheus on this machine (Debian: apt install prometheus)")
+    config = (prometheus.CONFIG / "prometheus.yml").read_text()
+    assert "[/tmp/ray/prelora-exporter-*.json]" in config
+    config = config.replace("/tmp/ray", str(tmp_path)).replace("10s", "1s")
+    (tmp_path / "prometheus.yml").write_text(config.replace("[alerts.yml]", f"[{prometheus.CONFIG}/alerts.yml]"))
+    (tmp_path / "prelora-exporter-1.json").write_text('[{"targets": ["127.0.0.1:1"]}]')
+    exporters = [Exporter("127.0.0.1", 19700, str(tmp_path)) for _ in range(2)]
+    for number, exporter in enumerate(exporters):
+        exporter.update(f"run {number}", "0", worker(f"run {number}", "0", 5).collect(), world_size=1)
+    assert exporters[0].address() != exporters[1].address()
+    with prometheus.serving(program, tmp_path / "prometheus.yml", tmp_path / "data") as query:
+        wait_for(lambda: len(query("prelora_images_total == 5")) == 2, 30, "both runs")
+        assert {found["metric"]["instance"] for found in query('up{job="prelora"}')} == {e.address() for e in exporters}
+
+
+def test_an_exporter_of_every_network_is_asked_on_loopback(tmp_path):
+    announce("0.0.0.0:9464", tmp_path)
+    assert json.loads((tmp_path / "prelora-exporter-9464.json").read_text()) == [{"targets": ["127.0.0.1:9464"]}]
+
+
+def test_the_rates_of_a_phase_that_is_over_are_gone(tmp_path):
+    run = settings(tmp_path, tmp_path, "rates", 1, monitor={"enabled": False})
+    telemetry = WorkerTelemetry(run, 10, 0, 1, torch.device("cpu"))
+
+    def of_phases(name: str) -> dict[str, float]:
+        page = generate_latest(telemetry._metrics.registry).decode()
+        return {labels[0]: value for (found, labels), value in parsed(page).items() if found == name}
+
+    for phase, images in ((Phase.FULL, 12), (Phase.LORA, 24)):
+        telemetry.begin_epoch(phase, 8)
+        telemetry.step(images, waited=0.0)
+        telemetry.send()
+        assert of_phases("prelora_images_per_second").keys() == {phase}
+    telemetry.end()
+    assert of_phases("prelora_images_per_second") == {}
+    assert of_phases("prelora_images_total") == {"full": 12, "lora": 24}, "counters go on"
 
 
 def test_an_exporter_that_dies_comes_back_with_what_workers_say(ray_cluster):
@@ -195,7 +250,9 @@ def test_a_run_exports_what_its_folder_says(undisturbed, storage):
         if name == "prelora_step_seconds_count" and labels[1] == label
     }
     assert steps == {phase: 15 * sum(line["phase"] == phase for line in epochs) for phase in phases}
-    assert found["prelora_epoch", (label,)] in (EPOCHS - 1, EPOCHS)
+    assert found["prelora_epoch", (label,)] == found["prelora_epochs", (label,)] == EPOCHS
+    assert found["prelora_remaining_seconds", (label,)] == 0
+    assert not [name for name, labels in found if name == "prelora_images_per_second" and label in labels], "it trains no more"
     assert found["prelora_loss", (label,)] == epochs[-1]["loss"]
     assert found["prelora_val_top1_ratio", (label,)] == epochs[-1]["val_top1"]
     assert found["prelora_phase_info", ("lora", label)] == 1

@@ -246,7 +246,7 @@ def test_a_run_is_compared_with_its_plan(tmp_path, recipe, bench):
     assert next(run["name"] for run in plan["runs"] if run["switch_epoch"]) == "switch after 3, as here"
     full, warmup, lora = plan["phases"]
     assert full["measured_images_per_second"] == 96
-    assert warmup["measured_images_per_second"] == pytest.approx((50 + 153.6) / 4)
+    assert warmup["measured_images_per_second"] == pytest.approx(153.6 / 2)
     assert lora["measured_images_per_second"] == 192
     assert warmup["trainable_parameters"] - full["trainable_parameters"] == 24 * 8 * 2 * 1024
     assert "+4.2%" in prelora_here("plan", str(folder), "--bench", bench).stdout  # 100 / 96
@@ -263,9 +263,9 @@ def test_a_runs_speed_stands_beside_its_own_kind_of_step_alone(tmp_path, recipe,
         return read_source(str(folder), overrides, None).measured
 
     own = {
-        Workload(Phase.FULL, 160, "bf16"): (20 + 192) / 4,
+        Workload(Phase.FULL, 160, "bf16"): 96,
         Workload(Phase.FULL, 224, "bf16"): 96,
-        Workload(Phase.WARMUP, 224, "bf16"): pytest.approx((50 + 153.6) / 4),
+        Workload(Phase.WARMUP, 224, "bf16"): pytest.approx(153.6 / 2),
         Workload(Phase.LORA, 224, "bf16"): 192,
     }
     assert speeds() == own
@@ -336,10 +336,10 @@ def test_what_cannot_be_planned_is_told(tmp_path, recipe, bench):
     ("content", "told"),
     [
         ("{", "Invalid JSON"),
-        ("[]", "Input should be an object"),
-        ('{"benchmark": "data"}', "benchmark: Input should be 'phases'"),
-        ({"matrix_flops": 0}, "matrix_flops: Input should be greater than 0"),
-        ({"rows": [{"name": "prelora bf16 full"}]}, "rows.0.images_per_second: Field required"),
+        ("[]", "it must be a mapping"),
+        ('{"benchmark": "data"}', "benchmark must be 'phases'"),
+        ({"matrix_flops": 0}, "matrix_flops must be greater than 0"),
+        ({"rows": [{"name": "prelora bf16 full"}]}, "rows.0.images_per_second must be given"),
         ({"rows": [{"name": "prelora bf16 all"}]}, "rows.0.name"),
     ],
 )

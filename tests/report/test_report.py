@@ -7,15 +7,16 @@ import re
 import shutil
 import subprocess
 from dataclasses import replace
-from html import escape
+from html import escape, unescape
 from pathlib import Path
 
 import pytest
 
 from prelora_ray.config_file import parse_settings
 from prelora_ray.records import table_summaries, to_json
+from prelora_ray.remarks import Remarks
 from prelora_ray.report import figures
-from prelora_ray.report.page import write_plan, write_report, write_switch_map
+from prelora_ray.report.page import _diagnosis, write_plan, write_report, write_switch_map
 from prelora_ray.report.records import RunRecords, differing_settings, read_runs, short_names
 from prelora_ray.run_folder import LineWriter, RunFolder
 from tests.lines import epoch_line, event
@@ -53,10 +54,18 @@ def test_every_figure_of_a_run_is_drawn(undisturbed, tmp_path):
     names = write_report([run], str(tmp_path / "report.html"))
     assert names == ["learning", "convergence", "ranks", "speed"]
     figures = drawn(opened(tmp_path / "report.html"))
-    # training, validation, top-1, rate; six families and the loss; a heatmap; six panels
-    assert figures == {"learning": 4, "convergence": 7, "ranks": 1, "speed": 6}
+    # training, validation, top-1, rate; six families and the loss; a heatmap; five panels: a CPU has no memory by phase
+    assert figures == {"learning": 4, "convergence": 7, "ranks": 1, "speed": 5}
     page = (tmp_path / "report.html").read_text()
     assert "4 to 6 px" in page and "<td>full, 4 px</td><td>1</td>" in page
+    for fact in (
+        "<td>finished</td>",
+        ">2 workers, ",
+        "parameters, images of 8 px",
+        "switch after epoch 3, freeze after epoch 5",
+    ):
+        assert fact in page.split("<h2>Summary")[1].split("<h2>Diagnosis")[0]
+    assert "peak memory " in page.split("<h2>By phase")[1] and "a process on a CPU hardly gives any back" in page
 
 
 def test_runs_side_by_side_tell_what_differs(undisturbed, tmp_path):
@@ -70,8 +79,15 @@ def test_runs_side_by_side_tell_what_differs(undisturbed, tmp_path):
 
 
 def test_pictures_over_tau_and_zeta(tmp_path):
-    write_switch_map([0.5, 1.0], [1.0, 2.0, 4.0], {"switch": [[None, 9, 6], [9, 6, 6]]}, str(tmp_path / "map.html"))
+    """Marks of one place are one, and those outside the map are none."""
+    content, out = {"switch": [[None, 9, 6], [9, 6, 6]]}, str(tmp_path / "map.html")
+    write_switch_map([0.5, 1.0], [1.0, 2.0, 4.0], content, out)
     assert drawn(opened(tmp_path / "map.html")) == {"map-0": 1}
+    marks = {"this run": (1.0, 2.0), "relaxed": (1.0, 5.0), "own": (1.0, 2.0), "medium": (0.5, 2.5), "strict": (0.25, 1.0)}
+    write_switch_map([0.5, 1.0], [1.0, 2.0, 4.0], content, out, marks)
+    document = opened(tmp_path / "map.html")
+    assert drawn(document) == {"map-0": 3}
+    assert "this run, own: tau 1, zeta 2" in document and "medium: tau 0.5" in document and "relaxed" not in document
 
 
 def test_a_plan_is_drawn_beside_runs_that_never_switch(tmp_path):
@@ -166,7 +182,86 @@ def test_a_sweep_with_markup_in_its_records(tmp_path):
 def records_of_an_epoch() -> RunRecords:
     """A run of one epoch, as small as its figures take it."""
     settings = parse_settings({"name": "run", "data": {"path": "data"}})
-    return RunRecords("run", settings, [epoch_line(0)], [], [], None)
+    return RunRecords("run", settings, [epoch_line(0)], [], [], None, Remarks("finished", True, ()))
+
+
+@pytest.mark.parametrize(
+    ("state", "method", "signatures", "told"),
+    [
+        (Remarks("finished", True, ()), {}, [], [("healthy", "none of the failure signatures shows")]),
+        (Remarks("finished", True, ("no switch: why",)), {}, [], [("finding", "no switch: why")]),
+        (Remarks("finished", True, ()), {}, ["early switch: so"], [("finding", "early switch: so")]),
+        (
+            Remarks("finished", True, ()),
+            {"enabled": False},
+            [],
+            [("open", "full training, as method.enabled is false; the failure signatures are of runs that switch")],
+        ),
+        (
+            Remarks("stopped after 3 of 9 epochs", False, ()),
+            {},
+            [],
+            [("open", "stopped after 3 of 9 epochs; no failure signature so far")],
+        ),
+        (
+            Remarks("unfinished after 3 of 9 epochs", False, ("hardly learned: low",)),
+            {},
+            [],
+            [("open", "unfinished after 3 of 9 epochs"), ("finding", "hardly learned: low")],
+        ),
+    ],
+)
+def test_green_is_a_run_alone_that_finished_and_shows_nothing(state, method, signatures, told):
+    run = records_of_an_epoch()
+    events = [event("diagnosis", signature="early_switch", value=1.0, limit=0.0, message=text) for text in signatures]
+    settings = parse_settings({"name": "run", "data": {"path": "data"}, "method": method})
+    page = _diagnosis(replace(run, settings=settings, state=state, events=events))
+    assert re.findall(r"<p class='(\w+)'><b>run</b>: (.*?)\.</p>", page) == told
+
+
+def test_reports_may_share_what_draws_them(undisturbed, tmp_path):
+    (tmp_path / "a b").mkdir()
+    pages = [tmp_path / "one.html", tmp_path / "a b" / "two.html"]
+    for page in pages:
+        write_report([str(RunFolder.of(undisturbed(1)))], str(page), plotly=str(tmp_path / "its plotly.js"))
+        assert page.stat().st_size < 300_000
+        assert drawn(opened(page))["speed"] == 5
+
+
+def test_on_a_phone_nothing_is_wider_than_the_screen_and_no_label_lies_over_another(undisturbed, tmp_path):
+    """The run as it is, with marks that are close to each other, and a table that scrolls by itself."""
+    source = Path(RunFolder.of(undisturbed(2)).path)
+    shutil.copytree(source, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "ray"))
+    marks = [event("restart", epoch, cause="failure", world_size=2) for epoch in (4, 4, 5)]
+    for mark in [*marks, event("resize", 5, world_size=3, before=2)]:
+        LineWriter(RunFolder(tmp_path / "run"), "events.jsonl").write(**to_json(mark))
+    write_report([str(tmp_path / "run")], str(tmp_path / "report.html"))
+    page = (tmp_path / "report.html").read_text()
+    measured = page.replace("<body>", "<body style='width: 360px; margin: 0'>").replace(
+        "</body>", f"<script>{MEASURE}</script></body>"
+    )
+    (tmp_path / "report.html").write_text(measured)
+    found = re.search(r'data-found="([^"]*)"', opened(tmp_path / "report.html"))
+    assert found is not None
+    assert json.loads(unescape(found[1])) == {"right": 360, "overlaps": []}
+
+
+MEASURE = """
+addEventListener("load", () => setTimeout(() => {
+  const labels = [...document.querySelectorAll(".plot-container")].flatMap(plot => {
+    const texts = [...plot.querySelectorAll("text")].filter(text => text.textContent.trim() && !text.closest(".modebar"));
+    const boxes = texts.map(text => [text.textContent, text.getBoundingClientRect()]).filter(([, box]) => box.width);
+    return boxes.flatMap(([one, a], i) => boxes.slice(i + 1)
+      .filter(([, b]) => Math.min(a.right, b.right) - Math.max(a.left, b.left) > 2
+                      && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 2)
+      .map(([other]) => one + " / " + other));
+  });
+  const parts = [...document.querySelectorAll("h1, h2, p, .wide, .plot-container, .plot-container text")];
+  const right = Math.max(...parts.map(part => part.getBoundingClientRect().right));
+  document.documentElement.dataset.found = JSON.stringify({right: Math.round(right), overlaps: labels});
+}, 3000));
+"""
+"""Has the document say how far it reaches to the right, and which texts of a figure lie over each other."""
 
 
 def test_sizes_are_marked_where_they_are_on_record():
