@@ -1,6 +1,8 @@
 """Writes docs/settings.md from the settings' own descriptions: `python docs/make_settings.py`."""
 
+from enum import Enum
 from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -41,10 +43,26 @@ def rows(section: type[BaseModel], prefix: str = "", *, tell_acts: bool = False)
             continue
         default = "required" if field.is_required() else f"`{_yaml(field.get_default(call_default_factory=True))}`"
         when = f" {ACTS[acts(prefix + name)]} |" if tell_acts else ""
-        found.append(f"| `{prefix}{name}` | {default} |{when} {' '.join((field.description or '').split())} |")
+        meaning = [*(field.description or "").split(), *_told(field.annotation)]
+        found.append(f"| `{prefix}{name}` | {default} |{when} {' '.join(meaning)} |")
         if inner is not None:
             found += rows(inner, f"{prefix}{name}.", tell_acts=tell_acts)
     return found
+
+
+def _words(annotation: Any) -> list[str]:
+    """The words that a key, or an entry of its list, may be."""
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        return [member.value for member in annotation]
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    return [word for part in get_args(annotation) for word in _words(part)]
+
+
+def _told(annotation: Any) -> list[str]:
+    """One word alone stands beside numbers or yes and no, and the meaning says what it does there."""
+    words, which = _words(annotation), "Any of" if get_origin(annotation) is tuple else "One of"
+    return [f"{which} {', '.join(f'`{word}`' for word in words)}."] if len(words) > 1 else []
 
 
 def _yaml(value: object) -> str:

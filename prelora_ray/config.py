@@ -169,8 +169,8 @@ class TrainSettings(Section):
     for the blocks' outputs and the gradients of their inputs, and bf16 for all else. What trains is float32 (fp64:
     float64)."""
     fp8_from: Phase = Phase.LORA
-    """First phase whose products are e4m3 where `train.precision` is fp8: full, warmup or lora. A fork may differ from
-    its trunk in it, as in fp8 or bf16, unless one of them is e4m3 in phase full."""
+    """First phase whose products are e4m3 where `train.precision` is fp8. A fork may differ from its trunk in it, as in
+    fp8 or bf16, unless one of them is e4m3 in phase full."""
     adapters: Annotated[Literal["plain", "merged"], Acts("switch")] = "merged"
     """How an adapted layer is computed: base and adapters apart, or as one product of the merged weights, as e4m3
     always is."""

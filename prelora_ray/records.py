@@ -473,11 +473,14 @@ def phase_summaries(epochs: Iterable[EpochLine]) -> dict[str, PhaseSummary]:
 
 
 def table_summaries(epochs: Sequence[EpochLine]) -> dict[str, PhaseSummary]:
-    """What a table tells: a summary of each phase, or where its images grew, of each of their sizes: `full, 160 px`."""
+    """What a table tells: a summary of each phase, or where its images grew, of each of their sizes: `full, 160 px`.
+
+    Epochs that an earlier version recorded have none: `full, ? px`.
+    """
     stages = by_phase_and_size(epochs)
     if len({size for _, size in stages if size is not None}) < 2:
         return phase_summaries(epochs)
-    return {f"{phase}, {size} px": _summary(phase, lines, stages) for (phase, size), lines in stages.items()}
+    return {f"{phase}, {size or '?'} px": _summary(phase, lines, stages) for (phase, size), lines in stages.items()}
 
 
 def by_phase_and_size(epochs: Iterable[EpochLine]) -> dict[tuple[str, int | None], list[EpochLine]]:

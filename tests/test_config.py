@@ -595,6 +595,19 @@ def test_every_key_says_when_it_acts():
     assert acts("method.rank_pattern.blocks.3.attn") == "switch"
 
 
+@pytest.mark.parametrize("key", ["model.drop_path_rule", "augment.crop", "train.precision", "train.fp8_from", "method.freeze"])
+def test_the_reference_in_the_docs_spells_the_words_that_a_key_may_be(key):
+    """Those that the refusal of another one names."""
+    section, name = key.split(".")
+    with pytest.raises(UserError) as error:
+        parse_settings({"name": "run", **DATA, section: {name: "else"}})
+    words = re.findall(r"'(\w+)'", str(error.value).partition("must be")[2])
+    rows = (Path(__file__).parent.parent / "docs" / "settings.md").read_text().splitlines()
+    (row,) = [row for row in rows if row.startswith(f"| `{key}` |")]
+    assert len(words) > 1
+    assert row.endswith(f" One of {', '.join(f'`{word}`' for word in words)}. |")
+
+
 def test_the_reference_in_the_docs_is_up_to_date():
     docs = Path(__file__).parent.parent / "docs"
     reference = runpy.run_path(str(docs / "make_settings.py"))["reference"]

@@ -93,7 +93,7 @@ def _read_run(folder: RunFolder, settings: Settings, images: int | None) -> Sour
         lines[-1].world_size,
         switches[-1] if switches else None,
         folder.read_json("ranks.json") if switches else None,
-        {kind: in_steady_state(own, lambda line: line.images_per_second / line.world_size) for kind, own in kinds.items()},
+        {kind: in_steady_state(its, lambda line: line.images_per_second / line.world_size) for kind, its in kinds.items()},
         () if why_not is None else (f"the run's own speed is not shown: {why_not}",),
     )
 

@@ -46,10 +46,10 @@ class RunRecords:
             bounds[-1] = (*bounds[-1][:2], line.epoch + 1)
         return bounds
 
-    def size_changes(self) -> list[tuple[int, int | None, int | None]]:
-        """(epochs completed, side of the training images before, and after), in order."""
-        pairs = itertools.pairwise(self.epochs)
-        return [(b.epoch, a.image_size, b.image_size) for a, b in pairs if a.image_size != b.image_size]
+    def size_changes(self) -> list[tuple[int, int, int]]:
+        """(epochs completed, side of the training images before, and after), in order; of epochs that recorded it."""
+        pairs = itertools.pairwise((line.epoch, line.image_size) for line in self.epochs if line.image_size is not None)
+        return [(epoch, before, after) for (_, before), (epoch, after) in pairs if before != after]
 
     def events_of(self, kind: type[EventT]) -> list[EventT]:
         return [event for event in self.events if isinstance(event, kind)]

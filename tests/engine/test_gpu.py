@@ -7,10 +7,18 @@ from prelora_ray.method.phases import Phase
 from prelora_ray.train.run import _settle_gpu
 
 
-def test_a_card_is_told_from_one_whose_name_begins_alike():
-    pcie, sxm = peak_flops("NVIDIA H100 PCIe"), peak_flops("NVIDIA H100 80GB HBM3")
-    assert pcie and sxm and pcie < sxm
-    assert peak_flops("Quadro P400") is None
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("Quadro P400", None),
+    ],
+)
+def test_peaks_are_those_of_the_vendors_data_sheets(name, peak):
+    assert peak_flops(name) == peak
 
 
 def test_a_vit_base_takes_35_gflops():

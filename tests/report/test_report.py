@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from prelora_ray.config_file import parse_settings
-from prelora_ray.records import to_json
+from prelora_ray.records import table_summaries, to_json
 from prelora_ray.remarks import Remarks
 from prelora_ray.report import figures
 from prelora_ray.report.page import _diagnosis, write_plan, write_report, write_switch_map
@@ -265,6 +265,14 @@ addEventListener("load", () => setTimeout(() => {
 }, 3000));
 """
 """Has the document say how far it reaches to the right, and which texts of a figure lie over each other."""
+
+
+def test_sizes_are_marked_where_they_are_on_record():
+    """An earlier version recorded none, so that a run that it began has some from where it was resumed on."""
+    sizes = [None, None, 160, 160, 224]
+    run = replace(records_of_an_epoch(), epochs=[epoch_line(epoch, image_size=size) for epoch, size in enumerate(sizes)])
+    assert run.size_changes() == [(4, 160, 224)]
+    assert list(table_summaries(run.epochs)) == ["full, ? px", "full, 160 px", "full, 224 px"]
 
 
 def test_what_is_no_run_is_told(tmp_path):

@@ -66,7 +66,7 @@ def test_a_sweep_that_is_done_trains_nothing_again(grid, digits):
 
 
 def test_a_trial_that_fails_is_told_and_leaves_the_others_alone(grid):
-    """As one of another number of workers would, the first time."""
+    """It fails for good the first time that its loss is not finite, without another attempt."""
     assert [grid.entry(name)["ended"] for name in GRID] == ["finished"] * (len(GRID) - 1) + ["failed"]
     message = grid.entry("diverging")["message"]
     assert re.search(r"the loss is not finite at step \d+ .*phase warmup; the last good checkpoint is .*/\d{5}-", message)
@@ -348,12 +348,19 @@ def test_paths_are_those_of_the_command_and_not_of_a_trial(load, tmp_path, monke
 
 
 def test_trials_are_named_by_what_makes_them(load):
-    plan = load(space={"method.tau": [0.5, 1.0], "method.warmup_epochs": [1, 2]})
-    norms = {f"blocks.{layer}.attn.query": 1.0 + layer for layer in range(3)}
-    trunk = Record([norms_line(epoch, norms) for epoch in range(7)], plan.trunk.method, ramp_epochs=1)
-    names = [outcome(plan, setting, trunk).trial for setting in plan.candidates()]
-    assert names[0] == names[2] != names[1] == names[3]
-    assert names[0].startswith("switch-3_warmup_epochs-1_")
+    """Settings that switch alike and have the same ranks are one; r_max counts by the ranks that it comes to."""
+
+    def names(**space: list) -> list[str]:
+        plan = load(space={f"method.{key}": values for key, values in space.items()})
+        norms = [{f"blocks.{layer}.attn.query": 10.0 + layer * epoch / 100 for layer in range(3)} for epoch in range(7)]
+        trunk = Record([norms_line(*line) for line in enumerate(norms)], plan.trunk.method, ramp_epochs=1)
+        return [outcome(plan, candidate, trunk).trial for candidate in plan.candidates()]
+
+    first = names(tau=[0.5, 1.0], warmup_epochs=[1, 2])
+    assert first[0] == first[2] != first[1] == first[3]
+    assert first[0].startswith("switch-3_warmup_epochs-1_")
+    small, large = names(r_max=[4, 8])
+    assert small.startswith("switch-3_") and small != large
 
 
 def test_settings_without_effect_are_told():
