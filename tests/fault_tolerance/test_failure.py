@@ -31,7 +31,7 @@ from tests.data.test_damage import overwrite
 from tests.runs import settings
 
 SHAPES = "mat1 and mat2 shapes cannot be multiplied (2x3 and 2x3)"
-ONCE = {"train": {"epochs": 2}, "method": {"enabled": False}, "checkpoint": {"every_seconds": None}}
+ONCE = {"train": {"epochs": 2, "resolution": []}, "method": {"enabled": False}, "checkpoint": {"every_seconds": None}}
 """Settings of a run that never switches, and saves at the end of its two epochs alone."""
 
 
