@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import threading
 from dataclasses import dataclass
@@ -10,10 +11,11 @@ from typing import Any
 
 from prelora_ray.config import Settings
 from prelora_ray.fault_tolerance.checkpoint import Checkpoints
+from prelora_ray.records import Progress
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.train.run import train
 from tests.chaos.faults import FAULTS, Target
-from tests.chaos.site import OwnRay
+from tests.chaos.site import OwnRay, wait_for
 from tests.prometheus import Prometheus
 from tests.runs import FREEZE, SWITCH, wait_inside
 
@@ -33,10 +35,18 @@ class Disturber(threading.Thread):
         """Those that the run stood in."""
 
     def run(self) -> None:
+        folder, attempt = self._target.folder, -1
         for epoch, kind in self._faults.items():
-            wait_inside(self._target.folder, epoch)
+            wait_inside(folder, epoch)
+            attempt = wait_for(functools.partial(_later_attempt, folder, attempt), 120, "a later attempt").attempt
             FAULTS[kind](self._target)
-            self.phases.append(Checkpoints(self._target.folder).newest()[0].state["phases"]["phase"])
+            self.phases.append(Checkpoints(folder).newest()[0].state["phases"]["phase"])
+
+
+def _later_attempt(folder: RunFolder, before: int) -> Progress | None:
+    """Where an attempt trains that is a later one: workers outlive their controller for a while."""
+    place = folder.read_place()
+    return place if isinstance(place, Progress) and place.attempt > before else None
 
 
 @dataclass

@@ -70,7 +70,13 @@ def ranks(run: RunRecords) -> go.Figure:
     by_place = {place: run.ranks[name] for name, place in places.items()}
     table = [[by_place.get((layer, family)) for layer in layers] for family in families]
     heatmap = go.Heatmap(
-        z=table, x=layers, y=families, text=table, texttemplate="%{text}", colorscale="Cividis", colorbar={"title": {"text": "rank", "side": "right"}}
+        z=table,
+        x=layers,
+        y=families,
+        text=table,
+        texttemplate="%{text}",
+        colorscale="Cividis",
+        colorbar={"title": {"text": "rank", "side": "right"}},
     )
     figure = go.Figure(heatmap, layout=_layout(height=120 + 40 * len(families), left=70))
     figure.update_xaxes(title="layer", dtick=1)
