@@ -11,8 +11,8 @@ make_importable()  # beside a torch that torchvision was not built for, timm cou
 
 import timm  # noqa: E402
 
-EPOCHS = 8
-METHOD = {"switch_epoch": 4, "warmup_epochs": 2, "r_min": 2, "r_max": 8, "window_epochs": 1, "adapter_ramp_steps": 10}
+EPOCHS = 10
+METHOD = {"switch_epoch": 5, "warmup_epochs": 2, "r_min": 2, "r_max": 8, "window_epochs": 1, "adapter_ramp_steps": 10}
 """In a run of your own leave `switch_epoch` out: then the test decides when to switch, by `tau` and `zeta`."""
 
 

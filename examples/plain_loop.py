@@ -10,9 +10,9 @@ from prelora_ray import PreLoRA
 
 def main() -> None:
     train, held_out = digits()
-    loader = DataLoader(train, batch_size=100, shuffle=True)
+    loader = DataLoader(train, batch_size=50, shuffle=True)
     model = small_vit()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
     prelora = PreLoRA(model, optimizer, **METHOD)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)
     for epoch in range(EPOCHS):

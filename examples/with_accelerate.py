@@ -15,10 +15,10 @@ def train(folder: str, until: int, goes_on: bool) -> None:
     """Trains up to the end of epoch `until`, and saves."""
     accelerator = Accelerator()
     model = small_vit()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
     prelora = CarriedPreLoRA(model, optimizer, **METHOD)  # its state is in the model's: save_state saves it
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)
-    loader = DataLoader(digits()[0], batch_size=100, shuffle=True)
+    loader = DataLoader(digits()[0], batch_size=50, shuffle=True)
     model, optimizer, scheduler, loader = accelerator.prepare(model, optimizer, scheduler, loader)
     if goes_on:
         accelerator.load_state(folder)

@@ -23,7 +23,7 @@ class Digits(lightning.LightningModule):
         return loss
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3, weight_decay=0.05)
+        optimizer = torch.optim.AdamW(self.parameters(), lr=2e-3, weight_decay=0.05)
         join(self, optimizer)  # in front of the scheduler, which then sets the adapters' rate too
         return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)]
 
@@ -42,9 +42,9 @@ class Report(lightning.Callback):
 
 def main() -> None:
     callback = PreLoRACallback(**METHOD)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = lightning.Trainer(max_epochs=EPOCHS, devices=1, callbacks=[callback, Report(callback)], **quiet)
-    trainer.fit(Digits(), DataLoader(digits()[0], batch_size=100, shuffle=True))
+    trainer.fit(Digits(), DataLoader(digits()[0], batch_size=50, shuffle=True))
 
 
 if __name__ == "__main__":

@@ -40,8 +40,8 @@ def main() -> None:
     data = [{"pixel_values": image, "labels": label} for image, label in digits()[0]]
     with tempfile.TemporaryDirectory() as folder:
         quiet = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "logging_strategy": "epoch"}
-        schedule = {"num_train_epochs": EPOCHS, "learning_rate": 1e-3, "weight_decay": 0.05}
-        args = TrainingArguments(folder, per_device_train_batch_size=100, use_cpu=True, **schedule, **quiet)
+        schedule = {"num_train_epochs": EPOCHS, "learning_rate": 2e-3, "weight_decay": 0.05}
+        args = TrainingArguments(folder, per_device_train_batch_size=50, use_cpu=True, **schedule, **quiet)
         trainer = Trainer(Classifier(), args, train_dataset=data)
         callback = PreLoRACallback(trainer, **METHOD)
         trainer.add_callback(callback)

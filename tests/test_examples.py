@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted(path for path in (ROOT / "examples").glob("*.py") if path.name != "digits.py")
-PHASES = ["full"] * 4 + ["warmup"] * 2 + ["lora"] * 2
+PHASES = ["full"] * 5 + ["warmup"] * 2 + ["lora"] * 3
 
 
 @pytest.mark.slow
@@ -19,9 +19,9 @@ PHASES = ["full"] * 4 + ["warmup"] * 2 + ["lora"] * 2
 def test_it_runs_and_learns(path: Path):
     run = subprocess.run([sys.executable, path], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert run.returncode == 0, run.stderr
-    epochs = re.findall(r"^epoch (\d): phase (\w+), loss (\d\.\d+)", run.stdout, re.MULTILINE)
+    epochs = re.findall(r"^epoch (\d+): phase (\w+), loss (\d\.\d+)", run.stdout, re.MULTILINE)
     assert [(int(epoch), phase) for epoch, phase, _ in epochs] == list(enumerate(PHASES, 1)), run.stdout
-    assert float(epochs[-1][2]) < 0.5 < float(epochs[0][2]), run.stdout
+    assert float(epochs[-1][2]) < 1 < float(epochs[0][2]), run.stdout
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

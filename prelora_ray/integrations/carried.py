@@ -11,7 +11,7 @@ from torch import nn
 
 from prelora_ray.engine.prelora import PreLoRA
 from prelora_ray.errors import UserError
-from prelora_ray.method.phases import Decision, Phase
+from prelora_ray.method.phases import Phase
 
 _NAME = "prelora"
 
@@ -36,11 +36,12 @@ class CarriedPreLoRA(PreLoRA):
         self._loss_sum = self._loss_sum + loss * steps
         self._steps += steps
 
-    def end(self) -> Decision:
-        """Ends an epoch whose mean training loss is that of what `add_loss` has counted in it."""
-        loss = float(self._loss_sum) / self._steps
-        self._loss_sum, self._steps = 0.0, 0
-        return self.end_epoch(loss)
+    def end(self) -> None:
+        """Ends the epoch, with the mean of what `add_loss` has counted in it; without that there was none."""
+        if self._steps:
+            loss = float(self._loss_sum) / self._steps
+            self._loss_sum, self._steps = 0.0, 0
+            self.end_epoch(loss)
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "loss_sum": float(self._loss_sum), "steps": self._steps}

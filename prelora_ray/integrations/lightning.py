@@ -47,14 +47,10 @@ class PreLoRACallback(Callback):
             self.prelora.add_loss(outputs["loss"] * trainer.accumulate_grad_batches)  # Lightning has divided it
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._end_epoch(trainer.current_epoch)  # which a checkpoint of its validation had not seen end
+        self.prelora.end()  # the epoch before it, where its last validation wrote the checkpoint that is resumed from
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._end_epoch(trainer.current_epoch + 1)
-
-    def _end_epoch(self, done: int) -> None:
-        if self.prelora.epoch < done:
-            self.prelora.end()
+        self.prelora.end()
 
 
 def join(module: LightningModule, optimizer: torch.optim.Optimizer) -> PreLoRA | None:
@@ -62,7 +58,7 @@ def join(module: LightningModule, optimizer: torch.optim.Optimizer) -> PreLoRA |
 
     Returns what the optimizer has joined; None where the trainer has no PreLoRACallback.
     """
-    for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in module.trainer.callbacks:
         if isinstance(callback, PreLoRACallback):
             callback.prelora.join(optimizer)
             return callback.prelora

@@ -21,10 +21,10 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's advice on worke
 
 
 class Module(lightning.LightningModule):
-    def __init__(self, joins: bool = True) -> None:
+    def __init__(self, joins: bool = True, has_scheduler: bool = True) -> None:
         super().__init__()
         self.vit = tiny_vit()
-        self.joins = joins
+        self.joins, self.has_scheduler = joins, has_scheduler
         self.losses: list[float] = []
 
     def training_step(self, batch: Any, _: int) -> torch.Tensor:
@@ -40,6 +40,8 @@ class Module(lightning.LightningModule):
         optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2, weight_decay=0.1)
         if self.joins:
             join(self, optimizer)
+        if not self.has_scheduler:
+            return optimizer
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * STEPS)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -73,7 +75,7 @@ def fit(
         **{"accelerator": "cpu", "max_epochs": EPOCHS, "enable_checkpointing": checkpointing} | quiet | options,
         callbacks=list(callbacks),
     )
-    trainer.fit(module, batches(one_batch), batches(), ckpt_path=ckpt_path, weights_only=False)
+    trainer.fit(module, batches(one_batch), batches(), ckpt_path=ckpt_path)
     return trainer
 
 
@@ -105,7 +107,7 @@ def test_a_fit_that_goes_on_from_a_checkpoint_has_the_same_bits(tmp_path: Path, 
 
 def test_a_fit_goes_on_from_the_middle_of_an_epoch(tmp_path: Path):
     """On batches that are all the same: Lightning goes on with the first one."""
-    undisturbed, module = Module(), Module()
+    undisturbed, module = (Module(joins=False, has_scheduler=False) for _ in range(2))
     saving = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=2)
     fit(undisturbed, PreLoRACallback(**LATE), saving, one_batch=True)
     fit(module, PreLoRACallback(**LATE), ckpt_path=tmp_path / "step=4.ckpt", one_batch=True)
@@ -116,7 +118,7 @@ def test_a_new_trainer_validates_a_checkpoint_of_phase_lora(tmp_path: Path):
     trainer = fit(Module(), PreLoRACallback(**LATE), ModelCheckpoint(tmp_path, filename="last"))
     module, callback = Module(), PreLoRACallback(**LATE)
     other = lightning.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=[callback])
-    other.validate(module, batches(), ckpt_path=tmp_path / "last.ckpt", weights_only=False, verbose=False)
+    other.validate(module, batches(), ckpt_path=tmp_path / "last.ckpt", verbose=False)
     assert callback.prelora.phase is Phase.LORA
     assert_same_bits({n: t for n, t in module.state_dict().items() if n != "vit.prelora"},
                      {n: t for n, t in trainer.lightning_module.state_dict().items() if n != "vit.prelora"})  # fmt: skip
@@ -124,7 +126,7 @@ def test_a_new_trainer_validates_a_checkpoint_of_phase_lora(tmp_path: Path):
 
 def test_what_cannot_be_is_told():
     with pytest.raises(UserError, match=r"strategy DDPStrategy is not allowed with PreLoRACallback: set devices=1"):
-        fit(Module(), PreLoRACallback(**LATE), strategy="ddp", devices=1)
+        PreLoRACallback(**LATE).setup(lightning.Trainer(accelerator="cpu", strategy="ddp", devices=1), Module(), "fit")
     with pytest.raises(UserError, match=r"does not know the adapters: call join\(self, optimizer\)"):
         fit(Module(joins=False), PreLoRACallback(**LATE))
     manual = Module()
