@@ -42,12 +42,13 @@ class PreLoRACallback(Callback):
                 raise UserError("the scheduler does not know the adapters: call join(self, optimizer) before you make it")
             self.prelora.join(trainer.optimizers[0])
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:  # a fit that goes on from the last step of an epoch never sees that epoch end
+            self.prelora.end()
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         if outputs:  # a step may be skipped
             self.prelora.add_loss(outputs["loss"] * trainer.accumulate_grad_batches)  # Lightning has divided it
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.prelora.end()  # the epoch before it, where its last validation wrote the checkpoint that is resumed from
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.prelora.end()

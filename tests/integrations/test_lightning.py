@@ -91,16 +91,18 @@ def test_phases_come_and_what_is_frozen_stays(accumulate: int):
     assert first == pytest.approx(sum(module.losses[:STEPS]) / STEPS, rel=1e-6)
 
 
-@pytest.mark.parametrize("validates", [True, False], ids=["saved by a validation", "saved by an epoch"])
-def test_a_fit_that_goes_on_from_a_checkpoint_has_the_same_bits(tmp_path: Path, validates: bool):
-    options = {} if validates else {"limit_val_batches": 0}
+@pytest.mark.parametrize(
+    "saved",
+    [{}, {"save_on_train_epoch_end": False}, {"every_n_train_steps": STEPS}],
+    ids=["by an epoch", "by a validation", "by a step"],
+)
+def test_a_fit_that_goes_on_from_a_checkpoint_has_the_same_bits(tmp_path: Path, saved: dict[str, Any]):
     undisturbed = Module()
-    saving = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
-    fit(undisturbed, PreLoRACallback(**LATE), saving, **options)
+    fit(undisturbed, PreLoRACallback(**LATE), ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, **saved))
     expected = undisturbed.state_dict()
     for epoch in range(EPOCHS - 1):
         module, callback = Module(), PreLoRACallback(**LATE)
-        fit(module, callback, ckpt_path=tmp_path / f"epoch={epoch}.ckpt", **options)
+        fit(module, callback, ckpt_path=tmp_path / f"epoch={epoch}.ckpt")
         assert callback.prelora.phase is Phase.LORA
         assert_same_bits(module.state_dict(), expected)
 
