@@ -1,4 +1,4 @@
-"""PreLoRA in other libraries' training loops (docs/own-loop.md): each module needs the one that it is named after."""
+"""PreLoRA in other libraries' training loops (docs/own-loop.md): a module named after one needs it."""
 
 from prelora_ray.torchvision_ops import make_importable
 

@@ -33,6 +33,8 @@ class CarriedPreLoRA(PreLoRA):
 
     def add_loss(self, loss: torch.Tensor | float, steps: int = 1) -> None:
         """Counts the mean training loss of `steps` steps of an epoch."""
+        if isinstance(loss, torch.Tensor):
+            loss = loss.detach().float()
         self._loss_sum = self._loss_sum + loss * steps
         self._steps += steps
 

@@ -44,12 +44,16 @@ def test_it_comes_back_with_the_weights(losses: tuple[float, ...]):
     assert_same_bits(second.state_dict(), first.state_dict())
 
 
-def test_the_mean_counts_steps():
+def test_the_mean_counts_steps_in_float32():
     model = Model()
-    model.prelora.add_loss(torch.tensor(1.0))
+    model.prelora.end()
+    assert model.prelora.epoch == 0  # none without a loss
+    model.prelora.add_loss(torch.tensor(1.0, dtype=torch.bfloat16, requires_grad=True))
+    model.prelora.add_loss(torch.tensor(1.0 / 512, dtype=torch.bfloat16))
     model.prelora.add_loss(4.0, steps=2)
     model.prelora.end()
-    assert model.prelora.state_dict()["schedule"]["test"]["closed"][0]["loss"] == 3.0
+    assert model.prelora.epoch == 1
+    assert model.prelora.state_dict()["schedule"]["test"]["closed"][0]["loss"] == (9 + 1 / 512) / 4
 
 
 def test_a_copy_carries_nothing_and_timm_loads_what_comes_out():
