@@ -27,7 +27,7 @@ OWN = {"prelora", "python", "ray", "tensorboard"}
 """Programs of the project's environment that pages name."""
 COMMAND = re.compile(rf"(?:[A-Za-z_]+=\S+ )*((?:{'|'.join(sorted(OWN | ELSEWHERE))}) (?!=).+)")
 """Variables, a program, and its arguments."""
-PLACE = re.compile(r"(jobs|docs|dashboards|benchmarks)/[\w./-]+|cluster\.yaml|constraints\.txt")
+PLACE = re.compile(r"(jobs|docs|dashboards|benchmarks|examples)/[\w./-]+|cluster\.yaml|constraints\.txt")
 """A file of this repository in an argument."""
 PLACEHOLDER = re.compile(r"[A-Z_]+")
 """A word that stands for the reader's own; as a number it will do for any type."""

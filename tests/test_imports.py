@@ -37,6 +37,7 @@ MAY_IMPORT = {
         *("engine", "tasks", "method", "kernels", "data/batch.py", "data/draws.py"),
         *("schedule.py", "config.py", "config_file.py", "storage.py", "errors.py", "torchvision_ops.py"),
     },
+    "integrations": {"integrations", "engine/prelora.py", "method/phases.py", "torchvision_ops.py", "errors.py"},
     "fault_tolerance": {
         *("fault_tolerance", "engine/optim.py", "engine/snapshot.py", "data/damage.py"),
         *("run_folder.py", "records.py", "config.py", "storage.py", "errors.py"),

@@ -70,7 +70,7 @@ class PreLoRA:
         """
         self.method = parse_method(method)
         self.model = model
-        self.optimizer = optimizer
+        self.optimizer: torch.optim.Optimizer | None = None
         self.epoch = 0
         """Epochs done."""
         self._seed = seed
@@ -90,7 +90,7 @@ class PreLoRA:
         self._is_stale = False
         """Whether weights have changed since."""
         if optimizer is not None:
-            self._join(optimizer)
+            self.join(optimizer)
         if adapters is not None:
             model.register_forward_pre_hook(lambda *_: self._refresh())
             model.register_load_state_dict_post_hook(lambda *_: self._has_changed())
@@ -157,7 +157,9 @@ class PreLoRA:
             raise RuntimeError("there are no adapters in phase full")
         save_adapter(self.model, folder)
 
-    def _join(self, optimizer: torch.optim.Optimizer) -> None:
+    def join(self, optimizer: torch.optim.Optimizer) -> None:
+        """Takes on an optimizer of the model's parameters, where none was given, in any phase."""
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's and Lightning's are wrappers
         group = {
             "params": [],
             "name": _GROUP,
@@ -167,17 +169,21 @@ class PreLoRA:
         optimizer.add_param_group(group)
         optimizer.register_step_pre_hook(lambda *_: self._begin_step(optimizer))
         optimizer.register_step_post_hook(lambda *_: self._end_step(optimizer))
+        self.optimizer = optimizer
+        if self.phase is not Phase.FULL:
+            self._hand_over(optimizer)
 
     def _hand_over(self, optimizer: torch.optim.Optimizer) -> None:
         """Adapters join their group, and what is frozen leaves its own."""
         adapters = [parameter for name, parameter in self.model.named_parameters() if is_adapter_parameter(name)]
-        _group_of(optimizer)["params"] = adapters
+        known = {id(parameter) for parameter in adapters}
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if not parameter.requires_grad:
                     parameter.grad = None
                     optimizer.state.pop(parameter, None)
-            group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
+            group["params"] = [p for p in group["params"] if p.requires_grad and id(p) not in known]
+        _group_of(optimizer)["params"] = adapters
 
     def _begin_step(self, optimizer: torch.optim.Optimizer) -> None:
         group, ramp = _group_of(optimizer), self.method.adapter_ramp_steps

@@ -1,0 +1,96 @@
+"""PreLoRA in Hugging Face's Trainer: phases, frozen weights, and its own checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from prelora_ray.errors import UserError
+from prelora_ray.integrations.transformers import PreLoRACallback
+from prelora_ray.method.phases import Phase
+from tests.integrations.loops import BATCH, EPOCHS, LATE, PHASES, STEPS, assert_same_bits, frozen, samples, tiny_vit
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.vit = tiny_vit()
+        self.losses: list[float] = []
+
+    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        logits = self.vit(pixel_values)
+        loss = F.cross_entropy(logits, labels)
+        if self.training:
+            self.losses.append(loss.item())
+        return {"loss": loss, "logits": logits}
+
+
+class Watch(TrainerCallback):
+    """What is so when an epoch has ended."""
+
+    def __init__(self, of: PreLoRACallback) -> None:
+        self.of = of
+        self.phases: list[Phase] = []
+        self.frozen: list[dict[str, torch.Tensor]] = []
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.phases.append(self.of.prelora.phase)
+        self.frozen.append(frozen(self.of.prelora.model))
+
+
+def arguments(folder: Path, **options: Any) -> TrainingArguments:
+    basic = {"num_train_epochs": EPOCHS, "per_device_train_batch_size": BATCH, "learning_rate": 1e-2, "weight_decay": 0.1}
+    quiet = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no"}
+    return TrainingArguments(str(folder), **basic | quiet | options)
+
+
+def trainer_of(folder: Path, **options: Any) -> tuple[Trainer, PreLoRACallback]:
+    images, labels = samples()
+    data = [{"pixel_values": image, "labels": label} for image, label in zip(images, labels, strict=True)]
+    trainer = Trainer(Model(), arguments(folder, **options), train_dataset=data, eval_dataset=data)
+    callback = PreLoRACallback(trainer, **LATE)
+    trainer.add_callback(callback)
+    return trainer, callback
+
+
+@pytest.mark.parametrize("logging", [{}, {"logging_steps": 2}, {"logging_strategy": "epoch", "eval_strategy": "epoch"}])
+def test_phases_come_and_what_is_frozen_stays(tmp_path: Path, logging: dict[str, Any]):
+    trainer, callback = trainer_of(tmp_path, **logging)
+    watch = Watch(callback)
+    trainer.add_callback(watch)
+    trainer.train()
+    assert watch.phases == PHASES
+    assert not watch.frozen[0] and len(watch.frozen[1]) == 8 * len(trainer.model.vit.blocks)
+    assert_same_bits(watch.frozen[1], watch.frozen[-1])
+    first = callback.prelora.state_dict()["schedule"]["test"]["closed"][0]["loss"]
+    assert first == pytest.approx(sum(trainer.model.losses[:STEPS]) / STEPS, rel=1e-6)
+
+
+def test_a_run_that_goes_on_from_a_checkpoint_has_the_same_bits(tmp_path: Path):
+    undisturbed, _ = trainer_of(tmp_path, save_strategy="steps", save_steps=1)
+    undisturbed.train()
+    expected = undisturbed.model.state_dict()
+    for step in (3, 4, 9):  # the end of an epoch, in the middle of one, phase lora
+        trainer, callback = trainer_of(tmp_path / "other")
+        trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert callback.prelora.phase is Phase.LORA
+        assert_same_bits(trainer.model.state_dict(), expected)
+
+
+def test_what_cannot_be_is_told(tmp_path: Path):
+    best = {"load_best_model_at_end": True, "save_strategy": "epoch", "eval_strategy": "epoch"}
+    with pytest.raises(UserError, match="load_best_model_at_end is not allowed with PreLoRACallback"):
+        trainer_of(tmp_path, **best)
+    with pytest.raises(UserError, match="needs a train_dataset with a length"):
+        PreLoRACallback(Trainer(Model(), arguments(tmp_path)))
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    with pytest.raises(UserError, match="a scheduler of your own is not allowed"):
+        PreLoRACallback(Trainer(model, arguments(tmp_path), train_dataset=[1], optimizers=(optimizer, scheduler)))
