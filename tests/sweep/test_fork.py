@@ -39,7 +39,10 @@ def test_a_fork_without_warmup_freezes_where_it_forks(grid, digits, storage):
 
 @pytest.mark.parametrize(
     ("name", "epochs", "method", "kill_in"),
-    [("full", 5, {"enabled": False}, SWITCH + 1), ("adapters", 6, {}, FREEZE)],
+    [
+        ("full", 5, {"enabled": False}, SWITCH + 1),
+        pytest.param("adapters", 6, {}, FREEZE, marks=pytest.mark.slow),
+    ],
 )
 def test_a_fork_that_ends_sooner_is_killed_and_has_the_bits_of_the_straight_run(
     trunk, digits, storage, name, epochs, method, kill_in
