@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import tempfile
 import urllib.request
@@ -33,6 +34,8 @@ make_importable()
 import timm  # noqa: E402
 
 torch.set_num_threads(1)
+# A shell starts what runs in the background with Ctrl-C ignored, and so would be what the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
