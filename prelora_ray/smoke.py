@@ -14,6 +14,7 @@ _CHANGES = (
     "train.epochs=4",
     "train.ramp_epochs=1",
     "train.resolution=[]",
+    "train.bend=null",
     "train.validate_every=1",
     "method.enabled=true",
     "method.window_epochs=1",
@@ -26,7 +27,7 @@ _CHANGES = (
 
 
 def smoke_run(path: str, overrides: Iterable[str], *, name: str | None = None, storage: str | None = None) -> Settings:
-    """A recipe's settings made a smoke run, under a name of its own each time; `overrides` count before its changes.
+    """A recipe's settings made a smoke run, under a name of its own each time. `overrides` win over what makes it one.
 
     Raises UserError as `load_settings` does.
     """

@@ -168,6 +168,10 @@ def bend(epochs: int, after: int, of: int) -> dict:
         (steps((9, 64, "rand-q")), "train.resolution.policy = 'rand-q' is not allowed: it must be `3a` or a RandAugment"),
         ({"train": {"resolution": [160]}}, "train.resolution = 160 is not allowed: it must be a mapping"),
         (
+            steps((9, 64)) | {"model": {"options": {"dynamic_img_size": False}}},
+            "model.options.dynamic_img_size = False is not allowed with train.resolution",
+        ),
+        (
             {"train": {"resolution": [{"until": 9, "image_size": 64, "polcy": "3a"}]}},
             "train.resolution.polcy = '3a' is not allowed: there is no such key, did you mean train.resolution.policy?",
         ),

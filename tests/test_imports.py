@@ -61,7 +61,7 @@ MAY_IMPORT = {
         *("config.py", "config_file.py", "section.py", "storage.py", "errors.py"),
     },
     "report": {
-        *("report", "method/architecture.py", "remarks.py", "run_folder.py", "records.py"),
+        *("report", "method/architecture.py", "remarks.py", "run_folder.py", "records.py", "words.py"),
         *("config.py", "storage.py", "errors.py"),
     },
     "runs.py": {"fault_tolerance", "run_folder.py", "records.py", "errors.py"},

@@ -31,8 +31,9 @@ def test_any_recipe_keeps_all_but_its_length(path):
     assert without_effect(smoke_run(str(path), [])) == []
 
 
-def test_a_recipe_that_is_too_short_for_its_test_or_has_none_is_no_exception(tmp_path):
-    (tmp_path / "short.yaml").write_text("data: {path: x}\ntrain: {epochs: 8}\nmethod: {enabled: false}\n")
+@pytest.mark.parametrize("train", ["epochs: 8", "epochs: 8, bend: {after: 6, of: 10}"])
+def test_a_recipe_that_is_too_short_for_its_test_or_has_none_or_a_bend_is_no_exception(tmp_path, train):
+    (tmp_path / "short.yaml").write_text(f"data: {{path: x}}\ntrain: {{{train}}}\nmethod: {{enabled: false}}\n")
     assert smoke_run(str(tmp_path / "short.yaml"), [], name="mine").name == "mine"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prelora_ray.records import BEGINNINGS, Freeze, Switch, last_top1, phase_summaries, seconds_by_attempt, top1s
 from prelora_ray.report.records import RunRecords
+from prelora_ray.words import counted
 
 
 def facts(runs: list[RunRecords]) -> tuple[list[str], list[list[str]]]:
@@ -26,7 +27,7 @@ def _duration(run: RunRecords) -> str:
         if seconds < 7200
         else f"{seconds / 3600:,.1f} h"
     )
-    return f"{took} for {len(run.epochs)} epochs" + (f", {restarts} restart{'s' if restarts > 1 else ''}" if restarts else "")
+    return f"{took} for {counted(len(run.epochs), 'epoch')}" + (f", {counted(restarts, 'restart')}" if restarts else "")
 
 
 def _model(run: RunRecords) -> str:
@@ -38,9 +39,7 @@ def _model(run: RunRecords) -> str:
 
 def _hardware(run: RunRecords) -> str:
     sizes = {line.world_size for line in run.epochs}
-    workers = (
-        "1 worker" if sizes == {1} else f"{min(sizes)} to {max(sizes)} workers" if len(sizes) > 1 else f"{max(sizes)} workers"
-    )
+    workers = f"{min(sizes)} to {max(sizes)} workers" if len(sizes) > 1 else counted(*sizes, "worker")
     devices = dict.fromkeys(event.device for event in run.events if isinstance(event, BEGINNINGS) and event.device)
     return f"{workers}, {' and '.join(devices) or ('GPU' if run.on_gpu else 'CPU')}"
 
