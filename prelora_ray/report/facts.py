@@ -39,7 +39,7 @@ def _model(run: RunRecords) -> str:
 
 def _hardware(run: RunRecords) -> str:
     sizes = {line.world_size for line in run.epochs}
-    workers = f"{min(sizes)} to {max(sizes)} workers" if len(sizes) > 1 else counted(*sizes, "worker")
+    workers = f"{min(sizes)} to {max(sizes)} workers" if len(sizes) > 1 else counted(max(sizes), "worker")
     devices = dict.fromkeys(event.device for event in run.events if isinstance(event, BEGINNINGS) and event.device)
     return f"{workers}, {' and '.join(devices) or ('GPU' if run.on_gpu else 'CPU')}"
 
