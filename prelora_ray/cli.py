@@ -388,8 +388,9 @@ def report(
     from prelora_ray.report.page import write_report
     from prelora_ray.storage import absolute, check_outlives_job
 
-    for place in (out, png or ""):
-        check_outlives_job(absolute(place))
+    for place in (out, png, plotly):
+        if place is not None:
+            check_outlives_job(absolute(place))
     figures = write_report(paths, out, png, plotly)
     if as_json:
         print_json({"path": out, "figures": figures, "png": png})

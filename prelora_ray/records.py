@@ -566,13 +566,17 @@ def _against_full(stages: _Stages, full: _Stages) -> float | None:
 
 
 def _startup_seconds(lines: Sequence[EpochLine]) -> float | None:
-    """Of lines of one size; None where none of them is steady."""
+    """Of lines of one size, by worker, as the number of workers may change; None where none of them is steady."""
     steady = steady_lines(lines)
     if not steady:
         return None
-    rate = in_steady_state(lines, lambda line: line.images_per_second)
+
+    def of_worker(line: EpochLine) -> float:
+        return line.images_per_second / line.world_size
+
+    rate = in_steady_state(lines, of_worker)
     others = [line for line in lines if line not in steady]
-    return sum(max(0.0, line.train_seconds * (1 - line.images_per_second / rate)) for line in others)
+    return sum(max(0.0, line.train_seconds * (1 - of_worker(line) / rate)) for line in others)
 
 
 def seconds_by_attempt(events: Iterable[Event]) -> dict[int, float]:

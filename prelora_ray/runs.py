@@ -51,7 +51,7 @@ def list_runs(storage: str) -> list[RunState]:
 def _state(name: str, run: RunFolder) -> RunState:
     try:
         return _read(name, run)
-    except (UserError, TypeError) as error:  # one that cannot be read takes no other with it
+    except (UserError, TypeError, OSError) as error:  # one that cannot be read takes no other with it
         return RunState(name, "damaged", message=one_line(error))
 
 

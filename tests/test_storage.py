@@ -6,6 +6,8 @@ import errno
 import os
 import re
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -214,3 +216,21 @@ def test_what_ends_with_a_job_is_refused(tmp_path, inside):
     package = get_uri_for_directory(str(tmp_path), include_gitignore=True).removeprefix("gcs://").removesuffix(".zip")
     with pytest.raises(UserError, match="is not allowed in a job: a relative path lies in what Ray uploaded for it"):
         check_outlives_job(f"/tmp/ray/session/runtime_resources/working_dir_files/{package}{inside}")
+
+
+@pytest.mark.parametrize(
+    ("places", "told"),
+    [
+        (["--out", "/tmp/r.html"], "is no run folder"),
+        (["--out", "r.html"], "is not allowed in a job"),
+        (["--out", "/tmp/r.html", "--plotly", "p.js"], "is not allowed in a job"),
+    ],
+)
+def test_a_job_may_write_a_report_outside_of_what_ray_uploaded(tmp_path, places, told):
+    """From there, of a run that there is not: whether it is the place that is refused."""
+    folder = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_0123456789abcdef"
+    folder.mkdir(parents=True)
+    command = [sys.executable, "-m", "prelora_ray", "report", "/nowhere/run", *places]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 2 and told in result.stderr, result.stderr

@@ -68,6 +68,12 @@ class PreLoRA:
 
         Raises UserError where a key is not allowed, or the model has not what the method adapts.
         """
+        if adapters not in (None, "plain", "merged"):
+            raise UserError(f"adapters = {adapters!r} is not allowed: it must be 'plain', 'merged' or None")
+        if precision not in ("fp32", "bf16", "fp8"):
+            raise UserError(f"precision = {precision!r} is not allowed: it must be 'fp32', 'bf16' or 'fp8'")
+        if precision != "fp32" and adapters is None:
+            raise UserError(f"precision = {precision!r} is not allowed without adapters: give adapters='merged'")
         self.method = parse_method(method)
         self.model = model
         self.optimizer: torch.optim.Optimizer | None = None

@@ -15,7 +15,7 @@ def sweep_table(sweep: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     controls = {"full_control": "full, %"}
     if any(entry.get("rank_1_control") for entry in sweep["settings"]):
         controls["rank_1_control"] = "rank 1, %"
-    top1 = {entry["trial"]: _percent(entry["val_top1"]) for entry in [sweep["full"], *sweep["controls"]]}
+    top1 = {trial: _percent(value) for trial, value in _of_controls(sweep).items()}
 
     def row(first: list[str], switch: str, trains: str, entry: dict[str, Any]) -> list[str]:
         left = entry.get("rate_left")
@@ -27,7 +27,7 @@ def sweep_table(sweep: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             trains,
             "-" if hours is None else f"{hours:.4g}",
             _percent(entry["val_top1"]),
-            *(top1.get(entry.get(key), "") for key in controls),
+            *(top1.get(entry.get(key) or "", "") for key in controls),
             "*" if entry["trial"] in sweep["pareto"] else "" if ended == "finished" else ended or "not run",
             ", ".join(signature.replace("_", " ") for signature in entry.get("diagnosis", [])),
             entry["trial"] if entry.get("message") is None else f"{entry['trial']}: {entry['message']}",
@@ -49,10 +49,15 @@ def sweep_table(sweep: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return [*names, *told], rows
 
 
+def _of_controls(sweep: dict[str, Any]) -> dict[str, float]:
+    """Top-1 by run of the trunk and of the controls that have ended: one that has not begins with its trunk's."""
+    ended = [entry for entry in sweep["controls"] if entry.get("ended", "finished") == "finished"]
+    return {entry["trial"]: entry["val_top1"] for entry in [sweep["full"], *ended] if entry["val_top1"] is not None}
+
+
 def told_of_controls(sweep: dict[str, Any]) -> str | None:
     """How runs did against full training of equal cost, in a sentence; None where none has such a control."""
-    controls = [sweep["full"], *sweep["controls"]]
-    top1 = {entry["trial"]: entry["val_top1"] for entry in controls if entry["val_top1"] is not None}
+    top1 = _of_controls(sweep)
     runs = {entry["trial"]: entry for entry in sweep["settings"] if entry.get("full_control") in top1}
     if not runs:
         return None

@@ -190,6 +190,13 @@ def test_what_cannot_be_is_told():
         Loop(tau=-1)
     with pytest.raises(UserError, match=r"method\.taus = 1 is not allowed: there is no such key, did you mean method\.tau"):
         Loop(taus=1)
+    for wrong, told in (
+        ({"precision": "fp16", "adapters": "merged"}, "precision = 'fp16' is not allowed: it must be"),
+        ({"adapters": "merge"}, "adapters = 'merge' is not allowed: it must be"),
+        ({"precision": "bf16"}, "precision = 'bf16' is not allowed without adapters"),
+    ):
+        with pytest.raises(UserError, match=told):
+            Loop(**wrong)
     with pytest.raises(UserError, match="has no `blocks`"):
         PreLoRA(nn.Linear(2, 2))
     with pytest.raises(UserError, match=r"method\.rank_pattern: .* exactly one must match"):

@@ -276,6 +276,9 @@ def test_controls_stand_in_the_table_beside_the_runs():
     assert [row["rank 1, %"] for row in shown[3:]] == ["90.24", ""]
     assert [row["GPU-hours"] for row in shown] == ["120", "80", "117", "118", "80"]
     assert told_of_controls(sweep) == "0 of 2 runs end above full training that costs as much"
+    controls[0] |= {"ended": "failed", "val_top1": 0.5}  # where it stood
+    assert told_of_controls(sweep) == "0 of 1 runs end above full training that costs as much"
+    assert sweep_table(sweep)[1][-1][head.index("full, %")] == ""
 
 
 def test_a_sweep_of_an_earlier_version_is_read(tmp_path):
