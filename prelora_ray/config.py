@@ -363,6 +363,11 @@ class Settings(Section):
         step = self.resolution_step(epoch)
         return self.model.image_size if step is None else step.image_size
 
+    def augment_at(self, step: ResolutionStep) -> AugmentSettings:
+        """The augmentation of a step of `train.resolution`: a padded crop's border shrinks with the images."""
+        padding = round(self.augment.padding * step.image_size / self.model.image_size)
+        return self.augment.model_copy(update={"padding": padding, "policy": step.policy or self.augment.policy})
+
     @property
     def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation of each channel that the model takes; of grey, the averages over the colours."""

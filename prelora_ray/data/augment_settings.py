@@ -34,7 +34,7 @@ class AugmentSettings(Section):
     min_scale: Annotated[float, Field(gt=0, le=1)] = 0.08
     """Smallest share of the image's area in a random resized crop."""
     padding: Whole = 4
-    """Border of a padded crop, in pixels."""
+    """Border of a padded crop, in pixels at `model.image_size`; of smaller images, in proportion."""
     flip: Share = 0.5
     """Probability of a horizontal flip."""
     policy: Policy | None = None

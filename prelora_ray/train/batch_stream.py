@@ -75,9 +75,7 @@ def stream_plan(settings: Settings, manifest: Manifest, rank: int, world_size: i
     }
     augmentation = Augmentation(settings.model.image_size, data.mean, data.std, augment)
     of_epochs = {
-        epoch: Augmentation(
-            step.image_size, data.mean, data.std, augment.model_copy(update={"policy": step.policy or augment.policy})
-        )
+        epoch: Augmentation(step.image_size, data.mean, data.std, settings.augment_at(step))
         for epoch in range(settings.train.epochs)
         if (step := settings.resolution_step(epoch)) is not None
     }

@@ -106,20 +106,20 @@ def grown(growing: Settings, ray_cluster: None) -> Cells:
 
 
 @pytest.mark.parametrize(
-    ("places", "size", "policy"),
+    ("places", "size", "padding", "policy"),
     [
-        ([("train", 0), ("train", 1)], 4, None),
-        ([("train", 2)], 6, "rand-m5-inc1"),
-        ([("val", 1), ("train", 3), ("val", 3)], 8, None),
+        ([("train", 0), ("train", 1)], 4, 1, None),
+        ([("train", 2)], 6, 2, "rand-m5-inc1"),
+        ([("val", 1), ("train", 3), ("val", 3)], 8, 2, None),
     ],
     ids=["4", "6", "8"],
 )
-def test_images_that_grow_are_those_of_a_run_of_their_size(settings, grown, places, size, policy):
+def test_images_that_grow_are_those_of_a_run_of_their_size(settings, grown, places, size, padding, policy):
     model, augment = settings.model, settings.augment
     alone = settings.model_copy(
         update={
             "model": model.model_copy(update={"image_size": size}),
-            "augment": augment.model_copy(update={"policy": policy}),
+            "augment": augment.model_copy(update={"policy": policy, "padding": padding}),
         }
     )
     expected = seen_cells(alone, 0, 1, [Pass(*place) for place in places])
