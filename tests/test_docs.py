@@ -44,7 +44,7 @@ def commands(text: str) -> Iterator[list[str]]:
     for line in re.sub(r"\\\n\s*", "", "\n".join(blocks + inline)).splitlines():
         for part in re.split(r"&&|;", re.sub(r"\s#.*", "", line)):
             if match := COMMAND.match(part.strip("() ")):
-                yield shlex.split(re.sub(r"[\[\]]", "", match[1]))
+                yield shlex.split(re.sub(r"(?<!\S)\[(.*?)\](?!\S)", r"\1", match[1]))
 
 
 def all_commands() -> list[Any]:
