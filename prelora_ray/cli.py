@@ -71,9 +71,9 @@ def train(
 
     settings = (smoke_run if fast else load_settings)(config, overrides or [], name=name, storage=storage)
 
-    from prelora_ray import console
-    from prelora_ray.live import watch
     from prelora_ray.run_folder import RunFolder
+    from prelora_ray.terminal import console
+    from prelora_ray.terminal.live import watch
     from prelora_ray.train.run import train as run
 
     with watch(settings):
@@ -109,8 +109,8 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Tell what a recipe will cost: GPU-hours, memory and exchange by phase, beside full training. Runs nothing."""
-    from prelora_ray import console
     from prelora_ray.plan.planner import Options, plan_recipe
+    from prelora_ray.terminal import console
 
     options = Options(gpus, gpu, tuple(bench or ()), bandwidth, memory, assume_speed, images)
     result = plan_recipe(recipe, overrides or [], options)
@@ -143,10 +143,10 @@ def sweep(
 
     plan = load_sweep(config, overrides or [], name=name, storage=storage)
 
-    from prelora_ray import console
-    from prelora_ray.live import watch
     from prelora_ray.report.sweep_table import told_of_controls
     from prelora_ray.sweep.run import sweep as run
+    from prelora_ray.terminal import console
+    from prelora_ray.terminal.live import watch
 
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # a box of Tune's, with advice that fits neither paths nor names here
     result = run(plan, watch, debug=_debug)
@@ -178,12 +178,12 @@ def prepare(
     settings: PrepareSettings,
 ) -> None:
     """Turn images into the Parquet files that training streams."""
-    from prelora_ray import console
     from prelora_ray.config import absolute_source
     from prelora_ray.data.prepare import prepare as run
     from prelora_ray.nodes import check_seen_by_all_nodes
     from prelora_ray.ray_session import ray_session
     from prelora_ray.storage import absolute
+    from prelora_ray.terminal import console
 
     start = time.monotonic()
     with ray_session(debug=_debug), console.progress("images") as show:
@@ -219,9 +219,9 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Evaluate a trained model on a prepared validation set."""
-    from prelora_ray import console
     from prelora_ray.inference.evaluate import evaluate as run
     from prelora_ray.ray_session import ray_session
+    from prelora_ray.terminal import console
 
     with ray_session(debug=_debug), console.progress("images") as show:
         report = run(source, data, show)
@@ -250,8 +250,8 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Export a run's model for timm, PEFT and ONNX, each loaded back and compared with the run's own."""
-    from prelora_ray import console
     from prelora_ray.inference.export import export as run
+    from prelora_ray.terminal import console
 
     exported = run(source, out, data)
     if as_json:
@@ -285,11 +285,11 @@ def replay(
     as_json: Json = False,
 ) -> None:
     """Tell where other settings of the test would have switched a recorded run. What is not given is the run's own."""
-    from prelora_ray import console
     from prelora_ray.config_file import parse_method
     from prelora_ray.records import rank_counts
     from prelora_ray.sweep.replay import read_record
     from prelora_ray.sweep.replay import replay as run
+    from prelora_ray.terminal import console
 
     record = read_record(source)
     taus = [record.method.tau] if tau is None else _numbers("--tau", tau)
@@ -332,9 +332,9 @@ def _replay_map(
     picture: str | None,
     as_json: bool,
 ) -> None:
-    from prelora_ray import console
     from prelora_ray.report.page import write_switch_map
     from prelora_ray.sweep.map import PUBLISHED, switch_map, what_it_means
+    from prelora_ray.terminal import console
 
     points = switch_map(record, method, ramp_epochs, taus, zetas, what_it_means(source, method))
     if picture is not None:
@@ -384,9 +384,9 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Show what happened in a run, in several side by side, or in a sweep, as one HTML file."""
-    from prelora_ray import console
     from prelora_ray.report.page import write_report
     from prelora_ray.storage import absolute, check_outlives_job
+    from prelora_ray.terminal import console
 
     for place in (out, png, plotly):
         if place is not None:
@@ -404,8 +404,8 @@ def runs(
     as_json: Json = False,
 ) -> None:
     """List runs: what each does, how far it is, and when it last said so."""
-    from prelora_ray import console
     from prelora_ray.runs import list_runs
+    from prelora_ray.terminal import console
 
     found = list_runs(storage)
     if as_json:
@@ -420,8 +420,8 @@ def doctor(
     as_json: Json = False,
 ) -> None:
     """Look for damage: are checksums right, can every image, record and checkpoint be read? Exit status 1 if not."""
-    from prelora_ray import console
     from prelora_ray.doctor import examine
+    from prelora_ray.terminal import console
 
     with console.progress("looked at") as show:
         findings = examine(path, show)

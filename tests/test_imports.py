@@ -74,16 +74,14 @@ MAY_IMPORT = {
         *("plan", "engine", "method", "data/manifest.py", "schedule.py", "run_folder.py", "records.py"),
         *("config.py", "config_file.py", "section.py", "storage.py", "errors.py"),
     },
-    "bench/commands.py": {"bench", "report", "console.py", "json_output.py", "storage.py", "errors.py"},
-    "console.py": {
-        *("report", "sweep", "plan", "inference", "data", "remarks.py", "run_folder.py", "records.py"),
+    "bench/commands.py": {"bench", "report", "terminal", "json_output.py", "storage.py", "errors.py"},
+    "terminal": {
+        *("terminal", "report", "sweep", "plan", "inference", "data", "remarks.py", "run_folder.py", "records.py"),
         *("config.py", "runs.py", "words.py"),
     },
-    "live.py": {"console.py", "run_folder.py", "records.py", "config.py", "words.py"},
     "cli.py": {
         *(
-            "console.py",
-            "live.py",
+            "terminal",
             "runs.py",
             "ray_session.py",
             "json_output.py",

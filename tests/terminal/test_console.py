@@ -12,10 +12,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from prelora_ray import console
 from prelora_ray.inference.evaluate import EvaluationReport
 from prelora_ray.sweep.map import Point
 from prelora_ray.tasks.classification import Evaluation
+from prelora_ray.terminal import console
 from prelora_ray.words import ago, counted
 
 TEXT = "runs/[old]/:x: [/bold] [red]"

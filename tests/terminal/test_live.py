@@ -15,15 +15,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from prelora_ray import console, live
 from prelora_ray.config import Settings
 from prelora_ray.config_file import parse_settings
 from prelora_ray.method.convergence import ConvergenceTest
 from prelora_ray.records import EpochLine, Progress, Starting, WindowLine, to_json
 from prelora_ray.run_folder import RunFolder
+from prelora_ray.terminal import console, live
 from tests.command import ROOT
 from tests.lines import epoch_line, event, progress
-from tests.test_console import TEXT, printed
+from tests.terminal.test_console import TEXT, printed
 
 EPOCHS = 12
 METHOD = {"tau": 1.0, "zeta": 5.0, "windows": 3, "window_epochs": 1, "r_max": 8}
@@ -140,8 +140,9 @@ def test_a_start_is_shown_with_what_each_step_took(tmp_path):
 
 SCRIPT = """
 import logging, sys, time, warnings
-from prelora_ray import cli, live
+from prelora_ray import cli
 from prelora_ray.config_file import parse_settings
+from prelora_ray.terminal import live
 
 logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[cli._StandardError()])
 with live.watch(parse_settings({"name": "run", "storage": sys.argv[1], "data": {"path": "x"}})):

@@ -17,9 +17,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from prelora_ray import console, records
+from prelora_ray import records
 from prelora_ray.config import Settings
 from prelora_ray.run_folder import RunFolder
+from prelora_ray.terminal import console
 from prelora_ray.words import clock, counted, number, percent
 
 _PHASES = {"full": ("█", "green"), "warmup": ("▓", "yellow"), "lora": ("▒", "blue")}
