@@ -67,7 +67,7 @@ def train(
 ) -> None:
     """Train a run through full, warmup and lora, or resume it."""
     from prelora_ray.config_file import load_settings
-    from prelora_ray.smoke import smoke_run
+    from prelora_ray.train.smoke import smoke_run
 
     settings = (smoke_run if fast else load_settings)(config, overrides or [], name=name, storage=storage)
 
