@@ -22,7 +22,7 @@ from prelora_ray.words import counted
 
 if TYPE_CHECKING:
     from prelora_ray.config import MethodSettings
-    from prelora_ray.sweep.replay import Record
+    from prelora_ray.recorded.replay import Record
 
 app = typer.Typer(
     help="PreLoRA pre-training of Vision Transformers on Ray.",
@@ -286,9 +286,9 @@ def replay(
 ) -> None:
     """Tell where other settings of the test would have switched a recorded run. What is not given is the run's own."""
     from prelora_ray.config_file import parse_method
+    from prelora_ray.recorded.replay import read_record
+    from prelora_ray.recorded.replay import replay as run
     from prelora_ray.records import rank_counts
-    from prelora_ray.sweep.replay import read_record
-    from prelora_ray.sweep.replay import replay as run
     from prelora_ray.terminal import console
 
     record = read_record(source)
@@ -404,7 +404,7 @@ def runs(
     as_json: Json = False,
 ) -> None:
     """List runs: what each does, how far it is, and when it last said so."""
-    from prelora_ray.runs import list_runs
+    from prelora_ray.recorded.runs import list_runs
     from prelora_ray.terminal import console
 
     found = list_runs(storage)

@@ -27,7 +27,6 @@ MAY_IMPORT = {
     "config_file.py": {"config.py", "section.py", "storage.py", "errors.py"},
     "run_folder.py": {"records.py", "config.py", "config_file.py", "storage.py", "errors.py"},
     "schedule.py": {"method", "records.py", "config.py", "errors.py"},
-    "remarks.py": {"schedule.py", "method", "fault_tolerance/end.py", "run_folder.py", "records.py", "config.py"},
     "data/draws.py": set(),
     "data/order.py": {"data/draws.py"},
     "data": {"data", "section.py", "storage.py", "errors.py"},
@@ -40,6 +39,10 @@ MAY_IMPORT = {
     "fault_tolerance": {
         *("fault_tolerance", "engine/optim.py", "engine/snapshot.py", "data/damage.py"),
         *("run_folder.py", "records.py", "config.py", "storage.py", "errors.py"),
+    },
+    "recorded": {
+        *("recorded", "schedule.py", "engine/optim.py", "fault_tolerance", "method"),
+        *("run_folder.py", "records.py", "config.py", "errors.py"),
     },
     "monitor": {
         *("monitor", "engine/flops.py", "method"),
@@ -56,14 +59,13 @@ MAY_IMPORT = {
     },
     "sweep": {
         *("sweep", "ray_session.py", "train", "fault_tolerance", "engine", "method"),
-        *("schedule.py", "remarks.py", "run_folder.py", "records.py"),
+        *("recorded", "schedule.py", "run_folder.py", "records.py"),
         *("config.py", "config_file.py", "section.py", "storage.py", "errors.py"),
     },
     "report": {
-        *("report", "method/architecture.py", "remarks.py", "run_folder.py", "records.py", "words.py"),
+        *("report", "method/architecture.py", "recorded", "run_folder.py", "records.py", "words.py"),
         *("config.py", "storage.py", "errors.py"),
     },
-    "runs.py": {"fault_tolerance", "run_folder.py", "records.py", "errors.py"},
     "doctor.py": {"fault_tolerance", "data", "run_folder.py", "records.py", "errors.py"},
     "bench": {
         *("bench", "ray_session.py", "train", "fault_tolerance", "monitor", "engine", "method", "data"),
@@ -75,13 +77,13 @@ MAY_IMPORT = {
     },
     "bench/commands.py": {"bench", "report", "terminal", "json_output.py", "storage.py", "errors.py"},
     "terminal": {
-        *("terminal", "report", "sweep", "plan", "inference", "data", "remarks.py", "run_folder.py", "records.py"),
-        *("config.py", "runs.py", "words.py"),
+        *("terminal", "report", "sweep", "plan", "inference", "data", "recorded", "run_folder.py", "records.py"),
+        *("config.py", "words.py"),
     },
     "cli.py": {
         *(
             "terminal",
-            "runs.py",
+            "recorded",
             "ray_session.py",
             "json_output.py",
             "options.py",

@@ -9,8 +9,8 @@ from typing import Any
 
 from prelora_ray.config import Settings, flat
 from prelora_ray.errors import UserError
+from prelora_ray.recorded.remarks import Remarks, remarks_on
 from prelora_ray.records import EpochLine, Event, EventT, WindowLine
-from prelora_ray.remarks import Remarks, remarks_on
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import absolute
 

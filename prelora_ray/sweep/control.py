@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from prelora_ray.recorded.replay import Record
 from prelora_ray.sweep.cost import Prices, pareto_front
 from prelora_ray.sweep.outcome import outcome
-from prelora_ray.sweep.replay import Record
 from prelora_ray.sweep.settings import Candidate, Plan
 
 Entry = dict[str, Any]

@@ -11,10 +11,10 @@ from prelora_ray.errors import UserError
 from prelora_ray.fault_tolerance.checkpoint import Checkpoints
 from prelora_ray.fault_tolerance.lock import DriverLock
 from prelora_ray.method.phases import Phase
+from prelora_ray.recorded.replay import Record, read_record
 from prelora_ray.records import EpochLine, Event, Fork, NormsLine, WindowLine
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.schedule import decide, phase_schedule
-from prelora_ray.sweep.replay import Record, read_record
 
 ATTEMPT = -1
 """Attempt of the lines that a fork takes over from its trunk: the run's own attempts count from 0."""

@@ -16,17 +16,17 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from prelora_ray import records
-from prelora_ray.remarks import remarks_on
+from prelora_ray.recorded.remarks import remarks_on
+from prelora_ray.recorded.replay import Replay
 from prelora_ray.report.sweep_table import sweep_table as sweep_rows
 from prelora_ray.run_folder import RunFolder
-from prelora_ray.sweep.replay import Replay
 from prelora_ray.words import ago, counted, number, percent
 
 if TYPE_CHECKING:
     from prelora_ray.data.manifest import Manifest
     from prelora_ray.inference.evaluate import EvaluationReport
     from prelora_ray.plan.result import Plan
-    from prelora_ray.runs import RunState
+    from prelora_ray.recorded.runs import RunState
     from prelora_ray.sweep.map import Point
 
 _PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False, "soft_wrap": True}

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from prelora_ray.config_file import parse_settings
+from prelora_ray.recorded.remarks import Remarks
 from prelora_ray.records import table_summaries, to_json
-from prelora_ray.remarks import Remarks
 from prelora_ray.report import figures
 from prelora_ray.report.page import _diagnosis, write_plan, write_report, write_switch_map
 from prelora_ray.report.records import RunRecords, differing_settings, read_runs, short_names

@@ -8,10 +8,10 @@ import random
 import pytest
 
 from prelora_ray.config import MethodSettings
+from prelora_ray.recorded.replay import Record, read_record, replay
 from prelora_ray.records import Switch
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.sweep.map import switch_map, what_it_means
-from prelora_ray.sweep.replay import Record, read_record, replay
 from tests.lines import norms_line
 
 

@@ -14,6 +14,7 @@ from prelora_ray.config import BendSettings
 from prelora_ray.config_file import parse_settings
 from prelora_ray.errors import UserError
 from prelora_ray.fault_tolerance.ray_private import release_groups_of_dead_actors
+from prelora_ray.recorded.replay import Record, read_record
 from prelora_ray.records import EpochLine
 from prelora_ray.report.records import read_sweep
 from prelora_ray.report.sweep_table import sweep_table, told_of_controls
@@ -21,7 +22,6 @@ from prelora_ray.run_folder import RunFolder
 from prelora_ray.sweep.control import full_training_of_cost, name_controls, on_front
 from prelora_ray.sweep.cost import Prices, pareto_front
 from prelora_ray.sweep.outcome import outcome
-from prelora_ray.sweep.replay import Record, read_record
 from prelora_ray.sweep.result import read_notes, write_note
 from prelora_ray.sweep.settings import Plan, SweepSettings, keys_without_effect, load_sweep
 from tests.chaos.site import wait_for

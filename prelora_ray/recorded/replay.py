@@ -9,8 +9,8 @@ from prelora_ray.config import MethodSettings, Settings
 from prelora_ray.engine.optim import rates_left
 from prelora_ray.errors import UserError
 from prelora_ray.method.convergence import Verdict
+from prelora_ray.recorded.remarks import why_no_switch
 from prelora_ray.records import NormsLine
-from prelora_ray.remarks import why_no_switch
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.schedule import decide, phase_schedule
 

@@ -10,10 +10,10 @@ import pytest
 
 from prelora_ray.config_file import parse_settings
 from prelora_ray.fault_tolerance.end import End, write_end
+from prelora_ray.recorded.remarks import _above, remarks_on
+from prelora_ray.recorded.replay import read_record, replay
 from prelora_ray.records import EpochLine, Event, NormsLine
-from prelora_ray.remarks import _above, remarks_on
 from prelora_ray.run_folder import RunFolder
-from prelora_ray.sweep.replay import read_record, replay
 from tests.lines import epoch_line, event, norms_line
 
 NAMES = [f"blocks.{layer}.{target}" for layer in range(2) for target in ("attn.query", "mlp.fc1")]
