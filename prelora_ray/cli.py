@@ -288,7 +288,7 @@ def replay(
     from prelora_ray.config_file import parse_method
     from prelora_ray.recorded.replay import read_record
     from prelora_ray.recorded.replay import replay as run
-    from prelora_ray.records import rank_counts
+    from prelora_ray.summaries import rank_counts
     from prelora_ray.terminal import console
 
     record = read_record(source)

@@ -15,6 +15,7 @@ MAY_IMPORT = {
     "storage.py": {"errors.py"},
     "nodes.py": {"errors.py", "storage.py"},
     "records.py": set(),
+    "summaries.py": {"records.py"},
     "words.py": set(),
     "section.py": set(),
     "json_output.py": set(),
@@ -42,7 +43,7 @@ MAY_IMPORT = {
     },
     "recorded": {
         *("recorded", "schedule.py", "engine/optim.py", "fault_tolerance", "method"),
-        *("run_folder.py", "records.py", "config.py", "errors.py"),
+        *("run_folder.py", "records.py", "summaries.py", "config.py", "errors.py"),
     },
     "monitor": {
         *("monitor", "engine/flops.py", "method"),
@@ -51,19 +52,21 @@ MAY_IMPORT = {
     "ray_session.py": {"fault_tolerance/ray_private.py", "errors.py"},
     "train": {
         *("train", "ray_session.py", "fault_tolerance", "monitor", "engine", "tasks", "method", "data"),
-        *("run_folder.py", "records.py", "config.py", "config_file.py", "storage.py", "errors.py", "nodes.py", "words.py"),
+        *("run_folder.py", "records.py", "summaries.py", "config.py", "config_file.py"),
+        *("storage.py", "errors.py", "nodes.py", "words.py"),
     },
     "inference": {
         *("inference", "fault_tolerance/checkpoint.py", "engine", "tasks", "method", "data"),
-        *("run_folder.py", "records.py", "config.py", "storage.py", "errors.py", "nodes.py", "torchvision_ops.py", "words.py"),
+        *("run_folder.py", "records.py", "summaries.py", "config.py"),
+        *("storage.py", "errors.py", "nodes.py", "torchvision_ops.py", "words.py"),
     },
     "sweep": {
         *("sweep", "ray_session.py", "train", "fault_tolerance", "engine", "method"),
-        *("recorded", "schedule.py", "run_folder.py", "records.py"),
+        *("recorded", "schedule.py", "run_folder.py", "records.py", "summaries.py"),
         *("config.py", "config_file.py", "section.py", "storage.py", "errors.py"),
     },
     "report": {
-        *("report", "method/architecture.py", "recorded", "run_folder.py", "records.py", "words.py"),
+        *("report", "method/architecture.py", "recorded", "run_folder.py", "records.py", "summaries.py", "words.py"),
         *("config.py", "storage.py", "errors.py"),
     },
     "doctor.py": {"fault_tolerance", "data", "run_folder.py", "records.py", "errors.py"},
@@ -72,13 +75,13 @@ MAY_IMPORT = {
         *("run_folder.py", "config.py", "config_file.py", "storage.py", "errors.py"),
     },
     "plan": {
-        *("plan", "engine", "method", "data/manifest.py", "schedule.py", "run_folder.py", "records.py"),
+        *("plan", "engine", "method", "data/manifest.py", "schedule.py", "run_folder.py", "records.py", "summaries.py"),
         *("config.py", "config_file.py", "section.py", "storage.py", "errors.py"),
     },
     "bench/commands.py": {"bench", "report", "terminal", "json_output.py", "storage.py", "errors.py"},
     "terminal": {
-        *("terminal", "report", "sweep", "plan", "inference", "data", "recorded", "run_folder.py", "records.py"),
-        *("config.py", "words.py"),
+        *("terminal", "report", "sweep", "plan", "inference", "data", "recorded"),
+        *("run_folder.py", "records.py", "summaries.py", "config.py", "words.py"),
     },
     "cli.py": {
         *(
@@ -96,7 +99,7 @@ MAY_IMPORT = {
             "train",
             "data",
         ),
-        *("run_folder.py", "records.py", "config.py", "config_file.py", "storage.py", "errors.py", "nodes.py"),
+        *("run_folder.py", "records.py", "summaries.py", "config.py", "config_file.py", "storage.py", "errors.py", "nodes.py"),
         *("words.py", "__init__.py"),
     },
     "__main__.py": {"cli.py"},

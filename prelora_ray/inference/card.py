@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from prelora_ray.inference.load import RunModel
-from prelora_ray.records import last_top1, phase_summaries, rank_counts
+from prelora_ray.summaries import last_top1, phase_summaries, rank_counts
 from prelora_ray.words import counted, percent
 
 _LIBRARY = {"timm": "timm", "adapter": "peft", "onnx": "onnxruntime"}

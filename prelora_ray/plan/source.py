@@ -14,9 +14,10 @@ from prelora_ray.engine.precision import Format, phase_format
 from prelora_ray.errors import UserError
 from prelora_ray.method.phases import Phase
 from prelora_ray.plan.cost import Workload
-from prelora_ray.records import EpochLine, Switch, in_steady_state
+from prelora_ray.records import EpochLine, Switch
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
+from prelora_ray.summaries import in_steady_state
 
 _IMAGENET_IMAGES, _IMAGENET_CLASSES = 1_281_167, 1000
 _STEP_KEYS = (

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from prelora_ray.config import MethodSettings, Settings
 from prelora_ray.fault_tolerance.end import read_end
 from prelora_ray.method.convergence import Verdict
-from prelora_ray.records import EpochLine, Freeze, NormsLine, Switch, last_top1
+from prelora_ray.records import EpochLine, Freeze, NormsLine, Switch
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.schedule import decide, phase_schedule
+from prelora_ray.summaries import last_top1
 
 _LITTLE = 3.0
 """A run has hardly learned where its top-1 is less than so many times what guessing comes to, ..."""

@@ -9,8 +9,9 @@ from typing import Literal
 from prelora_ray.errors import UserError, one_line
 from prelora_ray.fault_tolerance.end import read_end
 from prelora_ray.fault_tolerance.lock import is_held
-from prelora_ray.records import Restart, Starting, last_top1
+from prelora_ray.records import Restart, Starting
 from prelora_ray.run_folder import RunFolder
+from prelora_ray.summaries import last_top1
 
 State = Literal["finished", "training", "starting", "stopped", "failed", "interrupted", "damaged"]
 

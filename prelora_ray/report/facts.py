@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from prelora_ray.records import BEGINNINGS, Freeze, Switch, last_top1, phase_summaries, seconds_by_attempt, top1s
+from prelora_ray.records import BEGINNINGS, Freeze, Switch
 from prelora_ray.report.records import RunRecords
+from prelora_ray.summaries import last_top1, phase_summaries, seconds_by_attempt, top1s
 from prelora_ray.words import counted
 
 

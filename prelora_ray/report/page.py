@@ -15,12 +15,13 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from prelora_ray.errors import UserError
-from prelora_ray.records import Diagnosis, Switch, gain_note, memory_note, table_summaries
+from prelora_ray.records import Diagnosis, Switch
 from prelora_ray.report import figures
 from prelora_ray.report.facts import facts
 from prelora_ray.report.records import RunRecords, differing_settings, read_runs, read_sweep
 from prelora_ray.report.sweep_table import sweep_table, told_of_controls
 from prelora_ray.storage import absolute
+from prelora_ray.summaries import gain_note, memory_note, table_summaries
 
 Section = tuple[str, str, str, go.Figure | None]
 """Name of its picture, title, text in HTML, and its figure."""

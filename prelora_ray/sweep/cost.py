@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from prelora_ray.config import Settings, WorkerSettings
-from prelora_ray.records import EpochLine, by_phase_and_size, in_steady_state
+from prelora_ray.records import EpochLine
 from prelora_ray.run_folder import RunFolder
+from prelora_ray.summaries import by_phase_and_size, in_steady_state
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ import json
 from typing import Any, Literal
 
 from prelora_ray.recorded.replay import Record, read_record
-from prelora_ray.records import Diagnosis, last_top1, phase_summaries
+from prelora_ray.records import Diagnosis
 from prelora_ray.run_folder import RunFolder
+from prelora_ray.summaries import last_top1, phase_summaries
 from prelora_ray.sweep.control import Entry, name_controls, on_front
 from prelora_ray.sweep.cost import Prices
 from prelora_ray.sweep.outcome import outcome

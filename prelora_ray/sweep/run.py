@@ -23,9 +23,9 @@ from prelora_ray.fault_tolerance.lock import HeldRunError
 from prelora_ray.fault_tolerance.ray_private import let_trials_be_stopped, release, release_groups_of_dead_actors
 from prelora_ray.ray_session import ray_session
 from prelora_ray.recorded.replay import read_record
-from prelora_ray.records import reservations
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
+from prelora_ray.summaries import reservations
 from prelora_ray.sweep.cost import Prices
 from prelora_ray.sweep.fork import fork
 from prelora_ray.sweep.outcome import outcome

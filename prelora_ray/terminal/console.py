@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from prelora_ray import records
+from prelora_ray import records, summaries
 from prelora_ray.recorded.remarks import remarks_on
 from prelora_ray.recorded.replay import Replay
 from prelora_ray.report.sweep_table import sweep_table as sweep_rows
@@ -69,13 +69,13 @@ def prepared(manifest: Manifest) -> Iterator[str | Table]:
 
 
 def result_table(path: str, epochs: list[records.EpochLine], *, on_gpu: bool = False) -> Table:
-    """A run by phase. `epochs`: its lines that stand. Memory is told of GPUs alone, as `records.memory_note` says."""
+    """A run by phase. `epochs`: its lines that stand. Memory is told of GPUs alone, as `summaries.memory_note` says."""
     table = Table(title=f"run {path}", title_justify="left")
     memory = ["peak memory"] if on_gpu else []
     columns = ["epochs", "loss", "top-1", "images/s", "against full", "start-up, s", "trains", *memory, "seconds"]
     for column in ("phase", *columns):
         table.add_column(column, justify="left" if column == "phase" else "right")
-    for name, summary in records.table_summaries(epochs).items():
+    for name, summary in summaries.table_summaries(epochs).items():
         table.add_row(
             name,
             str(summary.epochs),
@@ -118,8 +118,8 @@ def trained(folder: RunFolder, result: dict[str, Any]) -> Iterator[str | Table]:
         yield "ranks: " + ", ".join(f"{counted(count, 'module')} of {rank}" for rank, count in result["ranks"].items())
     yield result_line(result)
     if not on_gpu:
-        yield records.memory_note(epochs)
-    if (note := records.gain_note(epochs)) is not None:
+        yield summaries.memory_note(epochs)
+    if (note := summaries.gain_note(epochs)) is not None:
         yield note
     yield from remarks_on(folder).remarks
     yield from (diagnosis.message for diagnosis in folder.events_of(records.Diagnosis))
@@ -204,7 +204,7 @@ def switch_map_table(points: Sequence[Point]) -> Table:
             *([f"{len(group):,}"] if is_long else []),
             "never" if point.switch_epoch is None else str(point.switch_epoch),
             percent(point.rate_left),
-            ", ".join(f"{count} of {rank}" for rank, count in records.rank_counts(point.ranks or {}).items()),
+            ", ".join(f"{count} of {rank}" for rank, count in summaries.rank_counts(point.ranks or {}).items()),
             percent(point.trainable_fraction),
             number(point.hours),
         )

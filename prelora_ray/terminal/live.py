@@ -17,7 +17,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from prelora_ray import records
+from prelora_ray import records, summaries
 from prelora_ray.config import Settings
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.terminal import console
@@ -110,7 +110,7 @@ class _Watcher(threading.Thread):
             f"loss {number(line.loss)}",
             f"top-1 {percent(line.val_top1)}",
             f"{line.images_per_second:,.0f} images/s",
-            f"{clock(records.remaining_seconds(self._folder.epochs(), total - line.epoch - 1))} left",
+            f"{clock(summaries.remaining_seconds(self._folder.epochs(), total - line.epoch - 1))} left",
         ]
         return "  ".join(parts)
 
@@ -180,13 +180,13 @@ def _start(steps: Sequence[records.Starting]) -> Text:
 def _headline(settings: Settings, progress: records.Progress, epochs: Sequence[records.EpochLine]) -> Text:
     total = settings.train.epochs
     still = total - progress.epoch - progress.batch / progress.batches
-    top1s = records.top1s(epochs)
+    top1s = summaries.top1s(epochs)
     parts = [
         f"epoch {progress.epoch + 1} of {total}",
         f"loss {number(progress.loss)}",
         f"top-1 {percent(top1s[-1])} (best {percent(max(top1s))})" if top1s else "top-1 -",
         f"{progress.images_per_second:,.0f} images/s",
-        f"{clock(records.remaining_seconds(epochs, still)) if epochs else '-'} left",
+        f"{clock(summaries.remaining_seconds(epochs, still)) if epochs else '-'} left",
     ]
     return Text.assemble((progress.phase, f"bold {_PHASES[progress.phase][1]}"), "  ", "  ".join(parts))
 

@@ -4,18 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from prelora_ray.records import (
-    Freeze,
-    Result,
-    Switch,
-    last_top1,
-    phase_summaries,
-    rank_counts,
-    seconds_by_attempt,
-    to_json,
-    top1s,
-)
+from prelora_ray.records import Freeze, Result, Switch, to_json
 from prelora_ray.run_folder import RunFolder
+from prelora_ray.summaries import last_top1, phase_summaries, rank_counts, seconds_by_attempt, top1s
 
 
 def summarize(folder: RunFolder) -> dict[str, Any]:

@@ -44,9 +44,10 @@ from prelora_ray.monitor.exporter import start_exporter
 from prelora_ray.monitor.telemetry import run_label
 from prelora_ray.nodes import check_seen_by_all_nodes
 from prelora_ray.ray_session import ray_session
-from prelora_ray.records import Starting, reservations
+from prelora_ray.records import Starting
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage, once_reachable
+from prelora_ray.summaries import reservations
 from prelora_ray.train.result import summarize
 from prelora_ray.train.worker import train_worker
 from prelora_ray.words import counted

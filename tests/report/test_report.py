@@ -14,11 +14,12 @@ import pytest
 
 from prelora_ray.config_file import parse_settings
 from prelora_ray.recorded.remarks import Remarks
-from prelora_ray.records import table_summaries, to_json
+from prelora_ray.records import to_json
 from prelora_ray.report import figures
 from prelora_ray.report.page import _diagnosis, write_plan, write_report, write_switch_map
 from prelora_ray.report.records import RunRecords, differing_settings, read_runs, short_names
 from prelora_ray.run_folder import LineWriter, RunFolder
+from prelora_ray.summaries import table_summaries
 from tests.lines import epoch_line, event
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
