@@ -18,7 +18,7 @@ from prelora_ray.data.prepare_settings import PrepareSettings
 from prelora_ray.errors import InterruptedRunError, UserError, WorkError
 from prelora_ray.json_output import Json, print_json
 from prelora_ray.options import options_of
-from prelora_ray.words import counted
+from prelora_ray.words import counted, modules_by_rank
 
 if TYPE_CHECKING:
     from prelora_ray.config import MethodSettings
@@ -143,7 +143,7 @@ def sweep(
 
     plan = load_sweep(config, overrides or [], name=name, storage=storage)
 
-    from prelora_ray.report.sweep_table import told_of_controls
+    from prelora_ray.report.sweep_table import told_of_controls, told_of_cost
     from prelora_ray.sweep.run import sweep as run
     from prelora_ray.terminal import console
     from prelora_ray.terminal.live import watch
@@ -154,11 +154,7 @@ def sweep(
         print_json(result)
         return
     console.out.print(console.sweep_table(result))
-    console.out.print(
-        f"{counted(result['trials'], 'run stands', 'runs stand')} for {counted(len(result['settings']), 'setting')}, beside "
-        f"{counted(len(result['controls']), 'control')}: {result['cost']:.3g} {result['unit']} with the trunk, where each by "
-        f"itself would have cost {result['naive_cost']:.3g}"
-    )
+    console.out.print(told_of_cost(result))
     if (told := told_of_controls(result)) is not None:
         console.out.print(told)
     if result["smallest_warmup"] is not None:
@@ -317,7 +313,7 @@ def replay(
     if result.ranks is None:
         console.out.print(f"no switch: {result.reason}")
     else:
-        told = ", ".join(f"{counted(count, 'module')} of rank {rank}" for rank, count in rank_counts(result.ranks).items())
+        told = modules_by_rank(rank_counts(result.ranks))
         left = "" if result.rate_left is None else f", {result.rate_left:.1%} of the learning rate's sum left"
         console.out.print(f"switch after epoch {result.switch_epoch} (window {result.switch_window}{left}): {told}")
 

@@ -157,12 +157,17 @@ def _startup_seconds(lines: Sequence[EpochLine]) -> float | None:
     return sum(max(0.0, line.train_seconds * (1 - of_worker(line) / rate)) for line in others)
 
 
-def seconds_by_attempt(events: Iterable[Event]) -> dict[int, float]:
-    """Time from each attempt's first event to its last."""
+def restarts(events: Iterable[Event]) -> int:
+    """Attempts after the first. What a fork took over from its trunk is no attempt."""
+    return max((event.attempt for event in events if event.attempt > 0), default=0)
+
+
+def seconds_of_run(events: Iterable[Event]) -> float:
+    """Time from each attempt's first event to its last, all attempts together."""
     times: dict[int, list[float]] = {}
     for event in events:
         times.setdefault(event.attempt, []).append(event.time)
-    return {attempt: max(at) - min(at) for attempt, at in times.items()}
+    return sum(max(at) - min(at) for at in times.values())
 
 
 def reservations(events: Iterable[Event]) -> list[dict[str, str]]:
@@ -178,6 +183,11 @@ def top1s(epochs: Iterable[EpochLine]) -> list[float]:
 def last_top1(epochs: Iterable[EpochLine]) -> float | None:
     """None where no epoch was validated."""
     return next(reversed(top1s(epochs)), None)
+
+
+def best_top1(epochs: Iterable[EpochLine]) -> float | None:
+    """None where no epoch was validated."""
+    return max(top1s(epochs), default=None)
 
 
 _PACE_EPOCHS = 5

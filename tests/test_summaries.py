@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from prelora_ray.records import EpochLine
-from prelora_ray.summaries import gain_note, phase_summaries, rank_counts, table_summaries
-from tests.lines import epoch_line
+from prelora_ray.summaries import gain_note, phase_summaries, rank_counts, restarts, seconds_of_run, table_summaries
+from tests.lines import epoch_line, event
 
 
 def run_of(*epochs: tuple[str, float], waits: float = 0) -> list[EpochLine]:
@@ -81,3 +81,11 @@ def test_where_images_grew_a_table_tells_their_sizes_apart():
 
 def test_ranks_are_counted_in_their_order():
     assert list(rank_counts({"a": 16, "b": 8, "c": 16, "d": 0}).items()) == [(0, 1), (8, 1), (16, 2)]
+
+
+def test_a_runs_time_is_that_of_its_attempts_and_a_fork_is_no_attempt():
+    """By hand: 2 s of the trunk's, 10 s and 5 s."""
+    times = [(-1, 1.0), (-1, 3.0), (0, 100.0), (0, 110.0), (1, 200.0), (1, 205.0)]
+    events = [event("stop", attempt=attempt, time=time) for attempt, time in times]
+    assert (seconds_of_run(events), restarts(events)) == (17, 1)
+    assert (seconds_of_run([]), restarts([]), restarts(events[:2])) == (0, 0, 0)

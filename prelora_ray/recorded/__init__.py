@@ -1,1 +1,1 @@
-"""What the folder of a run tells, read back: where it stands, what is to be said of it, and its test replayed."""
+"""What the folder of a run tells, read back: its records, its test replayed, what is to be said of it, where it stands."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import posixpath
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from prelora_ray.config import MethodSettings, Settings
 from prelora_ray.engine.optim import rates_left
 from prelora_ray.errors import UserError
 from prelora_ray.method.convergence import Verdict
-from prelora_ray.recorded.remarks import why_no_switch
 from prelora_ray.records import NormsLine
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.schedule import decide, phase_schedule
@@ -75,6 +76,56 @@ def replay(record: Record, method: MethodSettings, ramp_epochs: int) -> Replay:
     window = verdicts[-1].window.index if verdicts else None
     left = record.rates_left[schedule.switched_at] if record.rates_left else None
     return Replay(window, schedule.switched_at, schedule.ranks, None, verdicts, left)
+
+
+def why_no_switch(method: MethodSettings, verdicts: Sequence[Verdict], epochs: int) -> str:
+    """What kept the test from a switch, and which thresholds would have brought one during a run of so many epochs.
+
+    `verdicts`: of all windows so far, by a test that did not switch.
+    """
+    taken = [verdict for verdict in verdicts if verdict.largest is not None]
+    if not taken:
+        needed = f"{method.windows} windows of {method.window_epochs} epochs"
+        return f"of {len(verdicts)} windows none had a verdict, which takes {needed}, all but the first behind the ramp"
+    steps = taken[-1].steps
+    change, family = max((change, name) for step in steps for name, change in step.family_change.items())
+    loss_change = max(step.loss_change for step in steps)
+    kept = []
+    if change >= method.tau:
+        kept.append(f"the norms of {family} changed by {change:.3g} %, where method.tau = {method.tau:g} wants less")
+    if loss_change > method.zeta:
+        kept.append(f"the loss changed by {loss_change:.3g} %, where method.zeta = {method.zeta:g} wants no more")
+    others = _others(method, taken, epochs)
+    instead = f"{' and '.join(others)}: try that, or" if others else "try"
+    kept_it = " and ".join(kept)
+    return f"in the last {method.windows} windows {kept_it}; {instead} more epochs, or method.switch_epoch"
+
+
+def _others(method: MethodSettings, taken: Sequence[Verdict], epochs: int) -> list[str]:
+    """Thresholds that would have brought a switch, each alone where that is enough, and both where neither is."""
+    found = [verdict.largest for verdict in taken if verdict.largest and verdict.window.epoch_end < epochs]
+    found = [largest for largest in found if all(map(math.isfinite, largest))]
+    taus = [_above(change) for change, loss in found if loss <= method.zeta]
+    zetas = [_above(loss) for change, loss in found if change < method.tau]
+    pairs = [(min(taus), method.zeta)] if taus else []
+    pairs += [(method.tau, min(zetas))] if zetas else []
+    if not pairs and found:
+        both = ((max(method.tau, _above(change)), max(method.zeta, _above(loss))) for change, loss in found)
+        pairs = [min(both, key=lambda pair: pair[0] * pair[1])]
+    told = []
+    for tau, zeta in pairs:
+        changed = {"tau": tau} if zeta == method.zeta else {"zeta": zeta} if tau == method.tau else {"tau": tau, "zeta": zeta}
+        keys = " with ".join(f"method.{key} = {value:g}" for key, value in changed.items())
+        end = next(verdict.window.epoch_end for verdict in taken if verdict.is_under(tau, zeta))
+        told.append(f"{keys} would have switched after epoch {end}")
+    return told
+
+
+def _above(value: float) -> float:
+    """The next larger number of two digits, from 0.0011 on: thresholds are read and written by people."""
+    value = max(value, 1e-3)
+    step = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return float(f"{(math.floor(value / step + 1e-9) + 1) * step:.2g}")
 
 
 def _reason(method: MethodSettings, num_epochs: int, verdicts: list[Verdict]) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from prelora_ray.words import counted
+
 
 def sweep_table(sweep: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Head and rows of sweep.json: full training, the controls, then the settings from the best on.
@@ -55,6 +57,15 @@ def _of_controls(sweep: dict[str, Any]) -> dict[str, float]:
     return {entry["trial"]: entry["val_top1"] for entry in [sweep["full"], *ended] if entry["val_top1"] is not None}
 
 
+def told_of_cost(sweep: dict[str, Any]) -> str:
+    """How many runs a sweep took, and what they cost, in a sentence."""
+    return (
+        f"{counted(sweep['trials'], 'run stands', 'runs stand')} for {counted(len(sweep['settings']), 'setting')}, beside "
+        f"{counted(len(sweep['controls']), 'control')}: {sweep['cost']:.3g} {sweep['unit']} with the trunk, where each by "
+        f"itself would have cost {sweep['naive_cost']:.3g}"
+    )
+
+
 def told_of_controls(sweep: dict[str, Any]) -> str | None:
     """How runs did against full training of equal cost, in a sentence; None where none has such a control."""
     top1 = _of_controls(sweep)
@@ -62,7 +73,8 @@ def told_of_controls(sweep: dict[str, Any]) -> str | None:
     if not runs:
         return None
     better = sum(entry["val_top1"] > top1[entry["full_control"]] for entry in runs.values())
-    return f"{better} of {len(runs)} runs end above full training that costs as much"
+    end = "ends" if better == 1 else "end"
+    return f"{better} of {counted(len(runs), 'run')} {end} above full training that costs as much"
 
 
 def _trains(entry: dict[str, Any]) -> str:

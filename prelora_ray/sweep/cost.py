@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from prelora_ray.config import Settings, WorkerSettings
@@ -27,14 +27,14 @@ class Prices:
         settings = trunk.read_settings()
         return cls(*unit_of(settings.workers), settings, trunk.epochs())
 
-    def straight(self, run: RunFolder, epochs: int) -> float:
+    def straight(self, lines: Sequence[EpochLine], epochs: int) -> float:
         """Cost of a straight run of so many epochs: each as in the steady state of its phase and size of images, and
-        what a stopped one lacks as the last.
+        what a stopped one lacks as the last. `lines`: of its epochs, those that stand.
 
         That leaves out what the start of a process, of a phase or of a fork adds to an epoch.
         """
-        stages = by_phase_and_size(run.epochs())
-        measured = stages | {stage: lines for stage, lines in by_phase_and_size(self.lines).items() if stage in stages}
+        stages = by_phase_and_size(lines)
+        measured = stages | {stage: full for stage, full in by_phase_and_size(self.lines).items() if stage in stages}
         counts = {stage: len(lines) for stage, lines in stages.items()}
         counts[list(stages)[-1]] += epochs - sum(counts.values())
         return self.worker * sum(in_steady_state(measured[stage], _hours) * n for stage, n in counts.items())

@@ -7,6 +7,7 @@ import json
 from typing import Any, Literal
 
 from prelora_ray.recorded.replay import Record, read_record
+from prelora_ray.recorded.run import RunRecords
 from prelora_ray.records import Diagnosis
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.summaries import last_top1, phase_summaries
@@ -90,14 +91,14 @@ def _distinct(settings: list[Candidate]) -> list[Candidate]:
     return list({_digest(candidate): candidate for candidate in settings}.values())
 
 
-def _of_run(run: RunFolder, epochs: int, prices: Prices) -> dict[str, Any]:
+def _of_run(folder: RunFolder, epochs: int, prices: Prices) -> dict[str, Any]:
     """A run's results; of one that was stopped, those so far."""
-    lines = run.epochs()
-    lora = phase_summaries(lines).get("lora")
+    run = RunRecords(folder)
+    lora = phase_summaries(run.epochs).get("lora")
     return {
-        "epochs": len(lines),
-        "val_top1": last_top1(lines),
-        "cost": prices.straight(run, epochs) if lines else None,
+        "epochs": len(run.epochs),
+        "val_top1": last_top1(run.epochs),
+        "cost": prices.straight(run.epochs, epochs) if run.epochs else None,
         "diagnosis": [event.signature for event in run.events_of(Diagnosis)],
         "trainable_fraction": lora.trainable_fraction if lora else None,
     }

@@ -183,9 +183,9 @@ def _train_or_go_on(plan: Plan, candidate: Candidate, *, was_stopped: bool) -> N
     if was_stopped:
         return
     _once_free(lambda: train(settings, callbacks=[_Report()]))
-    line = run.epochs()[-1]
-    heard = _heard(line.epoch, line.phase, line.val_top1)
-    tune.report({**heard, "cost": Prices.of(trunk).straight(run, settings.train.epochs), "finished": True})
+    lines = run.epochs()
+    heard = _heard(lines[-1].epoch, lines[-1].phase, lines[-1].val_top1)
+    tune.report({**heard, "cost": Prices.of(trunk).straight(lines, settings.train.epochs), "finished": True})
 
 
 def _once_free(work: Callable[[], object]) -> None:

@@ -245,7 +245,7 @@ def test_the_unit_of_a_cost_is_what_its_workers_take(workers, unit, tmp_path):
     folder.write_settings(run)
     folder.write_records(EpochLine, [epoch_line(epoch, seconds=1800.0, world_size=2) for epoch in range(40)])
     prices = Prices.of(folder)
-    assert (prices.unit, prices.straight(folder, 40), prices.full(run)) == (unit[0], 40 * unit[1], 40 * unit[1])
+    assert (prices.unit, prices.straight(folder.epochs(), 40), prices.full(run)) == (unit[0], 40 * unit[1], 40 * unit[1])
 
 
 def test_controls_stand_in_the_table_beside_the_runs():

@@ -12,11 +12,15 @@ import pytest
 import torch
 from rich.console import Console
 
+from prelora_ray.config_file import parse_settings
 from prelora_ray.inference.evaluate import EvaluationReport
+from prelora_ray.recorded.run import RunRecords
+from prelora_ray.run_folder import RunFolder
 from prelora_ray.sweep.map import Point
 from prelora_ray.tasks.classification import Evaluation
 from prelora_ray.terminal import console
 from prelora_ray.words import ago, counted
+from tests.lines import epoch_line
 
 TEXT = "runs/[old]/:x: [/bold] [red]"
 REPORT = EvaluationReport(Evaluation(loss=1.0, top1=0.5, top5=1.0, images=2), (TEXT, "b"), torch.tensor([[0, 1], [1, 0]]))
@@ -34,6 +38,12 @@ SWEEP = {
 BENCH = {"benchmark": TEXT, "device": "cpu", "date": "today", "rows": [{"name": TEXT}]}
 
 
+def run_of_an_epoch() -> RunRecords:
+    run = RunRecords(RunFolder(TEXT))
+    vars(run).update(settings=parse_settings({"name": "run", "data": {"path": "data"}}), epochs=[epoch_line(0)])
+    return run
+
+
 def printed(what: Any) -> str:
     with console.out.capture() as capture:
         console.out.print(what)
@@ -44,7 +54,7 @@ def printed(what: Any) -> str:
     ("shown", "times"),
     [
         (lambda: TEXT, 1),
-        (lambda: console.result_table(TEXT, []), 1),
+        (lambda: console.result_table(run_of_an_epoch()), 1),
         (lambda: console.sweep_table(SWEEP), 2),
         (lambda: console.classes_table(REPORT), 1),
         (lambda: console.confusion_table(REPORT), 2),
