@@ -73,8 +73,7 @@ def told_of_controls(sweep: dict[str, Any]) -> str | None:
     if not runs:
         return None
     better = sum(entry["val_top1"] > top1[entry["full_control"]] for entry in runs.values())
-    end = "ends" if better == 1 else "end"
-    return f"{better} of {counted(len(runs), 'run')} {end} above full training that costs as much"
+    return f"{better} of {counted(len(runs), 'run ends', 'runs end')} above full training that costs as much"
 
 
 def _trains(entry: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from prelora_ray.config import Settings, WorkerSettings
 from prelora_ray.records import EpochLine
@@ -41,11 +42,15 @@ class Prices:
 
     def full(self, settings: Settings) -> float:
         """Cost of full training that the settings describe: the trunk's, or with a nearer end."""
+        return self.worker * sum(self._hours[settings.image_size(epoch)] for epoch in range(settings.train.epochs))
+
+    @cached_property
+    def _hours(self) -> dict[int, float]:
+        """Of an epoch of full training, by the size of its images."""
         stages: dict[int, list[EpochLine]] = {}
         for line in self.lines:
             stages.setdefault(self.trunk.image_size(line.epoch), []).append(line)
-        hours = {size: in_steady_state(lines, _hours) for size, lines in stages.items()}
-        return self.worker * sum(hours[settings.image_size(epoch)] for epoch in range(settings.train.epochs))
+        return {size: in_steady_state(lines, _hours) for size, lines in stages.items()}
 
     def own(self, run: RunFolder) -> float:
         """Cost of what the run has trained itself, without what a fork took over from its trunk."""

@@ -49,7 +49,7 @@ def summarize_sweep(plan: Plan) -> dict[str, Any]:
     full = {"trial": plan.trunk.name, **_of_run(trunk, plan.trunk.train.epochs, prices)}
     wanted = name_controls(plan, entries, record, prices)
     begun = [note["setting"] for note in read_notes(plan, "controls")]
-    controls = _entries(plan, _distinct([*wanted, *begun]), record, prices)
+    controls = _distinct(_entries(plan, [*wanted, *begun], record, prices))
     finished = [entry for entry in [*entries, *controls] if entry["ended"] == "finished"]
     trials = {entry["trial"] for entry in entries} - {plan.trunk.name}
     trained = trials | {entry["trial"] for entry in controls} | {plan.trunk.name}
@@ -72,12 +72,15 @@ def _entries(plan: Plan, candidates: list[Candidate], record: Record, prices: Pr
     kinds: tuple[Literal["settings", "controls"], ...] = ("settings", "controls")
     notes = {_digest(note["setting"]): note for kind in kinds for note in read_notes(plan, kind)}
     entries = []
+    results: dict[str, dict[str, Any]] = {}
     for candidate in candidates:
         found = outcome(plan, candidate, record)
-        run = RunFolder(plan.folder) / found.trial
+        if found.trial not in results:
+            epochs = plan.settings_of(candidate, found.trial).train.epochs
+            results[found.trial] = _of_run(RunFolder(plan.folder) / found.trial, epochs, prices)
         left = None if found.switch_epoch is None or record.rates_left is None else record.rates_left[found.switch_epoch]
         place = {"setting": candidate, "trial": found.trial, "switch_epoch": found.switch_epoch, "rate_left": left}
-        entries.append({**place, **_of_run(run, plan.settings_of(candidate, found.trial).train.epochs, prices)})
+        entries.append({**place, **results[found.trial]})
     tried = {entry["trial"]: note for entry in entries if (note := notes.get(_digest(entry["setting"]))) and note["ended"]}
     for entry in entries:
         note = tried.get(entry["trial"], {"ended": None, "message": None})
@@ -87,8 +90,12 @@ def _entries(plan: Plan, candidates: list[Candidate], record: Record, prices: Pr
     return entries
 
 
-def _distinct(settings: list[Candidate]) -> list[Candidate]:
-    return list({_digest(candidate): candidate for candidate in settings}.values())
+def _distinct(entries: list[Entry]) -> list[Entry]:
+    """The first entry of each run: several candidates may share a control."""
+    first: dict[str, Entry] = {}
+    for entry in entries:
+        first.setdefault(entry["trial"], entry)
+    return list(first.values())
 
 
 def _of_run(folder: RunFolder, epochs: int, prices: Prices) -> dict[str, Any]:
