@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import Any, cast
+from typing import cast
 
 import ray.train
 import torch
-import torch.distributed as dist
 
 from prelora_ray.config import Settings
 from prelora_ray.data.batch import Batch
 from prelora_ray.data.manifest import read_manifest
+from prelora_ray.engine.agreement import agreed, from_rank_0
 from prelora_ray.engine.micro_batch import FoundSizes
 from prelora_ray.engine.snapshot import Snapshot
 from prelora_ray.engine.state import TrainState
@@ -137,17 +137,14 @@ class WorkerAttempt:
 
     def decide(self, epoch: int, loss: float) -> Decision:
         """Rank 0 records the norms and decides what trains next; every worker gets the same decision."""
-        content = None
+        decision = None
         if self.rank == 0:
             norms = target_norms(self.state.model, self.state.targets)
             self._recorder.norms(epoch, self._meter.phase, loss, norms)
             decision = self.state.phases.end_epoch(epoch, norms, loss)
             if decision.verdict is not None:
                 self._recorder.window(self._meter.phase, decision.verdict)
-            content = {"decision": decision, "phases": self.state.phases.state_dict()}
-        content = _from_rank_0(content)
-        self.state.phases.load_state_dict(content["phases"])
-        return cast(Decision, content["decision"])
+        return agreed(self.state.phases, decision)
 
     def end_epoch(self, epoch: int, validation: Evaluation | None, decision: Decision) -> None:
         """Records and reports the epoch, moves on to the next phase, and saves."""
@@ -207,7 +204,7 @@ class WorkerAttempt:
         if self.state.device.type != "cuda":
             return {}
         found = read_found(self.folder, torch.cuda.get_device_name(self.state.device)) if self.rank == 0 else None
-        return cast(FoundSizes, _from_rank_0(found))
+        return cast(FoundSizes, from_rank_0(found))
 
     def _act(self, action: Action) -> None:
         """What rank 0 asked for, on every worker."""
@@ -267,19 +264,10 @@ def _resume(folder: RunFolder, checkpoints: Checkpoints, rank: int) -> tuple[Res
             folder.remove_unfinished(but=(CLAIM, STOP_FILE))  # which the driver may be writing
             checkpoints.remove_unfinished()
         found, checkpoint = find_resume_point(folder, checkpoints)
-    point = cast(ResumePoint, _from_rank_0(found))
+    point = cast(ResumePoint, from_rank_0(found))
     if rank != 0 and point.checkpoint is not None:
         checkpoint = checkpoints.load(point.checkpoint)
     return point, checkpoint
-
-
-def _from_rank_0(content: Any) -> Any:
-    """What rank 0 passes in, on every worker."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return content
-    box = [content]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
 
 
 def _own_sums(sums: list[list[float]], rank: int, world_size: int) -> tuple[float, float]:
