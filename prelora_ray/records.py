@@ -141,7 +141,8 @@ class Starting:
     """When that began, in seconds since 1970."""
     doing: str
     """`start Ray`, `prepare the images`, `place the workers`, `build the model`, `read the first images`, and
-    `compile`, or `take a first step` where nothing is compiled; the last one also where a phase begins."""
+    `compile`, or `take a first step` where nothing is compiled; the last one also where a phase begins. Where images
+    grow, `compile for 24 pixels`."""
 
 
 @dataclass(frozen=True, kw_only=True)

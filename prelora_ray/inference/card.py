@@ -57,7 +57,8 @@ def _facts(run: RunModel, *, has_adapters: bool) -> dict[str, str]:
         phases = phase_summaries(lines).values()
         facts["training"] = ", ".join(f"{counted(phase.epochs, 'epoch')} of phase {phase.phase}" for phase in phases)
         facts["training images"] = f"{lines[-1].images:,}"
-        facts["top-1"] = f"{percent(last_top1(lines))} of the run's validation images"
+        top1 = last_top1(lines)
+        facts["top-1"] = "not validated so far" if top1 is None else f"{percent(top1)} of the run's validation images"
     if has_adapters and run.folder.exists("ranks.json"):
         ranks = rank_counts(run.folder.read_json("ranks.json"))
         facts["adapters"] = ", ".join(f"{counted(count, 'module')} of rank {rank}" for rank, count in ranks.items())

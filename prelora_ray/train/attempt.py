@@ -37,6 +37,7 @@ from prelora_ray.train.found_sizes import read_found
 from prelora_ray.train.recorder import RankZeroRecorder, Recorder
 from prelora_ray.train.report import report_to_ray
 from prelora_ray.train.saving import RankZeroSaving, Saving
+from prelora_ray.words import counted
 
 _CHECK_STEPS = 50
 """Steps between checks whether the loss is still finite, each of which waits for the device."""
@@ -72,8 +73,8 @@ class WorkerAttempt:
         self._train_step = TrainStep(self.state, self.plan)
         self._train_step.found_sizes = self._found_sizes()
         self._attempt = point.attempt
-        self._begins_phase = True
-        """Whether the next step is the first of a phase, or of this attempt."""
+        self._doing: str | None = self._first_step()
+        """What the next step takes longer for than others, as `records.Starting` names it."""
         self._control = Control()
         self._telemetry = WorkerTelemetry(settings, len(manifest.classes), self.rank, world_size, device)
         if self.rank == 0:
@@ -95,6 +96,8 @@ class WorkerAttempt:
     def begin_epoch(self) -> None:
         if self.state.image_size != self.settings.image_size(self.state.epoch - 1):
             self.watchdog.beat(patiently=True)  # the first step of a size compiles
+            if self.state.compiles:
+                self._doing = f"compile for {counted(self.state.image_size, 'pixel')}"
         self._meter = EpochMeter(self.state, self.plan, self.stream)
         self._telemetry.begin_epoch(self._meter.phase, self.state.image_size)
         self._recorder.epoch_begins()
@@ -107,9 +110,9 @@ class WorkerAttempt:
         Raises StoppedError where that is to stop.
         """
         self._recorder.samples(batch)
-        if self._begins_phase:
-            self._recorder.starts("compile" if self.state.compiles else "take a first step")
-            self._begins_phase = False
+        if self._doing is not None:
+            self._recorder.starts(self._doing)
+            self._doing = None
         if self._train_step.wants_search:
             self._find_micro_batch(batch)
         self._train_step.train(batch)
@@ -153,7 +156,8 @@ class WorkerAttempt:
         if decision.begins_phase:
             self.watchdog.beat(patiently=True)  # what trains now is built and compiled anew
         self.state.apply(decision)
-        self._begins_phase = decision.begins_phase
+        if decision.begins_phase:
+            self._doing = self._first_step()
         self._recorder.epoch(line, decision)
         is_last = epoch + 1 == self.settings.train.epochs
         must = is_last or decision.begins_phase or self._ends_trunk_window(epoch)
@@ -192,6 +196,10 @@ class WorkerAttempt:
     def close(self) -> None:
         self.watchdog.end()
         self._saving.close()
+
+    def _first_step(self) -> str:
+        """What the first step of a phase, or of this attempt, does."""
+        return "compile" if self.state.compiles else "take a first step"
 
     def _find_micro_batch(self, batch: Batch) -> None:
         self._saving.wait()  # or the snapshot that is being written would count twice
