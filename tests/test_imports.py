@@ -24,22 +24,22 @@ MAY_IMPORT = {
     "method": {"method"},
     "kernels": {"kernels"},
     "data/augment_settings.py": {"section.py"},
-    "config.py": {"method", "data/augment_settings.py", "section.py", "storage.py"},
+    "config.py": {"method", "data/augment_settings.py", "section.py", "storage.py", "words.py"},
     "config_file.py": {"config.py", "section.py", "storage.py", "errors.py"},
     "run_folder.py": {"records.py", "config.py", "config_file.py", "storage.py", "errors.py"},
     "schedule.py": {"method", "records.py", "config.py", "errors.py"},
     "data/draws.py": set(),
     "data/order.py": {"data/draws.py"},
-    "data": {"data", "section.py", "storage.py", "errors.py"},
+    "data": {"data", "section.py", "storage.py", "errors.py", "words.py"},
     "tasks": {"tasks", "data/batch.py", "data/mixing.py", "config.py"},
     "engine": {
         *("engine", "tasks", "method", "kernels", "data/batch.py", "data/draws.py"),
-        *("schedule.py", "config.py", "config_file.py", "storage.py", "errors.py", "torchvision_ops.py"),
+        *("schedule.py", "config.py", "config_file.py", "storage.py", "errors.py", "words.py", "torchvision_ops.py"),
     },
     "integrations": {"integrations", "engine/prelora.py", "method/phases.py", "torchvision_ops.py", "errors.py"},
     "fault_tolerance": {
         *("fault_tolerance", "engine/optim.py", "engine/snapshot.py", "data/damage.py"),
-        *("run_folder.py", "records.py", "config.py", "storage.py", "errors.py"),
+        *("run_folder.py", "records.py", "config.py", "storage.py", "errors.py", "words.py"),
     },
     "recorded": {
         *("recorded", "schedule.py", "engine/optim.py", "fault_tolerance", "method"),
@@ -63,7 +63,7 @@ MAY_IMPORT = {
     "sweep": {
         *("sweep", "ray_session.py", "train", "fault_tolerance", "engine", "method"),
         *("recorded", "schedule.py", "run_folder.py", "records.py", "summaries.py"),
-        *("config.py", "config_file.py", "section.py", "storage.py", "errors.py"),
+        *("config.py", "config_file.py", "section.py", "storage.py", "errors.py", "words.py"),
     },
     "report": {
         *("report", "method/architecture.py", "recorded", "run_folder.py", "records.py", "summaries.py", "words.py"),
@@ -72,11 +72,11 @@ MAY_IMPORT = {
     "doctor.py": {"fault_tolerance", "data", "run_folder.py", "records.py", "errors.py"},
     "bench": {
         *("bench", "ray_session.py", "train", "fault_tolerance", "monitor", "engine", "method", "data"),
-        *("run_folder.py", "config.py", "config_file.py", "storage.py", "errors.py"),
+        *("run_folder.py", "config.py", "config_file.py", "storage.py", "errors.py", "words.py"),
     },
     "plan": {
         *("plan", "engine", "method", "data/manifest.py", "schedule.py", "run_folder.py", "records.py", "summaries.py"),
-        *("config.py", "config_file.py", "section.py", "storage.py", "errors.py"),
+        *("config.py", "config_file.py", "section.py", "storage.py", "errors.py", "words.py"),
     },
     "bench/commands.py": {"bench", "report", "terminal", "json_output.py", "storage.py", "errors.py"},
     "terminal": {

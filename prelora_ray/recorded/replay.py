@@ -14,6 +14,7 @@ from prelora_ray.method.convergence import Verdict
 from prelora_ray.records import NormsLine
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.schedule import decide, phase_schedule
+from prelora_ray.words import counted
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,10 @@ def why_no_switch(method: MethodSettings, verdicts: Sequence[Verdict], epochs: i
     """
     taken = [verdict for verdict in verdicts if verdict.largest is not None]
     if not taken:
-        needed = f"{method.windows} windows of {method.window_epochs} epochs"
-        return f"of {len(verdicts)} windows none had a verdict, which takes {needed}, all but the first behind the ramp"
+        needed = f"{counted(method.windows, 'window')} of {counted(method.window_epochs, 'epoch')}"
+        return (
+            f"of {counted(len(verdicts), 'window')} none had a verdict, which takes {needed}, all but the first behind the ramp"
+        )
     steps = taken[-1].steps
     change, family = max((change, name) for step in steps for name, change in step.family_change.items())
     loss_change = max(step.loss_change for step in steps)
@@ -98,7 +101,7 @@ def why_no_switch(method: MethodSettings, verdicts: Sequence[Verdict], epochs: i
     others = _others(method, taken, epochs)
     instead = f"{' and '.join(others)}: try that, or" if others else "try"
     kept_it = " and ".join(kept)
-    return f"in the last {method.windows} windows {kept_it}; {instead} more epochs, or method.switch_epoch"
+    return f"in the last {counted(method.windows, 'window')} {kept_it}; {instead} more epochs, or method.switch_epoch"
 
 
 def _others(method: MethodSettings, taken: Sequence[Verdict], epochs: int) -> list[str]:
@@ -130,11 +133,11 @@ def _above(value: float) -> float:
 
 def _reason(method: MethodSettings, num_epochs: int, verdicts: list[Verdict]) -> str:
     if method.switch_epoch is not None:
-        return f"the record has {num_epochs} epochs of phase full, fewer than switch_epoch = {method.switch_epoch}"
+        return f"the record has {counted(num_epochs, 'epoch')} of phase full, fewer than switch_epoch = {method.switch_epoch}"
     if len(verdicts) < method.windows:
         return (
-            f"the record has {num_epochs} epochs of phase full, and {method.windows} windows of "
-            f"{method.window_epochs} epochs take {method.windows * method.window_epochs}"
+            f"the record has {counted(num_epochs, 'epoch')} of phase full, and {counted(method.windows, 'window')} of "
+            f"{counted(method.window_epochs, 'epoch')} take {method.windows * method.window_epochs}"
         )
     told = why_no_switch(method, verdicts, num_epochs + 1)
-    return f"no window in the record's {num_epochs} epochs of phase full converged: {told}"
+    return f"no window in the record's {counted(num_epochs, 'epoch')} of phase full converged: {told}"

@@ -12,6 +12,7 @@ from plotly.subplots import make_subplots
 from prelora_ray.method.architecture import FAMILIES, family_of, layer_of
 from prelora_ray.records import EpochLine, Resize
 from prelora_ray.report.records import ReportedRun
+from prelora_ray.words import counted
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's palette, which colour-blind readers tell apart (jfly.uni-koeln.de/color)."""
@@ -287,7 +288,7 @@ def _with_marks(figure: go.Figure, runs: Sequence[ReportedRun], rows: int) -> go
     marks = [(epoch, f"{before} to {after} px", _SIZE_MARK) for epoch, before, after in run.size_changes()]
     for event in run.events:
         if event.event in _MARKS:
-            text = f"{event.before} to {event.world_size} workers" if isinstance(event, Resize) else event.event
+            text = _resized(event) if isinstance(event, Resize) else event.event
             marks.append((event.epoch, escape(text), _MARKS[event.event]))
     for epoch, _, color in marks:
         figure.add_vline(epoch, line={"color": color, "dash": "dot", "width": 1})
@@ -304,6 +305,11 @@ def _with_marks(figure: go.Figure, runs: Sequence[ReportedRun], rows: int) -> go
             font={"size": 10},
         )
     return figure
+
+
+def _resized(event: Resize) -> str:
+    now = counted(event.world_size, "worker")
+    return now if event.before is None else f"{event.before} to {now}"
 
 
 def _labels(marks: Sequence[tuple[int, str]], epochs: int) -> list[tuple[int, str]]:

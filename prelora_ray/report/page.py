@@ -23,6 +23,7 @@ from prelora_ray.report.records import ReportedRun, differing_settings, read_run
 from prelora_ray.report.sweep_table import sweep_table, told_of_controls, told_of_cost
 from prelora_ray.storage import absolute
 from prelora_ray.summaries import gain_note, memory_note
+from prelora_ray.words import counted
 
 Section = tuple[str, str, str, go.Figure | None]
 """Name of its picture, title, text in HTML, and its figure."""
@@ -115,9 +116,10 @@ def _run_sections(runs: list[ReportedRun]) -> list[Section]:
         of = f" of {run.name}" if len(runs) > 1 else ""
         suffix = f"-{run.name.replace('/', '-')}" if len(runs) > 1 else ""
         if any(line.change is not None for line in run.windows):
-            text = "<p>The run switches when every family is under tau, and the loss at most at zeta, in each of the last "
-            text += (
-                f"{run.settings.method.windows - 1} steps between windows of {run.settings.method.window_epochs} epochs.</p>"
+            method = run.settings.method
+            text = (
+                f"<p>The run switches when, for the last {counted(method.windows - 1, 'step')} between windows of "
+                f"{counted(method.window_epochs, 'epoch')}, every family is under tau, and the loss at most at zeta.</p>"
             )
             title = f"Partial convergence test{of}"
             sections.append((f"convergence{suffix}", title, text, figures.convergence(run)))

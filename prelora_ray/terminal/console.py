@@ -64,7 +64,7 @@ def prepared(manifest: Manifest) -> Iterator[str | Table]:
             table.add_row(name, *(f"{count:,}" for count in numbers))
         yield table
     else:
-        ranges = (f"{min(numbers):,} to {max(numbers):,} {split} images" for split, numbers in stored.items())
+        ranges = (f"{min(numbers):,} to {max(numbers):,} images of {split}" for split, numbers in stored.items())
         yield f"a class has {' and '.join(ranges)}; the fewest: {manifest.classes[int(np.argmin(stored['train']))]}"
     yield f"seen {counts.seen:,}, stored {sum(map(sum, stored.values())):,}, skipped {sum(s.count for s in counts.skipped):,}"
     for reason, skipped in itertools.groupby(counts.skipped, lambda entry: entry.reason):
@@ -212,8 +212,8 @@ def planned(plan: Plan) -> Iterator[str | Table]:
     """A plan: what it is of, its kinds of step, its runs, and what is assumed."""
     link = "" if plan.bandwidth_gbit is None else f", {plan.bandwidth_gbit:g} Gbit/s between them"
     yield (
-        f"{plan.name}: {plan.model}, {plan.epochs} epochs of {plan.images:,} images in batches of {plan.batch_size:,}, on "
-        f"{plan.gpus} x {plan.gpu}{link}"
+        f"{plan.name}: {plan.model}, {counted(plan.epochs, 'epoch')} of {counted(plan.images, 'image')} in batches of "
+        f"{plan.batch_size:,}, on {plan.gpus} x {plan.gpu}{link}"
     )
     yield _steps_table(plan)
     yield _runs_table(plan)
@@ -269,7 +269,7 @@ def _runs_table(plan: Plan) -> Table:
             _hours(run.total_gpu_hours, run.total_hours),
             f"{run.of_full:.3f}",
             "-" if run.of_timm is None else f"{run.of_timm:.3f}",
-            f"{run.full_epochs:.0f} epochs",
+            counted(round(run.full_epochs), "epoch"),
         )
     return table
 

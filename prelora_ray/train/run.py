@@ -197,7 +197,7 @@ def _settle_gpu(settings: Settings, before: Settings | None, gpus: float) -> Set
         gpu, why = before.workers.gpu, "as the run has had it so far"
     else:
         gpu = workers.take_gpus(gpus)
-        why = f"as Ray has {gpus:g} GPUs and workers.min is {workers.min}"
+        why = f"as Ray has {counted(int(gpus), 'GPU')} and workers.min is {workers.min}"
         why += "" if gpu else "; for GPUs that come once they are asked for, set it to true"
     logger.info("workers.gpu: auto is %s, %s", str(gpu).lower(), why)
     return settings.model_copy(update={"workers": workers.model_copy(update={"gpu": gpu})})
@@ -210,8 +210,10 @@ def _check_room(settings: Settings, is_embedded: bool) -> None:
         needed, there = workers.min * each, has.get(resource, 0)
         if needed <= there:
             continue
-        verb = "needs" if workers.min == 1 else "need"
-        told = f"{counted(workers.min, 'worker')} of {each:g} {resource} {verb} {needed:g}, and Ray has {there:g}"
+        of_each = f"of {each:g} {resource}"
+        told = (
+            counted(workers.min, f"worker {of_each} needs", f"workers {of_each} need") + f" {needed:g}, and Ray has {there:g}"
+        )
         if is_embedded:
             instead = "; workers.gpu: false trains on CPUs" if resource == "GPU" else ""
             raise UserError(f"workers.min = {workers.min} is not allowed on this machine: {told}{instead}")
