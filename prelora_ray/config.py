@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from prelora_ray.data.augment_settings import AugmentSettings, Policy
 from prelora_ray.method.architecture import FAMILIES
-from prelora_ray.method.convergence import NormStatistic
+from prelora_ray.method.convergence import NormStatistic, first_verdict
 from prelora_ray.method.phases import FreezeScope, Phase
 from prelora_ray.method.ranks import PATTERN_RANKS, Normalize, is_pattern_rank, rank_choices
 from prelora_ray.section import Acts, Count, NotNegative, Positive, Section, Share, Whole
@@ -489,13 +489,6 @@ def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def first_verdict(settings: Settings) -> int:
-    """Completed epochs at the first window for which the test can take a verdict: behind the learning-rate ramp."""
-    method = settings.method
-    of_ramp = max(1, -(-settings.train.ramp_epochs // method.window_epochs))  # windows in front of the first step
-    return (of_ramp + method.windows - 1) * method.window_epochs
-
-
 def without_effect(settings: Settings) -> list[str]:
     """A sentence for each setting that was given and has no effect."""
     method, augment, train = settings.method, settings.augment, settings.train
@@ -509,7 +502,8 @@ def without_effect(settings: Settings) -> list[str]:
             f"method.{key} has no effect, as method.rank_pattern gives the ranks"
             for key in sorted(given & {"r_min", "r_max", "normalize", "rank_floor_percent"})
         ]
-    if method.enabled and method.switch_epoch is None and train.epochs <= (first := first_verdict(settings)):
+    first = first_verdict(method.windows, method.window_epochs, train.ramp_epochs)
+    if method.enabled and method.switch_epoch is None and train.epochs <= first:
         sentences.append(
             f"the run cannot switch: a verdict that rests on no window of train.ramp_epochs = {train.ramp_epochs} comes after "
             f"epoch {first} of {train.epochs} at the earliest, so set a smaller method.window_epochs or train.ramp_epochs, or "

@@ -21,6 +21,11 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
+def in_percent(value: float | None, digits: int = 1) -> str:
+    """Of a share in 0..1, for a column whose head says `%`."""
+    return "-" if value is None else f"{100 * value:.{digits}f}"
+
+
 def accuracy(last: float | None, best: float | None) -> str:
     """`top-1 97.5% (best 98.1%)`, of shares in 0..1."""
     return "top-1 -" if last is None else f"top-1 {percent(last)} (best {percent(best)})"

@@ -75,7 +75,8 @@ MAY_IMPORT = {
         *("run_folder.py", "config.py", "config_file.py", "storage.py", "errors.py", "words.py"),
     },
     "plan": {
-        *("plan", "engine", "method", "data/manifest.py", "schedule.py", "run_folder.py", "records.py", "summaries.py"),
+        *("plan", "recorded/run.py", "engine", "method", "data/manifest.py", "schedule.py"),
+        *("run_folder.py", "records.py", "summaries.py"),
         *("config.py", "config_file.py", "section.py", "storage.py", "errors.py", "words.py"),
     },
     "bench/commands.py": {"bench", "report", "terminal", "json_output.py", "storage.py", "errors.py"},

@@ -37,7 +37,7 @@ def test_an_accuracy_that_is_not_known_is_told_as_that():
 def uncounted(path: Path) -> Iterator[str]:
     """F-strings in which a number stands in front of a plural, so that one thing would be told as several.
 
-    Ends of a range, constants, pairs of sides and `no files` are told as they are. `method/` imports nothing that counts.
+    Ends of a range, constants, pairs of sides and `no files` stand as they are. `method/` imports nothing that counts.
     """
     for node in ast.walk(ast.parse(path.read_text())):
         if not isinstance(node, ast.JoinedStr):

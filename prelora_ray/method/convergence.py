@@ -99,6 +99,12 @@ def family_changes(module_change: dict[str, float]) -> dict[str, float]:
     return {family: sum(changes) / len(changes) for family, changes in members.items()}
 
 
+def first_verdict(windows: int, window_epochs: int, ramp_epochs: int) -> int:
+    """Epochs that are completed when a ConvergenceTest of these settings takes its first verdict."""
+    of_ramp = max(1, -(-ramp_epochs // window_epochs))  # windows in front of the first step that counts
+    return (of_ramp + windows - 1) * window_epochs
+
+
 class ConvergenceTest:
     """The partial convergence test (arXiv 2509.21619, algorithm 1), fed one epoch at a time.
 

@@ -42,7 +42,7 @@ def remarks_on(run: RunRecords) -> Remarks:
 
 def _unfinished(run: RunRecords) -> str:
     end = read_end(run.folder)
-    after = f"after {len(run.epochs)} of {counted(run.settings.train.epochs, 'epoch')}"
+    after = f"after {run.completed} of {counted(run.settings.train.epochs, 'epoch')}"
     if end is None or end.end == "finished":
         return f"unfinished {after}"
     if end.end == "failed":
@@ -70,7 +70,7 @@ def _not_frozen(run: RunRecords) -> str | None:
     if not run.is_finished or switch is None or run.last_of(Freeze) is not None:
         return None
     return (
-        f"no freeze: the switch came after epoch {switch.switch_epoch} of {run.epochs[-1].epoch + 1}, within "
+        f"no freeze: the switch came after epoch {switch.switch_epoch} of {run.completed}, within "
         "method.warmup_epochs of the end; try an earlier one, less warmup, or more epochs"
     )
 

@@ -57,6 +57,11 @@ class RunRecords:
         return self.folder.exists("result.json")
 
     @property
+    def completed(self) -> int:
+        """Epochs."""
+        return self.epochs[-1].epoch + 1 if self.epochs else 0
+
+    @property
     def on_gpu(self) -> bool:
         return self.settings.workers.gpu is True
 

@@ -65,7 +65,7 @@ def _read(name: str, folder: RunFolder) -> RunState:
         name,
         state,
         phase=run.events[-1].phase if run.events else None,
-        epoch=run.epochs[-1].epoch + 1 if run.epochs else 0,
+        epoch=run.completed,
         epochs=run.settings.train.epochs,
         val_top1=last_top1(run.epochs),
         restarts=restarts(run.events),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prelora_ray.recorded.run import RunRecords
 from prelora_ray.summaries import table_summaries
-from prelora_ray.words import number
+from prelora_ray.words import in_percent, number
 
 
 def phase_rows(run: RunRecords) -> list[dict[str, str]]:
@@ -17,12 +17,12 @@ def phase_rows(run: RunRecords) -> list[dict[str, str]]:
             "phase": name,
             "epochs": str(summary.epochs),
             "loss": number(summary.loss),
-            "top-1, %": "-" if summary.val_top1 is None else f"{100 * summary.val_top1:.2f}",
+            "top-1, %": in_percent(summary.val_top1, 2),
             "images/s": f"{summary.images_per_second:,.0f}",
             "against full": "-" if summary.against_full is None else f"{summary.against_full:.2f}",
             "start-up, s": "-" if summary.startup_seconds is None else f"{summary.startup_seconds:,.1f}",
-            "waits, %": f"{100 * summary.data_wait_fraction:.1f}",
-            "trains, %": f"{100 * summary.trainable_fraction:.1f}",
+            "waits, %": in_percent(summary.data_wait_fraction),
+            "trains, %": in_percent(summary.trainable_fraction),
             "memory, GiB": f"{summary.peak_memory_bytes / 2**30:.2f}" if run.on_gpu else "-",
             "seconds": f"{summary.seconds:,.0f}",
         }

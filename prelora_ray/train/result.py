@@ -16,7 +16,7 @@ def summarize(folder: RunFolder) -> dict[str, Any]:
     phases = phase_summaries(run.epochs)
     switch, freeze = run.last_of(Switch), run.last_of(Freeze)
     result = Result(
-        epochs=run.epochs[-1].epoch + 1,
+        epochs=run.completed,
         switch_epoch=None if switch is None else switch.switch_epoch,
         freeze_epoch=None if freeze is None else freeze.freeze_epoch,
         val_top1=last_top1(run.epochs),

@@ -24,7 +24,7 @@ from prelora_ray.engine.check import check_model
 from prelora_ray.engine.model import create_model
 from prelora_ray.engine.precision import check_precision
 from prelora_ray.engine.pretrained import load_pretrained
-from prelora_ray.engine.snapshot import checkpoint_name
+from prelora_ray.engine.snapshot import checkpoint_name, epoch_of
 from prelora_ray.errors import InterruptedRunError, UserError, WorkError
 from prelora_ray.fault_tolerance.checkpoint import Checkpoints
 from prelora_ray.fault_tolerance.end import FILE as END_FILE
@@ -134,7 +134,7 @@ def check_finished(folder: RunFolder, epochs: int) -> None:
     if end is not None and end.end == "failed":
         raise TrainError(end.message)
     names = Checkpoints(folder).names()
-    begin = f"epoch {int(names[-1].split('-')[0])} of {folder} (checkpoint {names[-1]})" if names else f"the start of {folder}"
+    begin = f"epoch {epoch_of(names[-1])} of {folder} (checkpoint {names[-1]})" if names else f"the start of {folder}"
     goes_on = f"the same command goes on from {begin}"
     if end is None:
         raise TrainError(f"training ended without {folder / END_FILE}, the record of how (is the disk full?); {goes_on}")
