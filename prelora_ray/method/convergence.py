@@ -152,7 +152,7 @@ class ConvergenceTest:
         self._closed = self._closed[-self.windows :]
         return self._verdict()
 
-    def counted(self, steps: Sequence[Step]) -> list[Step]:
+    def steps_that_count(self, steps: Sequence[Step]) -> list[Step]:
         """Of all steps so far, in order, those that a verdict may rest on: the last `windows - 1`, behind the ramp."""
         return [step for step in steps[1 - self.windows :] if step.epoch_end - self.window_epochs >= self.ramp_epochs]
 
@@ -161,7 +161,7 @@ class ConvergenceTest:
 
         Once all have `windows - 1`, the run has partially converged. `steps`: all so far, in order.
         """
-        under = [step.is_under(self.tau, self.zeta) for step in reversed(self.counted(steps))]
+        under = [step.is_under(self.tau, self.zeta) for step in reversed(self.steps_that_count(steps))]
         names = [*steps[-1].family_change, "loss"] if steps else ["loss"]
         return {name: len(list(itertools.takewhile(bool, (step[name] for step in under)))) for name in names}
 
@@ -170,7 +170,7 @@ class ConvergenceTest:
         if len(self._closed) < 2:
             return Verdict(window, None, None, None, in_ramp=False, steps=(), converged=False)
         steps = [_step(before, after) for before, after in itertools.pairwise(self._closed)]
-        counted = self.counted(steps)
+        counted = self.steps_that_count(steps)
         rests_on = tuple(counted) if len(counted) == self.windows - 1 else ()
         last, modules = steps[-1], _module_changes(*self._closed[-2:])
         in_ramp = len(counted) < len(steps)
