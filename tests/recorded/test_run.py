@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
+from rich.live import Live
+
 from prelora_ray.config_file import parse_settings
 from prelora_ray.recorded.remarks import remarks_on
 from prelora_ray.recorded.run import RunRecords
@@ -13,6 +15,7 @@ from prelora_ray.report.page import _run_sections
 from prelora_ray.report.records import ReportedRun
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.terminal.console import result_table
+from prelora_ray.terminal.live import _Watcher
 from tests.lines import epoch_line, event, norms_line
 
 
@@ -43,6 +46,18 @@ def test_a_report_reads_every_file_once(tmp_path):
     files = (EpochLine.FILE, NormsLine.FILE, Event.FILE, "config.yaml", "data.json")
     assert {name: reads[name] for name in files} == dict.fromkeys(files, 1)
     assert reads[WindowLine.FILE] <= 1
+
+
+def test_a_poll_of_the_live_view_reads_every_file_once(tmp_path):
+    settings = parse_settings({"name": "run", "storage": str(tmp_path), "data": {"path": "x"}})
+    watcher, folder = _Watcher(settings), CountingFolder(tmp_path / "run")
+    watcher._folder = folder
+    watcher._live = Live()  # which is never started
+    folder.write_records(EpochLine, [epoch_line(epoch) for epoch in range(3)])
+    folder.write_records(Event, [event("run_started", world_size=1)])
+    reads.clear()
+    watcher._show_new()
+    assert reads[EpochLine.FILE] == reads[Event.FILE] == 1
 
 
 def test_of_a_switch_that_a_restart_repeats_the_newest_stands(tmp_path):

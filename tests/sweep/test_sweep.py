@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from prelora_ray.config import BendSettings
+from prelora_ray.config import BendSettings, Settings
 from prelora_ray.config_file import parse_settings
 from prelora_ray.errors import UserError
 from prelora_ray.fault_tolerance.ray_private import release_groups_of_dead_actors
@@ -226,6 +226,21 @@ def test_which_runs_have_full_training_of_equal_cost_beside_them(full, named):
     told = [name if i in named else None for i, name in enumerate(names)]
     assert [entry["full_control"] for entry in entries] == [*told, "trunk", None, None]
     assert {entry["rank_1_control"] for entry in entries} == {None}
+
+
+def test_costs_of_full_training_are_computed_once_for_a_switch(warmups):
+    """However many runs switch there: after each of the epochs 91 to 119, and to the trunk's end."""
+    asked = []
+
+    class CountingPrices(Prices):
+        def full(self, settings: Settings) -> float:
+            asked.append(settings.train.epochs)
+            return super().full(settings)
+
+    prices = CountingPrices(*vars(prices_of(warmups)).values())
+    entries = [entry(f"run-{number}", 0.8, 100.0 + number) for number in range(5)]
+    name_controls(warmups, entries, Record([], warmups.trunk.method, ramp_epochs=0), prices)
+    assert asked == list(range(91, 121))
 
 
 def test_a_control_that_settings_share_is_listed_once(tmp_path):
