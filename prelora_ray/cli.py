@@ -18,11 +18,11 @@ from prelora_ray.data.prepare_settings import PrepareSettings
 from prelora_ray.errors import InterruptedRunError, UserError, WorkError
 from prelora_ray.json_output import Json, print_json
 from prelora_ray.options import options_of
-from prelora_ray.words import counted
+from prelora_ray.words import counted, modules_by_rank
 
 if TYPE_CHECKING:
     from prelora_ray.config import MethodSettings
-    from prelora_ray.sweep.replay import Record
+    from prelora_ray.recorded.replay import Record
 
 app = typer.Typer(
     help="PreLoRA pre-training of Vision Transformers on Ray.",
@@ -67,13 +67,13 @@ def train(
 ) -> None:
     """Train a run through full, warmup and lora, or resume it."""
     from prelora_ray.config_file import load_settings
-    from prelora_ray.smoke import smoke_run
+    from prelora_ray.train.smoke import smoke_run
 
     settings = (smoke_run if fast else load_settings)(config, overrides or [], name=name, storage=storage)
 
-    from prelora_ray import console
-    from prelora_ray.live import watch
     from prelora_ray.run_folder import RunFolder
+    from prelora_ray.terminal import console
+    from prelora_ray.terminal.live import watch
     from prelora_ray.train.run import train as run
 
     with watch(settings):
@@ -109,8 +109,8 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Tell what a recipe will cost: GPU-hours, memory and exchange by phase, beside full training. Runs nothing."""
-    from prelora_ray import console
     from prelora_ray.plan.planner import Options, plan_recipe
+    from prelora_ray.terminal import console
 
     options = Options(gpus, gpu, tuple(bench or ()), bandwidth, memory, assume_speed, images)
     result = plan_recipe(recipe, overrides or [], options)
@@ -143,10 +143,10 @@ def sweep(
 
     plan = load_sweep(config, overrides or [], name=name, storage=storage)
 
-    from prelora_ray import console
-    from prelora_ray.live import watch
-    from prelora_ray.report.sweep_table import told_of_controls
+    from prelora_ray.report.sweep_table import told_of_controls, told_of_cost
     from prelora_ray.sweep.run import sweep as run
+    from prelora_ray.terminal import console
+    from prelora_ray.terminal.live import watch
 
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # a box of Tune's, with advice that fits neither paths nor names here
     result = run(plan, watch, debug=_debug)
@@ -154,11 +154,7 @@ def sweep(
         print_json(result)
         return
     console.out.print(console.sweep_table(result))
-    console.out.print(
-        f"{counted(result['trials'], 'run stands', 'runs stand')} for {counted(len(result['settings']), 'setting')}, beside "
-        f"{counted(len(result['controls']), 'control')}: {result['cost']:.3g} {result['unit']} with the trunk, where each by "
-        f"itself would have cost {result['naive_cost']:.3g}"
-    )
+    console.out.print(told_of_cost(result))
     if (told := told_of_controls(result)) is not None:
         console.out.print(told)
     if result["smallest_warmup"] is not None:
@@ -178,12 +174,12 @@ def prepare(
     settings: PrepareSettings,
 ) -> None:
     """Turn images into the Parquet files that training streams."""
-    from prelora_ray import console
     from prelora_ray.config import absolute_source
     from prelora_ray.data.prepare import prepare as run
     from prelora_ray.nodes import check_seen_by_all_nodes
     from prelora_ray.ray_session import ray_session
     from prelora_ray.storage import absolute
+    from prelora_ray.terminal import console
 
     start = time.monotonic()
     with ray_session(debug=_debug), console.progress("images") as show:
@@ -219,9 +215,9 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Evaluate a trained model on a prepared validation set."""
-    from prelora_ray import console
     from prelora_ray.inference.evaluate import evaluate as run
     from prelora_ray.ray_session import ray_session
+    from prelora_ray.terminal import console
 
     with ray_session(debug=_debug), console.progress("images") as show:
         report = run(source, data, show)
@@ -250,8 +246,8 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Export a run's model for timm, PEFT and ONNX, each loaded back and compared with the run's own."""
-    from prelora_ray import console
     from prelora_ray.inference.export import export as run
+    from prelora_ray.terminal import console
 
     exported = run(source, out, data)
     if as_json:
@@ -285,11 +281,11 @@ def replay(
     as_json: Json = False,
 ) -> None:
     """Tell where other settings of the test would have switched a recorded run. What is not given is the run's own."""
-    from prelora_ray import console
     from prelora_ray.config_file import parse_method
-    from prelora_ray.records import rank_counts
-    from prelora_ray.sweep.replay import read_record
-    from prelora_ray.sweep.replay import replay as run
+    from prelora_ray.recorded.replay import read_record
+    from prelora_ray.recorded.replay import replay as run
+    from prelora_ray.summaries import rank_counts
+    from prelora_ray.terminal import console
 
     record = read_record(source)
     taus = [record.method.tau] if tau is None else _numbers("--tau", tau)
@@ -317,7 +313,7 @@ def replay(
     if result.ranks is None:
         console.out.print(f"no switch: {result.reason}")
     else:
-        told = ", ".join(f"{counted(count, 'module')} of rank {rank}" for rank, count in rank_counts(result.ranks).items())
+        told = modules_by_rank(rank_counts(result.ranks))
         left = "" if result.rate_left is None else f", {result.rate_left:.1%} of the learning rate's sum left"
         console.out.print(f"switch after epoch {result.switch_epoch} (window {result.switch_window}{left}): {told}")
 
@@ -332,9 +328,9 @@ def _replay_map(
     picture: str | None,
     as_json: bool,
 ) -> None:
-    from prelora_ray import console
     from prelora_ray.report.page import write_switch_map
     from prelora_ray.sweep.map import PUBLISHED, switch_map, what_it_means
+    from prelora_ray.terminal import console
 
     points = switch_map(record, method, ramp_epochs, taus, zetas, what_it_means(source, method))
     if picture is not None:
@@ -384,9 +380,9 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Show what happened in a run, in several side by side, or in a sweep, as one HTML file."""
-    from prelora_ray import console
     from prelora_ray.report.page import write_report
     from prelora_ray.storage import absolute, check_outlives_job
+    from prelora_ray.terminal import console
 
     for place in (out, png, plotly):
         if place is not None:
@@ -404,8 +400,8 @@ def runs(
     as_json: Json = False,
 ) -> None:
     """List runs: what each does, how far it is, and when it last said so."""
-    from prelora_ray import console
-    from prelora_ray.runs import list_runs
+    from prelora_ray.recorded.runs import list_runs
+    from prelora_ray.terminal import console
 
     found = list_runs(storage)
     if as_json:
@@ -420,8 +416,8 @@ def doctor(
     as_json: Json = False,
 ) -> None:
     """Look for damage: are checksums right, can every image, record and checkpoint be read? Exit status 1 if not."""
-    from prelora_ray import console
     from prelora_ray.doctor import examine
+    from prelora_ray.terminal import console
 
     with console.progress("looked at") as show:
         findings = examine(path, show)

@@ -11,11 +11,12 @@ from pydantic import AfterValidator, Field, model_validator
 
 from prelora_ray.data.augment_settings import AugmentSettings, Policy
 from prelora_ray.method.architecture import FAMILIES
-from prelora_ray.method.convergence import NormStatistic
+from prelora_ray.method.convergence import NormStatistic, first_verdict
 from prelora_ray.method.phases import FreezeScope, Phase
 from prelora_ray.method.ranks import PATTERN_RANKS, Normalize, is_pattern_rank, rank_choices
 from prelora_ray.section import Acts, Count, NotNegative, Positive, Section, Share, Whole
 from prelora_ray.storage import NO_KEYS, absolute, without_keys
+from prelora_ray.words import counted
 
 _RESERVED_OPTIONS = {
     "img_size": "set model.image_size",
@@ -287,7 +288,7 @@ class MethodSettings(Section):
         if self.switch_epoch is not None and self.rank_pattern is None and self.switch_epoch < 2 * self.window_epochs:
             raise ValueError(
                 f"method.switch_epoch = {self.switch_epoch} is not allowed: ranks need two windows of "
-                f"{self.window_epochs} epochs before it, or set method.rank_pattern"
+                f"{counted(self.window_epochs, 'epoch')} before it, or set method.rank_pattern"
             )
         return self
 
@@ -387,8 +388,8 @@ class Settings(Section):
             raise ValueError(f"workers.min = {workers.min} is not allowed: it must not exceed workers.max = {workers.max}")
         if workers.max > data.num_cells:
             raise ValueError(
-                f"workers.max = {workers.max} is not allowed: a batch of {data.batch_size} has {data.num_cells} cells of "
-                f"{data.cell}, and a worker needs at least one"
+                f"workers.max = {workers.max} is not allowed: a batch of {data.batch_size} has "
+                f"{counted(data.num_cells, 'cell')} of {data.cell}, and a worker needs at least one"
             )
         if isinstance(train.micro_batch, int) and train.micro_batch % data.cell:
             raise ValueError(
@@ -396,10 +397,10 @@ class Settings(Section):
             )
         if method.enabled and method.switch_epoch is None and train.epochs < method.windows * method.window_epochs:
             raise ValueError(
-                f"train.epochs = {train.epochs} is not allowed: the test needs {method.windows} windows of "
-                f"{method.window_epochs} epochs, so at least {method.windows * method.window_epochs}; or set a smaller "
-                "method.window_epochs or method.windows, method.switch_epoch to switch without the test, or method.enabled: "
-                "false for full training alone"
+                f"train.epochs = {train.epochs} is not allowed: the test needs {counted(method.windows, 'window')} "
+                f"of {counted(method.window_epochs, 'epoch')}, so at least {method.windows * method.window_epochs}; or set "
+                "a smaller method.window_epochs or method.windows, method.switch_epoch to switch without the test, or "
+                "method.enabled: false for full training alone"
             )
         if method.enabled and method.switch_epoch is not None and method.switch_epoch >= train.epochs:
             raise ValueError(
@@ -433,8 +434,8 @@ class Settings(Section):
         for step, end in zip(train.resolution, train.scheduled_step_ends, strict=True):
             if not before < end < train.schedule_epochs:
                 raise ValueError(
-                    f"train.resolution.until = {step.until:g} is not allowed: it comes to {end} epochs, which must be more "
-                    f"than {before}, where its step begins, and fewer than {train.length_key} = {train.schedule_epochs}"
+                    f"train.resolution.until = {step.until:g} is not allowed: it comes to {counted(end, 'epoch')}, which must "
+                    f"be more than {before}, where its step begins, and fewer than {train.length_key} = {train.schedule_epochs}"
                 )
             if step.image_size > self.model.image_size:
                 raise ValueError(
@@ -493,13 +494,6 @@ def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def first_verdict(settings: Settings) -> int:
-    """Completed epochs at the first window for which the test can take a verdict: behind the learning-rate ramp."""
-    method = settings.method
-    of_ramp = max(1, -(-settings.train.ramp_epochs // method.window_epochs))  # windows in front of the first step
-    return (of_ramp + method.windows - 1) * method.window_epochs
-
-
 def without_effect(settings: Settings) -> list[str]:
     """A sentence for each setting that was given and has no effect."""
     method, augment, train = settings.method, settings.augment, settings.train
@@ -513,7 +507,8 @@ def without_effect(settings: Settings) -> list[str]:
             f"method.{key} has no effect, as method.rank_pattern gives the ranks"
             for key in sorted(given & {"r_min", "r_max", "normalize", "rank_floor_percent"})
         ]
-    if method.enabled and method.switch_epoch is None and train.epochs <= (first := first_verdict(settings)):
+    first = first_verdict(method.windows, method.window_epochs, train.ramp_epochs)
+    if method.enabled and method.switch_epoch is None and train.epochs <= first:
         sentences.append(
             f"the run cannot switch: a verdict that rests on no window of train.ramp_epochs = {train.ramp_epochs} comes after "
             f"epoch {first} of {train.epochs} at the earliest, so set a smaller method.window_epochs or train.ramp_epochs, or "

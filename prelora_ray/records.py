@@ -1,4 +1,4 @@
-"""What a run records in its folder, line by line, and what several packages derive from these lines.
+"""What a run records in its folder, line by line.
 
 The docstring of a field says what it means; the tables of docs/run-folder.md are generated from them. Fields are in the
 order in which they are written. A field with a default, other than `event`, is missing in records of earlier versions.
@@ -6,9 +6,7 @@ order in which they are written. A field with a default, other than `event`, is 
 
 from __future__ import annotations
 
-import itertools
-import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
@@ -143,7 +141,8 @@ class Starting:
     """When that began, in seconds since 1970."""
     doing: str
     """`start Ray`, `prepare the images`, `place the workers`, `build the model`, `read the first images`, and
-    `compile`, or `take a first step` where nothing is compiled; the last one also where a phase begins."""
+    `compile`, or `take a first step` where nothing is compiled; the last one also where a phase begins. Where images
+    grow, `compile for 24 pixels`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -430,191 +429,6 @@ def standing(lines: Iterable[LineT], key: Callable[[LineT], int]) -> list[LineT]
         if place not in found or line.attempt >= found[place].attempt:
             found[place] = line
     return [found[place] for place in sorted(found)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PhaseSummary:
-    """A run's epochs in one phase, summed up."""
-
-    phase: str
-    epochs: int
-    loss: float
-    """Of the last epoch."""
-    val_top1: float | None
-    """The last one; None where no epoch was validated."""
-    images_per_second: float
-    """In the steady state."""
-    against_full: float | None
-    """A worker's, as a multiple of phase full's on images of one size; None where either has no steady epoch of it."""
-    startup_seconds: float | None
-    """Seconds of training beyond that speed, in epochs that begin a phase, a size or an attempt; None where all do."""
-    seconds: float
-    """With validation and all that starts."""
-    data_wait_fraction: float
-    """Of the seconds of training, in the steady state."""
-    peak_memory_bytes: int
-    trainable_fraction: float
-    """Of the parameters, in the last epoch."""
-
-
-def by_phase(epochs: Iterable[EpochLine]) -> dict[str, list[EpochLine]]:
-    """The lines of each phase, in their order."""
-    phases: dict[str, list[EpochLine]] = {}
-    for line in epochs:
-        phases.setdefault(line.phase, []).append(line)
-    return phases
-
-
-def phase_summaries(epochs: Iterable[EpochLine]) -> dict[str, PhaseSummary]:
-    """A summary of each phase, in their order."""
-    phases = by_phase(epochs)
-    full = by_phase_and_size(phases.get("full", []))
-    return {phase: _summary(phase, lines, full) for phase, lines in phases.items()}
-
-
-def table_summaries(epochs: Sequence[EpochLine]) -> dict[str, PhaseSummary]:
-    """What a table tells: a summary of each phase, or where its images grew, of each of their sizes: `full, 160 px`.
-
-    Epochs that an earlier version recorded have none: `full, ? px`.
-    """
-    stages = by_phase_and_size(epochs)
-    if len({size for _, size in stages if size is not None}) < 2:
-        return phase_summaries(epochs)
-    return {f"{phase}, {size or '?'} px": _summary(phase, lines, stages) for (phase, size), lines in stages.items()}
-
-
-def by_phase_and_size(epochs: Iterable[EpochLine]) -> dict[tuple[str, int | None], list[EpochLine]]:
-    """The lines of each phase and size of images, in their order."""
-    stages: dict[tuple[str, int | None], list[EpochLine]] = {}
-    for line in epochs:
-        stages.setdefault((line.phase, line.image_size), []).append(line)
-    return stages
-
-
-def steady_lines(lines: Sequence[EpochLine]) -> list[EpochLine]:
-    """Of the lines of one phase and size of images those in which nothing starts, compiles or fills: all but the first,
-    and the first of every attempt."""
-    return [line for before, line in itertools.pairwise(lines) if before.attempt == line.attempt]
-
-
-def in_steady_state(lines: Sequence[EpochLine], value: Callable[[EpochLine], float]) -> float:
-    """The median over the steady ones of the lines of one phase and size of images; over all where none is."""
-    return statistics.median(map(value, steady_lines(lines) or lines))
-
-
-GAIN = 1.05
-"""A speed below this multiple of another is no gain: epochs of one phase differ by as much."""
-_WAITS = 0.1
-"""From this share of its time on, a phase's waiting for images is told as what holds it up."""
-
-
-def gain_note(epochs: Iterable[EpochLine]) -> str | None:
-    """A sentence where phase lora is no faster than full training; None where it is, or that is not known."""
-    lora = phase_summaries(epochs).get("lora")
-    if lora is None or lora.against_full is None or lora.against_full >= GAIN:
-        return None
-    waits = lora.data_wait_fraction
-    why = f"it waits for images {waits:.0%} of its time" if waits >= _WAITS else "at this size freezing saves no time"
-    return f"phase lora trains {lora.against_full:.2f} times as fast as full training: {why}"
-
-
-def memory_note(epochs: Iterable[EpochLine]) -> str:
-    """Peak memory of a run on CPUs, and why it is not told by phase."""
-    peak = max((line.peak_memory_bytes for line in epochs), default=0)
-    return f"peak memory {peak / 2**20:,.0f} MiB, of all phases together: a process on a CPU hardly gives any back"
-
-
-def _summary(
-    phase: str, lines: Sequence[EpochLine], full: Mapping[tuple[str, int | None], Sequence[EpochLine]]
-) -> PhaseSummary:
-    """`full`: the lines of phase full, by phase and size of images."""
-    stages = {size: stage for (_, size), stage in by_phase_and_size(lines).items()}
-    steady = [line for stage in stages.values() for line in steady_lines(stage) or stage]
-    startups = [seconds for stage in stages.values() if (seconds := _startup_seconds(stage)) is not None]
-    return PhaseSummary(
-        phase=phase,
-        epochs=len(lines),
-        loss=lines[-1].loss,
-        val_top1=last_top1(lines),
-        images_per_second=_rate(stages, stages, lambda line: line.images_per_second),
-        against_full=_against_full(stages, {size: stage for (name, size), stage in full.items() if name == "full"}),
-        startup_seconds=sum(startups) if startups else None,
-        seconds=sum(line.seconds for line in lines),
-        data_wait_fraction=sum(line.data_wait_seconds for line in steady) / sum(line.train_seconds for line in steady),
-        peak_memory_bytes=max(line.peak_memory_bytes for line in lines),
-        trainable_fraction=lines[-1].trainable_fraction,
-    )
-
-
-_Stages = Mapping[int | None, Sequence[EpochLine]]
-"""Lines of one phase, by size of images."""
-
-
-def _rate(stages: _Stages, epochs: _Stages, rate: Callable[[EpochLine], float]) -> float:
-    """In the steady state of `stages`, over as many epochs of each size as `epochs` has, each of as many images."""
-    return statistics.harmonic_mean(
-        [in_steady_state(stages[size], rate) for size in epochs], [len(lines) for lines in epochs.values()]
-    )
-
-
-def _against_full(stages: _Stages, full: _Stages) -> float | None:
-    """By worker, as the number of workers may change; None where either has but epochs that begin something."""
-    if not all(steady_lines(stage) and steady_lines(full.get(size, ())) for size, stage in stages.items()):
-        return None
-    own, theirs = (_rate(of, stages, lambda line: line.images_per_second / line.world_size) for of in (stages, full))
-    return own / theirs
-
-
-def _startup_seconds(lines: Sequence[EpochLine]) -> float | None:
-    """Of lines of one size, by worker, as the number of workers may change; None where none of them is steady."""
-    steady = steady_lines(lines)
-    if not steady:
-        return None
-
-    def of_worker(line: EpochLine) -> float:
-        return line.images_per_second / line.world_size
-
-    rate = in_steady_state(lines, of_worker)
-    others = [line for line in lines if line not in steady]
-    return sum(max(0.0, line.train_seconds * (1 - of_worker(line) / rate)) for line in others)
-
-
-def seconds_by_attempt(events: Iterable[Event]) -> dict[int, float]:
-    """Time from each attempt's first event to its last."""
-    times: dict[int, list[float]] = {}
-    for event in events:
-        times.setdefault(event.attempt, []).append(event.time)
-    return {attempt: max(at) - min(at) for attempt, at in times.items()}
-
-
-def reservations(events: Iterable[Event]) -> list[dict[str, str]]:
-    """What Ray Train has reserved for each attempt that recorded it."""
-    return [event.reservation for event in events if isinstance(event, BEGINNINGS) and event.reservation]
-
-
-def top1s(epochs: Iterable[EpochLine]) -> list[float]:
-    """Top-1 of the epochs that were validated."""
-    return [line.val_top1 for line in epochs if line.val_top1 is not None]
-
-
-def last_top1(epochs: Iterable[EpochLine]) -> float | None:
-    """None where no epoch was validated."""
-    return next(reversed(top1s(epochs)), None)
-
-
-_PACE_EPOCHS = 5
-"""Epochs whose median duration is the pace."""
-
-
-def remaining_seconds(epochs: Sequence[EpochLine], still: float) -> float:
-    """Time that so many more epochs take at the median pace of the last ones, of which there must be one."""
-    return statistics.median(line.seconds for line in epochs[-_PACE_EPOCHS:]) * still
-
-
-def rank_counts(ranks: Mapping[str, int]) -> dict[int, int]:
-    """How many modules have each rank, by rank."""
-    values = list(ranks.values())
-    return {rank: values.count(rank) for rank in sorted(set(values))}
 
 
 def _start(content: Mapping[str, Any]) -> str:

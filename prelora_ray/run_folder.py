@@ -30,7 +30,6 @@ from prelora_ray.errors import UserError, one_line
 from prelora_ray.records import (
     EpochLine,
     Event,
-    EventT,
     Line,
     NormsLine,
     Progress,
@@ -124,10 +123,6 @@ class RunFolder(Storage):
     def events(self) -> list[Event]:
         """All events, in file order: none replaces another."""
         return self.records(Event)
-
-    def events_of(self, kind: type[EventT]) -> list[EventT]:
-        """All events of a kind, in file order."""
-        return [event for event in self.events() if isinstance(event, kind)]
 
     def read_progress(self) -> Progress:
         """Where the run is right now. Raises ValueError where that is damaged, and OSError where it was not written."""

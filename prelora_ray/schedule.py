@@ -15,12 +15,16 @@ from prelora_ray.records import NormsLine
 
 def phase_schedule(method: MethodSettings, ramp_epochs: int, names: Sequence[str]) -> PhaseSchedule:
     """`ramp_epochs`: of the learning rate, before which no verdict is taken. `names`: of the target modules."""
-    test = ConvergenceTest(method.tau, method.zeta, method.windows, method.window_epochs, method.norm_statistic, ramp_epochs)
 
     def assign(change: dict[str, float]) -> dict[str, int]:
         return ranks_for(method, change, names)
 
+    test = convergence_test(method, ramp_epochs)
     return PhaseSchedule(test, assign, method.warmup_epochs, method.switch_epoch, method.enabled)
+
+
+def convergence_test(method: MethodSettings, ramp_epochs: int) -> ConvergenceTest:
+    return ConvergenceTest(method.tau, method.zeta, method.windows, method.window_epochs, method.norm_statistic, ramp_epochs)
 
 
 def ranks_for(method: MethodSettings, change: dict[str, float], names: Sequence[str]) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import timedelta
 
 
@@ -18,6 +19,21 @@ def number(value: float | None) -> str:
 def percent(value: float | None) -> str:
     """Of a share in 0..1."""
     return "-" if value is None else f"{value:.1%}"
+
+
+def in_percent(value: float | None, digits: int = 1) -> str:
+    """Of a share in 0..1, for a column whose head says `%`."""
+    return "-" if value is None else f"{100 * value:.{digits}f}"
+
+
+def accuracy(last: float | None, best: float | None) -> str:
+    """`top-1 97.5% (best 98.1%)`, of shares in 0..1."""
+    return "top-1 -" if last is None else f"top-1 {percent(last)} (best {percent(best)})"
+
+
+def modules_by_rank(counts: Mapping[int, int]) -> str:
+    """`18 modules of rank 4, 1 module of rank 8`."""
+    return ", ".join(f"{counted(count, 'module')} of rank {rank}" for rank, count in counts.items())
 
 
 def clock(seconds: float | None) -> str:

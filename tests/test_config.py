@@ -11,11 +11,11 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from prelora_ray.config import Settings, acts, first_verdict, flat, inner_section, with_absolute_paths, without_effect
+from prelora_ray.config import Settings, acts, flat, inner_section, with_absolute_paths, without_effect
 from prelora_ray.config_file import load_settings, parse_section, parse_settings, read_named, set_key
 from prelora_ray.engine.check import check_model
 from prelora_ray.errors import UserError
-from prelora_ray.method.convergence import ConvergenceTest
+from prelora_ray.method.convergence import ConvergenceTest, first_verdict
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.section import Section
 from prelora_ray.sweep.fork import _check_same_trunk
@@ -477,7 +477,7 @@ def test_a_run_that_ends_before_the_tests_first_verdict_is_told(ramp, windows, w
     first = next(epoch + 1 for epoch, verdict in enumerate(verdicts) if verdict is not None and verdict.largest is not None)
     for epochs, is_told in ((first, True), (first + 1, False)):
         run = parse_settings({"name": "run", **DATA, "train": {"epochs": epochs, "ramp_epochs": ramp}, "method": method})
-        assert first_verdict(run) == first
+        assert first_verdict(windows, window_epochs, ramp) == first
         assert any(sentence.startswith("the run cannot switch: ") for sentence in without_effect(run)) == is_told
 
 

@@ -15,6 +15,7 @@ MAY_IMPORT = {
     "storage.py": {"errors.py"},
     "nodes.py": {"errors.py", "storage.py"},
     "records.py": set(),
+    "summaries.py": {"records.py"},
     "words.py": set(),
     "section.py": set(),
     "json_output.py": set(),
@@ -23,24 +24,26 @@ MAY_IMPORT = {
     "method": {"method"},
     "kernels": {"kernels"},
     "data/augment_settings.py": {"section.py"},
-    "config.py": {"method", "data/augment_settings.py", "section.py", "storage.py"},
+    "config.py": {"method", "data/augment_settings.py", "section.py", "storage.py", "words.py"},
     "config_file.py": {"config.py", "section.py", "storage.py", "errors.py"},
     "run_folder.py": {"records.py", "config.py", "config_file.py", "storage.py", "errors.py"},
     "schedule.py": {"method", "records.py", "config.py", "errors.py"},
-    "remarks.py": {"schedule.py", "method", "fault_tolerance/end.py", "run_folder.py", "records.py", "config.py"},
-    "smoke.py": {"config.py", "config_file.py"},
     "data/draws.py": set(),
     "data/order.py": {"data/draws.py"},
-    "data": {"data", "section.py", "storage.py", "errors.py"},
+    "data": {"data", "section.py", "storage.py", "errors.py", "words.py"},
     "tasks": {"tasks", "data/batch.py", "data/mixing.py", "config.py"},
     "engine": {
         *("engine", "tasks", "method", "kernels", "data/batch.py", "data/draws.py"),
-        *("schedule.py", "config.py", "config_file.py", "storage.py", "errors.py", "torchvision_ops.py"),
+        *("schedule.py", "config.py", "config_file.py", "storage.py", "errors.py", "words.py", "torchvision_ops.py"),
     },
     "integrations": {"integrations", "engine/prelora.py", "method/phases.py", "torchvision_ops.py", "errors.py"},
     "fault_tolerance": {
         *("fault_tolerance", "engine/optim.py", "engine/snapshot.py", "data/damage.py"),
-        *("run_folder.py", "records.py", "config.py", "storage.py", "errors.py"),
+        *("run_folder.py", "records.py", "config.py", "storage.py", "errors.py", "words.py"),
+    },
+    "recorded": {
+        *("recorded", "schedule.py", "engine/optim.py", "fault_tolerance", "method"),
+        *("run_folder.py", "records.py", "summaries.py", "config.py", "errors.py", "words.py"),
     },
     "monitor": {
         *("monitor", "engine/flops.py", "method"),
@@ -48,43 +51,43 @@ MAY_IMPORT = {
     },
     "ray_session.py": {"fault_tolerance/ray_private.py", "errors.py"},
     "train": {
-        *("train", "ray_session.py", "fault_tolerance", "monitor", "engine", "tasks", "method", "data"),
-        *("run_folder.py", "records.py", "config.py", "config_file.py", "storage.py", "errors.py", "nodes.py", "words.py"),
+        *("train", "recorded/run.py", "ray_session.py", "fault_tolerance", "monitor", "engine", "tasks", "method", "data"),
+        *("run_folder.py", "records.py", "summaries.py", "config.py", "config_file.py"),
+        *("storage.py", "errors.py", "nodes.py", "words.py"),
     },
     "inference": {
         *("inference", "fault_tolerance/checkpoint.py", "engine", "tasks", "method", "data"),
-        *("run_folder.py", "records.py", "config.py", "storage.py", "errors.py", "nodes.py", "torchvision_ops.py", "words.py"),
+        *("run_folder.py", "records.py", "summaries.py", "config.py"),
+        *("storage.py", "errors.py", "nodes.py", "torchvision_ops.py", "words.py"),
     },
     "sweep": {
         *("sweep", "ray_session.py", "train", "fault_tolerance", "engine", "method"),
-        *("schedule.py", "remarks.py", "run_folder.py", "records.py"),
-        *("config.py", "config_file.py", "section.py", "storage.py", "errors.py"),
+        *("recorded", "schedule.py", "run_folder.py", "records.py", "summaries.py"),
+        *("config.py", "config_file.py", "section.py", "storage.py", "errors.py", "words.py"),
     },
     "report": {
-        *("report", "method/architecture.py", "remarks.py", "run_folder.py", "records.py", "words.py"),
+        *("report", "method/architecture.py", "recorded", "run_folder.py", "records.py", "summaries.py", "words.py"),
         *("config.py", "storage.py", "errors.py"),
     },
-    "runs.py": {"fault_tolerance", "run_folder.py", "records.py", "errors.py"},
     "doctor.py": {"fault_tolerance", "data", "run_folder.py", "records.py", "errors.py"},
     "bench": {
         *("bench", "ray_session.py", "train", "fault_tolerance", "monitor", "engine", "method", "data"),
-        *("run_folder.py", "config.py", "config_file.py", "storage.py", "errors.py"),
+        *("run_folder.py", "config.py", "config_file.py", "storage.py", "errors.py", "words.py"),
     },
     "plan": {
-        *("plan", "engine", "method", "data/manifest.py", "schedule.py", "run_folder.py", "records.py"),
-        *("config.py", "config_file.py", "section.py", "storage.py", "errors.py"),
+        *("plan", "recorded/run.py", "engine", "method", "data/manifest.py", "schedule.py"),
+        *("run_folder.py", "records.py", "summaries.py"),
+        *("config.py", "config_file.py", "section.py", "storage.py", "errors.py", "words.py"),
     },
-    "bench/commands.py": {"bench", "report", "console.py", "json_output.py", "storage.py", "errors.py"},
-    "console.py": {
-        *("report", "sweep", "plan", "inference", "data", "remarks.py", "run_folder.py", "records.py"),
-        *("config.py", "runs.py", "words.py"),
+    "bench/commands.py": {"bench", "report", "terminal", "json_output.py", "storage.py", "errors.py"},
+    "terminal": {
+        *("terminal", "report", "sweep", "plan", "inference", "data", "recorded", "schedule.py", "method"),
+        *("run_folder.py", "records.py", "summaries.py", "config.py", "words.py"),
     },
-    "live.py": {"console.py", "run_folder.py", "records.py", "config.py", "words.py"},
     "cli.py": {
         *(
-            "console.py",
-            "live.py",
-            "runs.py",
+            "terminal",
+            "recorded",
             "ray_session.py",
             "json_output.py",
             "options.py",
@@ -96,16 +99,18 @@ MAY_IMPORT = {
             "inference",
             "train",
             "data",
-            "smoke.py",
         ),
-        *("run_folder.py", "records.py", "config.py", "config_file.py", "storage.py", "errors.py", "nodes.py"),
+        *("run_folder.py", "records.py", "summaries.py", "config.py", "config_file.py", "storage.py", "errors.py", "nodes.py"),
         *("words.py", "__init__.py"),
     },
     "__main__.py": {"cli.py"},
     "__init__.py": {"engine/prelora.py"},
 }
 """Lower layers first; what each may import, itself included."""
-METHOD_LIBRARIES = {"torch", "hashlib", "itertools", "math", "re", "collections", "dataclasses", "enum", "typing", "__future__"}
+METHOD_LIBRARIES = {
+    *("torch", "functools", "hashlib", "itertools", "math", "re"),
+    *("collections", "dataclasses", "enum", "typing", "__future__"),
+}
 
 
 def layer(path: Path) -> str:

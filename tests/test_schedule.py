@@ -6,8 +6,8 @@ import pytest
 
 from prelora_ray.config import MethodSettings
 from prelora_ray.method.phases import Phase
+from prelora_ray.recorded.replay import Record, replay
 from prelora_ray.schedule import decide, phase_schedule, ranks_for
-from prelora_ray.sweep.replay import Record, replay
 from tests.lines import norms_line
 
 NAMES = ["blocks.0.attn.query", "blocks.0.mlp.fc1", "blocks.1.mlp.fc1"]

@@ -17,6 +17,7 @@ from prelora_ray.errors import WorkError
 from prelora_ray.fault_tolerance.async_checkpointer import AsyncCheckpointer
 from prelora_ray.fault_tolerance.checkpoint import Checkpoints, Retention
 from prelora_ray.storage import Storage
+from prelora_ray.words import counted
 
 _ROUNDS = 5
 
@@ -31,7 +32,8 @@ def bench_checkpoint(model: str, image_size: int, batch: int) -> dict[str, Any]:
         return _bench(model, image_size, batch)
     except torch.OutOfMemoryError:
         raise WorkError(
-            f"the GPU has no room for {batch} images of {model} beside a checkpoint's snapshot: take fewer, with --batch"
+            f"the GPU has no room for {counted(batch, 'image')} of {model} beside a checkpoint's snapshot: take "
+            "fewer, with --batch"
         ) from None
 
 

@@ -201,8 +201,8 @@ def _size(model: str | None, image_size: int | None, batch: int | None, *, batch
 
 
 def _measure(run: Callable[[], dict[str, Any]], out: str | None, as_json: bool, picture: str | None = None) -> None:
-    from prelora_ray import console
     from prelora_ray.bench.machine import INTERRUPTED
+    from prelora_ray.terminal import console
 
     for option, path in (("--out", out), ("--picture", picture)):
         if path is not None and not (folder := Path(absolute(path)).parent).is_dir():

@@ -14,6 +14,7 @@ from prelora_ray.data.damage import DamagedDataError, check_shard, damaged_row
 from prelora_ray.data.manifest import Shard, parse_manifest
 from prelora_ray.errors import one_line
 from prelora_ray.storage import Storage
+from prelora_ray.words import counted
 
 
 def check_prepared(folder: Storage, on_progress: Callable[[int, int], None] = lambda done, total: None) -> list[str]:
@@ -59,4 +60,4 @@ def _check_shard(folder: Storage, shard: Shard, num_classes: int) -> Iterator[st
         if (reason := undecodable(image or b"")) is not None:
             yield str(damaged_row(folder, shard.file, i, source, reason))
         if not isinstance(label, int) or not 0 <= label < num_classes:
-            yield f"{name}, row {i} ({source}): its label is {label}, and there are {num_classes} classes"
+            yield f"{name}, row {i} ({source}): its label is {label}, and there are {counted(num_classes, 'class', 'classes')}"

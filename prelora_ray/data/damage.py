@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from prelora_ray.data.manifest import Shard
 from prelora_ray.errors import WorkError
 from prelora_ray.storage import Storage
+from prelora_ray.words import counted
 
 _MEND = "delete this file and prepare the folder again, which makes it anew"
 
@@ -22,7 +23,7 @@ class DamagedDataError(WorkError):
 def check_shard(folder: Storage, shard: Shard, content: bytes) -> None:
     """Raises DamagedDataError where the content of a shard is not what its manifest says."""
     if len(content) != shard.num_bytes:
-        found = f"it has {len(content):,} bytes, and its manifest says {shard.num_bytes:,}"
+        found = f"it has {counted(len(content), 'byte')}, and its manifest says {shard.num_bytes:,}"
     elif (digest := hashlib.sha256(content).hexdigest()) != shard.sha256:
         found = f"its SHA-256 is {digest[:12]}..., and its manifest says {shard.sha256[:12]}..."
     else:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from prelora_ray.errors import UserError
 from prelora_ray.storage import Storage
+from prelora_ray.words import counted
 
 SCHEMA_VERSION = 2
 _READABLE = (1, 2)
@@ -109,8 +110,10 @@ def read_manifest(folder: Storage) -> Manifest:
     sizes = folder.list_files()
     for shard in (shard for shards in manifest.splits.values() for shard in shards):
         if sizes.get(shard.file) != shard.num_bytes:
-            found = f"{sizes[shard.file]} bytes" if shard.file in sizes else "missing"
-            raise UserError(f"{folder}/{shard.file} is {found}, its manifest says {shard.num_bytes} bytes: prepare it again")
+            found = counted(sizes[shard.file], "byte") if shard.file in sizes else "missing"
+            raise UserError(
+                f"{folder}/{shard.file} is {found}, its manifest says {counted(shard.num_bytes, 'byte')}: prepare it again"
+            )
     return manifest
 
 

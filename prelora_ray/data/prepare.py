@@ -34,6 +34,7 @@ from prelora_ray.data.sources.source import ending
 from prelora_ray.data.stream import quiet_data_context
 from prelora_ray.errors import UserError, WorkError, one_line
 from prelora_ray.storage import Storage
+from prelora_ray.words import counted
 
 _SHARDS_PER_BUFFER = 8
 _DIGEST_BYTES = 8
@@ -79,8 +80,8 @@ def prepare(
     total = sum(len(task.items) - len(made.other) for task, made in zip(tasks, written, strict=True))
     if len(bad) > settings.max_bad * total:
         raise PrepareError(
-            f"{len(bad)} of {total} images in {source!r} cannot be read, more than --max-bad {settings.max_bad} allows; "
-            f"they are listed with the reasons in {folder}/bad.json, the first is {bad[0][0]!r}: {bad[0][1]}"
+            f"{len(bad)} of {counted(total, 'image')} in {source!r} cannot be read, more than --max-bad {settings.max_bad} "
+            f"allows; they are listed with the reasons in {folder}/bad.json, the first is {bad[0][0]!r}: {bad[0][1]}"
         )
     manifest = Manifest(
         classes=opened.classes,
@@ -200,17 +201,20 @@ def _count(
     if "val" not in opened.items:
         notes.append(f"{settings.val_fraction:g} of each class is held out, as no images are there to validate with")
     if copies:
-        notes.append(f"{copies} images that would have been held out are copies of training images, and train too")
+        one = "image that would have been held out is a copy of a training image, and trains too"
+        several = "images that would have been held out are copies of training images, and train too"
+        notes.append(counted(copies, one, several))
     both = _in_both(tasks, written)
     if both:
         examples = _examples(both, lambda item: f"{item.name!r}")
-        notes.append(f"{len(both)} of {sum(stored['val'])} validation images are among the training images too: {examples}")
+        of = counted(sum(stored["val"]), "validation image is", "validation images are")
+        notes.append(f"{len(both)} of {of} among the training images too: {examples}")
     if len(both) > settings.max_overlap * sum(stored["val"]):
         raise PrepareError(f"{source!r}: {notes[-1]}; --max-overlap {settings.max_overlap} allows fewer")
     relabeled = _relabeled(tasks, written)
     if relabeled:
         examples = _examples(relabeled, lambda item: f"{item.name!r} of {opened.classes[item.label]!r}")
-        notes.append(f"{len(relabeled)} images are there under another class too: {examples}")
+        notes.append(f"{counted(len(relabeled), 'image is', 'images are')} there under another class too: {examples}")
     return Counts(
         seen=sum(map(sum, stored.values())) + sum(skipped.values()),
         classes={split: tuple(numbers) for split, numbers in stored.items()},

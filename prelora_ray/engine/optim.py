@@ -78,14 +78,18 @@ def set_learning_rate(
     for group in optimizer.param_groups:
         group_rate = rate
         if group["name"] == "adapter" and switch_step is not None:
-            ramp = settings.method.adapter_ramp_steps
-            risen = min(1.0, (step - switch_step + 1) / ramp) if ramp else 1.0
+            risen = adapter_rise(step - switch_step, settings.method.adapter_ramp_steps)
             group_rate = rate * settings.method.adapter_learning_rate_scale * risen
         if isinstance(group["lr"], torch.Tensor):
             group["lr"].fill_(group_rate)
         else:
             group["lr"] = group_rate
     return rate
+
+
+def adapter_rise(steps: int, ramp: int) -> float:
+    """Share of their learning rate that adapters have in the step behind so many since the switch."""
+    return min(1.0, (steps + 1) / ramp) if ramp else 1.0
 
 
 def learning_rate(settings: Settings, step: int, batches: int) -> float:

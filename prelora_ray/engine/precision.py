@@ -40,12 +40,12 @@ def has_fp8(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _FP8_CAPABILITY
 
 
-def check_precision(precision: Literal["auto"] | Format, device: torch.device) -> None:
-    """Raises UserError where the device has not what the setting asks for."""
+def check_precision(precision: Literal["auto"] | Format, device: torch.device, key: str = "train.precision") -> None:
+    """Raises UserError where the device has not what the setting asks for. `key`: what it is called."""
     if precision == "fp8" and not has_fp8(device):
         found = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
         raise UserError(
-            f"train.precision = 'fp8' is not allowed on {found}: it needs an NVIDIA GPU of the Ada or Hopper generation or "
+            f"{key} = 'fp8' is not allowed on {found}: it needs an NVIDIA GPU of the Ada or Hopper generation or "
             "later; use bf16"
         )
 

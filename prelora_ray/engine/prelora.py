@@ -12,8 +12,10 @@ import torch.distributed as dist
 from torch import nn
 
 from prelora_ray.config_file import parse_method
+from prelora_ray.engine.agreement import agreed
 from prelora_ray.engine.fp8 import Fp8Linear
-from prelora_ray.engine.precision import stand_back, use_products
+from prelora_ray.engine.optim import adapter_rise
+from prelora_ray.engine.precision import check_precision, stand_back, use_products
 from prelora_ray.errors import UserError
 from prelora_ray.method.adapters import (
     LoraLinear,
@@ -66,7 +68,7 @@ class PreLoRA:
         under `torch.autocast` in bf16 and fp8; None leaves each layer in the plain form. `method`: the keys of a
         recipe's section `method`, with its defaults.
 
-        Raises UserError where a key is not allowed, or the model has not what the method adapts.
+        Raises UserError where a key is not allowed, the model has not what the method adapts, or the hardware no fp8.
         """
         if adapters not in (None, "plain", "merged"):
             raise UserError(f"adapters = {adapters!r} is not allowed: it must be 'plain', 'merged' or None")
@@ -85,6 +87,7 @@ class PreLoRA:
             self.targets = find_targets(model, self.method.targets)
         except ValueError as error:
             raise UserError(str(error)) from None
+        check_precision(precision, _device_of(model), "precision")
         if self.method.freeze == "all_but_head" and not head_parameters(model):
             raise UserError("method.freeze = 'all_but_head' is not allowed: the model has no head")
         largest_ranks(self.method, self.targets)
@@ -114,13 +117,14 @@ class PreLoRA:
     def end_epoch(self, loss: float) -> Decision:
         """Takes an epoch's mean training loss, decides, and moves model and optimizer on where a phase begins.
 
-        In data-parallel training every worker calls it after the same step, and the mean of their losses counts.
+        In data-parallel training every worker calls it after the same step: the mean of their losses counts, and rank
+        0's decision holds on all of them.
         """
         if dist.is_available() and dist.is_initialized():
             total = torch.tensor(loss, dtype=torch.float64, device=next(self.model.parameters()).device)
             dist.all_reduce(total)
             loss = total.item() / dist.get_world_size()
-        decision = self.schedule.end_epoch(self.epoch, target_norms(self.model, self.targets), loss)
+        decision = agreed(self.schedule, self.schedule.end_epoch(self.epoch, target_norms(self.model, self.targets), loss))
         self.epoch += 1
         self.apply(decision)
         return decision
@@ -192,10 +196,10 @@ class PreLoRA:
         _group_of(optimizer)["params"] = adapters
 
     def _begin_step(self, optimizer: torch.optim.Optimizer) -> None:
-        group, ramp = _group_of(optimizer), self.method.adapter_ramp_steps
+        group = _group_of(optimizer)
         self._rate = group["lr"]
-        if ramp and group["params"]:
-            group["lr"] = self._rate * min(1.0, (self._adapter_steps + 1) / ramp)
+        if group["params"]:
+            group["lr"] = self._rate * adapter_rise(self._adapter_steps, self.method.adapter_ramp_steps)
 
     def _end_step(self, optimizer: torch.optim.Optimizer) -> None:
         group = _group_of(optimizer)
@@ -221,6 +225,12 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors")
     config = {"base_model_name_or_path": "base", **peft_config(model)}
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    """Where it is going to train: one that is still on the CPU may be moved to the GPU later."""
+    device = next(model.parameters()).device
+    return torch.device("cuda") if device.type == "cpu" and torch.cuda.is_available() else device
 
 
 def _group_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from prelora_ray.errors import UserError, one_line
 from prelora_ray.method.architecture import head_parameters
 from prelora_ray.storage import Storage
 from prelora_ray.torchvision_ops import make_importable
+from prelora_ray.words import counted
 
 make_importable()
 
@@ -45,7 +46,7 @@ def load_pretrained(model: nn.Module, path: str) -> list[str]:
     other_shape = [name for name in tensors if name in own and tensors[name].shape != own[name].shape]
     if replaced := [name for name in other_shape if name in head]:
         classes = tuple(len(of[replaced[0]]) for of in (tensors, own))
-        told.append(f"its head has {classes[0]} classes and this run {classes[1]}: the head starts anew")
+        told.append(f"its head has {counted(classes[0], 'class', 'classes')} and this run {classes[1]}: the head starts anew")
     for name in other_shape:
         if name not in replaced:
             shapes = [tuple(of[name].shape) for of in (tensors, own)]
@@ -79,7 +80,7 @@ def _adapt_channels(tensors: dict[str, torch.Tensor], own: dict[str, torch.Tenso
         return None
     tensors[name] = adapt_input_conv(ours, tensors[name], base_chans=theirs)
     how = "summed" if ours == 1 else "spread"
-    return f"its images have {theirs} channels and this run's {ours}: {name} is {how} over red, green and blue"
+    return f"its images have {counted(theirs, 'channel')} and this run's {ours}: {name} is {how} over red, green and blue"
 
 
 def _read(path: str) -> dict[str, torch.Tensor]:

@@ -39,3 +39,8 @@ class Snapshot:
 
 def checkpoint_name(epoch: int, batch: int) -> str:
     return f"{epoch:05d}-{batch:06d}"
+
+
+def epoch_of(name: str) -> int:
+    """Completed epochs of the checkpoint of a name."""
+    return int(name.split("-")[0])

@@ -31,6 +31,7 @@ from prelora_ray.engine.optim import OptimizerState
 from prelora_ray.engine.snapshot import Snapshot, Tensors
 from prelora_ray.errors import UserError
 from prelora_ray.storage import Storage, patiently
+from prelora_ray.words import counted
 
 BASE = "base.safetensors"
 _SCHEMA_VERSION = 2
@@ -283,5 +284,7 @@ def _verified(folder: Storage, name: str, entry: dict[str, Any]) -> bytes:
     content = patiently(lambda: folder.read_bytes(name))
     found = _describe(content)
     if found != entry:
-        raise ValueError(f"{name} has {found['bytes']} bytes and SHA-256 {found['sha256'][:12]}..., not as its manifest says")
+        raise ValueError(
+            f"{name} has {counted(found['bytes'], 'byte')} and SHA-256 {found['sha256'][:12]}..., not as its manifest says"
+        )
     return content

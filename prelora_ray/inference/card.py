@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from prelora_ray.engine.snapshot import epoch_of
 from prelora_ray.inference.load import RunModel
-from prelora_ray.records import last_top1, phase_summaries, rank_counts
-from prelora_ray.words import counted, percent
+from prelora_ray.summaries import last_top1, phase_summaries, rank_counts
+from prelora_ray.words import counted, modules_by_rank, percent
 
 _LIBRARY = {"timm": "timm", "adapter": "peft", "onnx": "onnxruntime"}
 _WHAT = {
@@ -50,17 +51,18 @@ tags: [image-classification, prelora, {library}]
 
 def _facts(run: RunModel, *, has_adapters: bool) -> dict[str, str]:
     """What the model was trained with, as far as the run has recorded it, and what it takes."""
-    prepared, done = run.preprocessing, int(run.checkpoint.split("-")[0])
+    prepared, done = run.preprocessing, epoch_of(run.checkpoint)
     channels, size, _ = run.settings.model.input_shape
     facts = {"checkpoint": f"`{run.checkpoint}`, after {done} of {counted(run.settings.train.epochs, 'epoch')}"}
     if lines := [line for line in run.folder.epochs() if line.epoch < done]:
         phases = phase_summaries(lines).values()
         facts["training"] = ", ".join(f"{counted(phase.epochs, 'epoch')} of phase {phase.phase}" for phase in phases)
         facts["training images"] = f"{lines[-1].images:,}"
-        facts["top-1"] = f"{percent(last_top1(lines))} of the run's validation images"
+        top1 = last_top1(lines)
+        facts["top-1"] = "not validated so far" if top1 is None else f"{percent(top1)} of the run's validation images"
     if has_adapters and run.folder.exists("ranks.json"):
         ranks = rank_counts(run.folder.read_json("ranks.json"))
-        facts["adapters"] = ", ".join(f"{counted(count, 'module')} of rank {rank}" for rank, count in ranks.items())
+        facts["adapters"] = modules_by_rank(ranks)
     kind = "RGB" if channels == 3 else "grey values (Pillow's mode `L`)"
     facts["images"] = f"{kind}, {size} x {size} pixels: the centre {prepared.crop_ratio:g} of the shorter side, bicubic"
     facts["values"] = f"in 0..1, less mean {_each(prepared.mean)}, over standard deviation {_each(prepared.std)}"

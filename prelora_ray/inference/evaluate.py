@@ -21,6 +21,7 @@ from prelora_ray.inference.load import OnnxModel, TrainedModel, load_trained
 from prelora_ray.nodes import check_seen_by_all_nodes
 from prelora_ray.storage import Storage
 from prelora_ray.tasks.classification import Evaluation, Evaluator
+from prelora_ray.words import counted
 
 _BATCH = 256
 
@@ -108,6 +109,8 @@ def _check_classes(source: str, model: tuple[str, ...], data: str, prepared: tup
     if model == prepared:
         return
     if len(model) != len(prepared):
-        raise UserError(f"{data!r} has {len(prepared)} classes, and {source!r} was trained on {len(model)}")
+        raise UserError(
+            f"{data!r} has {counted(len(prepared), 'class', 'classes')}, and {source!r} was trained on {len(model)}"
+        )
     i = next(i for i in range(len(model)) if model[i] != prepared[i])
     raise UserError(f"class {i} is {prepared[i]!r} in {data!r}, and {source!r} was trained with {model[i]!r}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -26,6 +28,21 @@ class Window:
 
 
 @dataclass(frozen=True)
+class Step:
+    """What changed from a window to the next one, in which it happened; in percent."""
+
+    epoch_end: int
+    """Number of epochs completed at its end."""
+    family_change: dict[str, float]
+    loss_change: float
+
+    def is_under(self, tau: float, zeta: float) -> dict[str, bool]:
+        """Of each family, and of the loss as `loss`, whether its change is under its threshold."""
+        families = {family: change < tau for family, change in self.family_change.items()}
+        return families | {"loss": self.loss_change <= zeta}
+
+
+@dataclass(frozen=True)
 class Verdict:
     """What the test says at the end of a window. Changes are in percent and None for window 0."""
 
@@ -38,9 +55,17 @@ class Verdict:
     """dL."""
     in_ramp: bool
     """Some window that the test compares lies in the learning-rate ramp, so that no verdict is taken."""
-    largest: tuple[float, float] | None
-    """Largest family change and loss change of the steps that the test looks at; None where it takes no verdict."""
+    steps: tuple[Step, ...]
+    """Those that it rests on, in order; none where no verdict is taken."""
     converged: bool
+
+    @functools.cached_property
+    def largest(self) -> tuple[float, float] | None:
+        """Largest family change and loss change of the steps that it rests on; None where no verdict is taken."""
+        if not self.steps:
+            return None
+        changes = [change for step in self.steps for change in step.family_change.values()]
+        return max(changes), max(step.loss_change for step in self.steps)
 
     def is_under(self, tau: float, zeta: float) -> bool:
         """Whether the run has partially converged for these thresholds."""
@@ -72,6 +97,12 @@ def family_changes(module_change: dict[str, float]) -> dict[str, float]:
     for name, change in module_change.items():
         members.setdefault(family_of(name), []).append(change)
     return {family: sum(changes) / len(changes) for family, changes in members.items()}
+
+
+def first_verdict(windows: int, window_epochs: int, ramp_epochs: int) -> int:
+    """Epochs that are completed when a ConvergenceTest of these settings takes its first verdict."""
+    of_ramp = max(1, -(-ramp_epochs // window_epochs))  # windows in front of the first step that counts
+    return (of_ramp + windows - 1) * window_epochs
 
 
 class ConvergenceTest:
@@ -121,19 +152,29 @@ class ConvergenceTest:
         self._closed = self._closed[-self.windows :]
         return self._verdict()
 
+    def steps_that_count(self, steps: Sequence[Step]) -> list[Step]:
+        """Of all steps so far, in order, those that a verdict may rest on: the last `windows - 1`, behind the ramp."""
+        return [step for step in steps[1 - self.windows :] if step.epoch_end - self.window_epochs >= self.ramp_epochs]
+
+    def steps_under(self, steps: Sequence[Step]) -> dict[str, int]:
+        """Of each family, and of `loss`, how many of the newest steps that count are in a row under its threshold.
+
+        Once all have `windows - 1`, the run has partially converged. `steps`: all so far, in order.
+        """
+        under = [step.is_under(self.tau, self.zeta) for step in reversed(self.steps_that_count(steps))]
+        names = [*steps[-1].family_change, "loss"] if steps else ["loss"]
+        return {name: len(list(itertools.takewhile(bool, (step[name] for step in under)))) for name in names}
+
     def _verdict(self) -> Verdict:
         window = self._closed[-1]
         if len(self._closed) < 2:
-            return Verdict(window, None, None, None, in_ramp=False, largest=None, converged=False)
+            return Verdict(window, None, None, None, in_ramp=False, steps=(), converged=False)
         steps = [_step(before, after) for before, after in itertools.pairwise(self._closed)]
-        # A step is what happened during its later window.
-        in_ramp = self._closed[1].epoch_end - self.window_epochs < self.ramp_epochs
-        largest = None
-        if len(self._closed) == self.windows and not in_ramp:
-            changes = [change for modules, _ in steps for change in family_changes(modules).values()]
-            largest = max(changes), max(loss for _, loss in steps)
-        modules, loss_change = steps[-1]
-        verdict = Verdict(window, modules, family_changes(modules), loss_change, in_ramp, largest, converged=False)
+        counted = self.steps_that_count(steps)
+        rests_on = tuple(counted) if len(counted) == self.windows - 1 else ()
+        last, modules = steps[-1], _module_changes(*self._closed[-2:])
+        in_ramp = len(counted) < len(steps)
+        verdict = Verdict(window, modules, last.family_change, last.loss_change, in_ramp, rests_on, converged=False)
         return replace(verdict, converged=verdict.is_under(self.tau, self.zeta))
 
     def state_dict(self) -> dict[str, Any]:
@@ -145,6 +186,10 @@ class ConvergenceTest:
         self._closed = [Window(**window) for window in state["closed"]]
 
 
-def _step(before: Window, after: Window) -> tuple[dict[str, float], float]:
-    modules = {name: percent_change(before.norms[name], norm) for name, norm in after.norms.items()}
-    return modules, percent_change(before.loss, after.loss)
+def _step(before: Window, after: Window) -> Step:
+    change = family_changes(_module_changes(before, after))
+    return Step(after.epoch_end, change, percent_change(before.loss, after.loss))
+
+
+def _module_changes(before: Window, after: Window) -> dict[str, float]:
+    return {name: percent_change(before.norms[name], norm) for name, norm in after.norms.items()}

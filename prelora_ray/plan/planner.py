@@ -24,6 +24,7 @@ from prelora_ray.plan.measured import Estimator, Expected, read_benches
 from prelora_ray.plan.result import PhasePlan, Plan, RunPlan
 from prelora_ray.plan.sizes import parameters_by_phase
 from prelora_ray.plan.source import Source, read_source, workload
+from prelora_ray.words import counted
 
 _TIMM = "timm eager full"
 """A benchmark's row: full training as others have it."""
@@ -70,8 +71,8 @@ class _Planner:
         self.gpus = options.gpus or source.gpus
         if self.gpus > data.num_cells:
             raise UserError(
-                f"--gpus {self.gpus} is not allowed: a batch of {data.batch_size} has {data.num_cells} cells of {data.cell}, "
-                "and a GPU needs at least one"
+                f"--gpus {self.gpus} is not allowed: a batch of {data.batch_size} has "
+                f"{counted(data.num_cells, 'cell')} of {data.cell}, and a GPU needs at least one"
             )
         self.share = -(-data.num_cells // self.gpus) * data.cell
         """Images in a step of the GPU that has most."""
@@ -193,7 +194,7 @@ class _Planner:
                 return size
         raise UserError(
             f"{self.settings.model.name} does not fit on a GPU of {self.memory_gib:.0f} GiB: phase {phase} takes "
-            f"{memory.peak(cell) / 2**30:.1f} GiB for data.cell = {cell} images, and a checkpoint's snapshot must fit beside it"
+            f"{memory.peak(cell) / 2**30:.1f} GiB for data.cell = {cell}, and a checkpoint's snapshot must fit beside it"
         )
 
     def _step(self, expected: Expected, micro_batch: int, trainable: int, exchanged_bytes: int) -> Step:
@@ -255,7 +256,9 @@ class _Planner:
             )
         small = [plan for plan in self.plans.values() if 2 * plan.micro_batch < plan.measured_batch]
         if small:
-            notes.append(f"measured with {small[0].measured_batch} images at once, here {small[0].micro_batch}: may be slower")
+            notes.append(
+                f"measured with {counted(small[0].measured_batch, 'image')} at once, here {small[0].micro_batch}: may be slower"
+            )
         if self.without_subsets:
             notes.append(
                 "what model.drop_path_form = 'subset' spares is not counted in any phase: no file has it at this "

@@ -14,9 +14,11 @@ from prelora_ray.engine.precision import Format, phase_format
 from prelora_ray.errors import UserError
 from prelora_ray.method.phases import Phase
 from prelora_ray.plan.cost import Workload
-from prelora_ray.records import EpochLine, Switch, in_steady_state
+from prelora_ray.recorded.run import RunRecords
+from prelora_ray.records import EpochLine, Switch
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
+from prelora_ray.summaries import in_steady_state
 
 _IMAGENET_IMAGES, _IMAGENET_CLASSES = 1_281_167, 1000
 _STEP_KEYS = (
@@ -77,22 +79,22 @@ def _format_on_gpu(settings: Settings, phase: Phase) -> Format:
 
 def _read_run(folder: RunFolder, settings: Settings, images: int | None) -> Source:
     """`settings`: those to plan by, which may be others than the run's own."""
-    lines = folder.epochs()
+    run = RunRecords(folder)
+    lines, own = run.epochs, run.settings
     if not lines:
         raise UserError(f"{folder} has nothing to plan by yet: no epoch is done")
-    own = folder.read_settings()
     why_not = _why_not_comparable(own, settings)
     kinds: dict[Workload, list[EpochLine]] = {}
     for line in lines if why_not is None else ():
         kinds.setdefault(_workload_of(line, own), []).append(line)
-    switches = [event.switch_epoch for event in folder.events() if isinstance(event, Switch)]
+    switch = run.last_of(Switch)
     return Source(
         settings,
         images or lines[-1].images,
         len(folder.read_classes()),
         lines[-1].world_size,
-        switches[-1] if switches else None,
-        folder.read_json("ranks.json") if switches else None,
+        None if switch is None else switch.switch_epoch,
+        None if switch is None else run.ranks,
         {kind: in_steady_state(its, lambda line: line.images_per_second / line.world_size) for kind, its in kinds.items()},
         () if why_not is None else (f"the run's own speed is not shown: {why_not}",),
     )

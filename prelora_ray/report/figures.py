@@ -11,7 +11,8 @@ from plotly.subplots import make_subplots
 
 from prelora_ray.method.architecture import FAMILIES, family_of, layer_of
 from prelora_ray.records import EpochLine, Resize
-from prelora_ray.report.records import RunRecords
+from prelora_ray.report.records import ReportedRun
+from prelora_ray.words import counted
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's palette, which colour-blind readers tell apart (jfly.uni-koeln.de/color)."""
@@ -27,7 +28,7 @@ _NEAR = 0.05
 """Marks closer than this share of the epochs have one label, or theirs would lie over each other on a narrow screen."""
 
 
-def learning(runs: Sequence[RunRecords]) -> go.Figure:
+def learning(runs: Sequence[ReportedRun]) -> go.Figure:
     """Loss and top-1 over the epochs."""
     figure = _panels(["loss", "top-1, %", "learning rate"])
     for index, run in enumerate(runs):
@@ -42,7 +43,7 @@ def learning(runs: Sequence[RunRecords]) -> go.Figure:
     return _with_marks(figure, runs, 3)
 
 
-def convergence(run: RunRecords) -> go.Figure:
+def convergence(run: ReportedRun) -> go.Figure:
     """What the partial convergence test saw: norm changes against tau, loss changes against zeta, its verdicts."""
     method = run.settings.method
     figure = _panels([f"norms, % (tau {method.tau:g})", f"loss, % (zeta {method.zeta:g})"])
@@ -61,7 +62,7 @@ def convergence(run: RunRecords) -> go.Figure:
     return _with_marks(figure, [run], 2)
 
 
-def ranks(run: RunRecords) -> go.Figure:
+def ranks(run: ReportedRun) -> go.Figure:
     """Ranks by layer and family."""
     assert run.ranks
     places = {name: (layer_of(name), family_of(name)) for name in run.ranks}
@@ -84,7 +85,7 @@ def ranks(run: RunRecords) -> go.Figure:
     return figure
 
 
-def speed(runs: Sequence[RunRecords]) -> go.Figure:
+def speed(runs: Sequence[ReportedRun]) -> go.Figure:
     """Throughput, time of an epoch, waiting for data, memory of GPUs and what trains, over the epochs."""
     panels: dict[str, Callable[[EpochLine], float]] = {
         "images/s": lambda line: line.images_per_second,
@@ -271,7 +272,7 @@ def _line(
     )
 
 
-def _with_marks(figure: go.Figure, runs: Sequence[RunRecords], rows: int) -> go.Figure:
+def _with_marks(figure: go.Figure, runs: Sequence[ReportedRun], rows: int) -> go.Figure:
     """Phases as bands, where there is one run; restarts, resizes and other sizes of images as marks."""
     if len(runs) != 1:
         return figure
@@ -287,7 +288,7 @@ def _with_marks(figure: go.Figure, runs: Sequence[RunRecords], rows: int) -> go.
     marks = [(epoch, f"{before} to {after} px", _SIZE_MARK) for epoch, before, after in run.size_changes()]
     for event in run.events:
         if event.event in _MARKS:
-            text = f"{event.before} to {event.world_size} workers" if isinstance(event, Resize) else event.event
+            text = _resized(event) if isinstance(event, Resize) else event.event
             marks.append((event.epoch, escape(text), _MARKS[event.event]))
     for epoch, _, color in marks:
         figure.add_vline(epoch, line={"color": color, "dash": "dot", "width": 1})
@@ -304,6 +305,11 @@ def _with_marks(figure: go.Figure, runs: Sequence[RunRecords], rows: int) -> go.
             font={"size": 10},
         )
     return figure
+
+
+def _resized(event: Resize) -> str:
+    now = counted(event.world_size, "worker")
+    return now if event.before is None else f"{event.before} to {now}"
 
 
 def _labels(marks: Sequence[tuple[int, str]], epochs: int) -> list[tuple[int, str]]:

@@ -15,12 +15,15 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from prelora_ray.errors import UserError
-from prelora_ray.records import Diagnosis, Switch, gain_note, memory_note, table_summaries
+from prelora_ray.records import Diagnosis, Switch
 from prelora_ray.report import figures
 from prelora_ray.report.facts import facts
-from prelora_ray.report.records import RunRecords, differing_settings, read_runs, read_sweep
-from prelora_ray.report.sweep_table import sweep_table, told_of_controls
+from prelora_ray.report.phase_table import phase_rows
+from prelora_ray.report.records import ReportedRun, differing_settings, read_runs, read_sweep
+from prelora_ray.report.sweep_table import sweep_table, told_of_controls, told_of_cost
 from prelora_ray.storage import absolute
+from prelora_ray.summaries import gain_note, memory_note
+from prelora_ray.words import counted
 
 Section = tuple[str, str, str, go.Figure | None]
 """Name of its picture, title, text in HTML, and its figure."""
@@ -96,8 +99,8 @@ def _write(title: str, sections: list[Section], out: str, plotly: str | None = N
     page.write_text(_page(title, sections, script), encoding="utf-8")
 
 
-def _run_sections(runs: list[RunRecords]) -> list[Section]:
-    switches = "".join(_switch(run, event) for run in runs for event in run.events_of(Switch)[-1:])
+def _run_sections(runs: list[ReportedRun]) -> list[Section]:
+    switches = "".join(_switch(run) for run in runs)
     notes = "".join(_notes(run, len(runs) > 1) for run in runs)
     sections: list[Section] = [
         ("", "Summary", _table(*facts(runs), "facts"), None),
@@ -113,9 +116,10 @@ def _run_sections(runs: list[RunRecords]) -> list[Section]:
         of = f" of {run.name}" if len(runs) > 1 else ""
         suffix = f"-{run.name.replace('/', '-')}" if len(runs) > 1 else ""
         if any(line.change is not None for line in run.windows):
-            text = "<p>The run switches when every family is under tau, and the loss at most at zeta, in each of the last "
-            text += (
-                f"{run.settings.method.windows - 1} steps between windows of {run.settings.method.window_epochs} epochs.</p>"
+            method = run.settings.method
+            text = (
+                f"<p>The run switches when, for the last {counted(method.windows - 1, 'step')} between windows of "
+                f"{counted(method.window_epochs, 'epoch')}, every family is under tau, and the loss at most at zeta.</p>"
             )
             title = f"Partial convergence test{of}"
             sections.append((f"convergence{suffix}", title, text, figures.convergence(run)))
@@ -126,25 +130,22 @@ def _run_sections(runs: list[RunRecords]) -> list[Section]:
 
 
 def _sweep_sections(sweep: dict[str, Any]) -> list[Section]:
-    cost = (
-        f"{sweep['trials']} runs stand for {len(sweep['settings'])} settings, beside {len(sweep['controls'])} controls. With "
-        f"the trunk they cost {sweep['cost']:.3g} {sweep['unit']}; each by itself would have cost {sweep['naive_cost']:.3g}."
-    )
-    told = told_of_controls(sweep)
-    text = f"<p>{escape(cost)}</p>" + ("" if told is None else f"<p>{escape(told)}.</p>")
+    told = [told_of_cost(sweep), told_of_controls(sweep)]
+    text = "".join(f"<p>{escape(sentence)}.</p>" for sentence in told if sentence is not None)
     return [
         ("pareto", "Accuracy and cost", text, figures.pareto(sweep)),
         ("", "Settings", _table(*sweep_table(sweep)), None),
     ]
 
 
-def _diagnosis(run: RunRecords) -> str:
+def _diagnosis(run: ReportedRun) -> str:
     """Green is a run alone that has finished, switched, and shows nothing."""
     of = f"<b>{escape(run.name)}</b>: "
     found = [*run.state.remarks, *(event.message for event in run.events_of(Diagnosis))]
     told = [("finding", message) for message in found]
     if not run.state.is_finished:
-        told.insert(0, ("open", run.state.progress + ("" if found else "; no failure signature so far")))
+        progress = run.state.progress + ("" if found else "; no failure signature so far")
+        told = [("open", progress), *(("open", message) for message in run.state.so_far), *told]
     elif not run.settings.method.enabled:
         told.append(("open", "full training, as method.enabled is false; the failure signatures are of runs that switch"))
     elif not found:
@@ -152,42 +153,26 @@ def _diagnosis(run: RunRecords) -> str:
     return "".join(f"<p class='{kind}'>{of}{escape(message)}.</p>" for kind, message in told)
 
 
-def _notes(run: RunRecords, is_one_of_several: bool) -> str:
+def _notes(run: ReportedRun, is_one_of_several: bool) -> str:
     """What is to be said to the numbers of its phases."""
     notes = [gain_note(run.epochs), None if run.on_gpu else memory_note(run.epochs)]
     of = f"{escape(run.name)}: " if is_one_of_several else ""
     return "".join(f"<p>{of}{escape(note)}.</p>" for note in notes if note is not None)
 
 
-def _switch(run: RunRecords, switch: Switch) -> str:
+def _switch(run: ReportedRun) -> str:
+    switch = run.last_of(Switch)
+    if switch is None:
+        return ""
     told = f"{run.name} switched after epoch {switch.switch_epoch} of {run.settings.train.epochs}"
     if switch.rate_left is not None:
         told += f", with {switch.rate_left:.1%} of the learning rate's sum left: the less, the less it says of adapters"
     return f"<p>{escape(told)}.</p>"
 
 
-def _phases(runs: list[RunRecords]) -> tuple[list[str], list[list[str]]]:
-    rows = []
-    for run in runs:
-        for name, summary in table_summaries(run.epochs).items():
-            rows.append(
-                [
-                    run.name,
-                    name,
-                    str(summary.epochs),
-                    f"{summary.loss:.4g}",
-                    "" if summary.val_top1 is None else f"{100 * summary.val_top1:.2f}",
-                    f"{summary.images_per_second:,.0f}",
-                    "-" if summary.against_full is None else f"{summary.against_full:.2f}",
-                    "-" if summary.startup_seconds is None else f"{summary.startup_seconds:,.1f}",
-                    f"{100 * summary.data_wait_fraction:.1f}",
-                    f"{summary.peak_memory_bytes / 2**30:.2f}" if run.on_gpu else "-",
-                    f"{100 * summary.trainable_fraction:.1f}",
-                ]
-            )
-    speed = ["images/s", "against full training", "start-up, s", "waits for data, %"]
-    head = ["run", "phase", "epochs", "loss", "top-1, %", *speed, "peak memory, GiB", "trains, %"]
-    return head, rows
+def _phases(runs: list[ReportedRun]) -> tuple[list[str], list[list[str]]]:
+    rows = [{"run": run.name, **row} for run in runs for row in phase_rows(run)]
+    return list(rows[0]), [list(row.values()) for row in rows]
 
 
 def _table(head: list[str], rows: list[list[str]], kind: str = "") -> str:

@@ -4,33 +4,28 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from prelora_ray.config import Settings, flat
+from prelora_ray.config import flat
 from prelora_ray.errors import UserError
-from prelora_ray.records import EpochLine, Event, EventT, WindowLine
-from prelora_ray.remarks import Remarks, remarks_on
+from prelora_ray.recorded.remarks import Remarks, remarks_on
+from prelora_ray.recorded.run import RunRecords
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import absolute
 
 
-@dataclass(frozen=True)
-class RunRecords:
-    """A run's records, each with the lines that stand, in order."""
+class ReportedRun(RunRecords):
+    """A run's records, and what a report says of them."""
 
-    name: str
-    """Tells it from the others of the report: the end of its folder's path."""
-    settings: Settings
-    epochs: list[EpochLine]
-    windows: list[WindowLine]
-    events: list[Event]
-    ranks: dict[str, int] | None
-    state: Remarks
+    def __init__(self, folder: RunFolder, name: str) -> None:
+        super().__init__(folder)
+        self.name = name
+        """Tells it from the others of the report: the end of its folder's path."""
 
-    @property
-    def on_gpu(self) -> bool:
-        return self.settings.workers.gpu is True
+    @cached_property
+    def state(self) -> Remarks:
+        return remarks_on(self)
 
     @property
     def done(self) -> list[int]:
@@ -51,11 +46,8 @@ class RunRecords:
         pairs = itertools.pairwise((line.epoch, line.image_size) for line in self.epochs if line.image_size is not None)
         return [(epoch, before, after) for (_, before), (epoch, after) in pairs if before != after]
 
-    def events_of(self, kind: type[EventT]) -> list[EventT]:
-        return [event for event in self.events if isinstance(event, kind)]
 
-
-def read_runs(paths: Sequence[str]) -> list[RunRecords]:
+def read_runs(paths: Sequence[str]) -> list[ReportedRun]:
     """Raises UserError as `read_run` does."""
     paths = list(dict.fromkeys(map(absolute, paths)))
     return [read_run(path, name) for path, name in zip(paths, short_names(paths), strict=True)]
@@ -73,22 +65,12 @@ def short_names(paths: Sequence[str]) -> list[str]:
     return names
 
 
-def read_run(path: str, name: str) -> RunRecords:
+def read_run(path: str, name: str) -> ReportedRun:
     """Raises UserError where the folder holds no run, or one that has not finished an epoch."""
-    folder = RunFolder(path)
-    settings = folder.read_settings()
-    epochs = folder.epochs()
-    if not epochs:
-        raise UserError(f"{path} has nothing to report yet: no epoch is done")
-    return RunRecords(
-        name=name,
-        settings=settings,
-        epochs=epochs,
-        windows=folder.windows(),
-        events=folder.events(),
-        ranks=folder.read_json("ranks.json") if folder.exists("ranks.json") else None,
-        state=remarks_on(folder),
-    )
+    run = ReportedRun(RunFolder(path), name)
+    if not run.epochs:
+        raise UserError(f"{path} has nothing to report yet: no epoch of {run.settings.train.epochs} is done")
+    return run
 
 
 def read_sweep(path: str) -> dict[str, Any] | None:
@@ -109,7 +91,7 @@ def _with_keys_of_now(sweep: dict[str, Any]) -> dict[str, Any]:
     return {**now, "unit": "worker-hours", "full": full, "settings": settings, "controls": [], "pareto": front}
 
 
-def differing_settings(runs: list[RunRecords]) -> dict[str, list[Any]]:
+def differing_settings(runs: list[ReportedRun]) -> dict[str, list[Any]]:
     """Settings in which the runs differ, with each one's value; the name and where runs lie do not count."""
     contents = [flat(run.settings) for run in runs]
     keys = [key for key in dict.fromkeys(itertools.chain(*contents)) if key not in ("name", "storage")]

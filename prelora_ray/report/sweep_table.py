@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from prelora_ray.words import counted, in_percent, number
+
 
 def sweep_table(sweep: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Head and rows of sweep.json: full training, the controls, then the settings from the best on.
@@ -15,18 +17,17 @@ def sweep_table(sweep: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     controls = {"full_control": "full, %"}
     if any(entry.get("rank_1_control") for entry in sweep["settings"]):
         controls["rank_1_control"] = "rank 1, %"
-    top1 = {trial: _percent(value) for trial, value in _of_controls(sweep).items()}
+    top1 = {trial: in_percent(value, 2) for trial, value in _of_controls(sweep).items()}
 
     def row(first: list[str], switch: str, trains: str, entry: dict[str, Any]) -> list[str]:
-        left = entry.get("rate_left")
-        hours, ended = entry["cost"], entry.get("ended", "finished")
+        ended = entry.get("ended", "finished")
         return [
             *first,
             switch,
-            "-" if left is None else f"{100 * left:.1f}",
+            in_percent(entry.get("rate_left")),
             trains,
-            "-" if hours is None else f"{hours:.4g}",
-            _percent(entry["val_top1"]),
+            number(entry["cost"]),
+            in_percent(entry["val_top1"], 2),
             *(top1.get(entry.get(key) or "", "") for key in controls),
             "*" if entry["trial"] in sweep["pareto"] else "" if ended == "finished" else ended or "not run",
             ", ".join(signature.replace("_", " ") for signature in entry.get("diagnosis", [])),
@@ -40,10 +41,12 @@ def sweep_table(sweep: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         if kind == "full":
             rows.append(row([f"full, to {entry['setting']['train.epochs']}", *rest], "-", "100.0", entry))
         else:
-            rows.append(row([kind, *rest], str(entry["switch_epoch"]), _trains(entry), entry))
+            rows.append(row([kind, *rest], str(entry["switch_epoch"]), in_percent(entry["trainable_fraction"]), entry))
     for entry in sorted(sweep["settings"], key=lambda entry: (entry["ended"] != "finished", -(entry["val_top1"] or 0))):
         switch = "never" if entry["switch_epoch"] is None else str(entry["switch_epoch"])
-        rows.append(row([_value(entry["setting"][key]) for key in keys], switch, _trains(entry), entry))
+        rows.append(
+            row([_value(entry["setting"][key]) for key in keys], switch, in_percent(entry["trainable_fraction"]), entry)
+        )
     names = [key.removeprefix("method.") for key in keys]
     told = ["switch", "rate left, %", "trains, %", sweep["unit"], "top-1, %", *controls.values(), "", "diagnosis", "run"]
     return [*names, *told], rows
@@ -55,6 +58,15 @@ def _of_controls(sweep: dict[str, Any]) -> dict[str, float]:
     return {entry["trial"]: entry["val_top1"] for entry in [sweep["full"], *ended] if entry["val_top1"] is not None}
 
 
+def told_of_cost(sweep: dict[str, Any]) -> str:
+    """How many runs a sweep took, and what they cost, in a sentence."""
+    return (
+        f"{counted(sweep['trials'], 'run stands', 'runs stand')} for {counted(len(sweep['settings']), 'setting')}, beside "
+        f"{counted(len(sweep['controls']), 'control')}: {sweep['cost']:.3g} {sweep['unit']} with the trunk, where each by "
+        f"itself would have cost {sweep['naive_cost']:.3g}"
+    )
+
+
 def told_of_controls(sweep: dict[str, Any]) -> str | None:
     """How runs did against full training of equal cost, in a sentence; None where none has such a control."""
     top1 = _of_controls(sweep)
@@ -62,16 +74,7 @@ def told_of_controls(sweep: dict[str, Any]) -> str | None:
     if not runs:
         return None
     better = sum(entry["val_top1"] > top1[entry["full_control"]] for entry in runs.values())
-    return f"{better} of {len(runs)} runs end above full training that costs as much"
-
-
-def _trains(entry: dict[str, Any]) -> str:
-    share = entry["trainable_fraction"]
-    return "-" if share is None else f"{100 * share:.1f}"
-
-
-def _percent(top1: float | None) -> str:
-    return "-" if top1 is None else f"{100 * top1:.2f}"
+    return f"{better} of {counted(len(runs), 'run ends', 'runs end')} above full training that costs as much"
 
 
 def _value(value: Any) -> str:

@@ -1,1 +1,1 @@
-"""Other settings of the method: replay and map of a record, forks of a trunk, sweeps on Ray Tune, and their cost."""
+"""Other settings of the method: the map of a record, forks of a trunk, sweeps on Ray Tune, and their cost."""

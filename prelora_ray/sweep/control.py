@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from prelora_ray.recorded.replay import Record
 from prelora_ray.sweep.cost import Prices, pareto_front
 from prelora_ray.sweep.outcome import outcome
-from prelora_ray.sweep.replay import Record
 from prelora_ray.sweep.settings import Candidate, Plan
 
 Entry = dict[str, Any]
@@ -23,10 +24,11 @@ def name_controls(plan: Plan, entries: list[Entry], trunk: Record, prices: Price
     controls: dict[str, Candidate] = {}
     switched = [entry for entry in entries if entry["ended"] == "finished" and entry["switch_epoch"] is not None]
     front = on_front(switched)
+    costs = {after: full_training_costs(plan, prices, after) for after in {entry["switch_epoch"] for entry in switched}}
     for entry in entries:
         entry |= {"full_control": None, "rank_1_control": None}
     for entry in switched:
-        candidate = full_training_of_cost(plan, prices, entry["switch_epoch"], entry["cost"])
+        candidate = full_training_of_cost(costs[entry["switch_epoch"]], entry["switch_epoch"], entry["cost"])
         if candidate is None:
             entry["full_control"] = plan.trunk.name
         elif wanted.full == "all" or (wanted.full == "front" and entry["trial"] in front):
@@ -39,14 +41,19 @@ def name_controls(plan: Plan, entries: list[Entry], trunk: Record, prices: Price
     return list(controls.values())
 
 
-def full_training_of_cost(plan: Plan, prices: Prices, after: int, cost: float) -> Candidate | None:
-    """Full training that leaves the trunk after so many epochs and ends where its cost comes closest; None is the trunk
-    itself."""
+def full_training_costs(plan: Plan, prices: Prices, after: int) -> dict[int, float]:
+    """Costs of full training that leaves the trunk after so many epochs, by the epoch that it ends after; the last one
+    is the trunk's own."""
     epochs = plan.trunk.train.epochs
     costs = {end: prices.full(plan.full_training(after, end, "check")) for end in range(after + 1, epochs)}
-    costs[epochs] = prices.full(plan.trunk)
+    return {**costs, epochs: prices.full(plan.trunk)}
+
+
+def full_training_of_cost(costs: Mapping[int, float], after: int, cost: float) -> Candidate | None:
+    """Full training that leaves the trunk after so many epochs and ends where its cost comes closest; None is the trunk
+    itself. `costs`: those of `full_training_costs`."""
     end = min(costs, key=lambda end: abs(costs[end] - cost))
-    return None if end == epochs else {"control": "full", "train.bend.after": after, "train.epochs": end}
+    return None if end == max(costs) else {"control": "full", "train.bend.after": after, "train.epochs": end}
 
 
 def on_front(entries: list[Entry]) -> list[str]:

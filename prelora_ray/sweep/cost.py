@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from prelora_ray.config import Settings, WorkerSettings
-from prelora_ray.records import EpochLine, by_phase_and_size, in_steady_state
+from prelora_ray.records import EpochLine
 from prelora_ray.run_folder import RunFolder
+from prelora_ray.summaries import by_phase_and_size, in_steady_state
 
 
 @dataclass(frozen=True)
@@ -26,25 +28,29 @@ class Prices:
         settings = trunk.read_settings()
         return cls(*unit_of(settings.workers), settings, trunk.epochs())
 
-    def straight(self, run: RunFolder, epochs: int) -> float:
+    def straight(self, lines: Sequence[EpochLine], epochs: int) -> float:
         """Cost of a straight run of so many epochs: each as in the steady state of its phase and size of images, and
-        what a stopped one lacks as the last.
+        what a stopped one lacks as the last. `lines`: of its epochs, those that stand.
 
         That leaves out what the start of a process, of a phase or of a fork adds to an epoch.
         """
-        stages = by_phase_and_size(run.epochs())
-        measured = stages | {stage: lines for stage, lines in by_phase_and_size(self.lines).items() if stage in stages}
+        stages = by_phase_and_size(lines)
+        measured = stages | {stage: full for stage, full in by_phase_and_size(self.lines).items() if stage in stages}
         counts = {stage: len(lines) for stage, lines in stages.items()}
         counts[list(stages)[-1]] += epochs - sum(counts.values())
         return self.worker * sum(in_steady_state(measured[stage], _hours) * n for stage, n in counts.items())
 
     def full(self, settings: Settings) -> float:
         """Cost of full training that the settings describe: the trunk's, or with a nearer end."""
+        return self.worker * sum(self._hours[settings.image_size(epoch)] for epoch in range(settings.train.epochs))
+
+    @cached_property
+    def _hours(self) -> dict[int, float]:
+        """Of an epoch of full training, by the size of its images."""
         stages: dict[int, list[EpochLine]] = {}
         for line in self.lines:
             stages.setdefault(self.trunk.image_size(line.epoch), []).append(line)
-        hours = {size: in_steady_state(lines, _hours) for size, lines in stages.items()}
-        return self.worker * sum(hours[settings.image_size(epoch)] for epoch in range(settings.train.epochs))
+        return {size: in_steady_state(lines, _hours) for size, lines in stages.items()}
 
     def own(self, run: RunFolder) -> float:
         """Cost of what the run has trained itself, without what a fork took over from its trunk."""

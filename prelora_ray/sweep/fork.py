@@ -11,10 +11,11 @@ from prelora_ray.errors import UserError
 from prelora_ray.fault_tolerance.checkpoint import Checkpoints
 from prelora_ray.fault_tolerance.lock import DriverLock
 from prelora_ray.method.phases import Phase
+from prelora_ray.recorded.replay import Record, read_record
 from prelora_ray.records import EpochLine, Event, Fork, NormsLine, WindowLine
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.schedule import decide, phase_schedule
-from prelora_ray.sweep.replay import Record, read_record
+from prelora_ray.words import counted
 
 ATTEMPT = -1
 """Attempt of the lines that a fork takes over from its trunk: the run's own attempts count from 0."""
@@ -73,7 +74,8 @@ def _bend_of_full_training(trunk: RunFolder, settings: Settings, record: Record)
         raise UserError("method.enabled = False is not allowed in a fork without train.bend: it would be its trunk again")
     if num_epochs < bend.after:
         raise UserError(
-            f"train.bend.after = {bend.after} is not allowed in a fork: its trunk {trunk} has {num_epochs} epochs of phase full"
+            f"train.bend.after = {bend.after} is not allowed in a fork: its trunk {trunk} has "
+            f"{counted(num_epochs, 'epoch')} of phase full"
         )
     return bend.after
 

@@ -15,10 +15,11 @@ from prelora_ray.errors import UserError
 from prelora_ray.method.adapters import inject
 from prelora_ray.method.architecture import find_targets
 from prelora_ray.method.phases import count_parameters, freeze_parameters
-from prelora_ray.records import EpochLine, in_steady_state
+from prelora_ray.recorded.replay import Record, replay
+from prelora_ray.records import EpochLine
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.schedule import ranks_for
-from prelora_ray.sweep.replay import Record, replay
+from prelora_ray.summaries import in_steady_state
 
 PUBLISHED = {"relaxed": (1.0, 5.0), "medium": (0.5, 2.5), "strict": (0.25, 1.0)}
 """The paper's settings of the test: (tau, zeta) by name."""

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 
 from prelora_ray.config import Settings
-from prelora_ray.sweep.replay import Record, replay
+from prelora_ray.recorded.replay import Record, replay
 from prelora_ray.sweep.settings import OF_THE_TEST, Candidate, Plan
 
 

@@ -6,12 +6,14 @@ import hashlib
 import json
 from typing import Any, Literal
 
-from prelora_ray.records import Diagnosis, last_top1, phase_summaries
+from prelora_ray.recorded.replay import Record, read_record
+from prelora_ray.recorded.run import RunRecords
+from prelora_ray.records import Diagnosis
 from prelora_ray.run_folder import RunFolder
+from prelora_ray.summaries import last_top1, phase_summaries
 from prelora_ray.sweep.control import Entry, name_controls, on_front
 from prelora_ray.sweep.cost import Prices
 from prelora_ray.sweep.outcome import outcome
-from prelora_ray.sweep.replay import Record, read_record
 from prelora_ray.sweep.settings import Candidate, Plan
 
 
@@ -47,7 +49,7 @@ def summarize_sweep(plan: Plan) -> dict[str, Any]:
     full = {"trial": plan.trunk.name, **_of_run(trunk, plan.trunk.train.epochs, prices)}
     wanted = name_controls(plan, entries, record, prices)
     begun = [note["setting"] for note in read_notes(plan, "controls")]
-    controls = _entries(plan, _distinct([*wanted, *begun]), record, prices)
+    controls = _distinct(_entries(plan, [*wanted, *begun], record, prices))
     finished = [entry for entry in [*entries, *controls] if entry["ended"] == "finished"]
     trials = {entry["trial"] for entry in entries} - {plan.trunk.name}
     trained = trials | {entry["trial"] for entry in controls} | {plan.trunk.name}
@@ -70,12 +72,15 @@ def _entries(plan: Plan, candidates: list[Candidate], record: Record, prices: Pr
     kinds: tuple[Literal["settings", "controls"], ...] = ("settings", "controls")
     notes = {_digest(note["setting"]): note for kind in kinds for note in read_notes(plan, kind)}
     entries = []
+    results: dict[str, dict[str, Any]] = {}
     for candidate in candidates:
         found = outcome(plan, candidate, record)
-        run = RunFolder(plan.folder) / found.trial
+        if found.trial not in results:
+            epochs = plan.settings_of(candidate, found.trial).train.epochs
+            results[found.trial] = _of_run(RunFolder(plan.folder) / found.trial, epochs, prices)
         left = None if found.switch_epoch is None or record.rates_left is None else record.rates_left[found.switch_epoch]
         place = {"setting": candidate, "trial": found.trial, "switch_epoch": found.switch_epoch, "rate_left": left}
-        entries.append({**place, **_of_run(run, plan.settings_of(candidate, found.trial).train.epochs, prices)})
+        entries.append({**place, **results[found.trial]})
     tried = {entry["trial"]: note for entry in entries if (note := notes.get(_digest(entry["setting"]))) and note["ended"]}
     for entry in entries:
         note = tried.get(entry["trial"], {"ended": None, "message": None})
@@ -85,18 +90,22 @@ def _entries(plan: Plan, candidates: list[Candidate], record: Record, prices: Pr
     return entries
 
 
-def _distinct(settings: list[Candidate]) -> list[Candidate]:
-    return list({_digest(candidate): candidate for candidate in settings}.values())
+def _distinct(entries: list[Entry]) -> list[Entry]:
+    """The first entry of each run: several candidates may share a control."""
+    first: dict[str, Entry] = {}
+    for entry in entries:
+        first.setdefault(entry["trial"], entry)
+    return list(first.values())
 
 
-def _of_run(run: RunFolder, epochs: int, prices: Prices) -> dict[str, Any]:
+def _of_run(folder: RunFolder, epochs: int, prices: Prices) -> dict[str, Any]:
     """A run's results; of one that was stopped, those so far."""
-    lines = run.epochs()
-    lora = phase_summaries(lines).get("lora")
+    run = RunRecords(folder)
+    lora = phase_summaries(run.epochs).get("lora")
     return {
-        "epochs": len(lines),
-        "val_top1": last_top1(lines),
-        "cost": prices.straight(run, epochs) if lines else None,
+        "epochs": len(run.epochs),
+        "val_top1": last_top1(run.epochs),
+        "cost": prices.straight(run.epochs, epochs) if run.epochs else None,
         "diagnosis": [event.signature for event in run.events_of(Diagnosis)],
         "trainable_fraction": lora.trainable_fraction if lora else None,
     }

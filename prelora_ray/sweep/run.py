@@ -22,13 +22,13 @@ from prelora_ray.errors import InterruptedRunError, WorkError, one_line
 from prelora_ray.fault_tolerance.lock import HeldRunError
 from prelora_ray.fault_tolerance.ray_private import let_trials_be_stopped, release, release_groups_of_dead_actors
 from prelora_ray.ray_session import ray_session
-from prelora_ray.records import reservations
+from prelora_ray.recorded.replay import read_record
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
+from prelora_ray.summaries import reservations
 from prelora_ray.sweep.cost import Prices
 from prelora_ray.sweep.fork import fork
 from prelora_ray.sweep.outcome import outcome
-from prelora_ray.sweep.replay import read_record
 from prelora_ray.sweep.result import is_finished, read_notes, summarize_sweep, write_note
 from prelora_ray.sweep.settings import Candidate, Plan, Range, SweepSettings, keys_without_effect
 from prelora_ray.train.run import train
@@ -183,9 +183,9 @@ def _train_or_go_on(plan: Plan, candidate: Candidate, *, was_stopped: bool) -> N
     if was_stopped:
         return
     _once_free(lambda: train(settings, callbacks=[_Report()]))
-    line = run.epochs()[-1]
-    heard = _heard(line.epoch, line.phase, line.val_top1)
-    tune.report({**heard, "cost": Prices.of(trunk).straight(run, settings.train.epochs), "finished": True})
+    lines = run.epochs()
+    heard = _heard(lines[-1].epoch, lines[-1].phase, lines[-1].val_top1)
+    tune.report({**heard, "cost": Prices.of(trunk).straight(lines, settings.train.epochs), "finished": True})
 
 
 def _once_free(work: Callable[[], object]) -> None:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import Any, cast
+from typing import cast
 
 import ray.train
 import torch
-import torch.distributed as dist
 
 from prelora_ray.config import Settings
 from prelora_ray.data.batch import Batch
 from prelora_ray.data.manifest import read_manifest
+from prelora_ray.engine.agreement import agreed, from_rank_0
 from prelora_ray.engine.micro_batch import FoundSizes
 from prelora_ray.engine.snapshot import Snapshot
 from prelora_ray.engine.state import TrainState
@@ -37,6 +37,7 @@ from prelora_ray.train.found_sizes import read_found
 from prelora_ray.train.recorder import RankZeroRecorder, Recorder
 from prelora_ray.train.report import report_to_ray
 from prelora_ray.train.saving import RankZeroSaving, Saving
+from prelora_ray.words import counted
 
 _CHECK_STEPS = 50
 """Steps between checks whether the loss is still finite, each of which waits for the device."""
@@ -72,8 +73,8 @@ class WorkerAttempt:
         self._train_step = TrainStep(self.state, self.plan)
         self._train_step.found_sizes = self._found_sizes()
         self._attempt = point.attempt
-        self._begins_phase = True
-        """Whether the next step is the first of a phase, or of this attempt."""
+        self._doing: str | None = self._first_step()
+        """What the next step takes longer for than others, as `records.Starting` names it."""
         self._control = Control()
         self._telemetry = WorkerTelemetry(settings, len(manifest.classes), self.rank, world_size, device)
         if self.rank == 0:
@@ -95,6 +96,8 @@ class WorkerAttempt:
     def begin_epoch(self) -> None:
         if self.state.image_size != self.settings.image_size(self.state.epoch - 1):
             self.watchdog.beat(patiently=True)  # the first step of a size compiles
+            if self.state.compiles:
+                self._doing = f"compile for {counted(self.state.image_size, 'pixel')}"
         self._meter = EpochMeter(self.state, self.plan, self.stream)
         self._telemetry.begin_epoch(self._meter.phase, self.state.image_size)
         self._recorder.epoch_begins()
@@ -107,9 +110,9 @@ class WorkerAttempt:
         Raises StoppedError where that is to stop.
         """
         self._recorder.samples(batch)
-        if self._begins_phase:
-            self._recorder.starts("compile" if self.state.compiles else "take a first step")
-            self._begins_phase = False
+        if self._doing is not None:
+            self._recorder.starts(self._doing)
+            self._doing = None
         if self._train_step.wants_search:
             self._find_micro_batch(batch)
         self._train_step.train(batch)
@@ -137,17 +140,14 @@ class WorkerAttempt:
 
     def decide(self, epoch: int, loss: float) -> Decision:
         """Rank 0 records the norms and decides what trains next; every worker gets the same decision."""
-        content = None
+        decision = None
         if self.rank == 0:
             norms = target_norms(self.state.model, self.state.targets)
             self._recorder.norms(epoch, self._meter.phase, loss, norms)
             decision = self.state.phases.end_epoch(epoch, norms, loss)
             if decision.verdict is not None:
                 self._recorder.window(self._meter.phase, decision.verdict)
-            content = {"decision": decision, "phases": self.state.phases.state_dict()}
-        content = _from_rank_0(content)
-        self.state.phases.load_state_dict(content["phases"])
-        return cast(Decision, content["decision"])
+        return agreed(self.state.phases, decision)
 
     def end_epoch(self, epoch: int, validation: Evaluation | None, decision: Decision) -> None:
         """Records and reports the epoch, moves on to the next phase, and saves."""
@@ -156,7 +156,8 @@ class WorkerAttempt:
         if decision.begins_phase:
             self.watchdog.beat(patiently=True)  # what trains now is built and compiled anew
         self.state.apply(decision)
-        self._begins_phase = decision.begins_phase
+        if decision.begins_phase:
+            self._doing = self._first_step()
         self._recorder.epoch(line, decision)
         is_last = epoch + 1 == self.settings.train.epochs
         must = is_last or decision.begins_phase or self._ends_trunk_window(epoch)
@@ -196,6 +197,10 @@ class WorkerAttempt:
         self.watchdog.end()
         self._saving.close()
 
+    def _first_step(self) -> str:
+        """What the first step of a phase, or of this attempt, does."""
+        return "compile" if self.state.compiles else "take a first step"
+
     def _find_micro_batch(self, batch: Batch) -> None:
         self._saving.wait()  # or the snapshot that is being written would count twice
         self.watchdog.beat(patiently=True)
@@ -207,7 +212,7 @@ class WorkerAttempt:
         if self.state.device.type != "cuda":
             return {}
         found = read_found(self.folder, torch.cuda.get_device_name(self.state.device)) if self.rank == 0 else None
-        return cast(FoundSizes, _from_rank_0(found))
+        return cast(FoundSizes, from_rank_0(found))
 
     def _act(self, action: Action) -> None:
         """What rank 0 asked for, on every worker."""
@@ -267,19 +272,10 @@ def _resume(folder: RunFolder, checkpoints: Checkpoints, rank: int) -> tuple[Res
             folder.remove_unfinished(but=(CLAIM, STOP_FILE))  # which the driver may be writing
             checkpoints.remove_unfinished()
         found, checkpoint = find_resume_point(folder, checkpoints)
-    point = cast(ResumePoint, _from_rank_0(found))
+    point = cast(ResumePoint, from_rank_0(found))
     if rank != 0 and point.checkpoint is not None:
         checkpoint = checkpoints.load(point.checkpoint)
     return point, checkpoint
-
-
-def _from_rank_0(content: Any) -> Any:
-    """What rank 0 passes in, on every worker."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return content
-    box = [content]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
 
 
 def _own_sums(sums: list[list[float]], rank: int, world_size: int) -> tuple[float, float]:

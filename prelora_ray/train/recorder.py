@@ -51,9 +51,9 @@ from prelora_ray.records import (
     Switch,
     WindowClosed,
     WindowLine,
-    remaining_seconds,
 )
 from prelora_ray.run_folder import LineWriter, RecordWriter, RunFolder
+from prelora_ray.summaries import remaining_seconds
 from prelora_ray.train.found_sizes import write_found
 
 _SAMPLES_SECONDS = 2.0

@@ -11,7 +11,8 @@ import ray.train
 
 from prelora_ray.engine.state import TrainState
 from prelora_ray.method.phases import Decision
-from prelora_ray.records import EpochLine, rank_counts, to_json
+from prelora_ray.records import EpochLine, to_json
+from prelora_ray.summaries import rank_counts
 
 
 def report_to_ray(line: EpochLine, decision: Decision, state: TrainState, pointer: dict[str, Any] | None) -> None:

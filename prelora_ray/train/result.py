@@ -4,37 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
-from prelora_ray.records import (
-    Freeze,
-    Result,
-    Switch,
-    last_top1,
-    phase_summaries,
-    rank_counts,
-    seconds_by_attempt,
-    to_json,
-    top1s,
-)
+from prelora_ray.recorded.run import RunRecords
+from prelora_ray.records import Freeze, Result, Switch, to_json
 from prelora_ray.run_folder import RunFolder
+from prelora_ray.summaries import best_top1, last_top1, phase_summaries, rank_counts, restarts, seconds_of_run
 
 
 def summarize(folder: RunFolder) -> dict[str, Any]:
     """The contents of result.json, from the lines that stand."""
-    epochs, events = folder.epochs(), folder.events()
-    phases = phase_summaries(epochs)
-    switches, freezes = folder.events_of(Switch), folder.events_of(Freeze)
+    run = RunRecords(folder)
+    phases = phase_summaries(run.epochs)
+    switch, freeze = run.last_of(Switch), run.last_of(Freeze)
     result = Result(
-        epochs=epochs[-1].epoch + 1,
-        switch_epoch=switches[-1].switch_epoch if switches else None,
-        freeze_epoch=freezes[-1].freeze_epoch if freezes else None,
-        val_top1=last_top1(epochs),
-        best_val_top1=max(top1s(epochs), default=None),
+        epochs=run.completed,
+        switch_epoch=None if switch is None else switch.switch_epoch,
+        freeze_epoch=None if freeze is None else freeze.freeze_epoch,
+        val_top1=last_top1(run.epochs),
+        best_val_top1=best_top1(run.epochs),
         images_per_second={phase: summary.images_per_second for phase, summary in phases.items()},
         peak_memory_bytes={phase: summary.peak_memory_bytes for phase, summary in phases.items()},
         trainable_fraction={phase: summary.trainable_fraction for phase, summary in phases.items()},
-        ranks={str(rank): n for rank, n in rank_counts(folder.read_json("ranks.json")).items()} if switches else None,
-        restarts=max((event.attempt for event in events), default=0),
-        seconds=sum(seconds_by_attempt(events).values()),
+        ranks=None if switch is None else {str(rank): n for rank, n in rank_counts(folder.read_json("ranks.json")).items()},
+        restarts=restarts(run.events),
+        seconds=seconds_of_run(run.events),
         startup_seconds={phase: summary.startup_seconds for phase, summary in phases.items()},
         against_full={phase: summary.against_full for phase, summary in phases.items()},
     )

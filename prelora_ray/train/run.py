@@ -24,7 +24,7 @@ from prelora_ray.engine.check import check_model
 from prelora_ray.engine.model import create_model
 from prelora_ray.engine.precision import check_precision
 from prelora_ray.engine.pretrained import load_pretrained
-from prelora_ray.engine.snapshot import checkpoint_name
+from prelora_ray.engine.snapshot import checkpoint_name, epoch_of
 from prelora_ray.errors import InterruptedRunError, UserError, WorkError
 from prelora_ray.fault_tolerance.checkpoint import Checkpoints
 from prelora_ray.fault_tolerance.end import FILE as END_FILE
@@ -44,9 +44,10 @@ from prelora_ray.monitor.exporter import start_exporter
 from prelora_ray.monitor.telemetry import run_label
 from prelora_ray.nodes import check_seen_by_all_nodes
 from prelora_ray.ray_session import ray_session
-from prelora_ray.records import Starting, reservations
+from prelora_ray.records import Starting
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage, once_reachable
+from prelora_ray.summaries import reservations
 from prelora_ray.train.result import summarize
 from prelora_ray.train.worker import train_worker
 from prelora_ray.words import counted
@@ -133,7 +134,7 @@ def check_finished(folder: RunFolder, epochs: int) -> None:
     if end is not None and end.end == "failed":
         raise TrainError(end.message)
     names = Checkpoints(folder).names()
-    begin = f"epoch {int(names[-1].split('-')[0])} of {folder} (checkpoint {names[-1]})" if names else f"the start of {folder}"
+    begin = f"epoch {epoch_of(names[-1])} of {folder} (checkpoint {names[-1]})" if names else f"the start of {folder}"
     goes_on = f"the same command goes on from {begin}"
     if end is None:
         raise TrainError(f"training ended without {folder / END_FILE}, the record of how (is the disk full?); {goes_on}")
@@ -196,7 +197,7 @@ def _settle_gpu(settings: Settings, before: Settings | None, gpus: float) -> Set
         gpu, why = before.workers.gpu, "as the run has had it so far"
     else:
         gpu = workers.take_gpus(gpus)
-        why = f"as Ray has {gpus:g} GPUs and workers.min is {workers.min}"
+        why = f"as Ray has {counted(int(gpus), 'GPU')} and workers.min is {workers.min}"
         why += "" if gpu else "; for GPUs that come once they are asked for, set it to true"
     logger.info("workers.gpu: auto is %s, %s", str(gpu).lower(), why)
     return settings.model_copy(update={"workers": workers.model_copy(update={"gpu": gpu})})
@@ -209,8 +210,10 @@ def _check_room(settings: Settings, is_embedded: bool) -> None:
         needed, there = workers.min * each, has.get(resource, 0)
         if needed <= there:
             continue
-        verb = "needs" if workers.min == 1 else "need"
-        told = f"{counted(workers.min, 'worker')} of {each:g} {resource} {verb} {needed:g}, and Ray has {there:g}"
+        of_each = f"of {each:g} {resource}"
+        told = (
+            counted(workers.min, f"worker {of_each} needs", f"workers {of_each} need") + f" {needed:g}, and Ray has {there:g}"
+        )
         if is_embedded:
             instead = "; workers.gpu: false trains on CPUs" if resource == "GPU" else ""
             raise UserError(f"workers.min = {workers.min} is not allowed on this machine: {told}{instead}")

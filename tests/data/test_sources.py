@@ -240,7 +240,7 @@ def test_hugging_face_parquet(tmp_path, column, plain, val):
         expected[split] += [(image, ("cat", "dog")[label]) for image, label in zip(images, labels, strict=True)]
     source = open_source(str(tmp_path))
     assert source.classes == ("cat", "dog")  # no image shows an eel
-    assert source.notes == ("1 of 3 named classes have no training images and are left out: eel",)
+    assert source.notes == ("1 named class has no training images and is left out, of 3: eel",)
     assert contents(tmp_path) == expected
 
 

@@ -185,6 +185,17 @@ def test_the_test_decides_by_norms_and_loss():
     assert ranks and set(ranks.values()) == {2, 4} and len(ranks) == 6 * TINY_VIT["depth"]
 
 
+def test_fp8_is_refused_before_anything_trains(monkeypatch):
+    """Also on a machine with a GPU that lacks it, for a model that is yet to be moved there."""
+    with pytest.raises(UserError, match=r"^precision = 'fp8' is not allowed on a CPU: it needs an NVIDIA GPU"):
+        Loop(precision="fp8", adapters="merged")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100")
+    with pytest.raises(UserError, match="is not allowed on NVIDIA A100: it needs"):
+        Loop(precision="fp8", adapters="merged")
+
+
 def test_what_cannot_be_is_told():
     with pytest.raises(UserError, match=r"method\.tau = -1 is not allowed: it must be greater than or equal to 0"):
         Loop(tau=-1)

@@ -84,7 +84,8 @@ def test_patches_of_rgb_become_those_of_grey_and_back(tmp_path, theirs, ours, ho
     options = {**TINY_VIT, "in_chans": ours}
     model = create_model(SETTINGS.model_copy(update={"options": options}), num_classes=10, seed=0).eval()
     (told,) = load_pretrained(model, str(tmp_path / "model.safetensors"))
-    assert f"its images have {theirs} channels and this run's {ours}: patch_embed.proj.weight is {how}" in told
+    have = "1 channel" if theirs == 1 else f"{theirs} channels"
+    assert f"its images have {have} and this run's {ours}: patch_embed.proj.weight is {how}" in told
     grey = torch.randn(4, 1, 8, 8)
     torch.testing.assert_close(model(grey.expand(-1, ours, 8, 8)), other(grey.expand(-1, theirs, 8, 8)))
     timms = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, in_chans=ours)

@@ -2,10 +2,11 @@
 
 import json
 import math
+import random
 
 import pytest
 
-from prelora_ray.method.convergence import ConvergenceTest, percent_change
+from prelora_ray.method.convergence import ConvergenceTest, Step, percent_change
 
 Q0, Q1, V0 = "blocks.0.attn.query", "blocks.1.attn.query", "blocks.0.attn.value"
 
@@ -109,3 +110,29 @@ def test_state_survives_json_in_the_middle_of_a_window():
 def test_refused(key, value):
     with pytest.raises(ValueError, match=f"{key} = {value}"):
         ConvergenceTest(1, 1, **{key: value})
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_all_steps_are_under_where_the_verdict_says_so(seed):
+    rng, test = random.Random(seed), ConvergenceTest(tau=1.0, zeta=5.0, windows=3, window_epochs=1, ramp_epochs=2)
+    norms, loss, steps, verdicts = {Q0: 1.0, V0: 1.0}, 1.0, [], []
+    for epoch in range(40):
+        verdict = test.end_epoch(epoch, dict(norms), loss)
+        if verdict.family_change is not None:
+            steps.append(Step(epoch + 1, verdict.family_change, verdict.loss_change))
+            assert set(test.steps_under(steps)) == {"query", "value", "loss"}
+        assert all(count == 2 for count in test.steps_under(steps).values()) == verdict.converged
+        verdicts.append(verdict.converged)
+        norms = {name: norm * (1 + rng.choice([0.001, 0.001, 0.001, 0.02])) for name, norm in norms.items()}
+        loss *= 1 - rng.choice([0.01, 0.01, 0.01, 0.2])
+    assert True in verdicts and False in verdicts[3:]
+
+
+def test_steps_are_counted_in_a_row_from_the_newest_on():
+    """By hand: the ramp ends with window 1, three steps count of four, and of the loss the newest one is not under."""
+    test = ConvergenceTest(tau=1.0, zeta=5.0, windows=4, window_epochs=2, ramp_epochs=3)
+    changes = [(0.5, 0.1, 1.0), (0.5, 0.1, 1.0), (2.0, 0.1, 1.0), (0.5, 1.0, 5.1)]
+    steps = [Step(2 * window + 4, {"query": q, "value": v}, loss) for window, (q, v, loss) in enumerate(changes)]
+    assert test.steps_under(steps) == {"query": 1, "value": 0, "loss": 0}
+    assert test.steps_under(steps[:2]) == {"query": 1, "value": 1, "loss": 1}
+    assert test.steps_under([]) == {"loss": 0}

@@ -50,7 +50,7 @@ def test_a_jump_at_the_freeze_tells_of_a_short_warmup():
     (finding,) = diagnose(lines, RANKS, 4)
     assert finding.signature == "insufficient_warmup"
     assert finding.value == pytest.approx((lines[FREEZE].loss / lines[FREEZE - 1].loss - 1) * 100)
-    assert "4 epochs of warmup" in finding.message
+    assert "method.warmup_epochs = 4 may be too few" in finding.message
 
 
 def test_a_jump_with_larger_images_is_theirs():

@@ -326,7 +326,7 @@ def test_what_cannot_be_planned_is_told(tmp_path, recipe, bench):
     for option in ("--bandwidth", "--memory", "--assume-speed"):
         assert refused(*own, option, "0") == f"{option} 0 is not allowed: it must be a number above 0"
     assert refused(*own, "--gpus", "21").startswith("--gpus 21 is not allowed: a batch of 240 has 20 cells of 12")
-    assert "phase full takes 6.2 GiB for data.cell = 12 images" in refused(*own, "--memory", "8")
+    assert "phase full takes 6.2 GiB for data.cell = 12, and" in refused(*own, "--memory", "8")
     assert "model.name = 'vit_huge' is not allowed" in refused(*own, "--set", "model.name=vit_huge")
     assert "has no linear layer blocks.0.attn.qkv" in refused(*own, "--set", "model.name=mixer_b16_224")
     assert "rank 2048 of 'blocks.8.attn.query' is not allowed" in refused(*own, "--set", "method.r_max=2048")

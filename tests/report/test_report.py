@@ -6,19 +6,20 @@ import json
 import re
 import shutil
 import subprocess
-from dataclasses import replace
 from html import escape, unescape
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from prelora_ray.config_file import parse_settings
-from prelora_ray.records import table_summaries, to_json
-from prelora_ray.remarks import Remarks
+from prelora_ray.recorded.remarks import Remarks
+from prelora_ray.records import to_json
 from prelora_ray.report import figures
 from prelora_ray.report.page import _diagnosis, write_plan, write_report, write_switch_map
-from prelora_ray.report.records import RunRecords, differing_settings, read_runs, short_names
+from prelora_ray.report.records import ReportedRun, differing_settings, read_runs, short_names
 from prelora_ray.run_folder import LineWriter, RunFolder
+from prelora_ray.summaries import table_summaries
 from tests.lines import epoch_line, event
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
@@ -140,7 +141,7 @@ MARKUP = '"><script>alert(1)</script><a href="http://x">'
 
 def test_runs_whose_names_are_markup_are_shown_by_them():
     """What plotly gets is escaped too: it would make a link of the name, or letters bold."""
-    records = [replace(records_of_an_epoch(), name=name) for name in ("plain", MARKUP)]
+    records = [records_of_an_epoch(name) for name in ("plain", MARKUP)]
     for figure in (figures.learning(records), figures.speed(records)):
         names = {trace.name.split(": ")[0] for trace in figure.data}
         assert names == {"plain", escape(MARKUP)}
@@ -169,7 +170,7 @@ def test_a_sweep_with_markup_in_its_records(tmp_path):
         "diagnosis": [MARKUP],
     }
     control = {**entry, "setting": {"control": "rank 1"}}
-    sweep = {"trials": MARKUP, "settings": [entry], "controls": [control], "pareto": [MARKUP], "full": entry, "unit": MARKUP}
+    sweep = {"trials": 3, "settings": [entry], "controls": [control], "pareto": [MARKUP], "full": entry, "unit": MARKUP}
     sweep |= {"cost": 1.0, "naive_cost": 2.0}
     folder = tmp_path / "<script>alert(1)<"
     folder.mkdir()
@@ -177,15 +178,18 @@ def test_a_sweep_with_markup_in_its_records(tmp_path):
     write_report([str(folder)], str(tmp_path / "report.html"))
     page = (tmp_path / "report.html").read_text()
     assert "<script>alert(1)" not in page and "<a href" not in page.split("<body>")[1]
-    assert f"<p>{escape(MARKUP)} runs stand for" in page
+    assert f"<p>3 runs stand for 1 setting, beside 1 control: 1 {escape(MARKUP)} with the trunk" in page
     texts = [text for trace in figures.pareto(sweep).data for text in trace.text]
     assert len(texts) == 4 and not any("<" in text for text in texts)
 
 
-def records_of_an_epoch() -> RunRecords:
-    """A run of one epoch, as small as its figures take it."""
+def records_of_an_epoch(name: str = "run", **records: Any) -> ReportedRun:
+    """A run of one epoch, as small as its figures take it, in no folder."""
+    run = ReportedRun(RunFolder("nowhere"), name)
     settings = parse_settings({"name": "run", "data": {"path": "data"}})
-    return RunRecords("run", settings, [epoch_line(0)], [], [], None, Remarks("finished", True, ()))
+    small = {"settings": settings, "epochs": [epoch_line(0)], "windows": [], "events": [], "ranks": None}
+    vars(run).update({**small, "state": Remarks("finished", True, ()), **records})
+    return run
 
 
 @pytest.mark.parametrize(
@@ -207,18 +211,21 @@ def records_of_an_epoch() -> RunRecords:
             [("open", "stopped after 3 of 9 epochs; no failure signature so far")],
         ),
         (
-            Remarks("unfinished after 3 of 9 epochs", False, ("hardly learned: low",)),
+            Remarks("unfinished after 3 of 9 epochs", False, ("hardly learned: low",), ("no switch so far: why",)),
             {},
             [],
-            [("open", "unfinished after 3 of 9 epochs"), ("finding", "hardly learned: low")],
+            [
+                ("open", "unfinished after 3 of 9 epochs"),
+                ("open", "no switch so far: why"),
+                ("finding", "hardly learned: low"),
+            ],
         ),
     ],
 )
 def test_green_is_a_run_alone_that_finished_and_shows_nothing(state, method, signatures, told):
-    run = records_of_an_epoch()
     events = [event("diagnosis", signature="early_switch", value=1.0, limit=0.0, message=text) for text in signatures]
     settings = parse_settings({"name": "run", "data": {"path": "data"}, "method": method})
-    page = _diagnosis(replace(run, settings=settings, state=state, events=events))
+    page = _diagnosis(records_of_an_epoch(settings=settings, state=state, events=events))
     assert re.findall(r"<p class='(\w+)'><b>run</b>: (.*?)\.</p>", page) == told
 
 
@@ -270,7 +277,7 @@ addEventListener("load", () => setTimeout(() => {
 def test_sizes_are_marked_where_they_are_on_record():
     """An earlier version recorded none, so that a run that it began has some from where it was resumed on."""
     sizes = [None, None, 160, 160, 224]
-    run = replace(records_of_an_epoch(), epochs=[epoch_line(epoch, image_size=size) for epoch, size in enumerate(sizes)])
+    run = records_of_an_epoch(epochs=[epoch_line(epoch, image_size=size) for epoch, size in enumerate(sizes)])
     assert run.size_changes() == [(4, 160, 224)]
     assert list(table_summaries(run.epochs)) == ["full, ? px", "full, 160 px", "full, 224 px"]
 

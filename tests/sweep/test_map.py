@@ -8,10 +8,11 @@ import random
 import pytest
 
 from prelora_ray.config import MethodSettings
+from prelora_ray.recorded.replay import Record, read_record, replay
+from prelora_ray.recorded.run import RunRecords
 from prelora_ray.records import Switch
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.sweep.map import switch_map, what_it_means
-from prelora_ray.sweep.replay import Record, read_record, replay
 from tests.lines import norms_line
 
 
@@ -45,7 +46,7 @@ def test_what_a_switch_means_is_what_the_run_measured(undisturbed):
     meaning = what_it_means(str(run), record.method)
     (point,) = switch_map(record, record.method, record.ramp_epochs, [1000], [1000], meaning)
     result = run.read_json("result.json")
-    (switch,) = run.events_of(Switch)
+    (switch,) = RunRecords(run).events_of(Switch)
     by_hand = 6 * (0.99 * (2 / 3 / 2 - math.sin(math.pi / 3) / (2 * math.pi)) + 0.01 * 2 / 3) / (0.5 + 6 * 0.505)
     assert point.rate_left == switch.rate_left == pytest.approx(by_hand, abs=0.01)
     assert point.switch_epoch == result["switch_epoch"]

@@ -10,19 +10,19 @@ from pathlib import Path
 import pytest
 import ray
 
-from prelora_ray.config import BendSettings
+from prelora_ray.config import BendSettings, Settings
 from prelora_ray.config_file import parse_settings
 from prelora_ray.errors import UserError
 from prelora_ray.fault_tolerance.ray_private import release_groups_of_dead_actors
-from prelora_ray.records import EpochLine
+from prelora_ray.recorded.replay import Record, read_record
+from prelora_ray.records import EpochLine, NormsLine
 from prelora_ray.report.records import read_sweep
 from prelora_ray.report.sweep_table import sweep_table, told_of_controls
 from prelora_ray.run_folder import RunFolder
-from prelora_ray.sweep.control import full_training_of_cost, name_controls, on_front
+from prelora_ray.sweep.control import full_training_costs, full_training_of_cost, name_controls, on_front
 from prelora_ray.sweep.cost import Prices, pareto_front
 from prelora_ray.sweep.outcome import outcome
-from prelora_ray.sweep.replay import Record, read_record
-from prelora_ray.sweep.result import read_notes, write_note
+from prelora_ray.sweep.result import read_notes, summarize_sweep, write_note
 from prelora_ray.sweep.settings import Plan, SweepSettings, keys_without_effect, load_sweep
 from tests.chaos.site import wait_for
 from tests.lines import epoch_line, norms_line
@@ -183,7 +183,7 @@ def entry(trial: str, val_top1: float, cost: float, **content) -> dict:
     ("after", "cost", "end"), [(90, 105.4, 105), (90, 105.6, 106), (90, 105.5, 105), (60, 61.0, 61), (60, 30.0, 61)]
 )
 def test_full_training_of_equal_cost_ends_where_that_is_closest(warmups, after, cost, end):
-    control = full_training_of_cost(warmups, prices_of(warmups), after, cost)
+    control = full_training_of_cost(full_training_costs(warmups, prices_of(warmups), after), after, cost)
     assert control == {"control": "full", "train.bend.after": after, "train.epochs": end}
     settings = warmups.settings_of(control, "control")
     assert (settings.train.epochs, settings.method.enabled, settings.checkpoint.keep_trunk) == (end, False, False)
@@ -193,7 +193,7 @@ def test_full_training_of_equal_cost_ends_where_that_is_closest(warmups, after, 
 
 @pytest.mark.parametrize(("after", "cost"), [(90, 119.6), (90, 130.0), (119, 119.2)])
 def test_the_trunk_is_the_control_of_what_costs_as_much(warmups, after, cost):
-    assert full_training_of_cost(warmups, prices_of(warmups), after, cost) is None
+    assert full_training_of_cost(full_training_costs(warmups, prices_of(warmups), after), after, cost) is None
 
 
 def test_smaller_images_count_as_the_cheaper_epochs_that_they_are():
@@ -204,7 +204,8 @@ def test_smaller_images_count_as_the_cheaper_epochs_that_they_are():
     prices = Prices("GPU-hours", 1.0, plan.trunk, lines)
     assert prices.full(plan.trunk) == 25 + 20
     assert prices.full(plan.full_training(90, 110, "control")) == 96 / 4 + 14
-    assert full_training_of_cost(plan, prices, 90, 38.1) == {"control": "full", "train.bend.after": 90, "train.epochs": 110}
+    costs = full_training_costs(plan, prices, 90)
+    assert full_training_of_cost(costs, 90, 38.1) == {"control": "full", "train.bend.after": 90, "train.epochs": 110}
 
 
 @pytest.mark.parametrize(("full", "named"), [("front", [0]), ("all", [0, 1]), ("none", [])])
@@ -227,6 +228,39 @@ def test_which_runs_have_full_training_of_equal_cost_beside_them(full, named):
     assert {entry["rank_1_control"] for entry in entries} == {None}
 
 
+def test_costs_of_full_training_are_computed_once_for_a_switch(warmups):
+    """However many runs switch there: after each of the epochs 91 to 119, and to the trunk's end."""
+    asked = []
+
+    class CountingPrices(Prices):
+        def full(self, settings: Settings) -> float:
+            asked.append(settings.train.epochs)
+            return super().full(settings)
+
+    prices = CountingPrices(*vars(prices_of(warmups)).values())
+    entries = [entry(f"run-{number}", 0.8, 100.0 + number) for number in range(5)]
+    name_controls(warmups, entries, Record([], warmups.trunk.method, ramp_epochs=0), prices)
+    assert asked == list(range(91, 121))
+
+
+def test_a_control_that_settings_share_is_listed_once(tmp_path):
+    """It was trained for the second setting, and is that of the first too: both switch at once, with the same ranks."""
+    settings = [{"method.tau": tau} for tau in (1000, 500)]
+    plan = load_over_recipe(tmp_path, tmp_path, settings=settings, controls={"full": "none", "rank_1": 1.0})
+    trunk = RunFolder.of(plan.trunk)
+    trunk.write_settings(plan.trunk)
+    trunk.write_records(NormsLine, [norms_line(epoch, {"blocks.0.mlp.fc1": 1.0}) for epoch in range(7)])
+    trained = {**settings[1], "control": "rank 1", "method.r_min": 1, "method.r_max": 1, "method.rank_pattern": None}
+    trials = [outcome(plan, candidate, read_record(str(trunk))).trial for candidate in (*settings, trained)]
+    for folder in (trunk, *(RunFolder(plan.folder) / trial for trial in trials)):
+        folder.write_records(EpochLine, [epoch_line(epoch) for epoch in range(7)])
+        folder.write_json("result.json", {})
+    write_note(plan, trained, ended="finished")
+    result = summarize_sweep(plan)
+    assert [entry["rank_1_control"] for entry in result["settings"]] == [trials[2]] * 2
+    assert [(entry["trial"], entry["ended"]) for entry in result["controls"]] == [(trials[2], "finished")]
+
+
 def test_full_training_takes_the_star_from_a_run_that_it_beats():
     trunk, control = entry("trunk", 0.9047, 120.0), entry("full-60-to-80", 0.8947, 80.0)
     runs = [entry("relaxed", 0.8945, 80.0), entry("late", 0.9025, 118.0), entry("dear", 0.91, 130.0)]
@@ -245,7 +279,7 @@ def test_the_unit_of_a_cost_is_what_its_workers_take(workers, unit, tmp_path):
     folder.write_settings(run)
     folder.write_records(EpochLine, [epoch_line(epoch, seconds=1800.0, world_size=2) for epoch in range(40)])
     prices = Prices.of(folder)
-    assert (prices.unit, prices.straight(folder, 40), prices.full(run)) == (unit[0], 40 * unit[1], 40 * unit[1])
+    assert (prices.unit, prices.straight(folder.epochs(), 40), prices.full(run)) == (unit[0], 40 * unit[1], 40 * unit[1])
 
 
 def test_controls_stand_in_the_table_beside_the_runs():
@@ -277,7 +311,7 @@ def test_controls_stand_in_the_table_beside_the_runs():
     assert [row["GPU-hours"] for row in shown] == ["120", "80", "117", "118", "80"]
     assert told_of_controls(sweep) == "0 of 2 runs end above full training that costs as much"
     controls[0] |= {"ended": "failed", "val_top1": 0.5}  # where it stood
-    assert told_of_controls(sweep) == "0 of 1 runs end above full training that costs as much"
+    assert told_of_controls(sweep) == "0 of 1 run ends above full training that costs as much"
     assert sweep_table(sweep)[1][-1][head.index("full, %")] == ""
 
 

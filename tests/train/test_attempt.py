@@ -24,19 +24,24 @@ def test_an_epoch_begins_without_sums(world_size):
     assert [_own_sums([], rank, world_size) for rank in range(world_size)] == [(0, 0)] * world_size
 
 
-def test_the_watchdog_is_patient_where_images_grow():
+@pytest.mark.parametrize("compiles", [True, False])
+def test_where_images_grow_the_watchdog_is_patient_and_it_is_told(compiles):
     """Their first step compiles."""
     steps = [{"until": 1, "image_size": 64}, {"until": 3, "image_size": 96}]
     settings = parse_settings({"name": "run", "data": {"path": "x"}, "train": {"resolution": steps}})
     patient: list[int] = []
+    told: list[str | None] = []
     none = lambda *_: None  # noqa: E731
     attempt = cast(Any, SimpleNamespace())
     attempt.settings, attempt.plan, attempt.stream = settings, None, SimpleNamespace(wait_seconds=0.0)
-    attempt.state = SimpleNamespace(batch=0, phases=SimpleNamespace(phase="full"))
+    attempt.state = SimpleNamespace(batch=0, compiles=compiles, phases=SimpleNamespace(phase="full"))
     attempt.watchdog = SimpleNamespace(beat=lambda patiently: patient.append(attempt.state.epoch))
     attempt._telemetry = attempt._train_step = SimpleNamespace(begin_epoch=none)
     attempt._recorder, attempt._sums_before = SimpleNamespace(epoch_begins=none), (0.0, 0.0)
     for epoch in range(5):
         attempt.state.epoch, attempt.state.image_size = epoch, settings.image_size(epoch)
+        attempt._doing = None
         WorkerAttempt.begin_epoch(attempt)
+        told.append(attempt._doing)
     assert patient == [1, 3]
+    assert told == ([None, "compile for 96 pixels", None, "compile for 224 pixels", None] if compiles else [None] * 5)

@@ -27,9 +27,9 @@ from prelora_ray.fault_tolerance.lock import LostRunError, claims, holder
 from prelora_ray.fault_tolerance.notices import STOP_FILE
 from prelora_ray.method.adapters import merged_state_dict
 from prelora_ray.method.phases import Phase
+from prelora_ray.recorded.replay import read_record, replay
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
-from prelora_ray.sweep.replay import read_record, replay
 from prelora_ray.train.run import TrainError, _check_same_data, train
 from tests.conftest import samples
 from tests.disturbed import KILLED_IN_EACH_PHASE, Disturbed, train_disturbed

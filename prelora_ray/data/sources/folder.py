@@ -16,6 +16,7 @@ from prelora_ray.data.sources.table import ENDINGS, Columns, match_files, read_t
 from prelora_ray.data.sources.tars import read_member
 from prelora_ray.errors import UserError
 from prelora_ray.storage import Storage
+from prelora_ray.words import counted
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def open_folders(root: str, files: list[File], splits: Splits, columns: Columns)
                 f"{root!r} has images without labels in {top}: sort them into class folders, or add a table of file and label"
             )
     if "train" in layout.splits.values() and None in layout.splits.values():
-        names = ", ".join(f"{printable(name)} ({count:,} files)" for name, count in left_out.most_common(5) if count)
+        names = ", ".join(f"{printable(name)} ({counted(count, 'file')})" for name, count in left_out.most_common(5) if count)
         found.notes.append(f"folders of no split are left out: {names}")
     return found.source(FileReader(root))
 

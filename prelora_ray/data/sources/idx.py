@@ -19,6 +19,7 @@ from prelora_ray.data.sources.source import Found, Item, Source
 from prelora_ray.data.sources.splits import SourceSplit
 from prelora_ray.errors import UserError
 from prelora_ray.storage import Storage
+from prelora_ray.words import counted
 
 _MOST_UNPACKED = 4 * 2**30
 """Bytes that a gzipped file may have unpacked, whatever its header says."""
@@ -47,7 +48,7 @@ def open_idx(root: str, files: list[File]) -> Source:
         of_images, of_labels = _one(root, here, f"{prefix}-images", 3), _one(root, here, f"{prefix}-labels", 1)
         images, labels = (_array(root, file.path, ndim, file.stamp) for file, ndim in ((of_images, 3), (of_labels, 1)))
         if len(images) != len(labels):
-            raise UserError(f"{root!r} has {len(images)} images and {len(labels)} labels of {prefix}")
+            raise UserError(f"{root!r} has {counted(len(images), 'image')} and {counted(len(labels), 'label')} of {prefix}")
         for i, label in enumerate(labels):
             found.add(split, f"{prefix}/{i}", int(label), (of_images.path, i), stamp=of_images.stamp)
         taken |= {of_images.path, of_labels.path}
@@ -103,7 +104,8 @@ def _array(root: str, name: str, ndim: int, stamp: str) -> np.ndarray:
             shape = tuple(int(side) for side in header[1:])
             if math.prod(shape) > (_MOST_UNPACKED if is_gzipped else len(content)):
                 raise ValueError(
-                    f"its header says {math.prod(shape):,} bytes, more than {'are unpacked' if is_gzipped else 'it has'}"
+                    f"its header says {counted(math.prod(shape), 'byte')}, more than "
+                    f"{'are unpacked' if is_gzipped else 'it has'}"
                 )
             pixels = file.read(math.prod(shape) + 1)  # no more than one byte too many, however many a bomb would yield
         return np.frombuffer(pixels, np.uint8).reshape(shape)

@@ -16,6 +16,7 @@ from prelora_ray.data.sources.source import Found, Source
 from prelora_ray.data.sources.tars import members
 from prelora_ray.errors import UserError, one_line
 from prelora_ray.storage import Storage
+from prelora_ray.words import counted
 
 TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 SOLUTION = "LOC_val_solution.csv"
@@ -119,7 +120,7 @@ def _wnids_by_devkit(folder: Storage, files: dict[str, File], names: list[str]) 
     except Exception as error:  # whatever a damaged file makes scipy raise
         raise UserError(f"{folder}: its devkit is damaged: {type(error).__name__}: {one_line(error)}") from None
     if len(labels) != len(names):
-        raise UserError(f"{folder}: the devkit labels {len(labels)} validation images, and there are {len(names)}")
+        raise UserError(f"{folder}: the devkit labels {counted(len(labels), 'validation image')}, and there are {len(names)}")
     return dict(zip(names, labels, strict=True))
 
 

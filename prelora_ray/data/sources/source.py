@@ -13,6 +13,7 @@ from prelora_ray.data.manifest import Split
 from prelora_ray.data.sources.files import printable
 from prelora_ray.data.sources.splits import SourceSplit, Splits, used_splits
 from prelora_ray.errors import UserError
+from prelora_ray.words import counted
 
 Label = int | str | bool
 """A label as a source has it: a number, or a class's name."""
@@ -138,7 +139,9 @@ class Found:
         if is_number and min(map(int, found)) < 0:
             raise UserError(f"{self.root!r} has label {min(map(int, found))}: labels are whole numbers from 0 on")
         if is_number and names is not None and max(map(int, found)) >= len(names):
-            raise UserError(f"{self.root!r} has label {max(map(int, found))}, and names {len(names)} classes")
+            raise UserError(
+                f"{self.root!r} has label {max(map(int, found))}, and names {counted(len(names), 'class', 'classes')}"
+            )
         for name, label, *_ in chosen.get("val", ()):
             if _key(label) not in found:
                 told = names[int(label)] if is_number and names is not None and 0 <= int(label) < len(names) else label
@@ -159,11 +162,13 @@ class Found:
         if names is not None:
             missing = [name for i, name in enumerate(names) if i not in set(map(int, order))]
             which = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-            self.notes.append(f"{len(missing)} of {len(names)} named classes have no training images and are left out: {which}")
+            one = "named class has no training images and is left out"
+            several = "named classes have no training images and are left out"
+            self.notes.append(f"{counted(len(missing), one, several)}, of {len(names)}: {which}")
         else:
             self.notes.append(
-                f"{len(order)} labels occur between {order[0]} and {order[-1]}: they become 0 to {len(order) - 1}, and keep "
-                "their numbers as class names"
+                f"{counted(len(order), 'label occurs', 'labels occur')} between {order[0]} and {order[-1]}: they become 0 to "
+                f"{len(order) - 1}, and keep their numbers as class names"
             )
 
 

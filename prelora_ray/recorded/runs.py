@@ -9,8 +9,10 @@ from typing import Literal
 from prelora_ray.errors import UserError, one_line
 from prelora_ray.fault_tolerance.end import read_end
 from prelora_ray.fault_tolerance.lock import is_held
-from prelora_ray.records import Restart, Starting, last_top1
+from prelora_ray.recorded.run import RunRecords
+from prelora_ray.records import Progress, Starting
 from prelora_ray.run_folder import RunFolder
+from prelora_ray.summaries import last_top1, restarts
 
 State = Literal["finished", "training", "starting", "stopped", "failed", "interrupted", "damaged"]
 
@@ -55,30 +57,29 @@ def _state(name: str, run: RunFolder) -> RunState:
         return RunState(name, "damaged", message=one_line(error))
 
 
-def _read(name: str, run: RunFolder) -> RunState:
-    settings, epochs, events, place = run.read_settings(), run.epochs(), run.events(), run.read_place()
-    state, message = _how_it_is(run)
-    times = [event.time for event in events] + ([place.time] if place else [])
+def _read(name: str, folder: RunFolder) -> RunState:
+    run, place = RunRecords(folder), folder.read_place()
+    state, message = _how_it_is(run, place)
+    times = [event.time for event in run.events] + ([place.time] if place else [])
     return RunState(
         name,
         state,
-        phase=events[-1].phase if events else None,
-        epoch=epochs[-1].epoch + 1 if epochs else 0,
-        epochs=settings.train.epochs,
-        val_top1=last_top1(epochs),
-        restarts=sum(isinstance(event, Restart) for event in events),
+        phase=run.events[-1].phase if run.events else None,
+        epoch=run.completed,
+        epochs=run.settings.train.epochs,
+        val_top1=last_top1(run.epochs),
+        restarts=restarts(run.events),
         time=max(times, default=None),
         message=message,
     )
 
 
-def _how_it_is(run: RunFolder) -> tuple[State, str | None]:
-    if run.exists("result.json"):
+def _how_it_is(run: RunRecords, place: Starting | Progress | None) -> tuple[State, str | None]:
+    if run.is_finished:
         return "finished", None
-    if is_held(run):
-        place = run.read_place()
+    if is_held(run.folder):
         return ("starting", place.doing) if isinstance(place, Starting) else ("training", None)
-    end = read_end(run)
+    end = read_end(run.folder)
     if end is not None and end.end == "failed":
         return "failed", end.message
     return ("stopped" if end is not None and end.end == "stop" else "interrupted"), None

@@ -5,25 +5,23 @@ from __future__ import annotations
 import io
 import os
 import pty
-import random
 import re
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
-import pytest
 from rich.console import Console
 
-from prelora_ray import console, live
 from prelora_ray.config import Settings
 from prelora_ray.config_file import parse_settings
-from prelora_ray.method.convergence import ConvergenceTest
+from prelora_ray.recorded.run import RunRecords
 from prelora_ray.records import EpochLine, Progress, Starting, WindowLine, to_json
 from prelora_ray.run_folder import RunFolder
+from prelora_ray.terminal import console, live
 from tests.command import ROOT
 from tests.lines import epoch_line, event, progress
-from tests.test_console import TEXT, printed
+from tests.terminal.test_console import TEXT, printed
 
 EPOCHS = 12
 METHOD = {"tau": 1.0, "zeta": 5.0, "windows": 3, "window_epochs": 1, "r_max": 8}
@@ -47,16 +45,16 @@ def write(folder: RunFolder, *lines: EpochLine | WindowLine) -> None:
 
 def shown(settings: Settings) -> str:
     folder = RunFolder.of(settings)
-    return printed(live.view(settings, folder, folder.read_place()))
+    return printed(live.view(settings, RunRecords(folder), folder.read_place()))
 
 
 def test_a_runs_events_are_shown_as_they_are(tmp_path):
-    watcher = live._Watcher(run(tmp_path))
-    told = watcher._event(event("diagnosis", signature="early_switch", value=1.0, limit=0.0, message=TEXT))
+    watcher, records = live._Watcher(run(tmp_path)), RunRecords(RunFolder(tmp_path))
+    told = watcher._event(event("diagnosis", signature="early_switch", value=1.0, limit=0.0, message=TEXT), records)
     assert printed(told).strip() == TEXT
-    switch = watcher._event(event("switch", 3, switch_epoch=3, trainable_parameters=5, parameters=9))
+    switch = watcher._event(event("switch", 3, switch_epoch=3, trainable_parameters=5, parameters=9), records)
     assert printed(switch).strip() == "switch after epoch 3: adapters join, 5 parameters train"
-    began = watcher._event(event("run_started", world_size=1))
+    began = watcher._event(event("run_started", world_size=1), records)
     assert printed(began).strip() == "run started with 1 worker, phase full"
 
 
@@ -99,23 +97,6 @@ def test_the_test_is_shown_against_its_thresholds(tmp_path):
     assert marks["loss"].startswith("━" * 12 + "|" + " " * 12), "the bar of what equals its threshold ends at it"
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_all_steps_are_under_where_the_test_itself_says_so(tmp_path, seed):
-    settings, rng = run(tmp_path), random.Random(seed)
-    method, ramp = settings.method, settings.train.ramp_epochs
-    test = ConvergenceTest(method.tau, method.zeta, method.windows, method.window_epochs, ramp_epochs=ramp)
-    norms, loss, lines, verdicts = {"blocks.0.mlp.fc1": 1.0, "blocks.0.attn.query": 1.0}, 1.0, [], []
-    for epoch in range(40):
-        verdict = test.end_epoch(epoch, dict(norms), loss)
-        lines.append(WindowLine(attempt=0, phase="full", **verdict.record()))
-        under = live.steps_under(settings, lines)
-        assert all(count == method.windows - 1 for count in under.values()) == verdict.converged
-        verdicts.append(verdict.converged)
-        norms = {name: norm * (1 + rng.choice([0.001, 0.001, 0.001, 0.02])) for name, norm in norms.items()}
-        loss *= 1 - rng.choice([0.01, 0.01, 0.01, 0.2])
-    assert True in verdicts and False in verdicts[method.windows :]
-
-
 def test_steps_of_a_start_are_lines_of_a_log(tmp_path, monkeypatch):
     """Each once; and no more once it trains."""
     log = Console(**console._PLAIN, width=160, file=io.StringIO())
@@ -134,14 +115,15 @@ def test_steps_of_a_start_are_lines_of_a_log(tmp_path, monkeypatch):
 def test_a_start_is_shown_with_what_each_step_took(tmp_path):
     settings = run(tmp_path)
     steps = [Starting(time=100.0, doing="start Ray"), Starting(time=106.0, doing="place the workers")]
-    text = printed(live.view(settings, RunFolder.of(settings), steps[-1], steps))
+    text = printed(live.view(settings, RunRecords(RunFolder.of(settings)), steps[-1], steps))
     assert text.startswith("starting: start Ray 6 s, place the workers ")
 
 
 SCRIPT = """
 import logging, sys, time, warnings
-from prelora_ray import cli, live
+from prelora_ray import cli
 from prelora_ray.config_file import parse_settings
+from prelora_ray.terminal import live
 
 logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[cli._StandardError()])
 with live.watch(parse_settings({"name": "run", "storage": sys.argv[1], "data": {"path": "x"}})):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import posixpath
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from prelora_ray.config import MethodSettings, Settings
@@ -10,9 +12,9 @@ from prelora_ray.engine.optim import rates_left
 from prelora_ray.errors import UserError
 from prelora_ray.method.convergence import Verdict
 from prelora_ray.records import NormsLine
-from prelora_ray.remarks import why_no_switch
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.schedule import decide, phase_schedule
+from prelora_ray.words import counted
 
 
 @dataclass(frozen=True)
@@ -77,13 +79,65 @@ def replay(record: Record, method: MethodSettings, ramp_epochs: int) -> Replay:
     return Replay(window, schedule.switched_at, schedule.ranks, None, verdicts, left)
 
 
+def why_no_switch(method: MethodSettings, verdicts: Sequence[Verdict], epochs: int) -> str:
+    """What kept the test from a switch, and which thresholds would have brought one during a run of so many epochs.
+
+    `verdicts`: of all windows so far, by a test that did not switch.
+    """
+    taken = [verdict for verdict in verdicts if verdict.largest is not None]
+    if not taken:
+        needed = f"{counted(method.windows, 'window')} of {counted(method.window_epochs, 'epoch')}"
+        return (
+            f"of {counted(len(verdicts), 'window')} none had a verdict, which takes {needed}, all but the first behind the ramp"
+        )
+    steps = taken[-1].steps
+    change, family = max((change, name) for step in steps for name, change in step.family_change.items())
+    loss_change = max(step.loss_change for step in steps)
+    kept = []
+    if change >= method.tau:
+        kept.append(f"the norms of {family} changed by {change:.3g} %, where method.tau = {method.tau:g} wants less")
+    if loss_change > method.zeta:
+        kept.append(f"the loss changed by {loss_change:.3g} %, where method.zeta = {method.zeta:g} wants no more")
+    others = _others(method, taken, epochs)
+    instead = f"{' and '.join(others)}: try that, or" if others else "try"
+    kept_it = " and ".join(kept)
+    return f"in the last {counted(method.windows, 'window')} {kept_it}; {instead} more epochs, or method.switch_epoch"
+
+
+def _others(method: MethodSettings, taken: Sequence[Verdict], epochs: int) -> list[str]:
+    """Thresholds that would have brought a switch, each alone where that is enough, and both where neither is."""
+    found = [verdict.largest for verdict in taken if verdict.largest and verdict.window.epoch_end < epochs]
+    found = [largest for largest in found if all(map(math.isfinite, largest))]
+    taus = [_above(change) for change, loss in found if loss <= method.zeta]
+    zetas = [_above(loss) for change, loss in found if change < method.tau]
+    pairs = [(min(taus), method.zeta)] if taus else []
+    pairs += [(method.tau, min(zetas))] if zetas else []
+    if not pairs and found:
+        both = ((max(method.tau, _above(change)), max(method.zeta, _above(loss))) for change, loss in found)
+        pairs = [min(both, key=lambda pair: pair[0] * pair[1])]
+    told = []
+    for tau, zeta in pairs:
+        changed = {"tau": tau} if zeta == method.zeta else {"zeta": zeta} if tau == method.tau else {"tau": tau, "zeta": zeta}
+        keys = " with ".join(f"method.{key} = {value:g}" for key, value in changed.items())
+        end = next(verdict.window.epoch_end for verdict in taken if verdict.is_under(tau, zeta))
+        told.append(f"{keys} would have switched after epoch {end}")
+    return told
+
+
+def _above(value: float) -> float:
+    """The next larger number of two digits, from 0.0011 on: thresholds are read and written by people."""
+    value = max(value, 1e-3)
+    step = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return float(f"{(math.floor(value / step + 1e-9) + 1) * step:.2g}")
+
+
 def _reason(method: MethodSettings, num_epochs: int, verdicts: list[Verdict]) -> str:
     if method.switch_epoch is not None:
-        return f"the record has {num_epochs} epochs of phase full, fewer than switch_epoch = {method.switch_epoch}"
+        return f"the record has {counted(num_epochs, 'epoch')} of phase full, fewer than switch_epoch = {method.switch_epoch}"
     if len(verdicts) < method.windows:
         return (
-            f"the record has {num_epochs} epochs of phase full, and {method.windows} windows of "
-            f"{method.window_epochs} epochs take {method.windows * method.window_epochs}"
+            f"the record has {counted(num_epochs, 'epoch')} of phase full, and {counted(method.windows, 'window')} of "
+            f"{counted(method.window_epochs, 'epoch')} take {method.windows * method.window_epochs}"
         )
     told = why_no_switch(method, verdicts, num_epochs + 1)
-    return f"no window in the record's {num_epochs} epochs of phase full converged: {told}"
+    return f"no window in the record's {counted(num_epochs, 'epoch')} of phase full converged: {told}"

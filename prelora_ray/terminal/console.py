@@ -15,18 +15,21 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from prelora_ray import records
-from prelora_ray.remarks import remarks_on
+from prelora_ray.recorded.remarks import remarks_on
+from prelora_ray.recorded.replay import Replay
+from prelora_ray.recorded.run import RunRecords
+from prelora_ray.records import Diagnosis
+from prelora_ray.report.phase_table import phase_rows
 from prelora_ray.report.sweep_table import sweep_table as sweep_rows
 from prelora_ray.run_folder import RunFolder
-from prelora_ray.sweep.replay import Replay
-from prelora_ray.words import ago, counted, number, percent
+from prelora_ray.summaries import gain_note, memory_note, rank_counts
+from prelora_ray.words import accuracy, ago, counted, modules_by_rank, number, percent
 
 if TYPE_CHECKING:
     from prelora_ray.data.manifest import Manifest
     from prelora_ray.inference.evaluate import EvaluationReport
     from prelora_ray.plan.result import Plan
-    from prelora_ray.runs import RunState
+    from prelora_ray.recorded.runs import RunState
     from prelora_ray.sweep.map import Point
 
 _PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False, "soft_wrap": True}
@@ -61,33 +64,23 @@ def prepared(manifest: Manifest) -> Iterator[str | Table]:
             table.add_row(name, *(f"{count:,}" for count in numbers))
         yield table
     else:
-        ranges = (f"{min(numbers):,} to {max(numbers):,} {split} images" for split, numbers in stored.items())
+        ranges = (f"{min(numbers):,} to {max(numbers):,} images of {split}" for split, numbers in stored.items())
         yield f"a class has {' and '.join(ranges)}; the fewest: {manifest.classes[int(np.argmin(stored['train']))]}"
     yield f"seen {counts.seen:,}, stored {sum(map(sum, stored.values())):,}, skipped {sum(s.count for s in counts.skipped):,}"
     for reason, skipped in itertools.groupby(counts.skipped, lambda entry: entry.reason):
         yield f"  {reason}: " + ", ".join(f"{entry.count:,} {entry.ending or 'without an ending'}" for entry in skipped)
 
 
-def result_table(path: str, epochs: list[records.EpochLine], *, on_gpu: bool = False) -> Table:
-    """A run by phase. `epochs`: its lines that stand. Memory is told of GPUs alone, as `records.memory_note` says."""
-    table = Table(title=f"run {path}", title_justify="left")
-    memory = ["peak memory"] if on_gpu else []
-    columns = ["epochs", "loss", "top-1", "images/s", "against full", "start-up, s", "trains", *memory, "seconds"]
-    for column in ("phase", *columns):
+def result_table(run: RunRecords) -> Table:
+    """A run by phase. What waits for images is told below it, where that is what holds a phase up."""
+    table = Table(title=f"run {run.folder}", title_justify="left")
+    left_out = ("waits, %",) if run.on_gpu else ("waits, %", "memory, GiB")
+    rows = phase_rows(run)
+    columns = [column for column in rows[0] if column not in left_out]
+    for column in columns:
         table.add_column(column, justify="left" if column == "phase" else "right")
-    for name, summary in records.table_summaries(epochs).items():
-        table.add_row(
-            name,
-            str(summary.epochs),
-            number(summary.loss),
-            percent(summary.val_top1),
-            f"{summary.images_per_second:,.0f}",
-            "-" if summary.against_full is None else f"{summary.against_full:.2f}",
-            "-" if summary.startup_seconds is None else f"{summary.startup_seconds:,.1f}",
-            percent(summary.trainable_fraction),
-            *([f"{summary.peak_memory_bytes / 2**20:,.0f} MiB"] if on_gpu else []),
-            f"{summary.seconds:,.0f}",
-        )
+    for row in rows:
+        table.add_row(*(row[column] for column in columns))
     return table
 
 
@@ -112,17 +105,17 @@ def runs_table(storage: str, runs: Sequence[RunState]) -> Table:
 
 def trained(folder: RunFolder, result: dict[str, Any]) -> Iterator[str | Table]:
     """What a finished run came to, and what is to be said of it."""
-    epochs, on_gpu = folder.epochs(), folder.read_settings().workers.gpu is True
-    yield result_table(str(folder), epochs, on_gpu=on_gpu)
+    run = RunRecords(folder)
+    yield result_table(run)
     if result["ranks"]:
-        yield "ranks: " + ", ".join(f"{counted(count, 'module')} of {rank}" for rank, count in result["ranks"].items())
+        yield modules_by_rank(result["ranks"])
     yield result_line(result)
-    if not on_gpu:
-        yield records.memory_note(epochs)
-    if (note := records.gain_note(epochs)) is not None:
+    if not run.on_gpu:
+        yield memory_note(run.epochs)
+    if (note := gain_note(run.epochs)) is not None:
         yield note
-    yield from remarks_on(folder).remarks
-    yield from (diagnosis.message for diagnosis in folder.events_of(records.Diagnosis))
+    yield from remarks_on(run).remarks
+    yield from (diagnosis.message for diagnosis in run.events_of(Diagnosis))
 
 
 def result_line(result: dict[str, Any]) -> str:
@@ -130,8 +123,7 @@ def result_line(result: dict[str, Any]) -> str:
         f"no {change}" if (epoch := result[f"{change}_epoch"]) is None else f"{change} after epoch {epoch}"
         for change in ("switch", "freeze")
     ]
-    accuracy = f"top-1 {result['val_top1']:.1%} (best {result['best_val_top1']:.1%})"
-    return ", ".join([*changes, accuracy, f"{result['seconds']:,.0f} s"])
+    return ", ".join([*changes, accuracy(result["val_top1"], result["best_val_top1"]), f"{result['seconds']:,.0f} s"])
 
 
 def sweep_table(result: dict[str, Any]) -> Table:
@@ -204,7 +196,7 @@ def switch_map_table(points: Sequence[Point]) -> Table:
             *([f"{len(group):,}"] if is_long else []),
             "never" if point.switch_epoch is None else str(point.switch_epoch),
             percent(point.rate_left),
-            ", ".join(f"{count} of {rank}" for rank, count in records.rank_counts(point.ranks or {}).items()),
+            ", ".join(f"{count} of {rank}" for rank, count in rank_counts(point.ranks or {}).items()),
             percent(point.trainable_fraction),
             number(point.hours),
         )
@@ -220,8 +212,8 @@ def planned(plan: Plan) -> Iterator[str | Table]:
     """A plan: what it is of, its kinds of step, its runs, and what is assumed."""
     link = "" if plan.bandwidth_gbit is None else f", {plan.bandwidth_gbit:g} Gbit/s between them"
     yield (
-        f"{plan.name}: {plan.model}, {plan.epochs} epochs of {plan.images:,} images in batches of {plan.batch_size:,}, on "
-        f"{plan.gpus} x {plan.gpu}{link}"
+        f"{plan.name}: {plan.model}, {counted(plan.epochs, 'epoch')} of {counted(plan.images, 'image')} in batches of "
+        f"{plan.batch_size:,}, on {plan.gpus} x {plan.gpu}{link}"
     )
     yield _steps_table(plan)
     yield _runs_table(plan)
@@ -277,7 +269,7 @@ def _runs_table(plan: Plan) -> Table:
             _hours(run.total_gpu_hours, run.total_hours),
             f"{run.of_full:.3f}",
             "-" if run.of_timm is None else f"{run.of_timm:.3f}",
-            f"{run.full_epochs:.0f} epochs",
+            counted(round(run.full_epochs), "epoch"),
         )
     return table
 

@@ -10,8 +10,8 @@ import pytest
 from prelora_ray.config import flat, without_effect
 from prelora_ray.config_file import load_settings
 from prelora_ray.run_folder import RunFolder
-from prelora_ray.smoke import smoke_run
 from prelora_ray.train.run import train
+from prelora_ray.train.smoke import smoke_run
 from tests.runs import TINY_VIT
 from tests.test_config import CONFIGS
 

@@ -13,9 +13,9 @@ from prelora_ray import __version__
 from prelora_ray.errors import UserError
 from prelora_ray.fault_tolerance.end import End, write_end
 from prelora_ray.fault_tolerance.lock import DriverLock
+from prelora_ray.recorded.runs import RunState, list_runs
 from prelora_ray.records import EpochLine, Event, Progress, to_json
 from prelora_ray.run_folder import RunFolder
-from prelora_ray.runs import RunState, list_runs
 from tests.command import prelora_here
 from tests.lines import epoch_line, event, progress
 from tests.runs import EPOCHS, settings

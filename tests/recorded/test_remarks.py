@@ -10,10 +10,11 @@ import pytest
 
 from prelora_ray.config_file import parse_settings
 from prelora_ray.fault_tolerance.end import End, write_end
+from prelora_ray.recorded.remarks import Remarks, remarks_on
+from prelora_ray.recorded.replay import _above, read_record, replay
+from prelora_ray.recorded.run import RunRecords
 from prelora_ray.records import EpochLine, Event, NormsLine
-from prelora_ray.remarks import _above, remarks_on
 from prelora_ray.run_folder import RunFolder
-from prelora_ray.sweep.replay import read_record, replay
 from tests.lines import epoch_line, event, norms_line
 
 NAMES = [f"blocks.{layer}.{target}" for layer in range(2) for target in ("attn.query", "mlp.fc1")]
@@ -42,12 +43,16 @@ def folder_of(path: Path, epochs: int, *, ended: str | None = None, top1: float 
     return folder
 
 
+def remarks_of(folder: RunFolder) -> Remarks:
+    return remarks_on(RunRecords(folder))
+
+
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize(("tau", "zeta"), [(0.01, 50.0), (50.0, 0.01), (0.01, 0.01), (0.0, 0.0)])
 def test_a_run_that_never_switched_is_told_what_would_have_switched_it(tmp_path, seed, tau, zeta):
     """What it names as kept, and where other thresholds switch, are what a replay with them finds."""
     folder = folder_of(tmp_path, 24, ended="finished", seed=seed, tau=tau, zeta=zeta)
-    (told,) = remarks_on(folder).remarks
+    (told,) = remarks_of(folder).remarks
     record = read_record(str(folder))
     own = replay(record, record.method, record.ramp_epochs)
     largest = own.verdicts[-1].largest
@@ -65,7 +70,7 @@ def test_a_run_that_never_switched_is_told_what_would_have_switched_it(tmp_path,
 
 
 def test_a_run_whose_windows_lie_in_the_ramp_is_told_so(tmp_path):
-    (told,) = remarks_on(folder_of(tmp_path, 7)).remarks
+    (told,) = remarks_of(folder_of(tmp_path, 7, ended="finished")).remarks
     assert (
         told
         == "no switch: of 3 windows none had a verdict, which takes 3 windows of 2 epochs, all but the first behind the ramp"
@@ -89,25 +94,40 @@ def test_a_threshold_to_try_is_just_above(value):
     ],
 )
 def test_how_far_a_run_came(tmp_path, ended, progress):
-    state = remarks_on(folder_of(tmp_path, 9, ended=ended, enabled=False))
+    state = remarks_of(folder_of(tmp_path, 9, ended=ended, enabled=False))
     assert (state.progress, state.is_finished, state.remarks) == (progress, ended == "finished", ())
+
+
+@pytest.mark.parametrize("ended", [None, "stop", "failed"])
+def test_no_switch_so_far_is_not_held_against_a_run_that_may_go_on(tmp_path, ended):
+    state = remarks_of(folder_of(tmp_path, 9, ended=ended))
+    assert state.remarks == ()
+    (told,) = state.so_far
+    assert told.startswith("no switch so far: in the last 3 windows ")
+    assert remarks_of(folder_of(tmp_path, 9, ended="finished")).so_far == ()
 
 
 @pytest.mark.parametrize(("top1", "is_told"), [(0.1, True), (0.2, True), (0.25, False), (0.9, False)])
 def test_a_run_that_hardly_learned_is_told_so(tmp_path, top1, is_told):
     """20 % of 10 classes, where guessing comes to 10 %."""
-    remarks = remarks_on(folder_of(tmp_path, 9, top1=top1, enabled=False)).remarks
+    remarks = remarks_of(folder_of(tmp_path, 9, top1=top1, enabled=False)).remarks
     assert [remark.split(";")[0] for remark in remarks] == (
         [f"hardly learned: top-1 is {top1:.1%}, and guessing among 10 classes comes to 10.0%"] if is_told else []
     )
 
 
+def test_what_a_run_learned_is_judged_behind_the_ramp(tmp_path):
+    """Which has 3 epochs."""
+    for epochs, is_told in ((1, False), (3, False), (4, True)):
+        assert bool(remarks_of(folder_of(tmp_path, epochs, top1=0.1, enabled=False)).remarks) == is_told
+
+
 def test_a_run_that_never_froze_is_told_so(tmp_path):
     folder = folder_of(tmp_path, 24, ended="finished")
     folder.write_records(Event, [event("switch", 22, switch_epoch=22, trainable_parameters=1, parameters=1)])
-    (told,) = remarks_on(folder).remarks
+    (told,) = remarks_of(folder).remarks
     assert told.startswith("no freeze: the switch came after epoch 22 of 24, within method.warmup_epochs of the end")
 
 
 def test_a_forced_switch_that_lies_ahead_is_no_remark(tmp_path):
-    assert remarks_on(folder_of(tmp_path, 9, switch_epoch=12)).remarks == ()
+    assert remarks_of(folder_of(tmp_path, 9, switch_epoch=12)).remarks == ()

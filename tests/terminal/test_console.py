@@ -12,11 +12,16 @@ import pytest
 import torch
 from rich.console import Console
 
-from prelora_ray import console
+from prelora_ray.config import MethodSettings
+from prelora_ray.config_file import parse_settings
 from prelora_ray.inference.evaluate import EvaluationReport
+from prelora_ray.recorded.replay import Record, replay
+from prelora_ray.recorded.run import RunRecords
+from prelora_ray.run_folder import RunFolder
 from prelora_ray.sweep.map import Point
 from prelora_ray.tasks.classification import Evaluation
-from prelora_ray.words import ago, counted
+from prelora_ray.terminal import console
+from tests.lines import epoch_line, norms_line
 
 TEXT = "runs/[old]/:x: [/bold] [red]"
 REPORT = EvaluationReport(Evaluation(loss=1.0, top1=0.5, top5=1.0, images=2), (TEXT, "b"), torch.tensor([[0, 1], [1, 0]]))
@@ -34,6 +39,12 @@ SWEEP = {
 BENCH = {"benchmark": TEXT, "device": "cpu", "date": "today", "rows": [{"name": TEXT}]}
 
 
+def run_of_an_epoch() -> RunRecords:
+    run = RunRecords(RunFolder(TEXT))
+    vars(run).update(settings=parse_settings({"name": "run", "data": {"path": "data"}}), epochs=[epoch_line(0)])
+    return run
+
+
 def printed(what: Any) -> str:
     with console.out.capture() as capture:
         console.out.print(what)
@@ -44,7 +55,7 @@ def printed(what: Any) -> str:
     ("shown", "times"),
     [
         (lambda: TEXT, 1),
-        (lambda: console.result_table(TEXT, []), 1),
+        (lambda: console.result_table(run_of_an_epoch()), 1),
         (lambda: console.sweep_table(SWEEP), 2),
         (lambda: console.classes_table(REPORT), 1),
         (lambda: console.confusion_table(REPORT), 2),
@@ -82,16 +93,19 @@ def test_a_map_of_many_pairs_has_a_row_for_each_switch():
     assert len(printed(console.switch_map_table(points[:40])).splitlines()) == 44
 
 
-def test_one_is_not_several():
-    assert (counted(1, "run"), counted(2, "run"), counted(1024, "run")) == ("1 run", "2 runs", "1,024 runs")
-    assert counted(1, "class", "classes") == "1 class" and counted(3, "class", "classes") == "3 classes"
-
-
-@pytest.mark.parametrize(("seconds", "told"), [(-1, "0 s"), (59, "59 s"), (90, "2 min"), (7200, "2 h"), (3 * 86400, "3 days")])
-def test_how_long_ago_is_told_in_one_unit(seconds: float, told: str):
-    assert ago(seconds) == f"{told} ago"
-
-
 def test_a_run_that_never_switched_or_froze_is_told_as_that():
     result = {"switch_epoch": 3, "freeze_epoch": None, "val_top1": 0.5, "best_val_top1": 0.625, "seconds": 1234.4}
     assert console.result_line(result) == "switch after epoch 3, no freeze, top-1 50.0% (best 62.5%), 1,234 s"
+
+
+@pytest.mark.parametrize(
+    ("epochs", "told"),
+    [
+        (1, "the record has 1 epoch of phase full, and 2 windows of 1 epoch take 2"),
+        (2, "in the record's 2 epochs of phase full"),
+    ],
+)
+def test_a_reason_counts_with_the_words_for_it(epochs: int, told: str):
+    method = MethodSettings(windows=2, window_epochs=1, tau=0.0)
+    record = Record([norms_line(epoch, {"blocks.0.mlp.fc1": 1.0}) for epoch in range(epochs)], method, ramp_epochs=0)
+    assert told in (replay(record, method, 0).reason or "")

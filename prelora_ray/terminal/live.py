@@ -5,7 +5,6 @@ All of it is read from the run folder.
 
 from __future__ import annotations
 
-import itertools
 import math
 import threading
 import time
@@ -17,10 +16,14 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from prelora_ray import console, records
+from prelora_ray import records, summaries
 from prelora_ray.config import Settings
+from prelora_ray.method.convergence import Step
+from prelora_ray.recorded.run import RunRecords
 from prelora_ray.run_folder import RunFolder
-from prelora_ray.words import clock, counted, number, percent
+from prelora_ray.schedule import convergence_test
+from prelora_ray.terminal import console
+from prelora_ray.words import accuracy, clock, counted, number, percent
 
 _PHASES = {"full": ("█", "green"), "warmup": ("▓", "yellow"), "lora": ("▒", "blue")}
 """How the strip shows them: told apart without colours too."""
@@ -74,14 +77,14 @@ class _Watcher(threading.Thread):
 
     def _show_new(self) -> None:
         try:
-            for line in sorted(self._new(), key=lambda line: (line.attempt, line.epoch, isinstance(line, records.Event))):
-                text = self._event(line) if isinstance(line, records.Event) else self._epoch(line)
+            run, place = RunRecords(self._folder), self._folder.read_place()
+            for line in sorted(self._new(run), key=lambda line: (line.attempt, line.epoch, isinstance(line, records.Event))):
+                text = self._event(line, run) if isinstance(line, records.Event) else self._epoch(line, run)
                 if text:
                     console.err.print(text)
-            place = self._folder.read_place()
             self._take_step(place)
             if self._live is not None:
-                self._live.update(view(self._settings, self._folder, place, self._steps))
+                self._live.update(view(self._settings, run, place, self._steps))
         except (OSError, ValueError):  # the next poll will show it; the run itself does not depend on it
             pass
 
@@ -94,13 +97,13 @@ class _Watcher(threading.Thread):
             if self._live is None:
                 console.err.print(f"starting: {place.doing}")
 
-    def _new(self) -> list[records.Event | records.EpochLine]:
-        events, epochs = self._folder.events(), self._folder.records(records.EpochLine)
+    def _new(self, run: RunRecords) -> list[records.Event | records.EpochLine]:
+        events, epochs = run.events, run.epoch_lines
         new: list[records.Event | records.EpochLine] = [*events[self._num_events :], *epochs[self._num_epochs :]]
         self._num_events, self._num_epochs = len(events), len(epochs)
         return new
 
-    def _epoch(self, line: records.EpochLine) -> str:
+    def _epoch(self, line: records.EpochLine, run: RunRecords) -> str:
         total = self._settings.train.epochs
         parts = [
             f"epoch {line.epoch + 1:{len(str(total))}d}/{total}",
@@ -109,14 +112,14 @@ class _Watcher(threading.Thread):
             f"loss {number(line.loss)}",
             f"top-1 {percent(line.val_top1)}",
             f"{line.images_per_second:,.0f} images/s",
-            f"{clock(records.remaining_seconds(self._folder.epochs(), total - line.epoch - 1))} left",
+            f"{clock(summaries.remaining_seconds(run.epochs, total - line.epoch - 1))} left",
         ]
         return "  ".join(parts)
 
-    def _event(self, event: records.Event) -> Text | str | None:
+    def _event(self, event: records.Event, run: RunRecords) -> Text | str | None:
         match event:
             case records.WindowClosed():
-                return self._window(event.window)
+                return self._window(event.window, run)
             case records.Switch():
                 left = "" if event.rate_left is None else f" with {event.rate_left:.1%} of the learning rate's sum left"
                 told = f" after epoch {event.epoch}{left}: adapters join, {event.trainable_parameters:,} parameters train"
@@ -133,8 +136,8 @@ class _Watcher(threading.Thread):
                 return Text(event.message, "bold")
         return None
 
-    def _window(self, window: int) -> str | None:
-        line = next((w for w in reversed(self._folder.records(records.WindowLine)) if w.window == window), None)
+    def _window(self, window: int, run: RunRecords) -> str | None:
+        line = next((line for line in run.windows if line.window == window), None)
         if line is None or line.change is None or line.phase != "full":
             return None
         method = self._settings.method
@@ -148,12 +151,12 @@ class _Watcher(threading.Thread):
 
 def view(
     settings: Settings,
-    folder: RunFolder,
+    run: RunRecords,
     place: records.Starting | records.Progress | None,
     steps: Sequence[records.Starting] = (),
 ) -> RenderableType:
     """A run as it stands: where it is, its phases, and, in phase full, how near it is to its switch."""
-    epochs, windows = folder.epochs(), folder.windows()
+    epochs, windows = run.epochs, run.windows
     phases = [line.phase for line in epochs]
     parts: list[RenderableType] = []
     if isinstance(place, records.Progress):
@@ -179,13 +182,12 @@ def _start(steps: Sequence[records.Starting]) -> Text:
 def _headline(settings: Settings, progress: records.Progress, epochs: Sequence[records.EpochLine]) -> Text:
     total = settings.train.epochs
     still = total - progress.epoch - progress.batch / progress.batches
-    top1s = records.top1s(epochs)
     parts = [
         f"epoch {progress.epoch + 1} of {total}",
         f"loss {number(progress.loss)}",
-        f"top-1 {percent(top1s[-1])} (best {percent(max(top1s))})" if top1s else "top-1 -",
+        accuracy(summaries.last_top1(epochs), summaries.best_top1(epochs)),
         f"{progress.images_per_second:,.0f} images/s",
-        f"{clock(records.remaining_seconds(epochs, still)) if epochs else '-'} left",
+        f"{clock(summaries.remaining_seconds(epochs, still)) if epochs else '-'} left",
     ]
     return Text.assemble((progress.phase, f"bold {_PHASES[progress.phase][1]}"), "  ", "  ".join(parts))
 
@@ -202,47 +204,29 @@ def _strip(phases: Sequence[str], total: int) -> Text:
 
 
 def _test(settings: Settings, windows: Sequence[records.WindowLine]) -> Table:
-    """A bar for each family's last change against tau, and for the loss's against zeta."""
+    """A bar for each family's last change against tau, and for the loss's against zeta. `windows`: of phase full."""
     method = settings.method
-    last, under = windows[-1], steps_under(settings, windows)
-    rows = [(family, change, method.tau, "tau") for family, change in (last.change or {}).items()]
-    rows.append(("loss", last.loss_change, method.zeta, "zeta"))
+    steps = [_step(line) for line in windows if line.change is not None]
+    under = convergence_test(method, settings.train.ramp_epochs).steps_under(steps)
+    rows = [(family, change, method.tau, "tau") for family, change in steps[-1].family_change.items()]
+    rows.append(("loss", steps[-1].loss_change, method.zeta, "zeta"))
     table = Table.grid(padding=(0, 2))
     for name, change, limit, threshold in rows:
-        is_under = under[name] > 0
-        told = f"{number(math.inf if change is None else change)} % ({threshold} {limit:g})"
-        steps = f"{under[name]} of {counted(method.windows - 1, 'step')}"
-        table.add_row(name, Text(_bar(change, limit), "green" if is_under else "red"), told, steps)
+        told = f"{number(change)} % ({threshold} {limit:g})"
+        in_a_row = f"{under[name]} of {counted(method.windows - 1, 'step')}"
+        table.add_row(name, Text(_bar(change, limit), "green" if under[name] else "red"), told, in_a_row)
     return table
 
 
-def _bar(change: float | None, limit: float) -> str:
+def _step(window: records.WindowLine) -> Step:
+    """An infinite change is None in records."""
+    families = {family: math.inf if change is None else change for family, change in (window.change or {}).items()}
+    return Step(window.epoch_end, families, math.inf if window.loss_change is None else window.loss_change)
+
+
+def _bar(change: float, limit: float) -> str:
     """A change against its threshold, which is in the middle; the bar reaches it where the two are equal."""
     middle = _BAR // 2
-    ratio = math.inf if change is None or limit == 0 else max(change / limit, 1e-9)
+    ratio = math.inf if limit == 0 else max(change / limit, 1e-9)
     bar = ("━" * round(min(max(middle * (1 + math.log10(ratio)), 0), _BAR))).ljust(_BAR)
     return bar[:middle] + "|" + bar[middle:]
-
-
-def steps_under(settings: Settings, windows: Sequence[records.WindowLine]) -> dict[str, int]:
-    """For each family and for `loss`: how many of the newest steps in a row are under the test's threshold.
-
-    At most the `method.windows - 1` steps that the test looks at: once all have so many, the run has partially
-    converged. A step in the learning-rate ramp does not count. `windows`: the lines that stand, of phase full.
-    """
-    method = settings.method
-    changes = [w for w in windows if w.change is not None]
-    counted_steps = [w for w in changes if w.epoch_end - method.window_epochs >= settings.train.ramp_epochs]
-    newest = counted_steps[::-1][: method.windows - 1]
-    families = list(changes[-1].change or {}) if changes else []
-
-    def in_a_row(are_under: Iterator[bool]) -> int:
-        return sum(1 for _ in itertools.takewhile(bool, are_under))
-
-    under = {family: in_a_row(_below((w.change or {}).get(family), method.tau) for w in newest) for family in families}
-    return under | {"loss": in_a_row(w.loss_change is not None and w.loss_change <= method.zeta for w in newest)}
-
-
-def _below(change: float | None, limit: float) -> bool:
-    """An infinite change is None in records."""
-    return change is not None and change < limit
