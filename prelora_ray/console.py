@@ -130,7 +130,8 @@ def result_line(result: dict[str, Any]) -> str:
         f"no {change}" if (epoch := result[f"{change}_epoch"]) is None else f"{change} after epoch {epoch}"
         for change in ("switch", "freeze")
     ]
-    accuracy = f"top-1 {result['val_top1']:.1%} (best {result['best_val_top1']:.1%})"
+    averaged = "" if (ema := result.get("ema_top1")) is None else f", averaged weights {ema:.1%}"
+    accuracy = f"top-1 {result['val_top1']:.1%} (best {result['best_val_top1']:.1%}){averaged}"
     return ", ".join([*changes, accuracy, f"{result['seconds']:,.0f} s"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 
@@ -116,6 +117,8 @@ class TrainStep:
         self._bad_step.copy_(torch.where((self._bad_step < 0) & ~norm.isfinite(), inputs["step"], self._bad_step))
         state.optimizer.step()
         state.optimizer.zero_grad()
+        if state.ema is not None:
+            state.ema.update(state.model)
 
     def _add_gradients(self, inputs: Inputs, starts: range, *, exchanges: bool) -> torch.Tensor:
         """Takes the micro-batches that begin at `starts` through the model and back; sums of their losses and images.
@@ -168,17 +171,25 @@ class TrainStep:
         loss, count = all_reduce(self._sums).tolist()
         return loss, int(count)
 
-    def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
-        """Accuracy and loss over all workers' slices, every image counted once."""
+    def evaluate(self, batches: Iterable[Batch]) -> list[Evaluation]:
+        """Accuracy and loss over all workers' slices, every image counted once: of the model, and of its average."""
         state = self.state
         state.model.eval()
         state.refresh()
-
-        forward = self._forward(state.model)
-        evaluator = Evaluator(self.task.num_classes, state.device)
-        for _ in evaluator.run(lambda images: forward(self.task.normalize(images)), batches, self.micro_batch):
+        networks = [state.model, *([state.ema.model] if state.ema is not None else [])]
+        evaluators = [Evaluator(self.task.num_classes, state.device) for _ in networks]
+        runs = [
+            evaluator.run(self._prediction(network), own, self.micro_batch)
+            for evaluator, network, own in zip(evaluators, networks, itertools.tee(batches, len(networks)), strict=True)
+        ]
+        for _ in zip(*runs, strict=True):  # batch by batch, so that no more than one is held
             pass
-        return evaluator.result(all_reduce(evaluator.sums))
+        return [evaluator.result(all_reduce(evaluator.sums)) for evaluator in evaluators]
+
+    def _prediction(self, network: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+        """uint8 images to logits."""
+        forward = self._forward(network)
+        return lambda images: forward(self.task.normalize(images))
 
     def _forward(self, network: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
         def forward(images: torch.Tensor) -> torch.Tensor:

@@ -57,7 +57,10 @@ def _facts(run: RunModel, *, has_adapters: bool) -> dict[str, str]:
         phases = phase_summaries(lines).values()
         facts["training"] = ", ".join(f"{counted(phase.epochs, 'epoch')} of phase {phase.phase}" for phase in phases)
         facts["training images"] = f"{lines[-1].images:,}"
-        facts["top-1"] = f"{percent(last_top1(lines))} of the run's validation images"
+        top1 = lines[-1].ema_top1 if run.is_ema else last_top1(lines)
+        facts["top-1"] = f"{percent(top1)} of the run's validation images"
+    if run.is_ema:
+        facts["weights"] = f"a moving average over the steps, with decay {run.settings.train.ema:g}"
     if has_adapters and run.folder.exists("ranks.json"):
         ranks = rank_counts(run.folder.read_json("ranks.json"))
         facts["adapters"] = ", ".join(f"{counted(count, 'module')} of rank {rank}" for rank, count in ranks.items())

@@ -19,6 +19,7 @@ _FROM_EPOCHS = {
     "loss/val": "val_loss",
     "accuracy/val_top1": "val_top1",
     "accuracy/val_top5": "val_top5",
+    "accuracy/ema_top1": "ema_top1",
     "speed/images_per_second": "images_per_second",
     "speed/epoch_seconds": "seconds",
     "speed/data_wait_seconds": "data_wait_seconds",

@@ -21,7 +21,8 @@ from prelora_ray.storage import Storage
 _IMAGENET_IMAGES, _IMAGENET_CLASSES = 1_281_167, 1000
 _STEP_KEYS = (
     *("model.", "data.batch_size", "data.cell", "train.adapters", "train.residual", "train.gradient_exchange"),
-    *("train.compile", "train.cuda_graph", "train.micro_batch", "method.targets", "method.freeze"),
+    *("train.optimizer", "train.ema", "train.compile", "train.cuda_graph", "train.micro_batch"),
+    *("method.targets", "method.freeze"),
 )
 """What keys begin with that a step's speed depends on, beside its `Workload`."""
 

@@ -128,12 +128,13 @@ class WorkerAttempt:
         self._train_step.check_finite()
         return self._meter.end_training(*self._train_step.epoch_sums())
 
-    def validate(self, epoch: int) -> Evaluation | None:
+    def validate(self, epoch: int) -> list[Evaluation]:
+        """Of the model, and of its averaged weights; none where the epoch is not validated."""
         if not validates(self.settings, epoch):
-            return None
-        validation = self._train_step.evaluate(self.stream.take("val", epoch))
-        self.state.best_val_top1 = max(self.state.best_val_top1, validation.top1)
-        return validation
+            return []
+        validations = self._train_step.evaluate(self.stream.take("val", epoch))
+        self.state.best_val_top1 = max(self.state.best_val_top1, validations[0].top1)
+        return validations
 
     def decide(self, epoch: int, loss: float) -> Decision:
         """Rank 0 records the norms and decides what trains next; every worker gets the same decision."""
@@ -149,9 +150,9 @@ class WorkerAttempt:
         self.state.phases.load_state_dict(content["phases"])
         return cast(Decision, content["decision"])
 
-    def end_epoch(self, epoch: int, validation: Evaluation | None, decision: Decision) -> None:
+    def end_epoch(self, epoch: int, validations: list[Evaluation], decision: Decision) -> None:
         """Records and reports the epoch, moves on to the next phase, and saves."""
-        line = self._meter.line(self._attempt, validation, self._train_step.learning_rate)
+        line = self._meter.line(self._attempt, validations, self._train_step.learning_rate)
         self.state.epoch, self.state.batch = epoch + 1, 0
         if decision.begins_phase:
             self.watchdog.beat(patiently=True)  # what trains now is built and compiled anew

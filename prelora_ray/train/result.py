@@ -29,6 +29,7 @@ def summarize(folder: RunFolder) -> dict[str, Any]:
         freeze_epoch=freezes[-1].freeze_epoch if freezes else None,
         val_top1=last_top1(epochs),
         best_val_top1=max(top1s(epochs), default=None),
+        ema_top1=next((line.ema_top1 for line in reversed(epochs) if line.ema_top1 is not None), None),
         images_per_second={phase: summary.images_per_second for phase, summary in phases.items()},
         peak_memory_bytes={phase: summary.peak_memory_bytes for phase, summary in phases.items()},
         trainable_fraction={phase: summary.trainable_fraction for phase, summary in phases.items()},
