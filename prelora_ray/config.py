@@ -20,7 +20,7 @@ from prelora_ray.storage import NO_KEYS, absolute, without_keys
 _RESERVED_OPTIONS = {
     "img_size": "set model.image_size",
     "drop_path_rate": "set model.drop_path",
-    "num_classes": "the number of classes comes with the data",
+    "num_classes": "the number of classes comes with the data, and model.num_classes may say what it must be",
     "pretrained": "set model.init_from",
     "checkpoint_path": "set model.init_from",
 }
@@ -70,7 +70,11 @@ class ModelSettings(Section):
     """Further arguments of `timm.create_model`, such as `patch_size` or `depth`; `in_chans: 1` takes images as grey
     values."""
     init_from: Address | None = None
-    """A timm checkpoint that the run starts from, a file or an address in a bucket; null draws the weights."""
+    """What the run starts from, for fine-tuning: a timm checkpoint, an export, another run or one of its checkpoints,
+    whose adapters are merged; a path or an address in a bucket. A head of another number of classes is begun anew.
+    Null draws the weights."""
+    num_classes: Annotated[Count | None, Acts("never")] = None
+    """Classes that the data must have, which a plan goes by until they are prepared; null takes those of the data."""
     allow_download: Annotated[bool, Acts("never")] = False
     """Whether a name that fetches from a hub, such as `hf-hub:...`, may be used."""
 

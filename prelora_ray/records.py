@@ -251,7 +251,7 @@ class Resize(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class InitFrom(Event):
-    """A note on the weights that `model.init_from` names, such as that the head is another one."""
+    """A note on the weights that `model.init_from` names, such as that the head is begun anew."""
 
     event: str = "init_from"
     message: str

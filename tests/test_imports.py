@@ -48,7 +48,7 @@ MAY_IMPORT = {
     },
     "ray_session.py": {"fault_tolerance/ray_private.py", "errors.py"},
     "train": {
-        *("train", "ray_session.py", "fault_tolerance", "monitor", "engine", "tasks", "method", "data"),
+        *("train", "ray_session.py", "inference/load.py", "fault_tolerance", "monitor", "engine", "tasks", "method", "data"),
         *("run_folder.py", "records.py", "config.py", "config_file.py", "storage.py", "errors.py", "nodes.py", "words.py"),
     },
     "inference": {

@@ -52,9 +52,11 @@ class TrainState:
         world_size: int,
         checkpoint: Snapshot | None = None,
         exchange: Exchange | None = None,
+        initial: dict[str, torch.Tensor] | None = None,
     ) -> None:
         """The state of a checkpoint, or of a run that begins. `batches` is the number of global batches in an epoch.
 
+        `initial`: what `model.init_from` names, for a run that begins; None draws the weights.
         `exchange`: how workers exchange their gradients, where it is not to be as the settings say.
         """
         self.settings = settings
@@ -66,8 +68,8 @@ class TrainState:
         self.model = create_model(settings.model, num_classes, settings.train.seed, any_size=self._any_size).to(device, dtype)
         self.pretrained_notes: list[str] = []
         """What `load_pretrained` tells."""
-        if settings.model.init_from is not None and checkpoint is None:
-            self.pretrained_notes = load_pretrained(self.model, settings.model.init_from)
+        if initial is not None:
+            self.pretrained_notes = load_pretrained(self.model, initial, str(settings.model.init_from))
         if settings.train.residual == "bf16":
             keep_residual_in_bf16(self.model)
         if world_size > 1:

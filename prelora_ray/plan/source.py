@@ -120,7 +120,9 @@ def _count_images(settings: Settings, images: int | None) -> tuple[int, int, lis
     if is_prepared(data):
         manifest = parse_manifest(data)
         return images or manifest.num_images("train"), len(manifest.classes), []
-    assumed = f"ImageNet-1k's {_IMAGENET_CLASSES:,} classes are assumed"
-    if images is None:
-        assumed = f"ImageNet-1k's {_IMAGENET_IMAGES:,} images of {_IMAGENET_CLASSES:,} classes are assumed, --images N tells"
-    return images or _IMAGENET_IMAGES, _IMAGENET_CLASSES, [f"{settings.data.path} is not prepared here: {assumed}"]
+    assumed = [] if images else [f"{_IMAGENET_IMAGES:,} images"]
+    assumed += [] if settings.model.num_classes else [f"{_IMAGENET_CLASSES:,} classes"]
+    hint = "" if images else ", --images N tells"
+    told = f"{settings.data.path} is not prepared here: ImageNet-1k's {' of '.join(assumed)} are assumed{hint}"
+    num_classes = settings.model.num_classes or _IMAGENET_CLASSES
+    return images or _IMAGENET_IMAGES, num_classes, [told] if assumed else []

@@ -34,6 +34,7 @@ from prelora_ray.tasks.classification import Evaluation
 from prelora_ray.train.batch_stream import BatchStream, stream_plan, validates
 from prelora_ray.train.epoch_meter import EpochMeter
 from prelora_ray.train.found_sizes import read_found
+from prelora_ray.train.initial_weights import initial_weights
 from prelora_ray.train.recorder import RankZeroRecorder, Recorder
 from prelora_ray.train.report import report_to_ray
 from prelora_ray.train.saving import RankZeroSaving, Saving
@@ -67,7 +68,9 @@ class WorkerAttempt:
         self.plan = stream_plan(settings, manifest, self.rank, world_size)
         device = ray.train.torch.get_device()
         batches = self.plan.orders["train"].num_batches
-        self.state = TrainState(settings, len(manifest.classes), batches, device, world_size, checkpoint)
+        source = settings.model.init_from if checkpoint is None else None
+        initial = None if source is None else initial_weights(source)
+        self.state = TrainState(settings, len(manifest.classes), batches, device, world_size, checkpoint, initial=initial)
         self._sums_before = _own_sums(checkpoint.state["sums"] if checkpoint else [], self.rank, world_size)
         self._train_step = TrainStep(self.state, self.plan)
         self._train_step.found_sizes = self._found_sizes()

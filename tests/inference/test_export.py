@@ -34,6 +34,7 @@ from prelora_ray.inference.export import ExportError, export
 from prelora_ray.inference.load import load_run_model
 from prelora_ray.method.adapters import merged_state_dict
 from prelora_ray.method.phases import Phase
+from prelora_ray.records import InitFrom
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
 from prelora_ray.train.run import train
@@ -305,9 +306,13 @@ def test_an_image_that_does_not_decode_is_named(runs, digits, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_on_grey_values_by_two_workers(digits, tmp_path):
-    run = settings(digits, tmp_path, "grey", 2, model={"options": {**TINY_VIT, "in_chans": 1}}, data={"mean": [0.3]})
+def test_a_run_on_grey_values_by_two_workers_that_begins_with_another_run(runs, digits, tmp_path):
+    """With one of RGB images, whose patches become those of grey ones, in phase lora."""
+    model = {"options": {**TINY_VIT, "in_chans": 1}, "init_from": str(runs["lora"])}
+    run = settings(digits, tmp_path, "grey", 2, model=model, data={"mean": [0.3]})
     result = train(run)
+    (told,) = RunFolder.of(run).events_of(InitFrom)
+    assert "its images have 3 channels and this run's 1: patch_embed.proj.weight is summed" in told.message
     assert (result["switch_epoch"], result["freeze_epoch"], result["epochs"]) == (SWITCH, FREEZE, EPOCHS)
     done = export(str(tmp_path / "grey"), str(tmp_path / "out"))
     assert done.forms == ("adapter", "onnx", "timm")
