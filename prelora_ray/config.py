@@ -341,6 +341,9 @@ class CheckpointSettings(Section):
 
 
 class MonitorSettings(Section):
+    loggers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ("tensorboard",)
+    """What rank 0 logs each epoch to, besides the run's records: TensorBoard in the run folder; MLflow and Weights &
+    Biases, each an extra, where their own environment variables say."""
     enabled: bool = True
     """Whether the run's metrics go to the cluster's exporter, which serves them to Prometheus."""
     host: str = "127.0.0.1"

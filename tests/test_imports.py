@@ -43,8 +43,8 @@ MAY_IMPORT = {
         *("run_folder.py", "records.py", "config.py", "storage.py", "errors.py"),
     },
     "monitor": {
-        *("monitor", "engine/flops.py", "method"),
-        *("run_folder.py", "records.py", "config.py"),
+        *("monitor", "engine/flops.py", "method", "fault_tolerance/background.py", "fault_tolerance/end.py"),
+        *("run_folder.py", "records.py", "config.py", "errors.py"),
     },
     "ray_session.py": {"fault_tolerance/ray_private.py", "errors.py"},
     "train": {

@@ -6,6 +6,8 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -20,6 +22,8 @@ from prelora_ray.engine.state import TrainState
 from prelora_ray.method.phases import Phase
 from prelora_ray.tasks.classification import Classification, Evaluation, Evaluator
 
+_SHOWN = 36
+"""Images, about so many of which `shown_images` shows."""
 _OF_STEP = {"scale", "step", "drop_path"}
 """Inputs that are a step's own; the task's have a row for each slot."""
 
@@ -95,6 +99,13 @@ class TrainStep:
 
     _graph: CudaGraph | None = None
     _graph_of: tuple[torch.optim.Optimizer, int] | None = None
+
+    def shown_images(self, batch: Batch) -> npt.NDArray[np.uint8]:
+        """Images of a batch's first cells as the model takes them, augmented and mixed: (n, size, size, channels)."""
+        cell = self.plan.orders["train"].cell
+        first = slice(0, cell * max(1, _SHOWN // cell))
+        drawn = self.task.draw(batch, self.plan.cells, cell)
+        return self.task.shown({name: tensor[first] for name, tensor in drawn.items()}).numpy()
 
     def _inputs(self, batch: Batch) -> Inputs:
         """All that a step depends on but the state, as tensors on the CPU."""

@@ -110,6 +110,8 @@ class WorkerAttempt:
         Raises StoppedError where that is to stop.
         """
         self._recorder.samples(batch)
+        if self._recorder.wants_images(self.state.image_size):
+            self._recorder.images(self._train_step.shown_images(batch))
         if self._begins_phase:
             self._recorder.starts("compile" if self.state.compiles else "take a first step")
             self._begins_phase = False

@@ -41,6 +41,7 @@ from prelora_ray.fault_tolerance.ray_private import (
 from prelora_ray.fault_tolerance.watchdog import OUTAGE_PATIENCE, PATIENCE
 from prelora_ray.monitor.client import tell_end
 from prelora_ray.monitor.exporter import start_exporter
+from prelora_ray.monitor.loggers import check_loggers
 from prelora_ray.monitor.telemetry import run_label
 from prelora_ray.nodes import check_seen_by_all_nodes
 from prelora_ray.ray_session import ray_session
@@ -88,6 +89,7 @@ def train(settings: Settings, *, debug: bool = False, callbacks: Sequence[ray.tr
         result = folder.read_result()
         logger.info("run %s has finished already; give another --name for a new one", folder)
         return result
+    check_loggers(settings)
     check_model(settings)
     if (source := settings.model.init_from) is not None and before is None:
         load_pretrained(create_model(settings.model, num_classes=1, seed=0), initial_weights(source), source)  # raises early
