@@ -6,11 +6,14 @@ import pytest
 import torch
 
 from prelora_ray.engine.state import TrainState, restore_model
+from prelora_ray.engine.step import TrainStep
 from prelora_ray.fault_tolerance.checkpoint import Checkpoints
 from prelora_ray.method.adapters import lora_layers, merged_state_dict
 from prelora_ray.method.phases import Phase
 from prelora_ray.storage import Storage
+from prelora_ray.train.batch_stream import stream_plan
 from tests.engine.test_state import enter, train_a_step, train_state
+from tests.engine.test_step import IDS, MANIFEST, batch, settings
 from tests.runs import assert_same_bits
 
 DECAY = 0.8
@@ -77,6 +80,28 @@ def test_a_change_of_phase_leaves_it_as_it_is_and_a_fork_takes_it_over():
         assert all(torch.equal(tensor, checkpoint.ema[name]) for name, tensor in state.ema.tensors().items())
         step(state, 1)
     assert_same_bits(fork.snapshot([], holds_base=False), trunk.snapshot([], holds_base=False))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph takes a GPU")
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+def test_a_cuda_graph_averages_as_steps_without_one_do(tmp_path, optimizer):
+    """Through all phases. LAMB has no graph, and says so by `uses_cuda_graph`."""
+    ends = []
+    for cuda_graph in (False, True):
+        train = {"ema": DECAY, "optimizer": optimizer, "cuda_graph": cuda_graph, "compile": False, "layer_decay": 0.75}
+        run = settings(tmp_path, **train)
+        state = TrainState(run, 10, 10**6, torch.device("cuda"), 1)
+        step = TrainStep(state, stream_plan(run, MANIFEST, 0, 1))
+        assert state.uses_cuda_graph == (cuda_graph and optimizer == "adamw")
+        for phase in Phase:
+            enter(state, phase)
+            for _ in range(6):  # three of them in front of the capture
+                step.train(batch(IDS))
+                state.batch += 1
+        ends.append({name: tensor.clone() for name, tensor in state.ema.tensors().items()})
+    for name, average in ends[0].items():
+        torch.testing.assert_close(ends[1][name], average, rtol=0, atol=1e-7)
+    assert (ends[0]["head.weight"] - state.model.head.weight).abs().max() > 1e-6
 
 
 def test_a_snapshots_bytes_count_it():

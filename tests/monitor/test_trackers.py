@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from prelora_ray.records import EpochLine, Event, WindowLine
 from prelora_ray.run_folder import RunFolder
 from tests.lines import epoch_line, event
 
-needs_mlflow = pytest.mark.skipif("not __import__('importlib').util.find_spec('mlflow')", reason="mlflow is not installed")
-needs_wandb = pytest.mark.skipif("not __import__('importlib').util.find_spec('wandb')", reason="wandb is not installed")
+needs_mlflow = pytest.mark.skipif(find_spec("mlflow") is None, reason="the extra mlflow is not installed")
+needs_wandb = pytest.mark.skipif(find_spec("wandb") is None, reason="the extra wandb is not installed")
 WINDOW = {"change": {"query": 7.5}, "loss_change": 40.0, "converged": False, "in_ramp": False}
 
 
@@ -70,7 +71,8 @@ def arrive(log: Loggers) -> None:
 
 @pytest.fixture
 def mlflow_client(tmp_path, monkeypatch) -> Any:
-    mlflow = pytest.importorskip("mlflow")
+    import mlflow
+
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # a database takes ten seconds to be laid out
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlflow").as_uri())
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "tests")
