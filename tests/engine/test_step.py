@@ -176,6 +176,18 @@ def test_a_step_takes_its_weights_into_the_average_which_is_evaluated_beside_the
     assert averaged.loss == pytest.approx(F.cross_entropy(logits, labels).item()) != pytest.approx(own.loss)
 
 
+@pytest.mark.parametrize("mixup", [0.0, 0.8])
+def test_the_images_that_are_shown_are_those_that_the_model_takes(tmp_path, mixup):
+    step, content = train_step(settings(tmp_path, augment={"mixup": mixup})), batch(IDS)
+    plan = plan_mixing(step.state.settings.augment, 0, 0, 0, range(6), 4, IDS, 8)
+    own, partner = content.images.double(), content.images[torch.arange(24) + plan.offset].double()
+    by_hand = partner + plan.weight[:, None, None, None] * (own - partner)
+    shown = step.shown_images(content)
+    assert shown.dtype == np.uint8
+    np.testing.assert_allclose(shown, by_hand.numpy(), rtol=0, atol=0.5 + 1e-9)
+    assert np.array_equal(shown, content.images.numpy()) == (mixup == 0)
+
+
 def test_clipping_against_torch(tmp_path):
     step = train_step(settings(tmp_path, clip_norm=0.01))
     norms = []
