@@ -243,13 +243,14 @@ def export(
     source: Annotated[str, typer.Argument(help="A run folder, or one of its checkpoints.")],
     out: Annotated[str, typer.Argument(help="New folder that the exported model goes into.")],
     data: Annotated[str | None, typer.Option(help="Prepared images to compare over; default: those of the run.")] = None,
+    ema: Annotated[bool, typer.Option("--ema", help="Export the averaged weights of train.ema instead.")] = False,
     as_json: Json = False,
 ) -> None:
     """Export a run's model for timm, PEFT and ONNX, each loaded back and compared with the run's own."""
     from prelora_ray.inference.export import export as run
     from prelora_ray.terminal import console
 
-    exported = run(source, out, data)
+    exported = run(source, out, data, ema=ema)
     if as_json:
         paths = {form: f"{out.rstrip('/')}/{form}" if form in exported.forms else None for form in ("timm", "adapter", "onnx")}
         print_json({**paths, "max_abs_diff": max(exported.max_abs_diff.values()), "images": exported.images})

@@ -21,7 +21,7 @@ from prelora_ray.words import counted
 _RESERVED_OPTIONS = {
     "img_size": "set model.image_size",
     "drop_path_rate": "set model.drop_path",
-    "num_classes": "the number of classes comes with the data",
+    "num_classes": "the number of classes comes with the data, and model.num_classes may say what it must be",
     "pretrained": "set model.init_from",
     "checkpoint_path": "set model.init_from",
 }
@@ -71,7 +71,11 @@ class ModelSettings(Section):
     """Further arguments of `timm.create_model`, such as `patch_size` or `depth`; `in_chans: 1` takes images as grey
     values."""
     init_from: Address | None = None
-    """A timm checkpoint that the run starts from, a file or an address in a bucket; null draws the weights."""
+    """What the run starts from, for fine-tuning: a timm checkpoint, an export, another run or one of its checkpoints,
+    whose adapters are merged; a path or an address in a bucket. A head of another number of classes is begun anew.
+    Null draws the weights."""
+    num_classes: Annotated[Count | None, Acts("never")] = None
+    """Classes that the data must have, which a plan goes by until they are prepared; null takes those of the data."""
     allow_download: Annotated[bool, Acts("never")] = False
     """Whether a name that fetches from a hub, such as `hf-hub:...`, may be used."""
 
@@ -153,18 +157,27 @@ class TrainSettings(Section):
     alike, passes evenly faster, to be over with `train.epochs`. So a fork may end before its trunk."""
     seed: Whole = 0
     """Seed of everything that is drawn."""
+    optimizer: Literal["adamw", "lamb"] = "adamw"
+    """AdamW; or LAMB, which scales each matrix's step by its norm and suits large batches, as DeiT III has it. Tensors
+    without weight decay take Adam's step in both. A step of LAMB is never a CUDA graph."""
     learning_rate: Positive = 1e-3
-    """AdamW's peak learning rate, for the global batch as it is."""
+    """The peak learning rate, for the global batch as it is."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Factor of the learning rate from each layer to the one in front of it, such as 0.75 for fine-tuning: the head has
+    the run's own, adapters have their block's."""
     ramp_epochs: Whole = 5
     """Epochs over which the learning rate rises linearly from 0."""
     final_learning_rate_scale: Share = 0.01
     """What the cosine schedule ends at, as a share of the peak."""
     weight_decay: NotNegative = 0.05
-    """AdamW's weight decay; norms, biases, tokens and position embeddings have none."""
+    """The weight decay; norms, biases, tokens and position embeddings have none."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    """AdamW's decay rates of the moments."""
+    """The optimizer's decay rates of the moments."""
     clip_norm: Positive | None = 1.0
     """Largest norm of the gradient; null does not clip."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of a moving average of the weights, such as 0.9999, which takes in each step's merged weights, is validated
+    beside them, and goes into checkpoints: `prelora export --ema`. Null keeps none."""
     precision: Literal["auto", "fp64", "fp32", "bf16", "fp8"] = "auto"
     """Number format of the products; auto is bf16 on GPUs and fp32 on CPUs. fp8 is e4m3 from phase `train.fp8_from` on,
     for the blocks' outputs and the gradients of their inputs, and bf16 for all else. What trains is float32 (fp64:
@@ -183,7 +196,8 @@ class TrainSettings(Section):
     compile: bool | Literal["auto"] = "auto"
     """Whether the model's blocks go through torch.compile; auto does on GPUs."""
     cuda_graph: bool = True
-    """Whether a single GPU worker replays its step as one CUDA graph, which frees small models from launch costs."""
+    """Whether a single GPU worker replays its step as one CUDA graph, which frees small models from launch costs; of
+    AdamW."""
     micro_batch: Annotated[Count | Literal["auto"] | None, Acts("never")] = None
     """Most images that a worker takes through the model at once, a multiple of `data.cell`; null takes its whole share,
     and so does auto on a CPU. On a GPU auto finds the most that fits, once for each phase and size of images, and notes
@@ -272,7 +286,7 @@ class MethodSettings(Section):
     adapter_ramp_steps: Whole = 50
     """Steps over which the adapters' learning rate rises from 0 after the switch."""
     adapter_weight_decay: NotNegative = 0.0
-    """AdamW's weight decay on A and B."""
+    """The weight decay on A and B."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -328,6 +342,9 @@ class CheckpointSettings(Section):
 
 
 class MonitorSettings(Section):
+    loggers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ("tensorboard",)
+    """What rank 0 logs each epoch to, besides the run's records: TensorBoard in the run folder; MLflow and Weights &
+    Biases, each an extra, where their own environment variables say."""
     enabled: bool = True
     """Whether the run's metrics go to the cluster's exporter, which serves them to Prometheus."""
     host: str = "127.0.0.1"
@@ -520,6 +537,8 @@ def without_effect(settings: Settings) -> list[str]:
         sentences.append(f"train.residual has no effect, as train.precision is {train.precision}")
     if "gradient_exchange" in train.model_fields_set and settings.workers.max == 1:
         sentences.append("train.gradient_exchange has no effect, as workers.max is 1")
+    if "cuda_graph" in train.model_fields_set and train.cuda_graph and train.optimizer != "adamw":
+        sentences.append(f"train.cuda_graph has no effect, as train.optimizer is {train.optimizer}")
     if "fp8_from" in train.model_fields_set and train.precision != "fp8":
         sentences.append(f"train.fp8_from has no effect, as train.precision is {train.precision}")
     is_trunk = settings.checkpoint.keep_trunk  # its forks switch

@@ -77,6 +77,8 @@ class EpochLine:
     """Top-1 accuracy in 0..1; `null` where the epoch was not validated."""
     val_top5: float | None
     """Top-5 accuracy in 0..1; `null` where the epoch was not validated."""
+    ema_top1: float | None = None
+    """Top-1 accuracy of the averaged weights (`train.ema`); `null` without them, or where it was not validated."""
     images_per_second: float
     """Images that this attempt trained on in the epoch, of all workers, over `train_seconds`."""
     images: int
@@ -161,6 +163,8 @@ class Result:
     """Top-1 accuracy of the last validation, in 0..1."""
     best_val_top1: float | None
     """The highest of all validations."""
+    ema_top1: float | None = None
+    """Top-1 accuracy of the averaged weights (`train.ema`) at the last validation; `null` without them."""
     images_per_second: dict[str, float]
     """In the steady state, by phase: in the median epoch of those that begin no phase, size of images or attempt."""
     peak_memory_bytes: dict[str, int]
@@ -246,7 +250,7 @@ class Resize(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class InitFrom(Event):
-    """A note on the weights that `model.init_from` names, such as that the head is another one."""
+    """A note on the weights that `model.init_from` names, such as that the head is begun anew."""
 
     event: str = "init_from"
     message: str

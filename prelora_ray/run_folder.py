@@ -3,7 +3,7 @@
     <storage>/<name>/
       config.yaml, data.json, events.jsonl, norms.jsonl, windows.jsonl, epochs.jsonl, samples-<rank>.jsonl,
       ranks.json, micro_batch.json, starting.json, progress.json, end.json, result.json,
-      checkpoints/, tensorboard/, ray/
+      checkpoints/, tensorboard/, wandb/, ray/
 
 docs/run-folder.md describes every file. Lines carry an ``attempt`` that counts restarts: where two
 lines are of the same epoch, window or batch, the later attempt's stands.

@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 import urllib.request
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,16 @@ def bucket(proxy: Proxy) -> str:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster(bucket: str) -> Iterator[None]:
+def trackers(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Those that are installed, on this machine's disk for this process and all that it starts."""
+    os.environ["WANDB_MODE"] = "offline"
+    os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"  # a database takes ten seconds to be laid out
+    os.environ["MLFLOW_TRACKING_URI"] = tmp_path_factory.mktemp("mlflow").as_uri()
+    return [name for name in ("mlflow", "wandb") if find_spec(name)]
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(bucket: str, trackers: list[str]) -> Iterator[None]:
     """One embedded cluster with a few more CPUs than the machine has, as its workers mostly wait for each other."""
     os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # a socket's path must be short
     os.environ["OMP_NUM_THREADS"] = "1"  # also for workers that hold several CPUs, so that all sum alike

@@ -39,6 +39,7 @@ def settings(digits: Path, storage: Path, name: str, workers: int, /, **sections
             "epochs": EPOCHS,
             "ramp_epochs": 1,
             "seed": 5,
+            "ema": 0.9,
             "resolution": [{"until": 1, "image_size": 4}, {"until": 0.86, "image_size": 6, "policy": "rand-m3-n1"}],
         },
         "method": {
@@ -69,7 +70,7 @@ def last(folder: RunFolder) -> Snapshot:
 
 def assert_same_bits(one: Snapshot, other: Snapshot) -> None:
     assert one.state == other.state
-    for part in ("model", "base", "adapter"):
+    for part in ("model", "base", "adapter", "ema"):
         ours, theirs = getattr(one, part), getattr(other, part)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items()), part

@@ -46,13 +46,13 @@ MAY_IMPORT = {
         *("run_folder.py", "records.py", "summaries.py", "config.py", "errors.py", "words.py"),
     },
     "monitor": {
-        *("monitor", "engine/flops.py", "method"),
-        *("run_folder.py", "records.py", "config.py"),
+        *("monitor", "engine/flops.py", "method", "fault_tolerance/background.py", "fault_tolerance/end.py"),
+        *("run_folder.py", "records.py", "config.py", "errors.py"),
     },
     "ray_session.py": {"fault_tolerance/ray_private.py", "errors.py"},
     "train": {
-        *("train", "recorded/run.py", "ray_session.py", "fault_tolerance", "monitor", "engine", "tasks", "method", "data"),
-        *("run_folder.py", "records.py", "summaries.py", "config.py", "config_file.py"),
+        *("train", "recorded/run.py", "ray_session.py", "inference/load.py", "fault_tolerance", "monitor", "engine", "tasks"),
+        *("method", "data", "run_folder.py", "records.py", "summaries.py", "config.py", "config_file.py"),
         *("storage.py", "errors.py", "nodes.py", "words.py"),
     },
     "inference": {

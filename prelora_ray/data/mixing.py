@@ -72,6 +72,12 @@ def normalize(
     return ((images.to(dtype) - shift) * scale).permute(0, 3, 1, 2).contiguous()
 
 
+def denormalize(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
+    """The other way round, to look at: uint8 (n, height, width, channels)."""
+    shift, scale = _shift_and_scale(mean, std, images.dtype, images.device)
+    return (images.permute(0, 2, 3, 1) / scale + shift).round().clamp(0, 255).to(torch.uint8)
+
+
 def _grey(images: torch.Tensor) -> torch.Tensor:
     """uint8 (..., 3) to the luma of ITU-R 601, int32 (..., 1) in 0..255: to the bit what Pillow's mode `L` is."""
     red, green, blue = images.int().split(1, dim=-1)

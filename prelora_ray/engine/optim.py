@@ -1,4 +1,4 @@
-"""AdamW, what it decays, its schedule, and its hand-over from phase to phase."""
+"""The optimizer, what it decays, its schedule, and its hand-over from phase to phase."""
 
 from __future__ import annotations
 
@@ -12,63 +12,89 @@ from torch import nn
 from prelora_ray.config import Settings
 from prelora_ray.method.adapters import is_adapter_parameter
 from prelora_ray.method.architecture import is_embedding
+from prelora_ray.torchvision_ops import make_importable
 
 OptimizerState = dict[str, dict[str, torch.Tensor]]
-"""AdamW's moments and step count by parameter name."""
+"""The optimizer's moments and step count by parameter name."""
+_STEP = "step"
 _SAMPLES = 20
 """Of the learning rate in an epoch, for its sum: closer than a thousandth, whatever the number of steps."""
 
 
 def build_optimizer(
     model: nn.Module, settings: Settings, state: OptimizerState | None = None, *, capturable: bool = False
-) -> torch.optim.AdamW:
-    """AdamW over all that trains, going on from `state` for the parameters that it names.
+) -> torch.optim.Optimizer:
+    """The optimizer over all that trains, going on from `state` for the parameters that it names.
 
-    `capturable`: whether its steps become part of a CUDA graph, which reads the learning rates from the device.
+    `capturable`: whether its steps become part of a CUDA graph, which reads the learning rates from the device; of
+    AdamW alone.
 
-    Adapters form a group of their own. Vectors (norms, biases) and what timm's `no_weight_decay` names
-    (tokens, position embeddings) have no weight decay.
+    Adapters form groups of their own. Vectors (norms, biases) and what timm's `no_weight_decay` names
+    (tokens, position embeddings) have no weight decay. With `train.layer_decay` each layer has groups of its own.
     """
     without_decay = set(getattr(model, "no_weight_decay", set)())
-    groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": [], "adapter": []}
+    scales = _layer_scales(model, settings.train.layer_decay)
+    groups: dict[tuple[str, float], list[nn.Parameter]] = {}
     for name, parameter in _trainable(model):
         if is_adapter_parameter(name):
-            groups["adapter"].append(parameter)
+            kind = "adapter"
         elif parameter.ndim <= 1 or name in without_decay or is_embedding(name):
-            groups["no_decay"].append(parameter)
+            kind = "no_decay"
         else:
-            groups["decay"].append(parameter)
+            kind = "decay"
+        groups.setdefault((kind, scales.get(id(parameter), 1.0)), []).append(parameter)
     decay = {"decay": settings.train.weight_decay, "adapter": settings.method.adapter_weight_decay}
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": parameters, "weight_decay": decay.get(name, 0.0), "name": name}
-            for name, parameters in groups.items()
-            if parameters
-        ],
-        lr=settings.train.learning_rate,
-        betas=settings.train.betas,
-        fused=all(parameter.is_cuda for parameter in model.parameters()),
-        capturable=capturable,
-    )
+    content = [
+        {"params": parameters, "weight_decay": decay.get(kind, 0.0), "name": kind, "lr_scale": scale}
+        for (kind, scale), parameters in groups.items()
+    ]
+    rate, betas = settings.train.learning_rate, settings.train.betas
+    optimizer: torch.optim.Optimizer
+    if settings.train.optimizer == "lamb":
+        assert not capturable, "its count of steps is on the CPU, so a graph would repeat one step's"
+        optimizer = _timm_optim().Lamb(content, lr=rate, betas=betas, max_grad_norm=None)  # the step clips
+    else:
+        fused = all(parameter.is_cuda for parameter in model.parameters())
+        optimizer = torch.optim.AdamW(content, lr=rate, betas=betas, fused=fused, capturable=capturable)
     if state:
-        order = _names(model, optimizer)
-        content = optimizer.state_dict()
-        content["state"] = {i: state[name] for i, name in enumerate(order) if name in state}
-        optimizer.load_state_dict(content)
+        _load(optimizer, _names(model, optimizer), state, counts_by_group=settings.train.optimizer == "lamb")
     if capturable:
         for group in optimizer.param_groups:
             group["lr"] = torch.tensor(group["lr"], device=group["params"][0].device)
     return optimizer
 
 
-def optimizer_state(model: nn.Module, optimizer: torch.optim.AdamW) -> OptimizerState:
-    """The optimizer's state by parameter name; empty before its first step."""
+def _load(optimizer: torch.optim.Optimizer, order: list[str], state: OptimizerState, *, counts_by_group: bool) -> None:
+    """`order`: parameter names as the optimizer numbers them. `counts_by_group`: whether it counts the steps of a group
+    once, as LAMB does, and not those of each parameter."""
+    content = optimizer.state_dict()
+    content["state"] = {i: state[name] for i, name in enumerate(order) if name in state}
+    if counts_by_group:
+        for group in content["param_groups"]:
+            steps = {int(content["state"][i][_STEP]) for i in group["params"] if i in content["state"]}
+            assert len(steps) <= 1, "the parameters of a group have begun to train together"
+            if steps:
+                group[_STEP] = steps.pop()
+        content["state"] = {i: _without_step(entry) for i, entry in content["state"].items()}
+    optimizer.load_state_dict(content)
+
+
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> OptimizerState:
+    """The optimizer's state by parameter name; empty before its first step.
+
+    LAMB's count of steps, one for each group, is told for each parameter, as AdamW's is.
+    """
     content: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
-    return {name: content[i] for i, name in enumerate(_names(model, optimizer)) if i in content}
+    counts = [
+        {_STEP: torch.tensor(float(group[_STEP]))} if _STEP in group else {}
+        for group in optimizer.param_groups
+        for _ in group["params"]
+    ]
+    return {name: content[i] | counts[i] for i, name in enumerate(_names(model, optimizer)) if i in content}
 
 
 def set_learning_rate(
-    optimizer: torch.optim.AdamW, settings: Settings, step: int, batches: int, switch_step: int | None
+    optimizer: torch.optim.Optimizer, settings: Settings, step: int, batches: int, switch_step: int | None
 ) -> float:
     """Sets the groups' learning rates for optimizer step `step` (from 0) and returns the run's.
 
@@ -80,6 +106,7 @@ def set_learning_rate(
         if group["name"] == "adapter" and switch_step is not None:
             risen = adapter_rise(step - switch_step, settings.method.adapter_ramp_steps)
             group_rate = rate * settings.method.adapter_learning_rate_scale * risen
+        group_rate *= group["lr_scale"]
         if isinstance(group["lr"], torch.Tensor):
             group["lr"].fill_(group_rate)
         else:
@@ -121,7 +148,31 @@ def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-def _names(model: nn.Module, optimizer: torch.optim.AdamW) -> list[str]:
+def _layer_scales(model: nn.Module, layer_decay: float) -> dict[int, float]:
+    """Factor of each parameter's learning rate, by the parameter's id; empty where all are 1.
+
+    timm counts the layers: patches, tokens and positions are the first, then come the blocks, the last of them with the
+    norm behind it, and the head. An adapter is of its block's.
+    """
+    if layer_decay == 1:
+        return {}
+    groups = _timm_optim().param_groups_layer_decay(model, layer_decay=layer_decay)
+    return {id(parameter): group["lr_scale"] for group in groups for parameter in group["params"]}
+
+
+def _timm_optim() -> Any:
+    """timm's optimizers. Checkpoints are read without timm, which takes a second to import."""
+    make_importable()
+    import timm.optim
+
+    return timm.optim
+
+
+def _without_step(entry: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: tensor for key, tensor in entry.items() if key != _STEP}
+
+
+def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
     """Parameter names in the order in which the optimizer numbers them."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]

@@ -21,19 +21,17 @@ from timm.models import adapt_input_conv, load_state_dict  # noqa: E402
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn  # noqa: E402
 
 
-def load_pretrained(model: nn.Module, path: str) -> list[str]:
-    """Loads a timm checkpoint (``.safetensors``, or torch's own format) into `model`, in place.
+def load_pretrained(model: nn.Module, tensors: dict[str, torch.Tensor], path: str) -> list[str]:
+    """Loads a timm model's tensors, which come from `path`, into `model`, in place.
 
     Position embeddings and patches of another size are resampled, as timm does, and patches of RGB become
     those of grey, or the other way round. A head of another size stays as it was drawn. Returns a sentence
     for each thing that is not simply loaded: other channels, a head that was replaced, missing tensors,
     unexpected ones.
 
-    Raises UserError where there is no such file, it is no checkpoint, none of its tensors fits, or one
-    other than the head's has another shape.
+    Raises UserError where none of the tensors fits, or one other than the head's has another shape.
     """
-    tensors = _read(path)
-    own = model.state_dict()
+    own, tensors = model.state_dict(), dict(tensors)
     head = head_parameters(model)
     if isinstance(model, VisionTransformer):
         try:
@@ -83,11 +81,17 @@ def _adapt_channels(tensors: dict[str, torch.Tensor], own: dict[str, torch.Tenso
     return f"its images have {counted(theirs, 'channel')} and this run's {ours}: {name} is {how} over red, green and blue"
 
 
-def _read(path: str) -> dict[str, torch.Tensor]:
+def read_pretrained(path: str) -> dict[str, torch.Tensor]:
+    """The tensors of a timm checkpoint, ``.safetensors`` or torch's own format, in which no object is unpickled.
+
+    Raises UserError where there is no such file, or it is no checkpoint.
+    """
     folder, name = posixpath.split(path)
     storage = Storage(folder or ".")
     if not storage.exists(name) or name in storage.list_folders():
-        raise UserError(f"model.init_from = {path!r} is no file: give a timm checkpoint, such as model.safetensors")
+        raise UserError(
+            f"model.init_from = {path!r} is no file: give a timm checkpoint, such as model.safetensors, a run or an export"
+        )
     with tempfile.TemporaryDirectory() as directory:
         local = Path(storage.file(name))
         if not storage.is_local:

@@ -29,6 +29,8 @@ class Snapshot:
     adapter: Tensors = field(default_factory=dict)
     """Adapters in PEFT's names."""
     adapter_config: dict[str, Any] | None = None
+    ema: Tensors = field(default_factory=dict)
+    """Averaged weights, merged, by timm's names; empty where the run averages none."""
     val_top1: float | None = None
     """Accuracy of the epoch that it ends, where it ends one that was validated."""
 

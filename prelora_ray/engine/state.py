@@ -11,6 +11,7 @@ from torch import nn
 
 from prelora_ray.config import Settings
 from prelora_ray.engine.drop_path import compute_subsets, drop_path_modules
+from prelora_ray.engine.ema import Ema
 from prelora_ray.engine.exchange import Exchange, align_gradients
 from prelora_ray.engine.model import compile_blocks, create_model
 from prelora_ray.engine.optim import OptimizerState, build_optimizer, optimizer_state
@@ -22,6 +23,7 @@ from prelora_ray.method.adapters import (
     base_state_dict,
     inject,
     load_peft_state_dict,
+    merged_state_dict,
     peft_config,
     peft_state_dict,
 )
@@ -31,7 +33,7 @@ from prelora_ray.method.phases import Decision, Phase, count_parameters
 SWITCH_TOLERANCE = 1e-5
 """Largest change of a logit that injecting adapters may make, in float32."""
 _STEP_BYTES = 4
-"""Of AdamW's count of steps, a float32 for each parameter."""
+"""Of the optimizer's count of steps, a float32 for each parameter."""
 
 
 class TrainState:
@@ -50,9 +52,11 @@ class TrainState:
         world_size: int,
         checkpoint: Snapshot | None = None,
         exchange: Exchange | None = None,
+        initial: dict[str, torch.Tensor] | None = None,
     ) -> None:
         """The state of a checkpoint, or of a run that begins. `batches` is the number of global batches in an epoch.
 
+        `initial`: what `model.init_from` names, for a run that begins; None draws the weights.
         `exchange`: how workers exchange their gradients, where it is not to be as the settings say.
         """
         self.settings = settings
@@ -64,8 +68,8 @@ class TrainState:
         self.model = create_model(settings.model, num_classes, settings.train.seed, any_size=self._any_size).to(device, dtype)
         self.pretrained_notes: list[str] = []
         """What `load_pretrained` tells."""
-        if settings.model.init_from is not None and checkpoint is None:
-            self.pretrained_notes = load_pretrained(self.model, settings.model.init_from)
+        if initial is not None:
+            self.pretrained_notes = load_pretrained(self.model, initial, str(settings.model.init_from))
         if settings.train.residual == "bf16":
             keep_residual_in_bf16(self.model)
         if world_size > 1:
@@ -96,6 +100,8 @@ class TrainState:
         if self.fork is not None:
             self.phases.phase = phase
             self.apply(self.fork)
+        self.ema = None if settings.train.ema is None else self._build_ema(settings.train.ema, num_classes, checkpoint)
+        """The moving average of the weights."""
 
     @property
     def step(self) -> int:
@@ -131,8 +137,10 @@ class TrainState:
 
     @property
     def uses_cuda_graph(self) -> bool:
-        """One GPU alone: several would have to capture their exchange of gradients too."""
-        return self.device.type == "cuda" and self.world_size == 1 and self.settings.train.cuda_graph
+        """One GPU alone, as several would have to capture their exchange of gradients too; and AdamW alone, as LAMB
+        counts its steps on the CPU."""
+        train = self.settings.train
+        return self.device.type == "cuda" and self.world_size == 1 and train.cuda_graph and train.optimizer == "adamw"
 
     @property
     def image_size(self) -> int:
@@ -198,16 +206,17 @@ class TrainState:
             refers_to_base=self.phases.phase is Phase.LORA,
             adapter=_copied(adapter),
             adapter_config=peft_config(self.model) if switched else None,
+            ema=_copied(self.ema.tensors()) if self.ema is not None else {},
             val_top1=val_top1,
         )
 
     def snapshot_bytes(self) -> int:
-        """Bytes of this phase's largest snapshot on the device: with the frozen base, and all moments."""
+        """Bytes of this phase's largest snapshot on the device: with the frozen base, all moments and averages."""
         saved = sum(tensor.nbytes for part in self._saved_tensors() for tensor in part.values())
-        return saved + self.moment_bytes()
+        return saved + self.moment_bytes() + (self.ema.num_bytes() if self.ema is not None else 0)
 
     def moment_bytes(self) -> int:
-        """What AdamW's state takes on the device: two moments of all that trains, and a count of steps each."""
+        """What the optimizer's state takes on the device: two moments of all that trains, and a count of steps each."""
         return sum(2 * parameter.nbytes + _STEP_BYTES for parameter in self.model.parameters() if parameter.requires_grad)
 
     def _saved_tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -232,6 +241,14 @@ class TrainState:
             self.fork = Decision(switch=self.phases.ranks, freeze=is_frozen)
         elif is_frozen:
             self.prelora.apply(Decision(freeze=True))
+
+    def _build_ema(self, decay: float, num_classes: int, checkpoint: Snapshot | None) -> Ema:
+        """Goes on from a checkpoint, or begins with the weights as they are, which DDP has made every worker's."""
+        average = create_model(self.settings.model, num_classes, seed=0).to(self.device, self.dtype)
+        average.load_state_dict(merged_state_dict(self.model) if checkpoint is None else checkpoint.ema)
+        if self.settings.train.residual == "bf16":
+            keep_residual_in_bf16(average)
+        return Ema(average, decay)
 
     def _rebuild(self, moments: OptimizerState) -> None:
         self.optimizer = build_optimizer(self.model, self.settings, moments, capturable=self.uses_cuda_graph)
@@ -280,10 +297,13 @@ def _copied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
-def restore_model(settings: Settings, num_classes: int, checkpoint: Snapshot) -> nn.Module:
-    """A checkpoint's model with its adapters, on the CPU, for whoever does not train it."""
+def restore_model(settings: Settings, num_classes: int, checkpoint: Snapshot, *, ema: bool = False) -> nn.Module:
+    """A checkpoint's model with its adapters, on the CPU, for whoever does not train it; or its averaged weights'."""
     model = create_model(settings.model, num_classes, settings.train.seed)
-    _load_weights(model, settings, checkpoint)
+    if ema:
+        model.load_state_dict(checkpoint.ema)
+    else:
+        _load_weights(model, settings, checkpoint)
     return model
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -19,6 +22,8 @@ from prelora_ray.engine.state import TrainState
 from prelora_ray.method.phases import Phase
 from prelora_ray.tasks.classification import Classification, Evaluation, Evaluator
 
+_SHOWN = 36
+"""Images, about so many of which `shown_images` shows."""
 _OF_STEP = {"scale", "step", "drop_path"}
 """Inputs that are a step's own; the task's have a row for each slot."""
 
@@ -95,6 +100,13 @@ class TrainStep:
     _graph: CudaGraph | None = None
     _graph_of: tuple[torch.optim.Optimizer, int] | None = None
 
+    def shown_images(self, batch: Batch) -> npt.NDArray[np.uint8]:
+        """Images of a batch's first cells as the model takes them, augmented and mixed: (n, size, size, channels)."""
+        cell = self.plan.orders["train"].cell
+        first = slice(0, cell * max(1, _SHOWN // cell))
+        drawn = self.task.draw(batch, self.plan.cells, cell)
+        return self.task.shown({name: tensor[first] for name, tensor in drawn.items()}).numpy()
+
     def _inputs(self, batch: Batch) -> Inputs:
         """All that a step depends on but the state, as tensors on the CPU."""
         state, order = self.state, self.plan.orders["train"]
@@ -116,6 +128,8 @@ class TrainStep:
         self._bad_step.copy_(torch.where((self._bad_step < 0) & ~norm.isfinite(), inputs["step"], self._bad_step))
         state.optimizer.step()
         state.optimizer.zero_grad()
+        if state.ema is not None:
+            state.ema.update(state.model)
 
     def _add_gradients(self, inputs: Inputs, starts: range, *, exchanges: bool) -> torch.Tensor:
         """Takes the micro-batches that begin at `starts` through the model and back; sums of their losses and images.
@@ -168,17 +182,25 @@ class TrainStep:
         loss, count = all_reduce(self._sums).tolist()
         return loss, int(count)
 
-    def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
-        """Accuracy and loss over all workers' slices, every image counted once."""
+    def evaluate(self, batches: Iterable[Batch]) -> list[Evaluation]:
+        """Accuracy and loss over all workers' slices, every image counted once: of the model, and of its average."""
         state = self.state
         state.model.eval()
         state.refresh()
-
-        forward = self._forward(state.model)
-        evaluator = Evaluator(self.task.num_classes, state.device)
-        for _ in evaluator.run(lambda images: forward(self.task.normalize(images)), batches, self.micro_batch):
+        networks = [state.model, *([state.ema.model] if state.ema is not None else [])]
+        evaluators = [Evaluator(self.task.num_classes, state.device) for _ in networks]
+        runs = [
+            evaluator.run(self._prediction(network), own, self.micro_batch)
+            for evaluator, network, own in zip(evaluators, networks, itertools.tee(batches, len(networks)), strict=True)
+        ]
+        for _ in zip(*runs, strict=True):  # batch by batch, so that no more than one is held
             pass
-        return evaluator.result(all_reduce(evaluator.sums))
+        return [evaluator.result(all_reduce(evaluator.sums)) for evaluator in evaluators]
+
+    def _prediction(self, network: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+        """uint8 images to logits."""
+        forward = self._forward(network)
+        return lambda images: forward(self.task.normalize(images))
 
     def _forward(self, network: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
         def forward(images: torch.Tensor) -> torch.Tensor:

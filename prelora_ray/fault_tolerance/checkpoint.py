@@ -3,7 +3,8 @@
     checkpoints/<epoch>-<batch>/
       model.safetensors     the timm model's tensors; in phase lora those that are not in base.safetensors
       adapter/              PEFT's adapter_model.safetensors and adapter_config.json, once switched
-      optimizer.safetensors AdamW's state by parameter name
+      optimizer.safetensors the optimizer's state by parameter name
+      ema.safetensors       with `train.ema`, the averaged weights, merged, by timm's names
       state.json            position, phases, the test's windows, whether a change of phase is still to come (a fork)
       manifest.json         size and SHA-256 of every file above, and of the base that it refers to; phase and top-1
     checkpoints/base.safetensors    what phase lora has frozen, stored once
@@ -95,6 +96,8 @@ class Checkpoints:
         if checkpoint.adapter:
             files["adapter/adapter_model.safetensors"] = _safetensors(checkpoint.adapter)
             files["adapter/adapter_config.json"] = json.dumps(checkpoint.adapter_config, indent=1).encode()
+        if checkpoint.ema:
+            files["ema.safetensors"] = _safetensors(checkpoint.ema)
         folder = self.folder / checkpoint.name
         if checkpoint.base:
             self._save_base(checkpoint.base)
@@ -143,7 +146,7 @@ class Checkpoints:
             _check_schema(name, manifest)
             files = {file: _verified(folder, file, entry) for file, entry in manifest["files"].items()}
             base = _verified(self.folder, BASE, manifest["base"]) if manifest["base"] else None
-            adapter = files.get("adapter/adapter_model.safetensors")
+            adapter, ema = files.get("adapter/adapter_model.safetensors"), files.get("ema.safetensors")
             checkpoint = Snapshot(
                 state=json.loads(files["state.json"]),
                 model=safetensors.torch.load(files["model.safetensors"]),
@@ -152,6 +155,7 @@ class Checkpoints:
                 refers_to_base=base is not None,
                 adapter=safetensors.torch.load(adapter) if adapter else {},
                 adapter_config=json.loads(files["adapter/adapter_config.json"]) if adapter else None,
+                ema=safetensors.torch.load(ema) if ema else {},
                 val_top1=manifest["val_top1"],
             )
         except OtherSchemaError:

@@ -58,8 +58,10 @@ def _facts(run: RunModel, *, has_adapters: bool) -> dict[str, str]:
         phases = phase_summaries(lines).values()
         facts["training"] = ", ".join(f"{counted(phase.epochs, 'epoch')} of phase {phase.phase}" for phase in phases)
         facts["training images"] = f"{lines[-1].images:,}"
-        top1 = last_top1(lines)
+        top1 = lines[-1].ema_top1 if run.is_ema else last_top1(lines)
         facts["top-1"] = "not validated so far" if top1 is None else f"{percent(top1)} of the run's validation images"
+    if run.is_ema:
+        facts["weights"] = f"a moving average over the steps, with decay {run.settings.train.ema:g}"
     if has_adapters and run.folder.exists("ranks.json"):
         ranks = rank_counts(run.folder.read_json("ranks.json"))
         facts["adapters"] = modules_by_rank(ranks)

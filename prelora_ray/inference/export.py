@@ -51,19 +51,21 @@ class Exported:
     """Real images over which the forms were compared."""
 
 
-def export(source: str, out: str, data: str | None = None) -> Exported:
-    """Exports the newest checkpoint of a run, or a checkpoint of it, into the new folder `out`.
+def export(source: str, out: str, data: str | None = None, *, ema: bool = False) -> Exported:
+    """Exports the newest checkpoint of a run, or a checkpoint of it, into the new folder `out`; with `ema` its averaged
+    weights.
 
     Each form is loaded back by the tool it is for and compared with the run's own model over
     validation images of `data`, by default those that the run was trained with; `out` appears only if
     all agree.
 
-    Raises UserError where `source`, `out` or `data` will not do, ExportError where a form differs.
+    Raises UserError where `source`, `out` or `data` will not do, or there are no averaged weights; ExportError where a
+    form differs.
     """
     target = Storage(out)
     if target.list_files() or target.list_folders():
         raise UserError(f"{out!r} is not empty: name a new folder")
-    run = load_run_model(source)
+    run = load_run_model(source, ema=ema)
     images = _real_images(run, data or run.settings.data.path)
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory, "export")

@@ -51,12 +51,14 @@ class TrainedModel:
 
 @dataclass(frozen=True)
 class RunModel(TrainedModel):
-    """A model from a run folder: the timm model with its adapters, which are not merged."""
+    """A model from a run folder: the timm model with its adapters, which are not merged; or with averaged weights."""
 
     settings: Settings
     folder: RunFolder
     checkpoint: str
     """Name of the checkpoint that it was read from."""
+    is_ema: bool = False
+    """Whether its weights are the averaged ones (`train.ema`), which are merged and without adapters."""
 
 
 def load_trained(source: str) -> TrainedModel:
@@ -82,10 +84,10 @@ def load_trained(source: str) -> TrainedModel:
     raise UserError(f"{source!r} is no trained model: give a run folder, one of its checkpoints, or an exported model")
 
 
-def load_run_model(source: str) -> RunModel:
-    """Loads a run's newest whole checkpoint, or the checkpoint whose folder is given.
+def load_run_model(source: str, *, ema: bool = False) -> RunModel:
+    """Loads a run's newest whole checkpoint, or the checkpoint whose folder is given; with `ema` its averaged weights.
 
-    Raises UserError where `source` is no run or checkpoint, or no checkpoint is whole.
+    Raises UserError where `source` is no run or checkpoint, or no checkpoint is whole, or it has no averaged weights.
     """
     folder = RunFolder(source)
     name = None
@@ -100,19 +102,21 @@ def load_run_model(source: str) -> RunModel:
         raise UserError(f"{source!r}: {error}") from None
     if checkpoint is None:
         raise UserError(f"{source!r} has no whole checkpoint yet")
-    return _run_model(folder, settings, checkpoint)
+    if ema and not checkpoint.ema:
+        raise UserError(f"{source!r} has no averaged weights: its run was trained without train.ema")
+    return _run_model(folder, settings, checkpoint, ema=ema)
 
 
-def _run_model(folder: RunFolder, settings: Settings, checkpoint: Snapshot) -> RunModel:
+def _run_model(folder: RunFolder, settings: Settings, checkpoint: Snapshot, *, ema: bool) -> RunModel:
     classes, data = folder.read_classes(), settings.data
     try:
-        model = restore_model(settings, len(classes), checkpoint).float().eval()
+        model = restore_model(settings, len(classes), checkpoint, ema=ema).float().eval()
     except (RuntimeError, KeyError, ValueError) as error:
         raise UserError(
             f"{folder}: config.yaml or data.json does not fit checkpoint {checkpoint.name}: {one_line(error)[:200]}"
         ) from None
     preprocessing = Preprocessing(settings.model.image_size, *settings.normalization, data.crop_ratio)
-    return RunModel(model, classes, preprocessing, data.path, settings, folder, checkpoint.name)
+    return RunModel(model, classes, preprocessing, data.path, settings, folder, checkpoint.name, is_ema=ema)
 
 
 def _load_timm(path: Path) -> TrainedModel:

@@ -49,14 +49,16 @@ class Memory:
     """All of them."""
     bytes_per_image: float
     """Of a forward, kept for its backward."""
+    averaged: int = 0
+    """Parameters of which an average is kept (`train.ema`)."""
 
     def peak(self, images: int) -> float:
         """Bytes of a step with so many images at once."""
-        return state_bytes(self.trainable, self.parameters) + images * self.bytes_per_image
+        return state_bytes(self.trainable, self.parameters) + 4 * self.averaged + images * self.bytes_per_image
 
     def fits(self, images: int, total: float) -> bool:
-        """Whether a step and a checkpoint's copy of weights and moments leave the spare share of `total` bytes free."""
-        snapshot = 4 * self.parameters + 8 * self.trainable
+        """Whether a step and a checkpoint's copy of all but gradients leave the spare share of `total` bytes free."""
+        snapshot = 4 * self.parameters + 8 * self.trainable + 4 * self.averaged
         return self.peak(images) + snapshot <= (1 - SPARE_SHARE) * total
 
 

@@ -135,7 +135,8 @@ class _Planner:
             )
         trainable, parameters = self.parameters[kind.phase]
         per_image = expected.bytes_per_image
-        memory = None if per_image is None else Memory(trainable, parameters, per_image)
+        averaged = self.parameters[Phase.FULL][1] if self.settings.train.ema is not None else 0
+        memory = None if per_image is None else Memory(trainable, parameters, per_image, averaged)
         largest = self._largest_micro_batch(memory, kind.phase)
         setting = self.settings.train.micro_batch
         wanted = largest if setting == "auto" else setting

@@ -23,7 +23,8 @@ from prelora_ray.summaries import in_steady_state
 _IMAGENET_IMAGES, _IMAGENET_CLASSES = 1_281_167, 1000
 _STEP_KEYS = (
     *("model.", "data.batch_size", "data.cell", "train.adapters", "train.residual", "train.gradient_exchange"),
-    *("train.compile", "train.cuda_graph", "train.micro_batch", "method.targets", "method.freeze"),
+    *("train.optimizer", "train.ema", "train.compile", "train.cuda_graph", "train.micro_batch"),
+    *("method.targets", "method.freeze"),
 )
 """What keys begin with that a step's speed depends on, beside its `Workload`."""
 
@@ -121,7 +122,9 @@ def _count_images(settings: Settings, images: int | None) -> tuple[int, int, lis
     if is_prepared(data):
         manifest = parse_manifest(data)
         return images or manifest.num_images("train"), len(manifest.classes), []
-    assumed = f"ImageNet-1k's {_IMAGENET_CLASSES:,} classes are assumed"
-    if images is None:
-        assumed = f"ImageNet-1k's {_IMAGENET_IMAGES:,} images of {_IMAGENET_CLASSES:,} classes are assumed, --images N tells"
-    return images or _IMAGENET_IMAGES, _IMAGENET_CLASSES, [f"{settings.data.path} is not prepared here: {assumed}"]
+    assumed = [] if images else [f"{_IMAGENET_IMAGES:,} images"]
+    assumed += [] if settings.model.num_classes else [f"{_IMAGENET_CLASSES:,} classes"]
+    hint = "" if images else ", --images N tells"
+    told = f"{settings.data.path} is not prepared here: ImageNet-1k's {' of '.join(assumed)} are assumed{hint}"
+    num_classes = settings.model.num_classes or _IMAGENET_CLASSES
+    return images or _IMAGENET_IMAGES, num_classes, [told] if assumed else []

@@ -35,10 +35,13 @@ def learning(runs: Sequence[ReportedRun]) -> go.Figure:
         of = f"{escape(run.name)}: " if len(runs) > 1 else ""
         losses, val_losses = [line.loss for line in run.epochs], [line.val_loss for line in run.epochs]
         top1 = [None if line.val_top1 is None else line.val_top1 * 100 for line in run.epochs]
+        averaged = [None if line.ema_top1 is None else line.ema_top1 * 100 for line in run.epochs]
         rates = [line.learning_rate for line in run.epochs]
         _line(figure, 1, run.done, losses, f"{of}training", index)
         _line(figure, 1, run.done, val_losses, f"{of}validation", index, opacity=0.55, markers=True)
         _line(figure, 2, run.done, top1, f"{of}top-1", index, legend=False)
+        if any(value is not None for value in averaged):
+            _line(figure, 2, run.done, averaged, f"{of}top-1 of averaged weights", index, opacity=0.55, legend=False)
         _line(figure, 3, run.done, rates, f"{of}learning rate", index, legend=False)
     return _with_marks(figure, runs, 3)
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from prelora_ray.config import Settings
 from prelora_ray.data.batch import Batch, to_device
-from prelora_ray.data.mixing import MixPlan, mix, normalize, plan_mixing, soft_targets
+from prelora_ray.data.mixing import MixPlan, denormalize, mix, normalize, plan_mixing, soft_targets
 
 Inputs = dict[str, torch.Tensor]
 """By name, tensors with a row for each slot."""
@@ -42,13 +42,22 @@ class Classification:
 
     def loss(self, forward: Forward, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum of the losses of whole cells on the device, and how many images they are; empty slots count nothing."""
-        images, labels = self.normalize(inputs["images"]), inputs["labels"]
-        targets = soft_targets(labels, self.num_classes, self._augment.label_smoothing, self._dtype)
-        if self._augment.mixes:
-            images, targets = mix(images, targets, MixPlan(inputs["offset"], inputs["weight"], inputs["box"]))
+        images, targets = self._mixed(inputs)
         losses = -(targets * F.log_softmax(forward(images).to(targets.dtype), dim=-1)).sum(-1)
-        filled = labels >= 0
+        filled = inputs["labels"] >= 0
         return torch.where(filled, losses, 0).sum(), filled.sum()
+
+    def shown(self, inputs: Inputs) -> torch.Tensor:
+        """The images that `loss` takes of whole cells, to look at: uint8 (n, height, width, channels)."""
+        return denormalize(self._mixed(inputs)[0], *self._normalization)
+
+    def _mixed(self, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images and targets of whole cells, as the model takes them."""
+        images = self.normalize(inputs["images"])
+        targets = soft_targets(inputs["labels"], self.num_classes, self._augment.label_smoothing, self._dtype)
+        if self._augment.mixes:
+            return mix(images, targets, MixPlan(inputs["offset"], inputs["weight"], inputs["box"]))
+        return images, targets
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 (n, height, width, 3) as the model takes them."""

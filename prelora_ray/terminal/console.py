@@ -123,7 +123,9 @@ def result_line(result: dict[str, Any]) -> str:
         f"no {change}" if (epoch := result[f"{change}_epoch"]) is None else f"{change} after epoch {epoch}"
         for change in ("switch", "freeze")
     ]
-    return ", ".join([*changes, accuracy(result["val_top1"], result["best_val_top1"]), f"{result['seconds']:,.0f} s"])
+    averaged = [] if (ema := result.get("ema_top1")) is None else [f"averaged weights {percent(ema)}"]
+    told = [*changes, accuracy(result["val_top1"], result["best_val_top1"]), *averaged]
+    return ", ".join([*told, f"{result['seconds']:,.0f} s"])
 
 
 def sweep_table(result: dict[str, Any]) -> Table:

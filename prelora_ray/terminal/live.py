@@ -111,6 +111,7 @@ class _Watcher(threading.Thread):
             *([f"{line.image_size} px"] if self._settings.train.resolution else []),
             f"loss {number(line.loss)}",
             f"top-1 {percent(line.val_top1)}",
+            *([] if line.ema_top1 is None else [f"averaged {percent(line.ema_top1)}"]),
             f"{line.images_per_second:,.0f} images/s",
             f"{clock(summaries.remaining_seconds(run.epochs, total - line.epoch - 1))} left",
         ]

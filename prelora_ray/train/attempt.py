@@ -34,6 +34,7 @@ from prelora_ray.tasks.classification import Evaluation
 from prelora_ray.train.batch_stream import BatchStream, stream_plan, validates
 from prelora_ray.train.epoch_meter import EpochMeter
 from prelora_ray.train.found_sizes import read_found
+from prelora_ray.train.initial_weights import initial_weights
 from prelora_ray.train.recorder import RankZeroRecorder, Recorder
 from prelora_ray.train.report import report_to_ray
 from prelora_ray.train.saving import RankZeroSaving, Saving
@@ -68,7 +69,9 @@ class WorkerAttempt:
         self.plan = stream_plan(settings, manifest, self.rank, world_size)
         device = ray.train.torch.get_device()
         batches = self.plan.orders["train"].num_batches
-        self.state = TrainState(settings, len(manifest.classes), batches, device, world_size, checkpoint)
+        source = settings.model.init_from if checkpoint is None else None
+        initial = None if source is None else initial_weights(source)
+        self.state = TrainState(settings, len(manifest.classes), batches, device, world_size, checkpoint, initial=initial)
         self._sums_before = _own_sums(checkpoint.state["sums"] if checkpoint else [], self.rank, world_size)
         self._train_step = TrainStep(self.state, self.plan)
         self._train_step.found_sizes = self._found_sizes()
@@ -110,6 +113,8 @@ class WorkerAttempt:
         Raises StoppedError where that is to stop.
         """
         self._recorder.samples(batch)
+        if self._recorder.wants_images(self.state.image_size):
+            self._recorder.images(self._train_step.shown_images(batch))
         if self._doing is not None:
             self._recorder.starts(self._doing)
             self._doing = None
@@ -131,12 +136,13 @@ class WorkerAttempt:
         self._train_step.check_finite()
         return self._meter.end_training(*self._train_step.epoch_sums())
 
-    def validate(self, epoch: int) -> Evaluation | None:
+    def validate(self, epoch: int) -> list[Evaluation]:
+        """Of the model, and of its averaged weights; none where the epoch is not validated."""
         if not validates(self.settings, epoch):
-            return None
-        validation = self._train_step.evaluate(self.stream.take("val", epoch))
-        self.state.best_val_top1 = max(self.state.best_val_top1, validation.top1)
-        return validation
+            return []
+        validations = self._train_step.evaluate(self.stream.take("val", epoch))
+        self.state.best_val_top1 = max(self.state.best_val_top1, validations[0].top1)
+        return validations
 
     def decide(self, epoch: int, loss: float) -> Decision:
         """Rank 0 records the norms and decides what trains next; every worker gets the same decision."""
@@ -149,9 +155,9 @@ class WorkerAttempt:
                 self._recorder.window(self._meter.phase, decision.verdict)
         return agreed(self.state.phases, decision)
 
-    def end_epoch(self, epoch: int, validation: Evaluation | None, decision: Decision) -> None:
+    def end_epoch(self, epoch: int, validations: list[Evaluation], decision: Decision) -> None:
         """Records and reports the epoch, moves on to the next phase, and saves."""
-        line = self._meter.line(self._attempt, validation, self._train_step.learning_rate)
+        line = self._meter.line(self._attempt, validations, self._train_step.learning_rate)
         self.state.epoch, self.state.batch = epoch + 1, 0
         if decision.begins_phase:
             self.watchdog.beat(patiently=True)  # what trains now is built and compiled anew

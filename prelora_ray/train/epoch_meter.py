@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -46,9 +47,10 @@ class EpochMeter:
         self._images_here = self._plan.orders["train"].rows_from(self._first_batch)
         return self._loss
 
-    def line(self, attempt: int, validation: Evaluation | None, learning_rate: float) -> EpochLine:
-        """The epoch's record."""
+    def line(self, attempt: int, validations: Sequence[Evaluation], learning_rate: float) -> EpochLine:
+        """The epoch's record. `validations`: as `TrainStep.evaluate` returns them; none where it was not validated."""
         state = self._state
+        validation, ema = (*validations, None, None)[:2]
         trainable, parameters = count_parameters(state.model)
         return EpochLine(
             attempt=attempt,
@@ -59,6 +61,7 @@ class EpochMeter:
             val_loss=validation.loss if validation else None,
             val_top1=validation.top1 if validation else None,
             val_top5=validation.top5 if validation else None,
+            ema_top1=ema.top1 if ema else None,
             images_per_second=self._images_here / self._train_seconds,
             images=self._images,
             train_seconds=self._train_seconds,

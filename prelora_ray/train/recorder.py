@@ -1,4 +1,4 @@
-"""What an attempt records in the run folder, and for TensorBoard and Prometheus."""
+"""What an attempt records in the run folder, and for loggers and Prometheus."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ from prelora_ray.method.convergence import Verdict
 from prelora_ray.method.diagnosis import diagnose
 from prelora_ray.method.phases import Decision, Phase, count_parameters
 from prelora_ray.method.ranks import rank_choices
+from prelora_ray.monitor.loggers import Loggers
+from prelora_ray.monitor.scalars import Pixels
 from prelora_ray.monitor.telemetry import RunTelemetry
-from prelora_ray.monitor.tensorboard import TensorBoardLog
 from prelora_ray.records import (
     CheckpointDamaged,
     CheckpointFailed,
@@ -86,6 +87,13 @@ class Recorder:
         if self._audit:
             ids = [int(i) for i in batch.ids if i >= 0]
             self._audit.write(attempt=self._attempt, epoch=batch.epoch, batch=batch.batch, samples=ids)
+
+    def wants_images(self, image_size: int) -> bool:
+        """Whether `images` of this size are to be shown."""
+        return False
+
+    def images(self, images: Pixels) -> None:
+        """Some of the images that are about to be trained on, as the model takes them."""
 
     def epoch_begins(self) -> None:
         """An epoch, or the rest of one, is about to be trained."""
@@ -190,8 +198,8 @@ class RankZeroRecorder(Recorder):
         self._telling = Background()
         self._wrote_ranks = False
         self._found_sizes: FoundSizes = {}
-        self._board = TensorBoardLog(folder, point.attempt, state.epoch)
         self._begin(point)
+        self._loggers = Loggers(folder, settings, point.attempt, state.epoch)
         self._epochs = [line for line in folder.epochs() if line.epoch < state.epoch]
         events = folder.events()
         self._diagnosed = {event.signature for event in events if isinstance(event, Diagnosis)}
@@ -219,6 +227,12 @@ class RankZeroRecorder(Recorder):
 
     def progress_is_due(self) -> bool:
         return self._records.progress_is_due()
+
+    def wants_images(self, image_size: int) -> bool:
+        return self._loggers.wants_samples(image_size)
+
+    def images(self, images: Pixels) -> None:
+        self._loggers.samples(self._state.epoch, images)
 
     def epoch_begins(self) -> None:
         phases = self._state.phases
@@ -264,13 +278,13 @@ class RankZeroRecorder(Recorder):
     def window(self, phase: Phase, verdict: Verdict) -> None:
         line = WindowLine(attempt=self._attempt, phase=phase.value, **verdict.record())
         self._records.write(line)
-        self._board.window(line)
+        self._loggers.window(line)
         self._telemetry.window(line)
         self._event(WindowClosed, window=line.window, converged=line.converged, in_ramp=line.in_ramp)
 
     def epoch(self, line: EpochLine, decision: Decision) -> None:
         self._records.write(line)
-        self._board.epoch(line)
+        self._loggers.epoch(line)
         self._epochs.append(line)
         self._telemetry.epoch(line, remaining_seconds(self._epochs, self._settings.train.epochs - line.epoch - 1))
         self._change(decision)
@@ -290,6 +304,7 @@ class RankZeroRecorder(Recorder):
         """
         end = End(kind, self._state.epoch, self._state.step, message)
         self._finish_flushing(seconds, lambda: write_end(self._folder, end))
+        self._loggers.end(kind, self._watchdog.beat)
 
     def _change(self, decision: Decision) -> None:
         if not decision.begins_phase:
@@ -326,7 +341,7 @@ class RankZeroRecorder(Recorder):
         found, self._found_sizes = self._found_sizes, {}
         if found:
             write_found(self._folder, torch.cuda.get_device_name(self._state.device), found)
-        flushes = [super()._flush, self._write_ranks, self._records.flush, self._board.flush]
+        flushes = [super()._flush, self._write_ranks, self._records.flush, self._loggers.flush]
         return all(flush() for flush in flushes)  # where one fails, the others would too
 
     def _write_ranks(self) -> bool:

@@ -41,6 +41,7 @@ from prelora_ray.fault_tolerance.ray_private import (
 from prelora_ray.fault_tolerance.watchdog import OUTAGE_PATIENCE, PATIENCE
 from prelora_ray.monitor.client import tell_end
 from prelora_ray.monitor.exporter import start_exporter
+from prelora_ray.monitor.loggers import check_loggers
 from prelora_ray.monitor.telemetry import run_label
 from prelora_ray.nodes import check_seen_by_all_nodes
 from prelora_ray.ray_session import ray_session
@@ -48,6 +49,7 @@ from prelora_ray.records import Starting
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage, once_reachable
 from prelora_ray.summaries import reservations
+from prelora_ray.train.initial_weights import initial_weights
 from prelora_ray.train.result import summarize
 from prelora_ray.train.worker import train_worker
 from prelora_ray.words import counted
@@ -88,9 +90,10 @@ def train(settings: Settings, *, debug: bool = False, callbacks: Sequence[ray.tr
         result = folder.read_result()
         logger.info("run %s has finished already; give another --name for a new one", folder)
         return result
+    check_loggers(settings)
     check_model(settings)
-    if settings.model.init_from is not None and before is None:
-        load_pretrained(create_model(settings.model, num_classes=1, seed=0), settings.model.init_from)  # raises early
+    if (source := settings.model.init_from) is not None and before is None:
+        load_pretrained(create_model(settings.model, num_classes=1, seed=0), initial_weights(source), source)  # raises early
     if not Storage(settings.data.path).exists("manifest.json") and settings.data.source is None:
         read_manifest(Storage(settings.data.path))  # raises, and says how to prepare it
     for sentence in without_effect(settings):
@@ -103,6 +106,7 @@ def train(settings: Settings, *, debug: bool = False, callbacks: Sequence[ray.tr
             check_precision(settings.train.precision, torch.device("cpu"))
         _prepare_once(settings, folder)
         manifest = read_manifest(Storage(settings.data.path))
+        _check_classes(settings, manifest)
         for split in manifest.splits:
             if not manifest.num_images(split):
                 raise UserError(f"data.path = {settings.data.path!r} is not allowed: it has no images in {split}")
@@ -341,9 +345,18 @@ def _check_unchanged(before: Settings, now: Settings, folder: RunFolder) -> None
         if key == "train.epochs" and now.train.epochs > before.train.epochs:
             raise UserError(
                 f"{told}, over which its learning rate falls; more epochs are another run, which may begin with its weights: "
-                f"`prelora export {folder} OUT`, then train `--name ANOTHER --set model.init_from=OUT/timm/model.safetensors`"
+                f"train `--name ANOTHER --set model.init_from={folder}`"
             )
         raise UserError(f"{told}; resume it with that, or give another --name")
+
+
+def _check_classes(settings: Settings, manifest: Manifest) -> None:
+    """Raises UserError where the data have another number of classes than the recipe says."""
+    if settings.model.num_classes not in (None, len(manifest.classes)):
+        raise UserError(
+            f"model.num_classes = {settings.model.num_classes} is not allowed: {settings.data.path!r} has "
+            f"{len(manifest.classes)} classes; leave it out to take theirs"
+        )
 
 
 def _check_same_data(folder: RunFolder, settings: Settings, manifest: Manifest) -> None:

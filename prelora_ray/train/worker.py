@@ -32,9 +32,9 @@ def train_worker(config: dict[str, Any]) -> None:
                 for batch in attempt.stream.take("train", epoch):
                     attempt.step(batch)
                 loss = attempt.mean_loss()
-                validation = attempt.validate(epoch)
+                validations = attempt.validate(epoch)
                 decision = attempt.decide(epoch, loss)
-                attempt.end_epoch(epoch, validation, decision)
+                attempt.end_epoch(epoch, validations, decision)
             attempt.finish()
         except StoppedError:
             pass

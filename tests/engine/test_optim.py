@@ -1,8 +1,10 @@
 import math
 
 import pytest
+import timm
 import torch
 
+from prelora_ray.config import without_effect
 from prelora_ray.config_file import parse_settings
 from prelora_ray.engine.model import create_model
 from prelora_ray.engine.optim import build_optimizer, learning_rate, optimizer_state, rates_left, set_learning_rate
@@ -47,18 +49,20 @@ def test_what_is_decayed(model):
     assert sum(map(len, in_group.values())) == len(names)
 
 
-def test_hand_over_keeps_moments_of_what_goes_on_and_drops_the_frozen(model):
-    optimizer = build_optimizer(model, settings())
+@pytest.mark.parametrize("kind", ["adamw", "lamb"])
+def test_hand_over_keeps_moments_of_what_goes_on_and_drops_the_frozen(model, kind):
+    run = settings(optimizer=kind)
+    optimizer = build_optimizer(model, run)
     train_a_step(model, optimizer)
     before = {name: dict(entry) for name, entry in optimizer_state(model, optimizer).items()}
     targets = [target for target in find_targets(model) if target.name == "blocks.0.mlp.fc1"]
     inject(model, targets, {"blocks.0.mlp.fc1": 4})
-    warmup = build_optimizer(model, settings(), before)
+    warmup = build_optimizer(model, run, before)
     assert set(optimizer_state(model, warmup)) == set(before)
     train_a_step(model, warmup)
     moved = optimizer_state(model, warmup)
     freeze_parameters(model, targets, "adapted")
-    lora = build_optimizer(model, settings(), moved)
+    lora = build_optimizer(model, run, moved)
     kept = optimizer_state(model, lora)
     assert set(moved) - set(kept) == {"blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc1.bias"}
     for name, entry in kept.items():
@@ -67,18 +71,19 @@ def test_hand_over_keeps_moments_of_what_goes_on_and_drops_the_frozen(model):
     assert kept["blocks.0.mlp.fc1.lora_A.fc1"]["step"] == 1
 
 
-def test_going_on_from_a_state_is_going_on(model):
+@pytest.mark.parametrize("way", [{}, {"optimizer": "lamb"}, {"layer_decay": 0.75}])
+def test_going_on_from_a_state_is_going_on(model, way):
     """A hand-over to the same parameters gives the bits that an optimizer left alone gives."""
     import copy
 
     other = copy.deepcopy(model)
     for network, rebuild in ((model, False), (other, True)):
         torch.manual_seed(1)
-        optimizer = build_optimizer(network, settings())
+        optimizer = build_optimizer(network, settings(**way))
         for _ in range(3):
             train_a_step(network, optimizer)
             if rebuild:
-                optimizer = build_optimizer(network, settings(), optimizer_state(network, optimizer))
+                optimizer = build_optimizer(network, settings(**way), optimizer_state(network, optimizer))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
@@ -133,3 +138,50 @@ def test_adapters_rise_after_the_switch(model):
         assert by_name["decay"] == by_name["no_decay"] == rate
         rates.append(by_name["adapter"] / rate)
     assert rates == pytest.approx([0.75, 1.5, 3, 3])
+
+
+def test_rates_fall_by_layer_as_timm_has_it(model):
+    """By hand, and against timm's groups; an adapter has its block's."""
+    inject(model, find_targets(model), {"blocks.0.attn.key": 4, "blocks.2.mlp.fc1": 4})
+    run = settings(layer_decay=0.5)
+    optimizer = build_optimizer(model, run)
+    rate = set_learning_rate(optimizer, run, step=30, batches=5, switch_step=0)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {names[id(p)]: group["lr"] / rate for group in optimizer.param_groups for p in group["params"]}
+    by_hand = {"cls_token": 1 / 16, "pos_embed": 1 / 16, "patch_embed.proj.weight": 1 / 16}
+    by_hand |= {f"blocks.{i}.mlp.fc2.weight": 0.5 ** (3 - i) for i in range(3)}
+    by_hand |= {"norm.weight": 0.5, "head.weight": 1.0, "head.bias": 1.0}
+    by_hand |= {"blocks.0.attn.qkv.lora_A.key": 3 / 8, "blocks.2.mlp.fc1.lora_B.fc1": 3 / 2}  # 3 is the adapters' own
+    assert {name: found[name] for name in by_hand} == pytest.approx(by_hand, rel=1e-12)
+    groups = timm.optim.param_groups_layer_decay(model, layer_decay=0.5)
+    of_timm = {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
+    assert found.keys() == of_timm.keys()
+    for name, scale in of_timm.items():
+        assert found[name] == pytest.approx(scale * (3 if ".lora_" in name else 1)), name
+    decays = {names[id(p)]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    whole = build_optimizer(model, settings())
+    assert decays == {names[id(p)]: group["weight_decay"] for group in whole.param_groups for p in group["params"]}
+
+
+@torch.no_grad()
+def test_a_step_of_lamb_by_hand():
+    """A matrix's Adam step with its decay is as long as the learning rate times the matrix; a bias takes Adam's."""
+    model = create_model(TINY, num_classes=10, seed=0).double()
+    run = settings(optimizer="lamb", weight_decay=0.3, betas=[0.8, 0.95])
+    optimizer = build_optimizer(model, run)
+    gradients = {name: torch.randn_like(parameter) for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.grad = 5 * gradients[name]  # longer than 1, at which LAMB would clip
+    weight, bias = model.blocks[1].mlp.fc1.weight.clone(), model.blocks[1].mlp.fc1.bias.clone()
+    optimizer.step()
+    step = {name: gradient / (gradient.abs() + 1e-6 / 5) for name, gradient in gradients.items()}  # m / (sqrt(v) + eps)
+    update = step["blocks.1.mlp.fc1.weight"] + 0.3 * weight
+    torch.testing.assert_close(model.blocks[1].mlp.fc1.weight, weight - 0.1 * weight.norm() / update.norm() * update)
+    torch.testing.assert_close(model.blocks[1].mlp.fc1.bias, bias - 0.1 * step["blocks.1.mlp.fc1.bias"])
+
+
+def test_lamb_says_that_it_takes_no_cuda_graph():
+    assert without_effect(settings(optimizer="lamb", cuda_graph=True)) == [
+        "train.cuda_graph has no effect, as train.optimizer is lamb"
+    ]
+    assert without_effect(settings(optimizer="lamb")) == []

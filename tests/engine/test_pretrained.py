@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import safetensors.torch
 import timm
@@ -9,10 +11,14 @@ import torch
 
 from prelora_ray.config import ModelSettings
 from prelora_ray.engine.model import create_model
-from prelora_ray.engine.pretrained import load_pretrained
+from prelora_ray.engine.pretrained import load_pretrained, read_pretrained
 from tests.runs import TINY_VIT
 
 SETTINGS = ModelSettings(name="vit_tiny_patch16_224", image_size=8, options=TINY_VIT)
+
+
+def load(model: torch.nn.Module, path: Path) -> list[str]:
+    return load_pretrained(model, read_pretrained(str(path)), str(path))
 
 
 def timm_model(num_classes=10, **options) -> torch.nn.Module:
@@ -28,7 +34,7 @@ def model() -> torch.nn.Module:
 def test_the_same_model_computes_the_same(model, tmp_path):
     other = timm_model()
     safetensors.torch.save_file(other.state_dict(), tmp_path / "w.safetensors")
-    assert load_pretrained(model, str(tmp_path / "w.safetensors")) == []
+    assert load(model, tmp_path / "w.safetensors") == []
     images = torch.randn(4, 3, 8, 8)
     assert torch.equal(model(images), other(images))
 
@@ -37,7 +43,7 @@ def test_torchs_own_format_with_averaged_weights_and_prefixes(model, tmp_path):
     other = timm_model()
     averaged = {f"module.{name}": tensor for name, tensor in other.state_dict().items()}
     torch.save({"state_dict": timm_model().state_dict(), "state_dict_ema": averaged, "epoch": 3}, tmp_path / "w.pth")
-    assert load_pretrained(model, str(tmp_path / "w.pth")) == []
+    assert load(model, tmp_path / "w.pth") == []
     assert torch.equal(model.head.weight, other.head.weight)
 
 
@@ -45,7 +51,7 @@ def test_another_head_is_replaced_and_said_so(model, tmp_path):
     drawn = model.head.weight.clone()
     other = timm_model(num_classes=7)
     safetensors.torch.save_file(other.state_dict(), tmp_path / "w.safetensors")
-    (told,) = load_pretrained(model, str(tmp_path / "w.safetensors"))
+    (told,) = load(model, tmp_path / "w.safetensors")
     assert "head has 7 classes and this run 10" in told
     assert torch.equal(model.head.weight, drawn)
     assert torch.equal(model.blocks[2].mlp.fc1.weight, other.blocks[2].mlp.fc1.weight)
@@ -57,7 +63,7 @@ def test_both_heads_of_a_distilled_model_are_replaced(tmp_path):
     drawn = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     other = timm.create_model(settings.name, img_size=8, num_classes=7, **TINY_VIT)
     safetensors.torch.save_file(other.state_dict(), tmp_path / "w.safetensors")
-    (told,) = load_pretrained(model, str(tmp_path / "w.safetensors"))
+    (told,) = load(model, tmp_path / "w.safetensors")
     assert "head has 7 classes and this run 10" in told
     for name in ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias"):
         assert torch.equal(model.state_dict()[name], drawn[name])
@@ -67,7 +73,7 @@ def test_both_heads_of_a_distilled_model_are_replaced(tmp_path):
 def test_position_embeddings_of_another_size_are_resampled_as_timm_does(model, tmp_path):
     other = timm_model(img_size=16)
     safetensors.torch.save_file(other.state_dict(), tmp_path / "w.safetensors")
-    load_pretrained(model, str(tmp_path / "w.safetensors"))
+    load(model, tmp_path / "w.safetensors")
     expected = timm_model()
     timm.models.load_checkpoint(
         expected, str(tmp_path / "w.safetensors"), filter_fn=timm.models.vision_transformer.checkpoint_filter_fn
@@ -83,7 +89,7 @@ def test_patches_of_rgb_become_those_of_grey_and_back(tmp_path, theirs, ours, ho
     timm.models.save_for_hf(other, str(tmp_path), safe_serialization=True, data_config=data_config)
     options = {**TINY_VIT, "in_chans": ours}
     model = create_model(SETTINGS.model_copy(update={"options": options}), num_classes=10, seed=0).eval()
-    (told,) = load_pretrained(model, str(tmp_path / "model.safetensors"))
+    (told,) = load(model, tmp_path / "model.safetensors")
     have = "1 channel" if theirs == 1 else f"{theirs} channels"
     assert f"its images have {have} and this run's {ours}: patch_embed.proj.weight is {how}" in told
     grey = torch.randn(4, 1, 8, 8)
@@ -97,7 +103,7 @@ def test_missing_and_unexpected_tensors_are_told(model, tmp_path):
     del tensors["blocks.1.norm1.weight"]
     tensors["decoder.weight"] = torch.zeros(3)
     safetensors.torch.save_file(tensors, tmp_path / "w.safetensors")
-    missing, unexpected = load_pretrained(model, str(tmp_path / "w.safetensors"))
+    missing, unexpected = load(model, tmp_path / "w.safetensors")
     assert "1 tensors are not in it and start anew: blocks.1.norm1.weight" in missing
     assert "1 of its tensors are not the model's and are left out: decoder.weight" in unexpected
 
@@ -120,5 +126,5 @@ def test_what_does_not_fit_is_refused_in_a_sentence(model, tmp_path, content, se
     elif content is not None:
         torch.save(content, path)
     with pytest.raises(ValueError, match=sentence) as error:
-        load_pretrained(model, str(path))
+        load(model, path)
     assert f"model.init_from = {str(path)!r}" in str(error.value)

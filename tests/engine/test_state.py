@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from multiprocessing import set_forkserver_preload
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,15 +17,17 @@ from prelora_ray.engine import prelora as prelora_module
 from prelora_ray.engine.fp8 import Fp8Mlp
 from prelora_ray.engine.snapshot import Snapshot
 from prelora_ray.engine.state import TrainState
+from prelora_ray.fault_tolerance.checkpoint import Checkpoints
 from prelora_ray.method import adapters
 from prelora_ray.method.phases import Phase
+from prelora_ray.storage import Storage
 from tests.runs import TINY_VIT, assert_same_bits
 
 CPU = torch.device("cpu")
 
 
 def train_state(
-    options=TINY_VIT, world_size: int = 1, checkpoint: Snapshot | None = None, train: dict[str, str] | None = None
+    options=TINY_VIT, world_size: int = 1, checkpoint: Snapshot | None = None, train: dict[str, Any] | None = None
 ) -> TrainState:
     settings = parse_settings(
         {
@@ -44,7 +47,7 @@ def enter(state: TrainState, phase: Phase) -> None:
 
 def train_a_step(state: TrainState, seed: int) -> dict[str, torch.Tensor]:
     """One step on images drawn by a seed; its gradients."""
-    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(seed)).to(state.dtype)
     state.network.train()
     state.network(images).square().sum().backward()
     gradients = {name: p.grad.clone() for name, p in state.model.named_parameters() if p.grad is not None}
@@ -81,6 +84,28 @@ def test_nothing_changes_a_snapshot(phase):
             tensor.fill_(7)  # in place, what is frozen too
     state.phases.end_epoch(0, {target.name: 1.0 for target in state.targets}, 1.0)
     assert_same_bits(snapshot, kept)
+
+
+@pytest.mark.parametrize("phase", Phase)
+def test_lamb_goes_on_from_a_checkpoint_with_the_same_bits(tmp_path, phase):
+    """Through the files, in every phase: base and adapters have counts of steps of their own."""
+    train = {"optimizer": "lamb", "layer_decay": 0.75, "precision": "fp64"}
+    state = train_state(train=train)
+    train_a_step(state, seed=0)
+    enter(state, phase)
+    state.refresh()
+    train_a_step(state, seed=1)
+    checkpoints = Checkpoints(Storage(tmp_path))
+    checkpoints.save(state.snapshot([], holds_base=False))
+    resumed = train_state(train=train, checkpoint=checkpoints.load(checkpoints.names()[-1]))
+    for each in (state, resumed):
+        each.refresh()
+        train_a_step(each, seed=2)
+    found = resumed.snapshot([], holds_base=False)
+    assert_same_bits(found, state.snapshot([], holds_base=False))
+    counts = {name: int(entry["step"]) for name, entry in found.optimizer.items()}
+    assert counts["head.weight"] == 3
+    assert all(count == 2 for name, count in counts.items() if ".lora_" in name)
 
 
 @pytest.mark.parametrize("phase", Phase)

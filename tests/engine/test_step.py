@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -149,7 +150,7 @@ def test_mixing_label_smoothing_and_drop_path_are_the_same_in_every_micro_batch(
 def test_evaluation_counts_every_filled_slot_once(tmp_path):
     step = train_step(settings(tmp_path, micro_batch=8))
     content = batch(IDS)
-    result = step.evaluate([content, content])
+    (result,) = step.evaluate([content, content])
     filled = torch.from_numpy(IDS >= 0)
     logits = step.state.model.eval()(step.task.normalize(content.images))[filled]
     labels = content.labels[filled]
@@ -158,6 +159,33 @@ def test_evaluation_counts_every_filled_slot_once(tmp_path):
     ranks = (logits > logits.gather(1, labels[:, None])).sum(1)
     assert result.top5 == pytest.approx((ranks < 5).double().mean().item())
     assert result.loss == pytest.approx(F.cross_entropy(logits, labels).item())
+
+
+def test_a_step_takes_its_weights_into_the_average_which_is_evaluated_beside_them(tmp_path):
+    step = train_step(settings(tmp_path, micro_batch=8, ema=0.75, learning_rate=0.1))
+    content, begin = batch(IDS), copy.deepcopy(step.state.model)
+    step.train(content)
+    average = step.state.ema.tensors()
+    for name, tensor in step.state.model.state_dict().items():
+        torch.testing.assert_close(average[name], 0.75 * begin.state_dict()[name] + 0.25 * tensor, rtol=0, atol=1e-14)
+    own, averaged = step.evaluate([content, content])
+    begin.load_state_dict(average)
+    filled, labels = torch.from_numpy(IDS >= 0), content.labels[torch.from_numpy(IDS >= 0)]
+    logits = begin.eval()(step.task.normalize(content.images))[filled]
+    assert averaged.images == own.images == 42
+    assert averaged.loss == pytest.approx(F.cross_entropy(logits, labels).item()) != pytest.approx(own.loss)
+
+
+@pytest.mark.parametrize("mixup", [0.0, 0.8])
+def test_the_images_that_are_shown_are_those_that_the_model_takes(tmp_path, mixup):
+    step, content = train_step(settings(tmp_path, augment={"mixup": mixup})), batch(IDS)
+    plan = plan_mixing(step.state.settings.augment, 0, 0, 0, range(6), 4, IDS, 8)
+    own, partner = content.images.double(), content.images[torch.arange(24) + plan.offset].double()
+    by_hand = partner + plan.weight[:, None, None, None] * (own - partner)
+    shown = step.shown_images(content)
+    assert shown.dtype == np.uint8
+    np.testing.assert_allclose(shown, by_hand.numpy(), rtol=0, atol=0.5 + 1e-9)
+    assert np.array_equal(shown, content.images.numpy()) == (mixup == 0)
 
 
 def test_clipping_against_torch(tmp_path):
@@ -184,7 +212,7 @@ def test_merged_adapters_train_as_the_plain_ones_do(tmp_path, form):
             for _ in range(3):
                 step.train(batch(IDS))
         trained.append(dict(state.model.named_parameters()))
-        losses.append(step.evaluate([batch(IDS)]).loss)
+        losses.append(step.evaluate([batch(IDS)])[0].loss)
     assert losses[1] == pytest.approx(losses[0], rel=1e-9)
     for name, plain in trained[0].items():
         torch.testing.assert_close(trained[1][name], plain, rtol=0, atol=1e-9)

@@ -40,12 +40,13 @@ def folder(disk: Disk) -> RunFolder:
 @pytest.mark.parametrize("inodes", [False, True])
 def test_records_wait_for_room_in_their_order(disk, folder, inodes):
     disk.fill(inodes=inodes)
-    records, board = RecordWriter(folder), TensorBoardLog(folder, attempt=0, epoch=0)
+    run = settings(disk.path, disk.path, "run", 1)
+    records, board = RecordWriter(folder), TensorBoardLog(folder, run, attempt=0, epoch=0)
     for epoch in range(LINES):
         records.write(event("stop", epoch))
         records.write(epoch_line(epoch))
         records.progress(progress(epoch))
-        board.epoch(epoch_line(epoch, loss=2.0))
+        board.scalars(epoch + 1, {"loss/train": 2.0})
     assert not records.flush()
     write_found(folder, "H100", {(Phase.FULL, 8): 64})
     assert read_found(folder, "H100") == {}  # it is searched again

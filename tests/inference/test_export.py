@@ -32,7 +32,9 @@ from prelora_ray.fault_tolerance.checkpoint import Checkpoints
 from prelora_ray.inference.evaluate import evaluate
 from prelora_ray.inference.export import ExportError, export
 from prelora_ray.inference.load import load_run_model
+from prelora_ray.method.adapters import merged_state_dict
 from prelora_ray.method.phases import Phase
+from prelora_ray.records import InitFrom
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
 from prelora_ray.train.run import train
@@ -53,6 +55,7 @@ def make_run(folder: Path, digits: Path, phase: str) -> Path:
             "storage": str(folder),
             "data": {"path": str(digits), "batch_size": 96, "cell": 12, "mean": [0.3], "std": [0.4], "crop_ratio": 1},
             "model": {"name": "vit_tiny_patch16_224", "image_size": 8, "options": options},
+            "train": {"ema": None if phase == "full" else 0.9},
             "method": {"r_min": 2, "r_max": 8},
         }
     )
@@ -67,6 +70,8 @@ def make_run(folder: Path, digits: Path, phase: str) -> Path:
         for name, parameter in state.model.named_parameters():
             if "lora_B" in name or name.startswith("head"):
                 parameter.normal_(std=0.2)
+    if state.ema is not None:
+        state.ema.update(state.model)
     state.epoch = 3
     run = RunFolder.of(settings)
     run.make()
@@ -127,6 +132,20 @@ def test_timm_peft_and_onnxruntime_compute_what_the_run_does(runs, exports, vali
         assert not (out / "adapter").exists()
     for form, logits in forms.items():
         assert (logits - expected).abs().max() <= 1e-4, form
+
+
+@torch.no_grad()
+def test_averaged_weights_are_exported_on_request(runs, validation, tmp_path):
+    """As a plain model of a tenth of what the adapters do, as one step takes them in."""
+    assert export(str(runs["lora"]), str(tmp_path / "out"), ema=True).forms == ("onnx", "timm")
+    exported = timm.create_model(f"local-dir:{tmp_path}/out/timm", pretrained=True).eval()
+    run = TrainState(RunFolder(runs["lora"]).read_settings(), 10, 1, torch.device("cpu"), 1)  # as it began
+    begin, merged = run.model.state_dict(), merged_state_dict(load_run_model(str(runs["lora"])).module)
+    for name, tensor in exported.state_dict().items():
+        torch.testing.assert_close(tensor, 0.9 * begin[name] + 0.1 * merged[name], rtol=0, atol=1e-6)
+    assert "a moving average over the steps, with decay 0.9" in (tmp_path / "out/README.md").read_text()
+    with pytest.raises(UserError, match=r"full' has no averaged weights: its run was trained without train\.ema"):
+        export(str(runs["full"]), str(tmp_path / "none"), ema=True)
 
 
 @pytest.mark.parametrize("phase", ["warmup", "lora"])
@@ -287,9 +306,13 @@ def test_an_image_that_does_not_decode_is_named(runs, digits, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_on_grey_values_by_two_workers(digits, tmp_path):
-    run = settings(digits, tmp_path, "grey", 2, model={"options": {**TINY_VIT, "in_chans": 1}}, data={"mean": [0.3]})
+def test_a_run_on_grey_values_by_two_workers_that_begins_with_another_run(runs, digits, tmp_path):
+    """With one of RGB images, whose patches become those of grey ones, in phase lora."""
+    model = {"options": {**TINY_VIT, "in_chans": 1}, "init_from": str(runs["lora"])}
+    run = settings(digits, tmp_path, "grey", 2, model=model, data={"mean": [0.3]})
     result = train(run)
+    (told,) = RunFolder.of(run).events_of(InitFrom)
+    assert "its images have 3 channels and this run's 1: patch_embed.proj.weight is summed" in told.message
     assert (result["switch_epoch"], result["freeze_epoch"], result["epochs"]) == (SWITCH, FREEZE, EPOCHS)
     done = export(str(tmp_path / "grey"), str(tmp_path / "out"))
     assert done.forms == ("adapter", "onnx", "timm")

@@ -53,6 +53,10 @@ def test_memory_is_state_and_images():
     assert memory.peak(8) == 520 + 400
     assert memory.fits(8, total=(520 + 400 + 480) / 0.96)
     assert not memory.fits(9, total=(520 + 400 + 480) / 0.96)
+    averaging = Memory(trainable=10, parameters=100, bytes_per_image=50, averaged=90)  # 360 bytes more in each
+    assert averaging.peak(8) == 520 + 400 + 360
+    assert averaging.fits(8, total=(520 + 400 + 480 + 720) / 0.96)
+    assert not averaging.fits(8, total=(520 + 400 + 480 + 719) / 0.96)
 
 
 def test_a_run_is_the_sum_of_its_phases():

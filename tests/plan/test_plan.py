@@ -313,6 +313,8 @@ def test_classes_are_those_of_the_prepared_images(tmp_path, recipe):
         source = read_source(recipe, prepared, given)
         assert (source.images, source.num_classes) == (images, 2)
         assert not any("assumed" in note for note in source.notes)
+    told = read_source(recipe, ["model.num_classes=7"], 9)
+    assert (told.num_classes, any("assumed" in note for note in told.notes)) == (7, False)
     assumed = read_source(recipe, (), 9)
     assert (assumed.images, assumed.num_classes) == (9, 1000)
     assert any(note.endswith("none is not prepared here: ImageNet-1k's 1,000 classes are assumed") for note in assumed.notes)

@@ -33,6 +33,8 @@ from prelora_ray.storage import Storage
 from prelora_ray.train.run import TrainError, _check_same_data, train
 from tests.conftest import samples
 from tests.disturbed import KILLED_IN_EACH_PHASE, Disturbed, train_disturbed
+from tests.monitor.test_tensorboard import read
+from tests.monitor.test_trackers import history, read_wandb
 from tests.runs import EPOCHS, FREEZE, SWITCH, assert_same_bits, children, final, settings, wait_inside
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -67,12 +69,14 @@ def ends_as_undisturbed(disturbed: Disturbed, plain: Settings, phases: Sequence[
     assert samples(RunFolder.of(disturbed.run)) == samples(RunFolder.of(plain))
 
 
-def test_stopped_by_sigterm_it_goes_on_where_it_stood(digits, storage, bucket, undisturbed):
-    """Meanwhile another driver of the run is refused. Its data are in a bucket, those of the other run on a disk."""
+def test_stopped_by_sigterm_it_goes_on_where_it_stood(digits, storage, bucket, undisturbed, trackers):
+    """Meanwhile another driver of the run is refused. Its data are in a bucket, those of the other run on a disk. To
+    MLflow and W&B both halves are one run, of rank 0 alone."""
     data = f"{bucket}/digits"
     prepare("digits", data)
     assert read_manifest(Storage(data)).splits == read_manifest(Storage(digits)).splits
-    run = settings(digits, storage, "stopped", 2, data={"path": data}, checkpoint={"every_steps": 4})
+    ways = {"checkpoint": {"every_steps": 4}, "monitor": {"loggers": ["tensorboard", *trackers]}}
+    run = settings(digits, storage, "stopped", 2, data={"path": data}, **ways)
     refusals: list[str] = []
 
     def disturb() -> None:
@@ -94,6 +98,31 @@ def test_stopped_by_sigterm_it_goes_on_where_it_stood(digits, storage, bucket, u
     assert_same_bits(final(run), final(undisturbed(2)))
     (restart,) = (line for line in RunFolder.of(run).read_lines("events.jsonl") if line["event"] == "restart")
     assert (restart["cause"], restart["steps_again"]) == ("stop", 0)
+    losses = [(line.epoch + 1, line.loss) for line in RunFolder.of(run).epochs()]
+    assert [read_losses(run) for name, read_losses in LOSSES_AT.items() if name in trackers] == [losses] * len(trackers)
+    sheets = {(image.width, image.height) for image in read(RunFolder.of(run)).Images("samples")}
+    assert sheets == {(6 * (size + 2), 6 * (size + 2)) for size in (4, 6, 8)}  # 36 images of each size, and borders
+
+
+def losses_at_mlflow(run: Settings) -> list[tuple[int, float]]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient()
+    experiment = client.get_experiment_by_name("prelora").experiment_id
+    (found,) = client.search_runs([experiment], f"attributes.run_name = '{run.name}'")
+    assert found.info.status == "FINISHED"
+    return sorted((entry.step, entry.value) for entry in client.get_metric_history(found.info.run_id, "loss/train"))
+
+
+def losses_at_wandb(run: Settings) -> list[tuple[int, float]]:
+    files = sorted(Path(RunFolder.of(run).path).glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime)
+    assert len(files) == 2 and len({path.name for path in files}) == 1
+    rows = [row for record in read_wandb(files[-1]) if (row := history(record))]
+    return [(int(row["_step"]), float(row["loss/train"])) for row in rows]
+
+
+LOSSES_AT = {"mlflow": losses_at_mlflow, "wandb": losses_at_wandb}
+"""Training loss by step, as a service has it."""
 
 
 def test_taken_over_it_ends_and_leaves_the_folder_to_the_other_driver(digits, storage, monkeypatch):
@@ -228,7 +257,7 @@ def test_resuming_with_other_settings_is_refused(undisturbed, digits, storage):
 def test_more_epochs_are_refused_with_the_way_to_train_on(undisturbed, digits, storage):
     run = undisturbed(1)
     longer = settings(digits, storage, run.name, 1, train={"epochs": EPOCHS + 5})
-    with pytest.raises(ValueError, match=r"train\.epochs = 12 is not allowed: .* with 7, .*export .*--set model\.init_from"):
+    with pytest.raises(ValueError, match=r"train\.epochs = 12 is not allowed: .* with 7, .*--set model\.init_from="):
         train(longer)
     shorter = settings(digits, storage, run.name, 1, train={"epochs": EPOCHS - 1})
     with pytest.raises(ValueError, match=r"train\.epochs = 6 is not allowed: .* with 7; resume it with that, or give"):

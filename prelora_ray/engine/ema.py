@@ -1,0 +1,45 @@
+"""A moving average of the weights of the model that base and adapters make together."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from prelora_ray.method.adapters import is_adapter_parameter, lora_layers
+
+
+class Ema:
+    """An exponential moving average of a run's merged weights: of W before the switch, and of W + s B A after it.
+
+    The mean of merged weights is not what the means of W, B and A would make. It needs no adapters of its own: at the
+    switch and at the freeze nothing becomes of it, and it is a plain timm model throughout.
+    """
+
+    def __init__(self, average: nn.Module, decay: float) -> None:
+        """`average`: the plain timm model, with the weights that the average begins with, or goes on from."""
+        self.model = average.eval().requires_grad_(False)
+        self._parameters = dict(average.named_parameters())
+        self._decay = decay
+        self._update = get_ema_multi_avg_fn(decay)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Takes in the weights of `model`, with adapters or without, after a step: decay * average + (1 - decay) * W.
+
+        Works in place and waits for nothing, so that it can be part of a CUDA graph, and makes no merged weight.
+        """
+        own = {name: tensor for name, tensor in model.named_parameters() if not is_adapter_parameter(name)}
+        self._update(list(self._parameters.values()), [own[name] for name in self._parameters], 0)
+        for name, layer in lora_layers(model).items():
+            average = self._parameters[f"{name}.weight"]
+            for family, (start, stop) in layer.rows.items():
+                weight = (1 - self._decay) * layer.scaling
+                average[start:stop].addmm_(layer.lora_B[family], layer.lora_A[family], alpha=weight)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The averaged model's tensors, by timm's names."""
+        return self.model.state_dict()
+
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors().values())
