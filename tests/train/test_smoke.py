@@ -24,7 +24,7 @@ def test_any_recipe_keeps_all_but_its_length(path):
     recipe, smoke = flat(load_settings(path)), flat(smoke_run(str(path), ["train.seed=7", "train.epochs=5"]))
     changed = {key for key in recipe if smoke.get(key) != recipe[key]}
     lengths = {"max_batches", "epochs", "ramp_epochs", "window_epochs", "switch_epoch", "warmup_epochs"}
-    others = {"name", "seed", "validate_every", "every_epochs", "min"}
+    others = {"name", "seed", "validate_every", "every_epochs", "min", "resolution"}
     assert {key.rpartition(".")[2] for key in changed} <= lengths | others
     assert (smoke["train.epochs"], smoke["train.seed"]) == (5, 7)
     assert smoke["name"].startswith(f"{path.stem}-fast-")
