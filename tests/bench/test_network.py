@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import subprocess
+from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+from torch.multiprocessing.spawn import ProcessExitedException
 
+from prelora_ray.bench import network
 from prelora_ray.config import ModelSettings
 from prelora_ray.engine.model import create_model
 from tests.command import COMMAND, ROOT, prelora
@@ -60,6 +64,18 @@ def test_speeds_are_multiples_of_fulls_over_the_same_link(result):
         assert row["against_full"] == pytest.approx(full[row["gbit_per_second"]] / row["milliseconds"])
 
 
+def test_what_was_measured_before_an_end_stands(monkeypatch):
+    def die(measure: Any, arguments: tuple[Any, ...], **_: Any) -> None:
+        Path(arguments[-1], "rows.jsonl").write_text('{"name": "full, no limit"}\n')
+        raise ProcessExitedException("process 1 terminated with signal SIGKILL", 1, 1, -9)
+
+    monkeypatch.setattr(network, "start_processes", die)
+    found = network.bench_network(network.Options("vit_tiny_patch16_224", 16, 1))
+    assert found["rows"] == [{"name": "full, no limit"}]
+    assert found["failed"] == "process 1 terminated with signal SIGKILL"
+
+
+@pytest.mark.slow
 def test_what_was_measured_before_a_worker_died_stands(tmp_path):
     command = [*COMMAND, "bench", *SMALL, "--bandwidth", "0.02", "--row", "full", "--out", str(tmp_path / "out.json")]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:

@@ -59,8 +59,11 @@ def _fail_on_row(row: dict[str, Any]) -> dict[str, Any]:
     ("kind", "workers", "told", "own"),
     [
         ("data", 1, "RuntimeError: row 0 is bad: it has no colour", True),
-        ("one of two", 2, "ValueError: a first line and a second", True),
-        ("death", 2, "ActorDiedError: The actor died unexpectedly before finishing this task.", False),
+        pytest.param("one of two", 2, "ValueError: a first line and a second", True, marks=pytest.mark.slow),
+        pytest.param(
+            *("death", 2, "ActorDiedError: The actor died unexpectedly before finishing this task.", False),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_the_root_cause_of_rays_errors(ray_cluster, tmp_path, kind, workers, told, own):

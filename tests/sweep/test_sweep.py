@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,40 +73,24 @@ def test_a_trial_that_fails_is_told_and_leaves_the_others_alone(grid):
     assert "restart" not in [line["event"] for line in events]
 
 
-def test_controls_are_trained_once_all_settings_are(grid, digits, tmp_path):
-    """An epoch takes 10 s, and one of phase lora 1 s: a run of 7 with 2 of lora costs 52 s, full training of 5 50 s.
-
-    Of what is left after epoch 5, a run of 6 is closer than the trunk; and that switch alone leaves less than a tenth.
-    """
-    shutil.copytree(grid.folder, tmp_path, dirs_exist_ok=True)
-    names = ["like the recipe", "without warmup"]
-    runs = {name: RunFolder(tmp_path / "grid" / grid.entry(name)["trial"]) for name in ["never", *names]}
-    for run_folder in runs.values():
-        lines = run_folder.epochs()
-        timed = [replace(line, seconds=1.0 if line.phase == "lora" else 10.0) for line in lines]
-        run_folder.write_records(EpochLine, timed)
-    controls = {"full": "all", "rank_1": 0.1}
-    plan = load_over_recipe(digits, tmp_path, name="grid", settings=listed(names), controls=controls)
-    result = run(plan)
+def test_controls_are_trained_once_all_settings_are(controlled):
+    plan, result = controlled
     trials = {entry["trial"]: entry for entry in [result["full"], *result["settings"], *result["controls"]]}
-    early, late = result["settings"]
-    assert (early["full_control"], late["full_control"]) == ("full-3-to-5", "full-5-to-6")
-    assert early["rank_1_control"] is None and late["rank_1_control"].startswith("rank-1_switch-5_")
-    assert [entry["ended"] for entry in result["controls"]] == ["finished"] * 3
+    (setting,) = result["settings"]
+    full, rank_1 = setting["full_control"], setting["rank_1_control"]
+    assert (full, rank_1[:16]) == ("full-3-to-5", "rank-1_switch-3_")
+    assert [entry["ended"] for entry in result["controls"]] == ["finished"] * 2
     assert result["unit"] == "CPU-hours"  # of half a CPU, which a worker asks for
-    assert {name: trials[name]["cost"] * 2 * 3600 for name in ("trunk", early["trial"], "full-3-to-5", "full-5-to-6")} == {
-        "trunk": pytest.approx(70),
-        early["trial"]: pytest.approx(52),
-        "full-3-to-5": pytest.approx(50),
-        "full-5-to-6": pytest.approx(60),
-    }
-    assert set(RunFolder(tmp_path / "grid" / late["rank_1_control"]).read_json("ranks.json").values()) == {1}
-    assert RunFolder(tmp_path / "grid" / "full-3-to-5").read_json("result.json")["switch_epoch"] is None
+    seconds = {name: entry["cost"] * 2 * 3600 for name, entry in trials.items()}
+    assert (seconds["trunk"], seconds[setting["trial"]], seconds[full]) == tuple(map(pytest.approx, (70, 52, 50)))
+    folder = RunFolder(plan.folder)
+    assert set((folder / rank_1).read_json("ranks.json").values()) == {1}
+    assert (folder / full).read_json("result.json")["switch_epoch"] is None
     points = {name: (entry["val_top1"], entry["cost"]) for name, entry in trials.items()}
     beaten = {a for a in points for b in points if points[b][0] >= points[a][0] and points[b][1] < points[a][1]}
     assert set(result["pareto"]) <= set(points) - beaten
     assert max(points.values())[0] == points[result["pareto"][-1]][0]
-    assert result["naive_cost"] * 2 * 3600 == pytest.approx(52 + 52 + 50 + 60 + trials[late["rank_1_control"]]["cost"] * 7200)
+    assert result["naive_cost"] * 2 * 3600 == pytest.approx(52 + 50 + seconds[rank_1])
     assert run(plan) == result
 
 
@@ -225,6 +207,17 @@ def test_which_runs_have_full_training_of_equal_cost_beside_them(full, named):
     told = [name if i in named else None for i, name in enumerate(names)]
     assert [entry["full_control"] for entry in entries] == [*told, "trunk", None, None]
     assert {entry["rank_1_control"] for entry in entries} == {None}
+
+
+def test_only_a_switch_that_leaves_little_of_the_learning_rate_has_adapters_of_rank_1_beside_it():
+    """The trunk, which does not switch, has none; nor has a run that was stopped."""
+    plan = load_sweep(str(SWEEPS / "cifar10_warmup.yaml"), ["controls.full=none", "controls.rank_1=0.1"])
+    late, early = entry("late", 0.88, 100.0, rate_left=0.1), entry("early", 0.87, 110.0, rate_left=0.11)
+    others = [entry("trunk", 0.90, 120.0, switch_epoch=None, rate_left=None), entry("stopped", 0.5, 9.0, ended="stopped")]
+    trunk = Record([norms_line(epoch, {"a": 1.0}) for epoch in range(120)], plan.trunk.method, ramp_epochs=10)
+    assert len(name_controls(plan, [late, early, *others], trunk, prices_of(plan))) == 1
+    assert late["rank_1_control"].startswith("rank-1_switch-90_")
+    assert [other["rank_1_control"] for other in (early, *others)] == [None] * 3
 
 
 def test_full_training_takes_the_star_from_a_run_that_it_beats():
