@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -56,6 +57,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return 0 if fixtures & TRAIN_FOR_MANY else 1 if "ray_cluster" in fixtures else 2
 
     items.sort(key=place)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by then stays, and no collection of garbage, of which tests make many, looks at it again."""
+    gc.freeze()
 
 
 class Scheduling(LoadScopeScheduling):

@@ -14,7 +14,7 @@ from torch.multiprocessing.spawn import ProcessExitedException
 from prelora_ray.bench import network
 from prelora_ray.config import ModelSettings
 from prelora_ray.engine.model import create_model
-from tests.command import COMMAND, ROOT, prelora
+from tests.command import COMMAND, ROOT, prelora_here
 
 SMALL = ("network", "--image-size", "16", "--batch", "1", "--seconds", "0", "--bucket", "4")
 """One step a row."""
@@ -24,7 +24,7 @@ SMALL = ("network", "--image-size", "16", "--batch", "1", "--seconds", "0", "--b
 def result(tmp_path_factory) -> dict:
     picture = tmp_path_factory.mktemp("network") / "network.html"
     link = ("--bandwidth", "10", "--bandwidth", "2")
-    done = prelora("bench", *SMALL, *link, "--row", "full", "--row", "lora", "--picture", str(picture), "--json")
+    done = prelora_here("bench", *SMALL, *link, "--row", "full", "--row", "lora", "--picture", str(picture), "--json")
     assert done.returncode == 0, done.stderr
     assert "not measured: lora fp8 (needs a GPU with products of e4m3)" in done.stderr
     assert "full, bf16 exchange" in picture.read_text()

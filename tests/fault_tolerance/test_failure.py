@@ -55,15 +55,13 @@ def _fail_on_row(row: dict[str, Any]) -> dict[str, Any]:
     raise RuntimeError(f"row {row['id']} is bad:\nit has no colour")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "workers", "told", "own"),
     [
         ("data", 1, "RuntimeError: row 0 is bad: it has no colour", True),
-        pytest.param("one of two", 2, "ValueError: a first line and a second", True, marks=pytest.mark.slow),
-        pytest.param(
-            *("death", 2, "ActorDiedError: The actor died unexpectedly before finishing this task.", False),
-            marks=pytest.mark.slow,
-        ),
+        ("one of two", 2, "ValueError: a first line and a second", True),
+        ("death", 2, "ActorDiedError: The actor died unexpectedly before finishing this task.", False),
     ],
 )
 def test_the_root_cause_of_rays_errors(ray_cluster, tmp_path, kind, workers, told, own):

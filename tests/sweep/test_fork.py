@@ -30,17 +30,15 @@ def test_a_fork_ends_with_the_bits_of_the_straight_run(grid, undisturbed):
     assert [line.epoch for line in forked.epochs()] == list(range(EPOCHS))
 
 
-def test_a_fork_without_warmup_freezes_where_it_forks(grid):
-    forked = grid.run("without warmup")
-    assert forked.read_json("result.json")["freeze_epoch"] == 5
-    assert last(forked).state["phases"]["phase"] == Phase.LORA
-
-
 @pytest.mark.slow
-def test_a_fork_without_warmup_ends_with_the_bits_of_the_straight_run(grid, digits, storage):
-    run = settings(digits, storage, "straight-0", 1, method={"warmup_epochs": 0, "windows": 5})
-    assert train(run)["freeze_epoch"] == 5
-    assert_same_bits(last(grid.run("without warmup")), final(run))
+def test_a_fork_without_warmup_freezes_where_it_forks(trunk, digits, storage):
+    straight, forked = (
+        settings(digits, storage, f"{kind}-0", 1, method={"warmup_epochs": 0, "windows": 5}) for kind in ("straight", "fork")
+    )
+    assert fork(trunk, forked) == 5
+    assert train(straight)["freeze_epoch"] == train(forked)["freeze_epoch"] == 5
+    assert final(forked).state["phases"]["phase"] == Phase.LORA
+    assert_same_bits(final(forked), final(straight))
 
 
 def test_a_fork_that_ends_sooner_has_the_bits_of_the_straight_run(controlled, trunk, digits, storage):

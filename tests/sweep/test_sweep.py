@@ -12,7 +12,7 @@ from prelora_ray.config import BendSettings
 from prelora_ray.config_file import parse_settings
 from prelora_ray.errors import UserError
 from prelora_ray.fault_tolerance.ray_private import release_groups_of_dead_actors
-from prelora_ray.records import EpochLine
+from prelora_ray.records import EpochLine, Freeze, Switch
 from prelora_ray.report.records import read_sweep
 from prelora_ray.report.sweep_table import sweep_table, told_of_controls
 from prelora_ray.run_folder import RunFolder
@@ -64,12 +64,17 @@ def test_a_sweep_that_is_done_trains_nothing_again(grid, digits):
 
 
 def test_a_trial_that_fails_is_told_and_leaves_the_others_alone(grid):
-    """It fails for good the first time that its loss is not finite, without another attempt."""
+    """It fails for good the first time that its loss is not finite, without another attempt.
+
+    Without warmup it freezes where it forks.
+    """
     assert [grid.entry(name)["ended"] for name in GRID] == ["finished"] * (len(GRID) - 1) + ["failed"]
     message = grid.entry("diverging")["message"]
-    assert re.search(r"the loss is not finite at step \d+ .*phase warmup; the last good checkpoint is .*/\d{5}-", message)
+    assert re.search(r"the loss is not finite at step \d+ .*phase lora; the last good checkpoint is .*/\d{5}-", message)
     events = grid.run("diverging").read_lines("events.jsonl")
     assert (events[-1]["event"], events[-1]["message"]) == ("run_failed", message)
+    (switch,), (freeze,) = (grid.run("diverging").events_of(kind) for kind in (Switch, Freeze))
+    assert switch.switch_epoch == freeze.freeze_epoch == 5
     assert "restart" not in [line["event"] for line in events]
 
 
@@ -77,21 +82,27 @@ def test_controls_are_trained_once_all_settings_are(controlled):
     plan, result = controlled
     trials = {entry["trial"]: entry for entry in [result["full"], *result["settings"], *result["controls"]]}
     (setting,) = result["settings"]
-    full, rank_1 = setting["full_control"], setting["rank_1_control"]
-    assert (full, rank_1[:16]) == ("full-3-to-5", "rank-1_switch-3_")
-    assert [entry["ended"] for entry in result["controls"]] == ["finished"] * 2
+    full = setting["full_control"]
+    assert (full, setting["rank_1_control"]) == ("full-3-to-5", None)
+    assert [entry["ended"] for entry in result["controls"]] == ["finished"]
     assert result["unit"] == "CPU-hours"  # of half a CPU, which a worker asks for
     seconds = {name: entry["cost"] * 2 * 3600 for name, entry in trials.items()}
     assert (seconds["trunk"], seconds[setting["trial"]], seconds[full]) == tuple(map(pytest.approx, (70, 52, 50)))
-    folder = RunFolder(plan.folder)
-    assert set((folder / rank_1).read_json("ranks.json").values()) == {1}
-    assert (folder / full).read_json("result.json")["switch_epoch"] is None
+    assert (RunFolder(plan.folder) / full).read_json("result.json")["switch_epoch"] is None
     points = {name: (entry["val_top1"], entry["cost"]) for name, entry in trials.items()}
     beaten = {a for a in points for b in points if points[b][0] >= points[a][0] and points[b][1] < points[a][1]}
     assert set(result["pareto"]) <= set(points) - beaten
     assert max(points.values())[0] == points[result["pareto"][-1]][0]
-    assert result["naive_cost"] * 2 * 3600 == pytest.approx(52 + 50 + seconds[rank_1])
+    assert result["naive_cost"] * 2 * 3600 == pytest.approx(52 + 50)
     assert run(plan) == result
+
+
+@pytest.mark.slow
+def test_a_control_of_rank_1_has_adapters_of_rank_1(load):
+    result = run(load(settings=[{"method.warmup_epochs": 2}], controls={"full": "none", "rank_1": 0.5}))
+    (setting,), (control,) = result["settings"], result["controls"]
+    assert (control["trial"], control["ended"]) == (setting["rank_1_control"], "finished")
+    assert set(RunFolder(Path(result["path"], control["trial"])).read_json("ranks.json").values()) == {1}
 
 
 def test_the_trunk_alone_tells_where_settings_switch(load, trunk):
@@ -215,7 +226,9 @@ def test_only_a_switch_that_leaves_little_of_the_learning_rate_has_adapters_of_r
     late, early = entry("late", 0.88, 100.0, rate_left=0.1), entry("early", 0.87, 110.0, rate_left=0.11)
     others = [entry("trunk", 0.90, 120.0, switch_epoch=None, rate_left=None), entry("stopped", 0.5, 9.0, ended="stopped")]
     trunk = Record([norms_line(epoch, {"a": 1.0}) for epoch in range(120)], plan.trunk.method, ramp_epochs=10)
-    assert len(name_controls(plan, [late, early, *others], trunk, prices_of(plan))) == 1
+    (control,) = name_controls(plan, [late, early, *others], trunk, prices_of(plan))
+    method = plan.settings_of(control, "control").method
+    assert (method.r_min, method.r_max, method.rank_pattern) == (1, 1, None)
     assert late["rank_1_control"].startswith("rank-1_switch-90_")
     assert [other["rank_1_control"] for other in (early, *others)] == [None] * 3
 
