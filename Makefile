@@ -15,11 +15,12 @@ install: .venv/.installed
 demo: install
 	$(BIN)/prelora train jobs/configs/digits.yaml
 
+# In two processes, each with a Ray of its own.
 test: install lint
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow' --numprocesses 2 --no-loadscope-reorder
 
-test-all: install lint
-	$(BIN)/python -m pytest
+test-all: test
+	$(BIN)/python -m pytest -m slow
 
 chaos: install
 	$(BIN)/python -m tests.chaos.chaos

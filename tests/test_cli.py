@@ -212,6 +212,8 @@ def tiny_run(tmp_path: Path) -> list[str]:
         "method.window_epochs": 1,
         "method.warmup_epochs": 2,
         "method.r_max": 8,
+        "workers.min": 1,
+        "workers.max": 1,
     }
     sets = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
     return ["train", "jobs/configs/digits.yaml", "--storage", str(tmp_path), "--name", "run", "--json", *sets]

@@ -355,7 +355,7 @@ def _check_classes(settings: Settings, manifest: Manifest) -> None:
     if settings.model.num_classes not in (None, len(manifest.classes)):
         raise UserError(
             f"model.num_classes = {settings.model.num_classes} is not allowed: {settings.data.path!r} has "
-            f"{len(manifest.classes)} classes; leave it out to take theirs"
+            f"{counted(len(manifest.classes), 'class', 'classes')}; leave it out to take theirs"
         )
 
 

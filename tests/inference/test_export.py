@@ -168,8 +168,14 @@ def snippets(page: Path) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("phase", CHANNELS)
-@pytest.mark.parametrize("folder", [".", "timm", "adapter", "onnx"])
+@pytest.mark.parametrize(
+    ("phase", "folder"),
+    [
+        pytest.param(phase, folder, marks=[] if (folder == ".") == (phase != "lora") else pytest.mark.slow)
+        for phase in CHANNELS
+        for folder in (".", "timm", "adapter", "onnx")
+    ],
+)
 def test_the_code_of_every_card_runs_as_it_stands(runs, exports, phase, folder, tmp_path):
     """In a process of its own, on an image that is not square; what it says of it is what the run's own model does."""
     out = shutil.copytree(exports[phase], tmp_path / "out") / folder
