@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+import prelora_ray
 from prelora_ray import __version__
 from prelora_ray.bench import commands as bench
 from prelora_ray.data.prepare_settings import PrepareSettings
@@ -66,24 +67,15 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a run through full, warmup and lora, or resume it."""
-    from prelora_ray.config_file import load_settings
-    from prelora_ray.smoke import smoke_run
-
-    settings = (smoke_run if fast else load_settings)(config, overrides or [], name=name, storage=storage)
-
-    from prelora_ray import console
-    from prelora_ray.live import watch
-    from prelora_ray.run_folder import RunFolder
-    from prelora_ray.train.run import train as run
-
-    with watch(settings):
-        result = run(settings, debug=_debug)
-    folder = RunFolder.of(settings)
-    result = {**result, "path": str(folder)}
+    result = prelora_ray.train(config, overrides or [], name=name, storage=storage, fast=fast, debug=_debug)
     if as_json:
         print_json(result)
         return
-    for part in console.trained(folder, result):
+
+    from prelora_ray import console
+    from prelora_ray.run_folder import RunFolder
+
+    for part in console.trained(RunFolder(result["path"]), result):
         console.out.print(part)
 
 
@@ -220,11 +212,8 @@ def evaluate(
 ) -> None:
     """Evaluate a trained model on a prepared validation set."""
     from prelora_ray import console
-    from prelora_ray.inference.evaluate import evaluate as run
-    from prelora_ray.ray_session import ray_session
 
-    with ray_session(debug=_debug), console.progress("images") as show:
-        report = run(source, data, show)
+    report = prelora_ray.evaluate(source, data, debug=_debug)
     result = report.evaluation
     if as_json:
         content: dict[str, Any] = asdict(result)
@@ -251,9 +240,8 @@ def export(
 ) -> None:
     """Export a run's model for timm, PEFT and ONNX, each loaded back and compared with the run's own."""
     from prelora_ray import console
-    from prelora_ray.inference.export import export as run
 
-    exported = run(source, out, data)
+    exported = prelora_ray.export(source, out, data)
     if as_json:
         paths = {form: f"{out.rstrip('/')}/{form}" if form in exported.forms else None for form in ("timm", "adapter", "onnx")}
         print_json({**paths, "max_abs_diff": max(exported.max_abs_diff.values()), "images": exported.images})
@@ -286,23 +274,17 @@ def replay(
 ) -> None:
     """Tell where other settings of the test would have switched a recorded run. What is not given is the run's own."""
     from prelora_ray import console
-    from prelora_ray.config_file import parse_method
     from prelora_ray.records import rank_counts
-    from prelora_ray.sweep.replay import read_record
+    from prelora_ray.sweep.replay import changed_method, read_record
     from prelora_ray.sweep.replay import replay as run
 
     record = read_record(source)
     taus = [record.method.tau] if tau is None else _numbers("--tau", tau)
     zetas = [record.method.zeta] if zeta is None else _numbers("--zeta", zeta)
-    test: dict[str, Any] = {"windows": windows, "window_epochs": window_epochs, "norm_statistic": norm_statistic}
-    test |= {"tau": None if tau is None else taus[0], "zeta": None if zeta is None else zetas[0]}
-    ranks = {"r_min": r_min, "r_max": r_max, "normalize": normalize}
-    given: dict[str, Any] = {key: value for key, value in (test | ranks).items() if value is not None}
-    if given.keys() & test.keys():  # another test, so not the run's forced switch
-        given["switch_epoch"] = None
-    if given.keys() & ranks.keys():
-        given["rank_pattern"] = None
-    method = parse_method({**record.method.model_dump(), **given})
+    given: dict[str, Any] = {"windows": windows, "window_epochs": window_epochs, "norm_statistic": norm_statistic}
+    given |= {"tau": None if tau is None else taus[0], "zeta": None if zeta is None else zetas[0]}
+    given |= {"r_min": r_min, "r_max": r_max, "normalize": normalize}
+    method = changed_method(record, {key: value for key, value in given.items() if value is not None})
     ramp = record.ramp_epochs if ramp_epochs is None else ramp_epochs
     if len(taus) * len(zetas) > 1:
         _replay_map(source, record, method, ramp, taus, zetas, picture, as_json)

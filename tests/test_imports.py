@@ -80,8 +80,13 @@ MAY_IMPORT = {
         *("config.py", "runs.py", "words.py"),
     },
     "live.py": {"console.py", "run_folder.py", "records.py", "config.py", "words.py"},
+    "api.py": {
+        *("console.py", "live.py", "ray_session.py", "smoke.py", "sweep", "inference", "train"),
+        *("run_folder.py", "config_file.py"),
+    },
     "cli.py": {
         *(
+            "api.py",
             "console.py",
             "live.py",
             "runs.py",
@@ -102,7 +107,7 @@ MAY_IMPORT = {
         *("words.py", "__init__.py"),
     },
     "__main__.py": {"cli.py"},
-    "__init__.py": {"engine/prelora.py"},
+    "__init__.py": {"api.py", "engine/prelora.py"},
 }
 """Lower layers first; what each may import, itself included."""
 METHOD_LIBRARIES = {"torch", "hashlib", "itertools", "math", "re", "collections", "dataclasses", "enum", "typing", "__future__"}
