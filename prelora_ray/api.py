@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from prelora_ray.config import Settings
+    from prelora_ray.config_file import Override
     from prelora_ray.inference.evaluate import EvaluationReport
     from prelora_ray.inference.export import Exported
     from prelora_ray.inference.load import TrainedModel
@@ -37,12 +39,8 @@ def train(
     Returns what result.json holds, and the run folder's `path`. Raises UserError for settings that cannot work;
     WorkError where the work fails; InterruptedRunError on Ctrl-C. The same call goes on from the last checkpoint.
     """
-    from prelora_ray.config_file import load_settings
-    from prelora_ray.smoke import smoke_run
-
-    given: list[str | tuple[str, Any]] = [*overrides, *((key, _plain(value)) for key, value in changes.items())]
-    place = None if storage is None else os.fspath(storage)
-    settings = (smoke_run if fast else load_settings)(os.fspath(recipe), given, name=name, storage=place)
+    given: list[Override] = [*overrides, *((key, _plain(value)) for key, value in changes.items())]
+    settings = settings_of(recipe, given, name=name, storage=storage, fast=fast)
 
     from prelora_ray.live import watch
     from prelora_ray.run_folder import RunFolder
@@ -51,6 +49,15 @@ def train(
     with watch(settings):
         result = run(settings, debug=debug)
     return {**result, "path": str(RunFolder.of(settings))}
+
+
+def settings_of(recipe: Path, overrides: Iterable[Override], *, name: str | None, storage: Path | None, fast: bool) -> Settings:
+    """The settings of the run that `train` trains."""
+    from prelora_ray.config_file import load_settings
+    from prelora_ray.smoke import smoke_run
+
+    place = None if storage is None else os.fspath(storage)
+    return (smoke_run if fast else load_settings)(os.fspath(recipe), overrides, name=name, storage=place)
 
 
 def load(source: Path) -> TrainedModel:

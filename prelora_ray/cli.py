@@ -14,6 +14,7 @@ import typer
 
 import prelora_ray
 from prelora_ray import __version__
+from prelora_ray.api import settings_of
 from prelora_ray.bench import commands as bench
 from prelora_ray.data.prepare_settings import PrepareSettings
 from prelora_ray.errors import InterruptedRunError, UserError, WorkError
@@ -22,13 +23,12 @@ from prelora_ray.options import options_of
 from prelora_ray.words import counted
 
 if TYPE_CHECKING:
-    from prelora_ray.config import MethodSettings
+    from prelora_ray.config import MethodSettings, Settings
     from prelora_ray.sweep.replay import Record
 
 app = typer.Typer(
     help="PreLoRA pre-training of Vision Transformers on Ray.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -36,6 +36,13 @@ app = typer.Typer(
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; repeatable.")]
 app.add_typer(bench.app, name="bench")
 _debug = False
+
+
+def _recipes(incomplete: str) -> list[str]:
+    """Completes the name of a recipe; where none fits, the shell completes files."""
+    from prelora_ray.config_file import recipe_names
+
+    return [name for name in recipe_names() if name.startswith(incomplete)]
 
 
 def _tell_version(is_asked: bool) -> None:
@@ -57,16 +64,22 @@ def _options(
 
 @app.command()
 def train(
-    config: Annotated[str, typer.Argument(help="A recipe, such as jobs/configs/digits.yaml.")],
+    config: Annotated[str, typer.Argument(help="A recipe: a file, or the name of one of ours.", autocompletion=_recipes)],
     overrides: Overrides = None,
     storage: Annotated[str | None, typer.Option(help="Folder or bucket that holds the run folders.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run; the same name again resumes it.")] = None,
     fast: Annotated[
         bool, typer.Option("--fast", help="A smoke run: 4 batches an epoch through all phases, under a name of its own.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check all that is checked before training, and tell what would run.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train a run through full, warmup and lora, or resume it."""
+    if dry_run:
+        _dry_run(settings_of(config, overrides or [], name=name, storage=storage, fast=fast), as_json)
+        return
     result = prelora_ray.train(config, overrides or [], name=name, storage=storage, fast=fast, debug=_debug)
     if as_json:
         print_json(result)
@@ -80,8 +93,43 @@ def train(
 
 
 @app.command()
+def init(
+    file: Annotated[str, typer.Argument(help="The recipe's file, a new one.")],
+    data: Annotated[str, typer.Option(help="A prepared folder, or whatever `prelora prepare` takes.")],
+    as_json: Json = False,
+) -> None:
+    """Write a first recipe for your images: a model for their number and size, their mean, batch and epochs."""
+    from prelora_ray import console
+    from prelora_ray.config_file import parse_yaml
+    from prelora_ray.first_recipe import write_recipe
+
+    with console.progress("images") as show:
+        text = write_recipe(file, data, show)
+    if as_json:
+        print_json({"path": file, "recipe": parse_yaml(text)})
+        return
+    console.out.print(text)
+    console.out.print(f"{file} is yours to change; then: prelora train {file} --dry-run")
+
+
+def _dry_run(settings: Settings, as_json: bool) -> None:
+    from prelora_ray import console
+    from prelora_ray.train.dry_run import dry_run
+
+    result = dry_run(settings, debug=_debug)
+    if as_json:
+        print_json(asdict(result))
+        return
+    for line in console.would_train(result):
+        console.out.print(line)
+
+
+@app.command()
 def plan(
-    recipe: Annotated[str, typer.Argument(help="A recipe; or a run folder, to compare a plan with what was measured.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(help="A recipe; or a run folder, to compare a plan with what was measured.", autocompletion=_recipes),
+    ],
     overrides: Overrides = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="Number of GPUs; default: the recipe's workers.max.")] = None,
     gpu: Annotated[str | None, typer.Option(help="Part of the GPU's name; default: H100, or that of --bench.")] = None,
@@ -229,6 +277,29 @@ def evaluate(
         console.out.print(console.confusion_table(report))
     told = counted(result.images, "image")
     console.out.print(f"top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, loss {result.loss:.4f} over {told}")
+
+
+@app.command()
+def predict(
+    source: Annotated[str, typer.Argument(metavar="MODEL", help="A run folder, one of its checkpoints, or an exported model.")],
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Image files.")],
+    top: Annotated[int, typer.Option(min=1, help="Classes to tell of each image, at most all.")] = 5,
+    as_json: Json = False,
+) -> None:
+    """Tell what a trained model takes images for."""
+    import torch
+
+    from prelora_ray import console
+
+    model = prelora_ray.load(source)
+    if torch.cuda.is_available():
+        model.module.to("cuda")
+    predictions = model.predict(images, top)
+    if as_json:
+        told = [{"image": image, **asdict(prediction)} for image, prediction in zip(images, predictions, strict=True)]
+        print_json({"predictions": told})
+        return
+    console.out.print(console.predictions_table(images, predictions))
 
 
 @app.command()

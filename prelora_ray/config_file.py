@@ -21,6 +21,27 @@ Override = str | tuple[str, Any]
 """`key.path=value` with the value in YAML, as a command line has it; or the key and the value."""
 
 
+_RECIPES = Path(__file__).parent / "recipes"
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in _RECIPES.glob("*.yaml"))
+
+
+def find_recipe(recipe: str | Path) -> Path:
+    """The file of a recipe: the path as it is, or by its name one that comes with the package.
+
+    Raises UserError where it is neither.
+    """
+    path, names = Path(recipe), recipe_names()
+    if str(recipe) in names and (path.is_dir() or not path.exists()):
+        return _RECIPES / f"{recipe}.yaml"
+    if not path.exists():
+        raise UserError(f"{recipe} is no file: give the path of a recipe, or the name of one of ours: {', '.join(names)}")
+    return path
+
+
 def load_settings(
     path: str | Path, overrides: Iterable[Override] = (), *, name: str | None = None, storage: str | None = None
 ) -> Settings:
@@ -28,7 +49,7 @@ def load_settings(
 
     Raises UserError with one sentence a mistake, naming the key, the value and what is allowed.
     """
-    return parse_settings(read_named(path, overrides, name=name, storage=storage))
+    return parse_settings(read_named(find_recipe(path), overrides, name=name, storage=storage))
 
 
 def read_named(

@@ -76,17 +76,19 @@ MAY_IMPORT = {
     },
     "bench/commands.py": {"bench", "report", "console.py", "json_output.py", "storage.py", "errors.py"},
     "console.py": {
-        *("report", "sweep", "plan", "inference", "data", "remarks.py", "run_folder.py", "records.py"),
+        *("report", "sweep", "plan", "inference", "train", "data", "remarks.py", "run_folder.py", "records.py"),
         *("config.py", "runs.py", "words.py"),
     },
     "live.py": {"console.py", "run_folder.py", "records.py", "config.py", "words.py"},
     "api.py": {
         *("console.py", "live.py", "ray_session.py", "smoke.py", "sweep", "inference", "train"),
-        *("run_folder.py", "config_file.py"),
+        *("run_folder.py", "config.py", "config_file.py"),
     },
+    "first_recipe.py": {"data", "config_file.py", "storage.py", "errors.py"},
     "cli.py": {
         *(
             "api.py",
+            "first_recipe.py",
             "console.py",
             "live.py",
             "runs.py",

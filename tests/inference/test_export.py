@@ -36,7 +36,7 @@ from prelora_ray.method.phases import Phase
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
 from prelora_ray.train.run import train
-from tests.command import ROOT
+from tests.command import ROOT, prelora_here
 from tests.data.test_damage import overwrite
 from tests.runs import EPOCHS, FREEZE, SWITCH, TINY_VIT, settings
 
@@ -306,6 +306,23 @@ def test_predictions_against_timm_on_scikit_learns_own_arrays(runs, exports, tmp
     assert first.label == str(best[0, 0].item())
     assert first.probability == pytest.approx(shares[0, 0].item(), abs=1e-4)
     assert first.labels == predictions[0].labels[:5]
+
+
+def test_predict_as_a_command(exports, tmp_path):
+    for name in ("a.png", "b.png"):
+        Image.fromarray(np.full((8, 8), 200, np.uint8)).save(tmp_path / name)
+    expected = load(exports["lora"]).predict(tmp_path / "a.png", top=3)
+    command = ["predict", str(exports["lora"]), str(tmp_path / "a.png"), str(tmp_path / "b.png"), "--top", "3"]
+    first, second = json.loads(prelora_here(*command, "--json").stdout)["predictions"]
+    assert (first["image"], second["image"]) == tuple(command[2:4])
+    assert first["labels"] == second["labels"] == list(expected.labels)
+    assert first["probabilities"] == pytest.approx(expected.probabilities, abs=1e-5)
+    table = prelora_here(*command).stdout
+    assert re.findall(r"│ (\d) +│ +([\d.]+%) │", table)[:3] == [
+        (label, f"{share:.1%}") for label, share in zip(expected.labels, expected.probabilities, strict=True)
+    ]
+    wrong = prelora_here(*command[:2], str(exports["lora"] / "README.md"))
+    assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (2, "", 1)
 
 
 def test_a_photograph_is_turned_and_cropped_as_it_is_for_evaluation(exports, tmp_path):
