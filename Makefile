@@ -3,13 +3,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test test-all chaos lint clean
+.PHONY: install demo test test-all chaos docs lint clean
 
 install: .venv/.installed
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,lightning,mlflow,transformers,wandb]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+	  --editable '.[dev,docs,lightning,mlflow,transformers,wandb]'
 	touch $@
 
 demo: install
@@ -24,6 +25,10 @@ test-all: test
 
 chaos: install
 	$(BIN)/python -m tests.chaos.chaos
+
+docs: install
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going docs build/docs
+	@echo "open build/docs/index.html"
 
 lint: install
 	$(BIN)/ruff check --quiet .

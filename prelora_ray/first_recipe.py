@@ -152,7 +152,7 @@ def compose(file: str, path: str, source: str | None, images: Images) -> str:
             f"  std: {json.dumps(std)}",
             *_crop_ratio(crop_ratio),
             "model:",
-            f"  # {scale.told}, for {_range(scale)} training images; {(size // patch) ** 2} patches of {patch} x {patch} pixels.",
+            f"  # {scale.told}, for {_range(scale)} training images; {(size // patch) ** 2} patches of {patch} x {patch}.",
             f"  name: {scale.model}",
             f"  image_size: {size}  # {_why_size(size, middle)}",
             *([f"  options: {_flow(options)}"] if options else []),
