@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+import prelora_ray
 from prelora_ray import __version__
+from prelora_ray.api import settings_of
 from prelora_ray.bench import commands as bench
 from prelora_ray.data.prepare_settings import PrepareSettings
 from prelora_ray.errors import InterruptedRunError, UserError, WorkError
@@ -22,13 +24,12 @@ from prelora_ray.options import options_of
 from prelora_ray.words import counted, modules_by_rank
 
 if TYPE_CHECKING:
-    from prelora_ray.config import MethodSettings
+    from prelora_ray.config import MethodSettings, Settings
     from prelora_ray.recorded.replay import Record
 
 app = typer.Typer(
     help="PreLoRA pre-training of Vision Transformers on Ray.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -36,6 +37,13 @@ app = typer.Typer(
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; repeatable.")]
 app.add_typer(bench.app, name="bench")
 _debug = False
+
+
+def _recipes(incomplete: str) -> list[str]:
+    """Completes the name of a recipe; where none fits, the shell completes files."""
+    from prelora_ray.config_file import recipe_names
+
+    return [name for name in recipe_names() if name.startswith(incomplete)]
 
 
 def _tell_version(is_asked: bool) -> None:
@@ -57,40 +65,72 @@ def _options(
 
 @app.command()
 def train(
-    config: Annotated[str, typer.Argument(help="A recipe, such as jobs/configs/digits.yaml.")],
+    config: Annotated[str, typer.Argument(help="A recipe: a file, or the name of one of ours.", autocompletion=_recipes)],
     overrides: Overrides = None,
     storage: Annotated[str | None, typer.Option(help="Folder or bucket that holds the run folders.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run; the same name again resumes it.")] = None,
     fast: Annotated[
         bool, typer.Option("--fast", help="A smoke run: 4 batches an epoch through all phases, under a name of its own.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check all that is checked before training, and tell what would run.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train a run through full, warmup and lora, or resume it."""
-    from prelora_ray.config_file import load_settings
-    from prelora_ray.train.smoke import smoke_run
-
-    settings = (smoke_run if fast else load_settings)(config, overrides or [], name=name, storage=storage)
-
-    from prelora_ray.run_folder import RunFolder
-    from prelora_ray.terminal import console
-    from prelora_ray.terminal.live import watch
-    from prelora_ray.train.run import train as run
-
-    with watch(settings):
-        result = run(settings, debug=_debug)
-    folder = RunFolder.of(settings)
-    result = {**result, "path": str(folder)}
+    if dry_run:
+        _dry_run(settings_of(config, overrides or [], name=name, storage=storage, fast=fast), as_json)
+        return
+    result = prelora_ray.train(config, overrides or [], name=name, storage=storage, fast=fast, debug=_debug)
     if as_json:
         print_json(result)
         return
-    for part in console.trained(folder, result):
+
+    from prelora_ray.run_folder import RunFolder
+    from prelora_ray.terminal import console
+
+    for part in console.trained(RunFolder(result["path"]), result):
         console.out.print(part)
 
 
 @app.command()
+def init(
+    file: Annotated[str, typer.Argument(help="The recipe's file, a new one.")],
+    data: Annotated[str, typer.Option(help="A prepared folder, or whatever `prelora prepare` takes.")],
+    as_json: Json = False,
+) -> None:
+    """Write a first recipe for your images: a model for their number and size, their mean, batch and epochs."""
+    from prelora_ray.config_file import parse_yaml
+    from prelora_ray.first_recipe import write_recipe
+    from prelora_ray.terminal import console
+
+    with console.progress("images") as show:
+        text = write_recipe(file, data, show)
+    if as_json:
+        print_json({"path": file, "recipe": parse_yaml(text)})
+        return
+    console.out.print(text)
+    console.out.print(f"{file} is yours to change; then: prelora train {file} --dry-run")
+
+
+def _dry_run(settings: Settings, as_json: bool) -> None:
+    from prelora_ray.terminal import console
+    from prelora_ray.train.dry_run import dry_run
+
+    result = dry_run(settings, debug=_debug)
+    if as_json:
+        print_json(asdict(result))
+        return
+    for line in console.would_train(result):
+        console.out.print(line)
+
+
+@app.command()
 def plan(
-    recipe: Annotated[str, typer.Argument(help="A recipe; or a run folder, to compare a plan with what was measured.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(help="A recipe; or a run folder, to compare a plan with what was measured.", autocompletion=_recipes),
+    ],
     overrides: Overrides = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="Number of GPUs; default: the recipe's workers.max.")] = None,
     gpu: Annotated[str | None, typer.Option(help="Part of the GPU's name; default: H100, or that of --bench.")] = None,
@@ -218,12 +258,9 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Evaluate a trained model on a prepared validation set."""
-    from prelora_ray.inference.evaluate import evaluate as run
-    from prelora_ray.ray_session import ray_session
     from prelora_ray.terminal import console
 
-    with ray_session(debug=_debug), console.progress("images") as show:
-        report = run(source, data, show)
+    report = prelora_ray.evaluate(source, data, debug=_debug)
     result = report.evaluation
     if as_json:
         content: dict[str, Any] = asdict(result)
@@ -242,6 +279,29 @@ def evaluate(
 
 
 @app.command()
+def predict(
+    source: Annotated[str, typer.Argument(metavar="MODEL", help="A run folder, one of its checkpoints, or an exported model.")],
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Image files.")],
+    top: Annotated[int, typer.Option(min=1, help="Classes to tell of each image, at most all.")] = 5,
+    as_json: Json = False,
+) -> None:
+    """Tell what a trained model takes images for."""
+    import torch
+
+    from prelora_ray.terminal import console
+
+    model = prelora_ray.load(source)
+    if torch.cuda.is_available():
+        model.module.to("cuda")
+    predictions = model.predict(images, top)
+    if as_json:
+        told = [{"image": image, **asdict(prediction)} for image, prediction in zip(images, predictions, strict=True)]
+        print_json({"predictions": told})
+        return
+    console.out.print(console.predictions_table(images, predictions))
+
+
+@app.command()
 def export(
     source: Annotated[str, typer.Argument(help="A run folder, or one of its checkpoints.")],
     out: Annotated[str, typer.Argument(help="New folder that the exported model goes into.")],
@@ -250,10 +310,9 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Export a run's model for timm, PEFT and ONNX, each loaded back and compared with the run's own."""
-    from prelora_ray.inference.export import export as run
     from prelora_ray.terminal import console
 
-    exported = run(source, out, data, ema=ema)
+    exported = prelora_ray.export(source, out, data, ema=ema)
     if as_json:
         paths = {form: f"{out.rstrip('/')}/{form}" if form in exported.forms else None for form in ("timm", "adapter", "onnx")}
         print_json({**paths, "max_abs_diff": max(exported.max_abs_diff.values()), "images": exported.images})
@@ -285,8 +344,7 @@ def replay(
     as_json: Json = False,
 ) -> None:
     """Tell where other settings of the test would have switched a recorded run. What is not given is the run's own."""
-    from prelora_ray.config_file import parse_method
-    from prelora_ray.recorded.replay import read_record
+    from prelora_ray.recorded.replay import changed_method, read_record
     from prelora_ray.recorded.replay import replay as run
     from prelora_ray.summaries import rank_counts
     from prelora_ray.terminal import console
@@ -296,15 +354,10 @@ def replay(
     record = read_record(source)
     taus = [record.method.tau] if tau is None else _numbers("--tau", tau)
     zetas = [record.method.zeta] if zeta is None else _numbers("--zeta", zeta)
-    test: dict[str, Any] = {"windows": windows, "window_epochs": window_epochs, "norm_statistic": norm_statistic}
-    test |= {"tau": None if tau is None else taus[0], "zeta": None if zeta is None else zetas[0]}
-    ranks = {"r_min": r_min, "r_max": r_max, "normalize": normalize}
-    given: dict[str, Any] = {key: value for key, value in (test | ranks).items() if value is not None}
-    if given.keys() & test.keys():  # another test, so not the run's forced switch
-        given["switch_epoch"] = None
-    if given.keys() & ranks.keys():
-        given["rank_pattern"] = None
-    method = parse_method({**record.method.model_dump(), **given})
+    given: dict[str, Any] = {"windows": windows, "window_epochs": window_epochs, "norm_statistic": norm_statistic}
+    given |= {"tau": None if tau is None else taus[0], "zeta": None if zeta is None else zetas[0]}
+    given |= {"r_min": r_min, "r_max": r_max, "normalize": normalize}
+    method = changed_method(record, {key: value for key, value in given.items() if value is not None})
     ramp = record.ramp_epochs if ramp_epochs is None else ramp_epochs
     if len(taus) * len(zetas) > 1:
         _replay_map(source, record, method, ramp, taus, zetas, picture, as_json)

@@ -17,20 +17,43 @@ from prelora_ray.section import Section, rule
 from prelora_ray.storage import without_keys
 
 SectionT = TypeVar("SectionT", bound=Section)
+Override = str | tuple[str, Any]
+"""`key.path=value` with the value in YAML, as a command line has it; or the key and the value."""
+
+
+_RECIPES = Path(__file__).parent / "recipes"
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in _RECIPES.glob("*.yaml"))
+
+
+def find_recipe(recipe: str | Path) -> Path:
+    """The file of a recipe: the path as it is, or by its name one that comes with the package.
+
+    Raises UserError where it is neither.
+    """
+    path, names = Path(recipe), recipe_names()
+    if str(recipe) in names and (path.is_dir() or not path.exists()):
+        return _RECIPES / f"{recipe}.yaml"
+    if not path.exists():
+        raise UserError(f"{recipe} is no file: give the path of a recipe, or the name of one of ours: {', '.join(names)}")
+    return path
 
 
 def load_settings(
-    path: str | Path, overrides: Iterable[str] = (), *, name: str | None = None, storage: str | None = None
+    path: str | Path, overrides: Iterable[Override] = (), *, name: str | None = None, storage: str | None = None
 ) -> Settings:
-    """Reads a recipe. `overrides` are `key.path=value`, with values in YAML.
+    """Reads a recipe: a file, or by its name one that comes with the package.
 
     Raises UserError with one sentence a mistake, naming the key, the value and what is allowed.
     """
-    return parse_settings(read_named(path, overrides, name=name, storage=storage))
+    return parse_settings(read_named(find_recipe(path), overrides, name=name, storage=storage))
 
 
 def read_named(
-    path: str | Path, overrides: Iterable[str] = (), *, name: str | None = None, storage: str | None = None
+    path: str | Path, overrides: Iterable[Override] = (), *, name: str | None = None, storage: str | None = None
 ) -> dict[str, Any]:
     """What a YAML file holds, with what a command line changes in it; the name is by default the file's own.
 
@@ -56,11 +79,11 @@ def read_named(
     return content
 
 
-def with_overrides(content: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+def with_overrides(content: dict[str, Any], overrides: Iterable[Override]) -> dict[str, Any]:
     """Settings with what a command line changes in them. Raises UserError for what is no `key.path=value`."""
     content = dict(content)
     for override in overrides:
-        _apply(content, override)
+        set_key(content, *(_parse_override(override) if isinstance(override, str) else override))
     return content
 
 
@@ -105,12 +128,12 @@ def parse_yaml(text: str) -> Any:
         raise yaml.YAMLError(f"a value cannot be read ({one_line(error)}); text goes between quotes") from None
 
 
-def _apply(content: dict[str, Any], override: str) -> None:
+def _parse_override(override: str) -> tuple[str, Any]:
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise UserError(f"--set {override!r} is not allowed: write key.path=value, such as train.epochs=20")
     try:
-        set_key(content, key.strip(), parse_yaml(value))
+        return key.strip(), parse_yaml(value)
     except yaml.YAMLError as error:
         reason = one_line(error)
         raise UserError(f"--set {override!r} is not allowed: the value is not YAML: {reason}") from None

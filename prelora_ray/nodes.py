@@ -19,11 +19,12 @@ _PATIENCE_SECONDS = 5.0
 _ANSWER_SECONDS = 60.0
 
 
-def check_seen_by_all_nodes(reads: Iterable[str] = (), writes: Iterable[str] = ()) -> None:
+def check_seen_by_all_nodes(reads: Iterable[str] = (), writes: Iterable[str] = (), *, touches: bool = True) -> None:
     """Has every node that may get work look for absolute local paths: those that are there, and folders to write into.
 
-    A folder to write into is made, and holds a hidden file during the check. What is no absolute path, such as an
-    address in a bucket, is not checked, and neither are nodes that join later.
+    A folder to write into is made, and holds a hidden file during the check; without `touches` the nearest folder above
+    it that is there is looked for instead. What is no absolute path, such as an address in a bucket, is not checked,
+    and neither are nodes that join later.
 
     Raises UserError, with the path and the node, where a node does not see one, and for a folder that would end with
     its job.
@@ -34,6 +35,8 @@ def check_seen_by_all_nodes(reads: Iterable[str] = (), writes: Iterable[str] = (
     nodes = _other_nodes()
     if not nodes:
         return
+    if not touches:
+        reads, folders = [*reads, *(_nearest(path) for path in folders)], []
     looked_for = {_something_of(path): path for path in reads if os.path.isabs(path) and os.path.exists(path)}
     tokens = []
     try:
@@ -56,6 +59,11 @@ def _other_nodes() -> dict[str, str]:
         for node in ray.nodes()
         if node["Alive"] and node["NodeID"] != own and node["Resources"].get("CPU")
     }
+
+
+def _nearest(path: str) -> str:
+    """The path itself, or the nearest folder above it that is there."""
+    return path if os.path.exists(path) else _nearest(os.path.dirname(path))
 
 
 def _something_of(path: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -10,11 +11,13 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 import torch
 from torch import nn
+from xdist.scheduler import LoadScopeScheduling
 
 from prelora_ray.config import Settings
 from prelora_ray.monitor.exporter import start_exporter
@@ -35,8 +38,43 @@ make_importable()
 import timm  # noqa: E402
 
 torch.set_num_threads(1)
+# Of all that the tests start: several processes share few cores, sum alike, and none waits for all others.
+os.environ |= {"OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
 # A shell starts what runs in the background with Ctrl-C ignored, and so would be what the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+READ_RUNS = {"dashboards", "monitor", "report", "train"}
+"""Folders whose tests look at the same runs, which take a minute or more."""
+TRAIN_FOR_MANY = {"undisturbed", "disturbed", "grid"}
+"""Fixtures."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long begins first."""
+
+    def place(item: pytest.Item) -> int:
+        fixtures = set(getattr(item, "fixturenames", ()))
+        return 0 if fixtures & TRAIN_FOR_MANY else 1 if "ray_cluster" in fixtures else 2
+
+    items.sort(key=place)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by then stays, and no collection of garbage, of which tests make many, looks at it again."""
+    gc.freeze()
+
+
+class Scheduling(LoadScopeScheduling):
+    """Keeps the tests of a folder, or of folders that look at the same runs, in one process."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        _, place, *_ = nodeid.split("::")[0].split("/")
+        return "runs" if place in READ_RUNS else place
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:
+    return Scheduling(config, log)
 
 
 @pytest.fixture
@@ -89,7 +127,6 @@ def trackers(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def ray_cluster(bucket: str, trackers: list[str]) -> Iterator[None]:
     """One embedded cluster with a few more CPUs than the machine has, as its workers mostly wait for each other."""
     os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # a socket's path must be short
-    os.environ["OMP_NUM_THREADS"] = "1"  # also for workers that hold several CPUs, so that all sum alike
     ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()

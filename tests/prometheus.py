@@ -31,7 +31,7 @@ class Prometheus:
         config = yaml.safe_load((CONFIG / "prometheus.yml").read_text())
         config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
         config["rule_files"] = [str(CONFIG / "alerts.yml")]
-        (node,) = ray.nodes()
+        (node,) = (node for node in ray.nodes() if node["Alive"])
         targets = {"prelora": exporter, "ray": f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}"}
         config["scrape_configs"] = [
             {"job_name": job, "scrape_interval": SCRAPE[job], "static_configs": [{"targets": [target]}]}

@@ -118,6 +118,10 @@ def test_replay_reads_phase_full_only_and_says_why_there_is_no_switch(record):
     ("arguments", "message"),
     [
         (["train", "no.yaml"], "no.yaml is no file"),
+        (["train", "digitz"], "digitz is no file: give the path of a recipe, or the name of one of ours: cifar10, digits, "),
+        (["train", "digits", "--dry-run", "--set", "method.r_max=128"], "method.r_max = 128 is not allowed: the model's"),
+        (["train", "cifar10", "--dry-run", "--set", "data.path=/nowhere"], "/nowhere is no prepared folder"),
+        (["predict", "/nowhere", "image.png"], "'/nowhere' is no trained model"),
         (["train", "jobs/configs/digits.yaml", "--set", "train.epoch=3"], "did you mean train.epochs"),
         (["train", "jobs/configs/cifar10.yaml", "--set", "data.path=/nowhere"], "/nowhere is no prepared folder"),
         (["train", "jobs/configs/digits.yaml", "--set", "method.r_max=128"], "method.r_max = 128 is not allowed: the model's"),
@@ -200,6 +204,22 @@ def test_help_names_every_command(words):
     assert re.findall(r"^  (\w+) +[A-Z]\w+ ", result.stdout, re.MULTILINE) == list(group.commands)
 
 
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        ("pre", ["prepare", "predict"]),
+        ("train im", ["imagenet_vit_large", "imagenet_vit_small"]),
+        ("train jobs/", []),  # no recipe's name: the shell completes files
+        ("train digits --dry", ["--dry-run"]),
+    ],
+)
+def test_a_shell_completes_commands_recipes_and_options(monkeypatch, words, completed):
+    monkeypatch.setenv("_PRELORA_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", f"prelora {words}")
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split())))
+    assert prelora_here().stdout.split() == completed
+
+
 def tiny_run(tmp_path: Path) -> list[str]:
     """A run of the digits' recipe made small, which switches after epoch 3 and freezes after epoch 5 of 9."""
     changes = {
@@ -212,6 +232,8 @@ def tiny_run(tmp_path: Path) -> list[str]:
         "method.window_epochs": 1,
         "method.warmup_epochs": 2,
         "method.r_max": 8,
+        "workers.min": 1,
+        "workers.max": 1,
     }
     sets = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
     return ["train", "jobs/configs/digits.yaml", "--storage", str(tmp_path), "--name", "run", "--json", *sets]

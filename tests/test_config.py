@@ -48,7 +48,7 @@ def test_recipes_for_clusters_whose_gpus_come_when_asked_for_ask_for_them(path: 
 
 def test_the_papers_run():
     """arXiv 2509.21619: ViT-L, 300 epochs on 64 GPUs, three windows of three epochs; in batches of 4096."""
-    paper = load_settings(next(path for path in CONFIGS if path.stem == "imagenet_vit_large"))
+    paper = load_settings(next(path for path in CONFIGS if path.stem == "imagenet_vit_large_paper"))
     assert (paper.train.epochs, paper.data.batch_size, paper.workers.max) == (300, 4096, 64)
     assert (paper.method.windows, paper.method.window_epochs, paper.method.warmup_epochs) == (3, 3, 10)
 

@@ -111,6 +111,9 @@ def check_ray(arguments: list[str]) -> None:
 def parsed(group: Any, arguments: list[str]) -> dict[str, Any] | None:
     """The values of a command's parameters; None where the page leaves some out, as a sentence may."""
     command, rest = group, ["1" if PLACEHOLDER.fullmatch(word) else word for word in arguments]
+    if rest[0].startswith("--"):  # parsing it would do it
+        assert any(rest[0] in parameter.opts for parameter in command.params), f"there is no option {rest[0]}"
+        return None
     while rest and hasattr(command, "commands"):
         assert rest[0] in command.commands, f"there is no command {rest[0]}"
         command, rest = command.commands[rest[0]], rest[1:]
@@ -146,6 +149,7 @@ def test_commands_are_found():
         "prelora train jobs/configs/digits.yaml --sett a=1",
         "prelora train jobs/configs/digits.yaml --set train.epoch=1",
         "prelora trian",
+        "prelora --instal-completion",
         "python jobs/training.py x",
         "python jobs/train.py jobs/configs/digits.yaml --workers 3",
         "ray job submit --work-dir . -- python jobs/train.py jobs/configs/digits.yaml",

@@ -15,20 +15,19 @@ from typing import Any
 
 import pytest
 
-from prelora_ray.errors import UserError
-from prelora_ray.inference.load import load_trained
 from tests.command import ROOT, prelora_without
 
 PACKAGE = ROOT / "prelora_ray"
 WITH_ANOTHER = {"pydantic_core": "pydantic", "triton": "torch"}
 """Modules that come with the one named, and are of no use without it."""
+DEVELOPING = {"dev", "docs"}
+"""Extras that no command needs."""
 NEED_AN_EXTRA = {
     *("prelora_ray.report.figures", "prelora_ray.report.page"),
     *("prelora_ray.monitor.mlflow_run", "prelora_ray.monitor.wandb_run"),
     *("prelora_ray.integrations.lightning", "prelora_ray.integrations.transformers"),
 }
 """What is imported only once it is known that its extra is there, or by whoever has it."""
-RECIPE = "jobs/configs/digits.yaml"
 
 
 def project() -> dict[str, Any]:
@@ -84,7 +83,7 @@ def distributions(module: str) -> set[str]:
 CASES = {
     "report": ("plotly", ["report", "runs/any"], "prelora report needs plotly", "report"),
     "report --png": ("kaleido", ["report", "runs/any", "--png", "x"], "prelora report needs kaleido", "report"),
-    "plan --picture": ("plotly", ["plan", RECIPE, "--picture", "x.html"], "--picture needs plotly", "report"),
+    "plan --picture": ("plotly", ["plan", "digits", "--picture", "x.html"], "--picture needs plotly", "report"),
     "replay --picture": (
         "plotly",
         ["replay", "any", "--tau", "1,2", "--picture", "x.html"],
@@ -113,17 +112,16 @@ def test_a_command_says_in_a_sentence_what_to_install(missing: str, arguments: l
 @pytest.mark.parametrize(
     ("form", "marker", "library"), [("onnx", "model.onnx", "onnxruntime"), ("peft", "adapter_config.json", "peft")]
 )
-def test_a_form_of_an_export_says_what_reads_it(tmp_path: Path, monkeypatch, form: str, marker: str, library: str):
+def test_a_form_of_an_export_says_what_reads_it(tmp_path: Path, form: str, marker: str, library: str):
     (tmp_path / marker).touch()
-    monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(UserError) as error:
-        load_trained(str(tmp_path))
-    assert str(error.value) == f"{tmp_path / marker} needs {library}: pip install 'prelora-ray[{form}]'"
+    told = prelora_without(library, "predict", str(tmp_path), "cat.png")
+    assert told.stderr == f"prelora: {tmp_path / marker} needs {library}: pip install 'prelora-ray[{form}]'\n"
+    assert (told.returncode, told.stdout) == (2, "")
     assert library in extras()[form]
 
 
 def test_everything_else_is_imported_without_them():
-    optional = set().union(*(names for extra, names in extras().items() if extra != "dev"))
+    optional = set().union(*(names for extra, names in extras().items() if extra not in DEVELOPING))
     modules = [module for module in installed() if distributions(module) & optional]
     assert {"plotly", "optuna", "onnxruntime", "peft", "mlflow"} <= set(modules)
     command = [sys.executable, "-c", _IMPORT_ALL, ",".join(modules), ",".join(NEED_AN_EXTRA)]
@@ -149,7 +147,7 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
     core = {name_of(requirement) for requirement in project()["dependencies"]}
     used = set().union(*map(libraries, PACKAGE.rglob("*.py")))
     found = {module: distributions(WITH_ANOTHER.get(module, module)) for module in used}
-    declared = core.union(*(names for extra, names in extras().items() if extra != "dev"))
+    declared = core.union(*(names for extra, names in extras().items() if extra not in DEVELOPING))
     assert {module for module, names in found.items() if not names & declared} == set()
     assert core - set().union(*found.values()) == set()
 
@@ -161,14 +159,14 @@ def test_the_core_has_nothing_of_an_extra():
 
 def test_all_of_them_are_in_one_which_make_install_takes():
     found = extras()
-    assert found["all"] == set().union(*(names for extra, names in found.items() if extra != "dev"))
-    assert "--editable '.[all,dev]'" in (ROOT / "Makefile").read_text()
+    assert found["all"] == set().union(*(names for extra, names in found.items() if extra not in DEVELOPING))
+    assert "--editable '.[all,dev,docs]'" in (ROOT / "Makefile").read_text()
 
 
 def test_the_page_has_a_row_for_each():
     table = (ROOT / "docs" / "operations.md").read_text().partition("| extra | brings | for |")[2].partition("\n\n")[0]
     rows = {extra for line in table.splitlines() for extra in re.findall(r"`(\w+)`", line.split("|")[1] if line else "")}
-    assert rows == set(extras()) - {"dev"}
+    assert rows == set(extras()) - DEVELOPING
 
 
 def test_pages_name_extras_that_there_are():

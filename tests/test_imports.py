@@ -44,7 +44,7 @@ MAY_IMPORT = {
     },
     "recorded": {
         *("recorded", "schedule.py", "engine/optim.py", "fault_tolerance", "method"),
-        *("run_folder.py", "records.py", "summaries.py", "config.py", "errors.py", "words.py"),
+        *("run_folder.py", "records.py", "summaries.py", "config.py", "config_file.py", "errors.py", "words.py"),
     },
     "monitor": {
         *("monitor", "engine/flops.py", "method", "fault_tolerance/background.py", "fault_tolerance/end.py"),
@@ -82,11 +82,18 @@ MAY_IMPORT = {
     },
     "bench/commands.py": {"bench", "report", "terminal", "json_output.py", "storage.py", "errors.py", "extras.py"},
     "terminal": {
-        *("terminal", "report", "sweep", "plan", "inference", "data", "recorded", "schedule.py", "method"),
+        *("terminal", "report", "sweep", "plan", "inference", "train", "data", "recorded", "schedule.py", "method"),
         *("run_folder.py", "records.py", "summaries.py", "config.py", "words.py"),
     },
+    "api.py": {
+        *("terminal", "ray_session.py", "recorded", "inference", "train"),
+        *("run_folder.py", "config.py", "config_file.py"),
+    },
+    "first_recipe.py": {"data", "config_file.py", "storage.py", "errors.py", "words.py"},
     "cli.py": {
         *(
+            "api.py",
+            "first_recipe.py",
             "terminal",
             "recorded",
             "ray_session.py",
@@ -105,7 +112,7 @@ MAY_IMPORT = {
         *("extras.py", "words.py", "__init__.py"),
     },
     "__main__.py": {"cli.py"},
-    "__init__.py": {"engine/prelora.py"},
+    "__init__.py": {"api.py", "engine/prelora.py"},
 }
 """Lower layers first; what each may import, itself included."""
 METHOD_LIBRARIES = {

@@ -21,8 +21,6 @@ from packaging.utils import canonicalize_name
 
 from tests.command import ROOT
 
-RECIPE = ROOT / "jobs" / "configs" / "digits.yaml"
-
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -30,9 +28,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("source")
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     for name in subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0"):
-        if name and (ROOT / name).is_file():
+        if name and os.path.lexists(ROOT / name):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / name, folder / name)
+            shutil.copyfile(ROOT / name, folder / name, follow_symlinks=False)
     for name in ("data/digits/train-00000.parquet", "runs/digits/config.yaml"):
         (folder / name).parent.mkdir(parents=True)
         (folder / name).touch()
@@ -49,12 +47,15 @@ def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_it_holds_the_whole_package_and_nothing_else(source: Path, wheel: Path):
-    package = {path.relative_to(source).as_posix() for path in (source / "prelora_ray").rglob("*") if path.is_file()}
-    assert "prelora_ray/py.typed" in package
+    walked = os.walk(source / "prelora_ray", followlinks=True)
+    files = [Path(folder, name) for folder, _, names in walked for name in names]
+    package = {path.relative_to(source).as_posix(): path.read_bytes() for path in files}
+    assert {"prelora_ray/py.typed", "prelora_ray/recipes/digits.yaml"} <= package.keys()
     assert any(name.startswith("prelora_ray/plan/measured/") for name in package)
-    held = set(zipfile.ZipFile(wheel).namelist())
+    with zipfile.ZipFile(wheel) as archive:
+        held = {name: archive.read(name) for name in archive.namelist()}
     about = f"{'-'.join(wheel.name.split('-')[:2])}.dist-info/"
-    assert {name for name in held if not name.startswith(about)} == package
+    assert {name: content for name, content in held.items() if not name.startswith(about)} == package
     assert about + "licenses/LICENSE" in held
 
 
@@ -118,14 +119,14 @@ def test_it_trains_with_the_libraries_of_the_core(environment: Path, tmp_path: P
     told = call(environment, tmp_path, "python", "-c", there).stdout.split()
     assert Path(told[0]).is_relative_to(environment)
     assert told[1:] == ["None"] * 3
-    trained = call(environment, tmp_path, "prelora", "train", str(RECIPE), "--fast", "--json")
+    trained = call(environment, tmp_path, "prelora", "train", "digits", "--fast", "--json")
     assert trained.returncode == 0, trained.stderr
     result = json.loads(trained.stdout)
     assert (result["switch_epoch"], result["freeze_epoch"], result["epochs"]) == (2, 3, 4)
     evaluated = call(environment, tmp_path, "prelora", "evaluate", result["path"], "--json")
     assert evaluated.returncode == 0, evaluated.stderr
     assert json.loads(evaluated.stdout)["top1"] == pytest.approx(result["val_top1"])
-    planned = call(environment, tmp_path, "prelora", "plan", str(RECIPE), "--gpus", "1", "--images", "1000000", "--json")
+    planned = call(environment, tmp_path, "prelora", "plan", "digits", "--gpus", "1", "--images", "1000000", "--json")
     assert planned.returncode == 0, planned.stderr
     refused = call(environment, tmp_path, "prelora", "report", result["path"])
     assert (refused.returncode, refused.stderr) == (

@@ -84,6 +84,20 @@ def encode(content: bytes, size: int, quality: int, max_pixels: int) -> bytes:
         raise BadImageError(_reason(error)) from error
 
 
+def encode_image(image: Image.Image, size: int) -> bytes:
+    """An image of Pillow's as `encode` makes it of a file, always as PNG, which keeps its pixels.
+
+    Raises BadImageError where it cannot be decoded.
+    """
+    try:
+        with _pillow_kept_quiet():
+            return _saved(_reduced(image, _turn(image), size), "PNG")
+    except MemoryError:
+        raise
+    except Exception as error:  # what a decoder raises over broken bytes is anything
+        raise BadImageError(_reason(error)) from error
+
+
 def is_image_name(name: str) -> bool:
     """Whether a file's name claims that it is an image; one without an ending does."""
     ending = os.path.splitext(name)[1].lower()
@@ -246,6 +260,14 @@ def _segments(jpeg: bytes) -> Iterator[tuple[int, int, int]]:
 
 def _stored(image: Image.Image, turn: Image.Transpose | None, size: int, quality: int) -> bytes:
     """A loaded image upright, in RGB, reduced and encoded anew."""
+    image = _reduced(image, turn, size)
+    if min(image.size) <= _LOSSLESS_SIDE or max(image.size) > _JPEG_SIDE:
+        return _saved(image, "PNG")
+    return _saved(image, "JPEG", quality=quality)
+
+
+def _reduced(image: Image.Image, turn: Image.Transpose | None, size: int) -> Image.Image:
+    """An image upright, in RGB, with a shorter side of at most `size`."""
     image = _eight_bits(image).convert("RGB")
     if turn is not None:
         image = image.transpose(turn)
@@ -254,12 +276,13 @@ def _stored(image: Image.Image, turn: Image.Transpose | None, size: int, quality
         image = image.resize(
             (round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC, reducing_gap=3.0
         )
+    return image
+
+
+def _saved(image: Image.Image, format_: str, **options: int) -> bytes:
     image.info = {}  # nothing but pixels is stored: to a LAB image the conversion adds a profile with the time of day
     buffer = io.BytesIO()
-    if min(image.size) <= _LOSSLESS_SIDE or max(image.size) > _JPEG_SIDE:
-        image.save(buffer, "PNG")
-    else:
-        image.save(buffer, "JPEG", quality=quality)
+    image.save(buffer, format_, **options)
     return buffer.getvalue()
 
 

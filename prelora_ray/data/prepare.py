@@ -62,9 +62,7 @@ def prepare(
     """
     settings = settings or PrepareSettings()
     folder = Storage(out)
-    _check_is_ours(folder, source)
-    splits = Splits(settings.train_split, settings.val_split)
-    opened = open_source(source, splits, Columns(settings.image_column, settings.label_column), folder.path)
+    opened = open_for(source, out, settings)
     tasks = plan(opened, folder.uri, settings)
     (folder / _PARTS).make()
     folder.remove_file("manifest.json")  # shards may change from here on
@@ -96,6 +94,14 @@ def prepare(
     _remove_stale(folder, {task.file for task in tasks})
     write_manifest(folder, manifest)
     return manifest
+
+
+def open_for(source: str, out: str, settings: PrepareSettings) -> Source:
+    """A source as it is prepared into folder `out`. Raises UserError where either will not do. Writes nothing."""
+    folder = Storage(out)
+    _check_is_ours(folder, source)
+    splits = Splits(settings.train_split, settings.val_split)
+    return open_source(source, splits, Columns(settings.image_column, settings.label_column), folder.path)
 
 
 def _check_is_ours(folder: Storage, source: str) -> None:

@@ -123,9 +123,7 @@ class DriverLock:
                 self._folder.remove_file(name)
                 del others[name]
             elif lives and _holds(claim):
-                raise HeldRunError(
-                    f"run {self._folder} is being trained by {_who(claim)}: wait for it, stop it, or give another --name"
-                )
+                raise _held(self._folder, claim)
         return is_laid, others
 
     def _lives(self, name: str, claim: Claim, start: float) -> bool | None:
@@ -190,6 +188,16 @@ def is_held(folder: RunFolder) -> bool:
         return False
     is_running = _is_running(claim)
     return time.time() - claim.get("time", 0.0) < SILENCE_SECONDS if is_running is None else is_running
+
+
+def check_free(folder: RunFolder) -> None:
+    """Raises HeldRunError where a living driver seems to hold a run folder. Unlike DriverLock it writes nothing."""
+    if is_held(folder):
+        raise _held(folder, holder(folder) or {})
+
+
+def _held(folder: RunFolder, claim: Claim) -> HeldRunError:
+    return HeldRunError(f"run {folder} is being trained by {_who(claim)}: wait for it, stop it, or give another --name")
 
 
 def _check(folder: RunFolder, name: str) -> None:

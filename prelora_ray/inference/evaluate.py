@@ -9,7 +9,6 @@ from typing import Any
 import ray
 import torch
 
-from prelora_ray.data.augment import Augmentation
 from prelora_ray.data.batch import Pass, StreamPlan
 from prelora_ray.data.damage import DamagedDataError
 from prelora_ray.data.manifest import Manifest, read_manifest
@@ -101,8 +100,7 @@ def _evaluate(model: TrainedModel, path: str, manifest: Manifest, decoders: int)
 def _plan(model: TrainedModel, path: str, manifest: Manifest) -> StreamPlan:
     preprocessing = model.preprocessing
     order = Order(manifest.row_groups("val"), num_cells=1, cell=_BATCH, seed=None)
-    augmentation = Augmentation(preprocessing.image_size, preprocessing.mean, preprocessing.std)
-    return StreamPlan(path, manifest, {"val": order}, augmentation, 0, preprocessing.crop_ratio, 0, 1)
+    return StreamPlan(path, manifest, {"val": order}, preprocessing.augmentation, 0, preprocessing.crop_ratio, 0, 1)
 
 
 def _check_classes(source: str, model: tuple[str, ...], data: str, prepared: tuple[str, ...]) -> None:

@@ -14,9 +14,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from prelora_ray.data.augment import Augmentation, Augmenter
 from prelora_ray.data.manifest import read_manifest
-from prelora_ray.data.mixing import normalize
 from prelora_ray.data.rows import read_encoded
 from prelora_ray.engine.prelora import save_adapter
 from prelora_ray.errors import UserError, WorkError
@@ -95,12 +93,7 @@ def export(source: str, out: str, data: str | None = None, *, ema: bool = False)
 
 def _real_images(run: RunModel, path: str) -> torch.Tensor:
     """The first validation images, normalised, (n, channels, size, size)."""
-    prepared = run.preprocessing
-    augmentation = Augmentation(prepared.image_size, prepared.mean, prepared.std)
-    augmenter = Augmenter(augmentation, seed=0, crop_ratio=prepared.crop_ratio)
-    encoded = read_encoded(path, read_manifest(Storage(path)).splits["val"], _IMAGES)
-    pixels = torch.stack([torch.from_numpy(augmenter.evaluate(content)) for content in encoded])
-    return normalize(pixels, prepared.mean, prepared.std)
+    return run.preprocessing.read(read_encoded(path, read_manifest(Storage(path)).splits["val"], _IMAGES))
 
 
 @torch.no_grad()

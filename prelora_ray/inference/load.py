@@ -11,9 +11,10 @@ An export is a folder of three forms, each of which is a trained model by itself
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, overload
 
 import torch
 from torch import nn
@@ -24,23 +25,13 @@ from prelora_ray.engine.state import restore_model
 from prelora_ray.errors import UserError, one_line
 from prelora_ray.extras import check_installed
 from prelora_ray.fault_tolerance.checkpoint import Checkpoints, DamagedCheckpointError
+from prelora_ray.inference.predict import Image, Prediction, is_image, predict
+from prelora_ray.inference.preprocessing import Preprocessing
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
 
 _LIBRARY = {"adapter": ("peft", "peft"), "onnx": ("onnx", "onnxruntime")}
 """The extra and the module that a form is loaded with."""
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """What becomes of an image before the model takes it."""
-
-    image_size: int
-    mean: tuple[float, ...]
-    """Of each channel that the model takes: three, or one, which is the grey value."""
-    std: tuple[float, ...]
-    crop_ratio: float
-    """Share of the shorter side in the centre crop."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +42,22 @@ class TrainedModel:
     preprocessing: Preprocessing
     data: str | None
     """The prepared folder that it was trained on, where that is known."""
+
+    @overload
+    def predict(self, images: Image, top: int = 5) -> Prediction: ...  # type: ignore[overload-overlap]  # str is a sequence
+    @overload
+    def predict(self, images: Sequence[Image], top: int = 5) -> list[Prediction]: ...
+    def predict(self, images: Image | Sequence[Image], top: int = 5) -> Prediction | list[Prediction]:
+        """Classifies an image, or each of several: files of any kind that `prelora prepare` reads, also in a bucket, or
+        Pillow's images. `top`: classes that are told of each, at most all.
+
+        Files are read as `prepare` with its defaults and evaluation read them. Computes where the module is. Raises
+        UserError, before anything is computed, where one is no image that can be read.
+        """
+        is_one = is_image(images)
+        given = cast("Sequence[Image]", [images] if is_one else images)
+        found = predict(self.module, self.classes, self.preprocessing, given, top)
+        return found[0] if is_one else found
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,10 @@ import math
 import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from prelora_ray.config import MethodSettings, Settings
+from prelora_ray.config_file import parse_method
 from prelora_ray.engine.optim import rates_left
 from prelora_ray.errors import UserError
 from prelora_ray.method.convergence import Verdict
@@ -15,6 +17,9 @@ from prelora_ray.records import NormsLine
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.schedule import decide, phase_schedule
 from prelora_ray.words import counted
+
+_OF_THE_TEST = {"tau", "zeta", "windows", "window_epochs", "norm_statistic"}
+_OF_THE_RANKS = {"r_min", "r_max", "normalize", "rank_floor_percent"}
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,20 @@ def read_record(source: str) -> Record:
     if settings is None:
         return Record(epochs, MethodSettings(), ramp_epochs=0)
     return Record(epochs, settings.method, settings.train.ramp_epochs, rates_left(settings))
+
+
+def changed_method(record: Record, changes: dict[str, Any]) -> MethodSettings:
+    """The settings of the method that a record was made with, with others for some keys.
+
+    With another test the run's forced switch does not stand, with other ranks its pattern of them. Raises UserError for
+    what is not allowed.
+    """
+    given = dict(changes)
+    if changes.keys() & _OF_THE_TEST:
+        given.setdefault("switch_epoch", None)
+    if changes.keys() & _OF_THE_RANKS:
+        given.setdefault("rank_pattern", None)
+    return parse_method({**record.method.model_dump(), **given})
 
 
 def replay(record: Record, method: MethodSettings, ramp_epochs: int) -> Replay:

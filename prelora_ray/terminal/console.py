@@ -28,9 +28,11 @@ from prelora_ray.words import accuracy, ago, counted, modules_by_rank, number, p
 if TYPE_CHECKING:
     from prelora_ray.data.manifest import Manifest
     from prelora_ray.inference.evaluate import EvaluationReport
+    from prelora_ray.inference.predict import Prediction
     from prelora_ray.plan.result import Plan
     from prelora_ray.recorded.runs import RunState
     from prelora_ray.sweep.map import Point
+    from prelora_ray.train.dry_run import DryRun
 
 _PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False, "soft_wrap": True}
 """Text is shown as it is: a path may hold `[old]` or `:x:`, which Rich would take for its own. Style goes by `Text`."""
@@ -103,6 +105,33 @@ def runs_table(storage: str, runs: Sequence[RunState]) -> Table:
     return table
 
 
+def would_train(dry_run: DryRun) -> Iterator[str]:
+    """What `prelora train` would do."""
+    run = dry_run
+    if run.is_finished:
+        yield f"run {run.path} has finished already: nothing would be trained"
+    elif run.checkpoint is None:
+        yield f"run {run.path} would begin"
+    else:
+        yield f"run {run.path} would go on from checkpoint {run.checkpoint}, after epoch {run.epoch} of {run.epochs}"
+    yield f"model {run.model}, {counted(run.parameters, 'parameter')}"
+    images = f"{run.train_images:,} training and {run.val_images:,} validation images"
+    yield f"data {run.data}: {images} of {counted(run.classes, 'class', 'classes')}" + (
+        "" if run.is_prepared else ", to be prepared first"
+    )
+    few, most = run.workers
+    workers = counted(most, "worker") if few == most else f"{few} to {most} workers"
+    each = "one GPU each" if run.gpu else "no GPU"
+    yield f"{counted(run.epochs, 'epoch')} of {counted(run.batches, 'batch', 'batches')} on {workers} with {each}"
+    if run.switch_epoch is not None:
+        yield f"switch after epoch {run.switch_epoch}, as the recipe says"
+    elif run.first_verdict is not None:
+        yield f"switch where the test finds that training has converged, after epoch {run.first_verdict} at the earliest"
+    else:
+        yield "no switch: full training alone"
+    yield "nothing was written"
+
+
 def trained(folder: RunFolder, result: dict[str, Any]) -> Iterator[str | Table]:
     """What a finished run came to, and what is to be said of it."""
     run = RunRecords(folder)
@@ -156,6 +185,17 @@ def confusion_table(report: EvaluationReport) -> Table:
         mistakes = sorted(((n, j) for j, n in enumerate(row) if n and j != i), reverse=True)
         told = ", ".join(f"{report.classes[j]} {n}" for n, j in mistakes[:10]) + (", ..." if mistakes[10:] else "")
         table.add_row(name, str(sum(row)), str(row[i]), told)
+    return table
+
+
+def predictions_table(images: Sequence[str], predictions: Sequence[Prediction]) -> Table:
+    """The likeliest classes of each image."""
+    table = Table()
+    for column in ("image", "class", "probability"):
+        table.add_column(column, justify="right" if column == "probability" else "left")
+    for image, prediction in zip(images, predictions, strict=True):
+        for i, (label, share) in enumerate(zip(prediction.labels, prediction.probabilities, strict=True), 1):
+            table.add_row(image if i == 1 else "", label, percent(share), end_section=i == len(prediction.labels))
     return table
 
 

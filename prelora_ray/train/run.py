@@ -70,6 +70,30 @@ class TrainError(WorkError):
     """The work failed; the message says where it stands."""
 
 
+def check_settings(settings: Settings, folder: RunFolder) -> Settings | None:
+    """All that can be checked before Ray starts. Returns the settings that the run was begun with, where it was.
+
+    `settings`: with absolute paths. Raises UserError for settings that cannot work.
+    """
+    before = folder.read_settings() if folder.exists("config.yaml") else None
+    if before is not None:
+        _check_unchanged(before, settings, folder)
+        Checkpoints(folder).check_schema()
+        if folder.exists("data.json"):
+            folder.read_classes()  # raises, where it is damaged, before Ray starts
+    if folder.exists("result.json"):
+        return before
+    check_loggers(settings)
+    check_model(settings)
+    if (source := settings.model.init_from) is not None and before is None:
+        load_pretrained(create_model(settings.model, num_classes=1, seed=0), initial_weights(source), source)  # raises early
+    if not Storage(settings.data.path).exists("manifest.json") and settings.data.source is None:
+        read_manifest(Storage(settings.data.path))  # raises, and says how to prepare it
+    for sentence in without_effect(settings):
+        logger.warning("%s", sentence)
+    return before
+
+
 def train(settings: Settings, *, debug: bool = False, callbacks: Sequence[ray.train.UserCallback] = ()) -> dict[str, Any]:
     """Trains a run to its end, from wherever it stands, and returns the contents of result.json.
 
@@ -80,37 +104,17 @@ def train(settings: Settings, *, debug: bool = False, callbacks: Sequence[ray.tr
     """
     settings = with_absolute_paths(settings)
     folder = RunFolder.of(settings)
-    before = folder.read_settings() if folder.exists("config.yaml") else None
-    if before is not None:
-        _check_unchanged(before, settings, folder)
-        Checkpoints(folder).check_schema()
-        if folder.exists("data.json"):
-            folder.read_classes()  # raises, where it is damaged, before Ray starts
+    before = check_settings(settings, folder)
     if folder.exists("result.json"):
         result = folder.read_result()
         logger.info("run %s has finished already; give another --name for a new one", folder)
         return result
-    check_loggers(settings)
-    check_model(settings)
-    if (source := settings.model.init_from) is not None and before is None:
-        load_pretrained(create_model(settings.model, num_classes=1, seed=0), initial_weights(source), source)  # raises early
-    if not Storage(settings.data.path).exists("manifest.json") and settings.data.source is None:
-        read_manifest(Storage(settings.data.path))  # raises, and says how to prepare it
-    for sentence in without_effect(settings):
-        logger.warning("%s", sentence)
     with DriverLock(folder) as lock, _starting(folder), ray_session(debug=debug) as is_embedded:
-        settings = _settle_gpu(settings, before, ray.cluster_resources().get("GPU", 0))
-        _check_room(settings, is_embedded)
-        _check_nodes_see(settings, folder)
-        if not settings.workers.gpu:
-            check_precision(settings.train.precision, torch.device("cpu"))
+        settings = check_cluster(settings, folder, before, is_embedded=is_embedded)
         _prepare_once(settings, folder)
-        manifest = read_manifest(Storage(settings.data.path))
-        _check_classes(settings, manifest)
-        for split in manifest.splits:
-            if not manifest.num_images(split):
-                raise UserError(f"data.path = {settings.data.path!r} is not allowed: it has no images in {split}")
-        _check_same_data(folder, settings, manifest)
+        manifest = check_data(settings, folder)
+        if not folder.exists("data.json"):
+            folder.write_json("data.json", _identity(manifest))
         folder.write_settings(settings)
         folder.remove_file(STOP_FILE)
         _start_exporter(settings)
@@ -120,6 +124,37 @@ def train(settings: Settings, *, debug: bool = False, callbacks: Sequence[ray.tr
         _wait_for_storage(folder, settings.workers)
         check_finished(folder, settings.train.epochs)
         return write_result(folder)
+
+
+def check_cluster(
+    settings: Settings, folder: RunFolder, before: Settings | None, *, is_embedded: bool, writes: bool = True
+) -> Settings:
+    """Checks the Ray that runs: its room, and what its nodes see. Returns the settings with `workers.gpu` resolved.
+
+    `before`: as `check_settings` returns it. Without `writes` no folder is made to see whether all nodes see it; the
+    one that it would be made in is looked for. Raises UserError where the run cannot work there.
+    """
+    settings = _settle_gpu(settings, before, ray.cluster_resources().get("GPU", 0))
+    _check_room(settings, is_embedded)
+    _check_nodes_see(settings, folder, writes=writes)
+    if not settings.workers.gpu:
+        check_precision(settings.train.precision, torch.device("cpu"))
+    return settings
+
+
+def check_data(settings: Settings, folder: RunFolder) -> Manifest:
+    """The manifest of the prepared data. Raises UserError where they are not whole, or not what the run began with."""
+    manifest = read_manifest(Storage(settings.data.path))
+    _check_classes(settings, manifest)
+    for split in manifest.splits:
+        if not manifest.num_images(split):
+            raise UserError(f"data.path = {settings.data.path!r} is not allowed: it has no images in {split}")
+    if folder.exists("data.json") and folder.read_json("data.json") != _identity(manifest):
+        raise UserError(
+            f"data.path = {settings.data.path!r} is not allowed: run {folder} was begun with other images; "
+            "resume it with those, or give another --name"
+        )
+    return manifest
 
 
 def write_result(folder: RunFolder) -> dict[str, Any]:
@@ -224,12 +259,13 @@ def _check_room(settings: Settings, is_embedded: bool) -> None:
         logger.warning("waiting for room: %s", told)
 
 
-def _check_nodes_see(settings: Settings, folder: RunFolder) -> None:
+def _check_nodes_see(settings: Settings, folder: RunFolder, *, writes: bool) -> None:
     """Raises UserError, before anything is prepared or trained, where a node does not see a local path of the run."""
     data = settings.data
     is_prepared = Storage(data.path).exists("manifest.json")
     reads = [path for path in (data.path if is_prepared else data.source, settings.model.init_from) if path is not None]
-    check_seen_by_all_nodes(reads, writes=[str(folder)] if is_prepared else [data.path, str(folder)])
+    written = [str(folder)] if is_prepared else [data.path, str(folder)]
+    check_seen_by_all_nodes(reads, written, touches=writes)
 
 
 def _fit(
@@ -355,17 +391,10 @@ def _check_classes(settings: Settings, manifest: Manifest) -> None:
     if settings.model.num_classes not in (None, len(manifest.classes)):
         raise UserError(
             f"model.num_classes = {settings.model.num_classes} is not allowed: {settings.data.path!r} has "
-            f"{len(manifest.classes)} classes; leave it out to take theirs"
+            f"{counted(len(manifest.classes), 'class', 'classes')}; leave it out to take theirs"
         )
 
 
-def _check_same_data(folder: RunFolder, settings: Settings, manifest: Manifest) -> None:
-    """Records what the run is trained on. Raises UserError where that is not what it began with."""
-    content = {"classes": list(manifest.classes), "fingerprint": manifest.fingerprint}
-    if not folder.exists("data.json"):
-        folder.write_json("data.json", content)
-    elif folder.read_json("data.json") != content:
-        raise UserError(
-            f"data.path = {settings.data.path!r} is not allowed: run {folder} was begun with other images; "
-            "resume it with those, or give another --name"
-        )
+def _identity(manifest: Manifest) -> dict[str, Any]:
+    """What a run is trained on, as data.json holds it."""
+    return {"classes": list(manifest.classes), "fingerprint": manifest.fingerprint}

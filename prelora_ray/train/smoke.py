@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from prelora_ray.config import Settings
-from prelora_ray.config_file import load_settings
+from prelora_ray.config_file import Override, load_settings
 
 _CHANGES = (
     "data.max_batches=4",
@@ -26,7 +26,7 @@ _CHANGES = (
 """Two epochs of phase full, as ranks need two windows, and one of each that follows."""
 
 
-def smoke_run(path: str, overrides: Iterable[str], *, name: str | None = None, storage: str | None = None) -> Settings:
+def smoke_run(path: str, overrides: Iterable[Override], *, name: str | None = None, storage: str | None = None) -> Settings:
     """A recipe's settings made a smoke run, under a name of its own each time. `overrides` win over what makes it one.
 
     Raises UserError as `load_settings` does.

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import subprocess
+from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+from torch.multiprocessing.spawn import ProcessExitedException
 
+from prelora_ray.bench import network
 from prelora_ray.config import ModelSettings
 from prelora_ray.engine.model import create_model
-from tests.command import COMMAND, ROOT, prelora
+from tests.command import COMMAND, ROOT, prelora_here
 
 SMALL = ("network", "--image-size", "16", "--batch", "1", "--seconds", "0", "--bucket", "4")
 """One step a row."""
@@ -20,7 +24,7 @@ SMALL = ("network", "--image-size", "16", "--batch", "1", "--seconds", "0", "--b
 def result(tmp_path_factory) -> dict:
     picture = tmp_path_factory.mktemp("network") / "network.html"
     link = ("--bandwidth", "10", "--bandwidth", "2")
-    done = prelora("bench", *SMALL, *link, "--row", "full", "--row", "lora", "--picture", str(picture), "--json")
+    done = prelora_here("bench", *SMALL, *link, "--row", "full", "--row", "lora", "--picture", str(picture), "--json")
     assert done.returncode == 0, done.stderr
     assert "not measured: lora fp8 (needs a GPU with products of e4m3)" in done.stderr
     assert "full, bf16 exchange" in picture.read_text()
@@ -60,6 +64,18 @@ def test_speeds_are_multiples_of_fulls_over_the_same_link(result):
         assert row["against_full"] == pytest.approx(full[row["gbit_per_second"]] / row["milliseconds"])
 
 
+def test_what_was_measured_before_an_end_stands(monkeypatch):
+    def die(measure: Any, arguments: tuple[Any, ...], **_: Any) -> None:
+        Path(arguments[-1], "rows.jsonl").write_text('{"name": "full, no limit"}\n')
+        raise ProcessExitedException("process 1 terminated with signal SIGKILL", 1, 1, -9)
+
+    monkeypatch.setattr(network, "start_processes", die)
+    found = network.bench_network(network.Options("vit_tiny_patch16_224", 16, 1))
+    assert found["rows"] == [{"name": "full, no limit"}]
+    assert found["failed"] == "process 1 terminated with signal SIGKILL"
+
+
+@pytest.mark.slow
 def test_what_was_measured_before_a_worker_died_stands(tmp_path):
     command = [*COMMAND, "bench", *SMALL, "--bandwidth", "0.02", "--row", "full", "--out", str(tmp_path / "out.json")]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:

@@ -89,15 +89,19 @@ def drain_node(target: Target) -> None:
     """A notice with a deadline; then the node goes."""
     node = target.site.take_busy(target.rng)
     deadline = time.monotonic() + DRAIN_SECONDS
-    command = [
-        *(sys.executable, "-m", "ray.scripts.scripts", "drain-node"),
-        *("--address", target.site.cluster.address, "--node-id", node.node_id),
-        *("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"),
-        *("--deadline-remaining-seconds", str(DRAIN_SECONDS)),
-    ]
-    subprocess.run(command, check=True, capture_output=True)
+    give_notice(target.site.cluster.address, node.node_id, DRAIN_SECONDS)
     time.sleep(max(0.0, deadline - time.monotonic()))
     target.site.cluster.remove_node(node, allow_graceful=False)
+
+
+def give_notice(cluster: str, node_id: str, seconds: int) -> None:
+    """Tells a cluster, by its address, that a node is about to go, as a cloud does of one that it takes back."""
+    command = [
+        *(sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", cluster, "--node-id", node_id),
+        *("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"),
+        *("--deadline-remaining-seconds", str(seconds)),
+    ]
+    subprocess.run(command, check=True, capture_output=True)
 
 
 def corrupt_checkpoint(target: Target) -> None:

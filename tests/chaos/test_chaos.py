@@ -1,4 +1,4 @@
-"""Nodes that go and come; and, slow, one fault of each kind. `make chaos` does several of all kinds, at random."""
+"""Nodes that go and come; and one fault of each kind. `make chaos` does several of all kinds, at random."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ ELSEWHERE = {"worker killed", "driver stopped", "two drivers at once"}
 """Tested in train/test_run.py and test_lock.py; outages in test_outage.py, other full disks in test_full_disk.py."""
 
 
+@pytest.mark.slow
 def test_a_run_whose_nodes_go_and_come_equals_one_on_three_workers(digits: Path, tmp_path: Path) -> None:
     """Its weights too, to 1e-5 in float64. A node goes with a notice and another one without."""
     faults = ["node drained", "node added", "raylet killed"]

@@ -59,7 +59,7 @@ def one_worker(settings: Settings, ray_cluster: None) -> Cells:
     return seen_cells(settings, 0, 1)
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 5])
+@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(5, marks=pytest.mark.slow)])
 def test_same_samples_pixels_and_mixed_batches_for_any_number_of_workers(settings, one_worker, world_size):
     together: Cells = {}
     for rank in range(world_size):

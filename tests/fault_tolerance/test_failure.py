@@ -55,6 +55,7 @@ def _fail_on_row(row: dict[str, Any]) -> dict[str, Any]:
     raise RuntimeError(f"row {row['id']} is bad:\nit has no colour")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "workers", "told", "own"),
     [
@@ -199,7 +200,7 @@ def _attempts(storage: str, name: str) -> int:
 def test_a_run_that_fails_alike_ends(digits, storage, monkeypatch):
     """And not where its surroundings are to blame."""
     monkeypatch.setattr(driver, "train_worker", fail_thrice)
-    told = ends(settings(digits, storage, "fails", 2, **ONCE), attempts=3)
+    told = ends(settings(digits, storage, "fails", 1, **ONCE), attempts=3)
     assert told == f"training failed twice at step 3: RuntimeError: {SHAPES}"
 
 

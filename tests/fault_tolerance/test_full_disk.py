@@ -115,6 +115,7 @@ def test_what_must_be_there_raises_and_leaves_nothing(disk, folder, write):
 RUN = settings(Path("x"), Path("x"), "x", 1)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_run_on_a_disk_that_is_full_from_the_switch_on(disk, digits, undisturbed):
     """It trains to its end, is not finished, and says where it goes on; then it ends with an undisturbed one's bits."""

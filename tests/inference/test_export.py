@@ -1,4 +1,4 @@
-"""What is exported from each phase, loaded by timm, PEFT and onnxruntime alone; and evaluation of all of it."""
+"""What is exported from each phase, loaded by timm, PEFT and onnxruntime alone; evaluation and prediction of it all."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ import torch
 import torch.nn.functional as F
 import yaml
 from peft import PeftModel
-from PIL import Image
+from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 
+from prelora_ray import evaluate, export, load
 from prelora_ray.config_file import parse_settings
 from prelora_ray.data.damage import DamagedDataError
 from prelora_ray.data.manifest import read_manifest
 from prelora_ray.engine.state import TrainState
 from prelora_ray.errors import UserError
 from prelora_ray.fault_tolerance.checkpoint import Checkpoints
-from prelora_ray.inference.evaluate import evaluate
-from prelora_ray.inference.export import ExportError, export
+from prelora_ray.inference.export import ExportError
 from prelora_ray.inference.load import load_run_model
 from prelora_ray.method.adapters import merged_state_dict
 from prelora_ray.method.phases import Phase
@@ -38,7 +38,7 @@ from prelora_ray.records import InitFrom
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
 from prelora_ray.train.run import train
-from tests.command import ROOT
+from tests.command import ROOT, prelora_here
 from tests.data.test_damage import overwrite
 from tests.runs import EPOCHS, FREEZE, SWITCH, TINY_VIT, settings
 
@@ -168,8 +168,14 @@ def snippets(page: Path) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("phase", CHANNELS)
-@pytest.mark.parametrize("folder", [".", "timm", "adapter", "onnx"])
+@pytest.mark.parametrize(
+    ("phase", "folder"),
+    [
+        pytest.param(phase, folder, marks=[] if (folder == ".") == (phase != "lora") else pytest.mark.slow)
+        for phase in CHANNELS
+        for folder in (".", "timm", "adapter", "onnx")
+    ],
+)
 def test_the_code_of_every_card_runs_as_it_stands(runs, exports, phase, folder, tmp_path):
     """In a process of its own, on an image that is not square; what it says of it is what the run's own model does."""
     out = shutil.copytree(exports[phase], tmp_path / "out") / folder
@@ -213,6 +219,15 @@ def test_everybody_may_read_what_everybody_may_list(exports):
     files = [path for path in exports["lora"].rglob("*") if path.is_file()]
     assert {path.name for path in files} >= {"model.safetensors", "adapter_model.safetensors", "model.onnx", "README.md"}
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o666 & ~mask}
+
+
+@pytest.mark.parametrize(("phase", "library", "extra"), [("full", "onnxscript", "onnx"), ("lora", "peft", "onnx,peft")])
+def test_an_export_says_what_its_forms_need(runs, tmp_path, monkeypatch, phase, library, extra):
+    monkeypatch.setitem(sys.modules, library, None)
+    told = prelora_here("export", str(runs[phase]), str(tmp_path / "out"))
+    assert told.stderr == f"prelora: prelora export needs {library}: pip install 'prelora-ray[{extra}]'\n"
+    assert (told.returncode, told.stdout) == (2, "")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -303,6 +318,79 @@ def test_an_image_that_does_not_decode_is_named(runs, digits, tmp_path):
         with pytest.raises(DamagedDataError) as error:
             work()
         assert str(error.value).startswith(f"{data}/val-00000.parquet, row 7 ({source}): the stored image cannot be decoded: ")
+
+
+@pytest.mark.parametrize("form", ["run", "timm", "adapter", "onnx"])
+def test_predictions_against_timm_on_scikit_learns_own_arrays(runs, exports, tmp_path, form):
+    """Of files and of Pillow's images alike; more of them than go through the model at once."""
+    pixels = (load_digits().images[:70] * 255 / 16).round().astype(np.uint8)
+    paths = [tmp_path / f"{i}.png" for i in range(70)]
+    for path, digit in zip(paths, pixels, strict=True):
+        Image.fromarray(digit).save(path)
+    inputs = ((torch.from_numpy(pixels).float() / 255 - 0.3) / 0.4)[:, None].repeat(1, CHANNELS["lora"], 1, 1)
+    model = timm.create_model(f"local-dir:{exports['lora']}/timm", pretrained=True).eval()
+    with torch.no_grad():
+        shares, best = model(inputs).softmax(1).sort(1, descending=True)
+    trained = load(runs["lora"] if form == "run" else exports["lora"] / form)
+    predictions = trained.predict(paths, top=10)
+    assert [prediction.labels for prediction in predictions] == [tuple(map(str, row)) for row in best.tolist()]
+    torch.testing.assert_close(torch.tensor([p.probabilities for p in predictions]), shares, atol=1e-4, rtol=0)
+    assert trained.predict([Image.open(path) for path in paths], top=10) == predictions
+    first = trained.predict(str(paths[0]))
+    assert first.label == str(best[0, 0].item())
+    assert first.probability == pytest.approx(shares[0, 0].item(), abs=1e-4)
+    assert first.labels == predictions[0].labels[:5]
+
+
+def test_predict_as_a_command(exports, tmp_path):
+    for name in ("a.png", "b.png"):
+        Image.fromarray(np.full((8, 8), 200, np.uint8)).save(tmp_path / name)
+    expected = load(exports["lora"]).predict(tmp_path / "a.png", top=3)
+    command = ["predict", str(exports["lora"]), str(tmp_path / "a.png"), str(tmp_path / "b.png"), "--top", "3"]
+    first, second = json.loads(prelora_here(*command, "--json").stdout)["predictions"]
+    assert (first["image"], second["image"]) == tuple(command[2:4])
+    assert first["labels"] == second["labels"] == list(expected.labels)
+    assert first["probabilities"] == pytest.approx(expected.probabilities, abs=1e-5)
+    table = prelora_here(*command).stdout
+    assert re.findall(r"│ (\d) +│ +([\d.]+%) │", table)[:3] == [
+        (label, f"{share:.1%}") for label, share in zip(expected.labels, expected.probabilities, strict=True)
+    ]
+    wrong = prelora_here(*command[:2], str(exports["lora"] / "README.md"))
+    assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (2, "", 1)
+
+
+def test_a_photograph_is_turned_and_cropped_as_it_is_for_evaluation(exports, tmp_path):
+    """Here by Pillow alone, whose decoder differs a little."""
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (6, 4, 3), np.uint8)).resize((400, 600), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    image.save(tmp_path / "photo.jpg", exif=exif, quality=95)
+    upright = ImageOps.exif_transpose(Image.open(tmp_path / "photo.jpg"))
+    assert upright.size == (600, 400)
+    values = np.asarray(upright.resize((8, 8), Image.Resampling.BICUBIC, (100, 0, 500, 400)), np.float32)
+    model = timm.create_model(f"local-dir:{exports['lora']}/timm", pretrained=True).eval()
+    with torch.no_grad():
+        shares = model(((torch.from_numpy(values) / 255 - 0.3) / 0.4).permute(2, 0, 1)[None])[0].softmax(0)
+    trained = load(exports["lora"])
+    for prediction in (trained.predict(tmp_path / "photo.jpg", 10), trained.predict(Image.open(tmp_path / "photo.jpg"), 10)):
+        told = [share for _, share in sorted(zip(prediction.labels, prediction.probabilities, strict=True))]
+        assert told == pytest.approx(shares.tolist(), abs=0.01)
+
+
+def test_what_is_no_image_is_told_in_a_sentence(exports, tmp_path):
+    trained = load(exports["full"])
+    (tmp_path / "notes.txt").write_text("no image")
+    for images, message in [
+        (tmp_path / "no.png", r"no\.png' cannot be read: No such file or directory"),
+        (tmp_path, "cannot be read: Is a directory"),
+        ([tmp_path / "notes.txt"], r"notes\.txt' is no image that can be read: it is no image of a kind that can be read"),
+        (np.zeros((1, 8, 8)), "images = ndarray is not allowed: it must be a file, an image of Pillow's, or a list"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            trained.predict(images)
+    with pytest.raises(UserError, match="top = 0 is not allowed"):
+        trained.predict([], top=0)
 
 
 @pytest.mark.slow

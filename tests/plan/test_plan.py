@@ -22,7 +22,7 @@ from tests.command import ROOT, prelora_here
 from tests.lines import epoch_line, event
 
 H100 = "benchmarks/results/2026-11-26-phases-h100.json"
-VIT_L = "jobs/configs/imagenet_vit_large.yaml"
+VIT_L = "jobs/configs/imagenet_vit_large_paper.yaml"
 VIT_L_FLOPS = 123.1e9
 """Of one image's forward at 224 pixels: docs/performance.md."""
 

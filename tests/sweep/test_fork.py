@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -29,38 +30,51 @@ def test_a_fork_ends_with_the_bits_of_the_straight_run(grid, undisturbed):
     assert [line.epoch for line in forked.epochs()] == list(range(EPOCHS))
 
 
-def test_a_fork_without_warmup_freezes_where_it_forks(grid, digits, storage):
-    run = settings(digits, storage, "straight-0", 1, method={"warmup_epochs": 0, "windows": 5})
-    forked = grid.run("without warmup")
-    assert train(run)["freeze_epoch"] == forked.read_json("result.json")["freeze_epoch"] == 5
-    assert last(forked).state["phases"]["phase"] == Phase.LORA
-    assert_same_bits(last(forked), final(run))
+@pytest.mark.slow
+def test_a_fork_without_warmup_freezes_where_it_forks(trunk, digits, storage):
+    straight, forked = (
+        settings(digits, storage, f"{kind}-0", 1, method={"warmup_epochs": 0, "windows": 5}) for kind in ("straight", "fork")
+    )
+    assert fork(trunk, forked) == 5
+    assert train(straight)["freeze_epoch"] == train(forked)["freeze_epoch"] == 5
+    assert final(forked).state["phases"]["phase"] == Phase.LORA
+    assert_same_bits(final(forked), final(straight))
 
 
+def test_a_fork_that_ends_sooner_has_the_bits_of_the_straight_run(controlled, trunk, digits, storage):
+    """A sweep's control; images grow behind the bend too."""
+    plan, _ = controlled
+    straight = settings(digits, storage, "bent", 1, **bent(5), method={"enabled": False})
+    train(straight)
+    forked = RunFolder(plan.folder) / "full-3-to-5"
+    assert_same_bits(last(forked), final(straight))
+    lines, of_trunk = forked.epochs(), trunk.epochs()
+    assert [line.epoch for line in lines] == list(range(5))
+    assert [line.image_size for line in lines] == [4, 6, 6, 6, 8]
+    assert [line.loss for line in lines[:SWITCH]] == [line.loss for line in of_trunk[:SWITCH]]
+    assert lines[SWITCH].learning_rate < of_trunk[SWITCH].learning_rate
+    assert what_it_means(str(forked), straight.method).image_sizes == [line.image_size for line in lines]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "epochs", "method", "kill_in"),
-    [
-        ("full", 5, {"enabled": False}, SWITCH + 1),
-        pytest.param("adapters", 6, {}, FREEZE, marks=pytest.mark.slow),
-    ],
+    ("name", "epochs", "method", "kill_in"), [("full", 5, {"enabled": False}, SWITCH + 1), ("adapters", 6, {}, FREEZE)]
 )
-def test_a_fork_that_ends_sooner_is_killed_and_has_the_bits_of_the_straight_run(
-    trunk, digits, storage, name, epochs, method, kill_in
-):
-    """In full training, and in phase lora; images grow behind the bend too."""
-    bent = {"train": {"epochs": epochs, "bend": {"after": SWITCH, "of": EPOCHS}}, "method": method}
-    straight = settings(digits, storage, f"bent-{name}", 1, **bent)
-    forked = settings(digits, storage, f"bent-fork-{name}", 1, **bent, checkpoint={"every_steps": 4})
+def test_a_fork_that_ends_sooner_and_is_killed_has_them_too(trunk, digits, storage, name, epochs, method, kill_in):
+    """In full training, and in phase lora."""
+    straight = settings(digits, storage, f"bent-{name}", 1, **bent(epochs), method=method)
+    forked = settings(digits, storage, f"bent-fork-{name}", 1, **bent(epochs), method=method, checkpoint={"every_steps": 4})
     assert fork(trunk, forked) == SWITCH
     assert train_disturbed(forked, {kill_in: "worker killed"}).result["restarts"] == 1
     train(straight)
     assert_same_bits(final(forked), final(straight))
-    lines, of_trunk = RunFolder.of(forked).epochs(), trunk.epochs()
-    assert [line.epoch for line in lines] == list(range(epochs))
-    assert [line.image_size for line in lines] == [4, 6, 6, 6, 8] if name == "full" else [4, 6, 6, 6, 6, 8]
-    assert [line.loss for line in lines[:SWITCH]] == [line.loss for line in of_trunk[:SWITCH]]
-    assert lines[SWITCH].learning_rate < of_trunk[SWITCH].learning_rate
-    assert what_it_means(str(RunFolder.of(forked)), forked.method).image_sizes == [line.image_size for line in lines]
+    image_sizes = [4, 6, 6, 6, 8] if name == "full" else [4, 6, 6, 6, 6, 8]
+    assert [line.image_size for line in RunFolder.of(forked).epochs()] == image_sizes
+
+
+def bent(epochs: int) -> dict[str, Any]:
+    """Settings of a run that ends so much sooner, with a schedule that bends where the trunk's runs switch."""
+    return {"train": {"epochs": epochs, "bend": {"after": SWITCH, "of": EPOCHS}}}
 
 
 def test_a_fork_is_made_once_and_refuses_other_images_as_its_trunk_does(trunk, digits, storage):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,7 @@ from prelora_ray.config_file import parse_settings
 from prelora_ray.errors import UserError
 from prelora_ray.fault_tolerance.ray_private import release_groups_of_dead_actors
 from prelora_ray.recorded.replay import Record, read_record
-from prelora_ray.records import EpochLine, NormsLine
+from prelora_ray.records import EpochLine, Freeze, NormsLine, Switch
 from prelora_ray.report.records import read_sweep
 from prelora_ray.report.sweep_table import sweep_table, told_of_controls
 from prelora_ray.run_folder import RunFolder
@@ -66,50 +64,45 @@ def test_a_sweep_that_is_done_trains_nothing_again(grid, digits):
 
 
 def test_a_trial_that_fails_is_told_and_leaves_the_others_alone(grid):
-    """It fails for good the first time that its loss is not finite, without another attempt."""
+    """It fails for good the first time that its loss is not finite, without another attempt.
+
+    Without warmup it freezes where it forks.
+    """
     assert [grid.entry(name)["ended"] for name in GRID] == ["finished"] * (len(GRID) - 1) + ["failed"]
     message = grid.entry("diverging")["message"]
-    assert re.search(r"the loss is not finite at step \d+ .*phase warmup; the last good checkpoint is .*/\d{5}-", message)
+    assert re.search(r"the loss is not finite at step \d+ .*phase lora; the last good checkpoint is .*/\d{5}-", message)
     events = grid.run("diverging").read_lines("events.jsonl")
     assert (events[-1]["event"], events[-1]["message"]) == ("run_failed", message)
+    (switch,), (freeze,) = (grid.run("diverging").events_of(kind) for kind in (Switch, Freeze))
+    assert switch.switch_epoch == freeze.freeze_epoch == 5
     assert "restart" not in [line["event"] for line in events]
 
 
-def test_controls_are_trained_once_all_settings_are(grid, digits, tmp_path):
-    """An epoch takes 10 s, and one of phase lora 1 s: a run of 7 with 2 of lora costs 52 s, full training of 5 50 s.
-
-    Of what is left after epoch 5, a run of 6 is closer than the trunk; and that switch alone leaves less than a tenth.
-    """
-    shutil.copytree(grid.folder, tmp_path, dirs_exist_ok=True)
-    names = ["like the recipe", "without warmup"]
-    runs = {name: RunFolder(tmp_path / "grid" / grid.entry(name)["trial"]) for name in ["never", *names]}
-    for run_folder in runs.values():
-        lines = run_folder.epochs()
-        timed = [replace(line, seconds=1.0 if line.phase == "lora" else 10.0) for line in lines]
-        run_folder.write_records(EpochLine, timed)
-    controls = {"full": "all", "rank_1": 0.1}
-    plan = load_over_recipe(digits, tmp_path, name="grid", settings=listed(names), controls=controls)
-    result = run(plan)
+def test_controls_are_trained_once_all_settings_are(controlled):
+    plan, result = controlled
     trials = {entry["trial"]: entry for entry in [result["full"], *result["settings"], *result["controls"]]}
-    early, late = result["settings"]
-    assert (early["full_control"], late["full_control"]) == ("full-3-to-5", "full-5-to-6")
-    assert early["rank_1_control"] is None and late["rank_1_control"].startswith("rank-1_switch-5_")
-    assert [entry["ended"] for entry in result["controls"]] == ["finished"] * 3
+    (setting,) = result["settings"]
+    full = setting["full_control"]
+    assert (full, setting["rank_1_control"]) == ("full-3-to-5", None)
+    assert [entry["ended"] for entry in result["controls"]] == ["finished"]
     assert result["unit"] == "CPU-hours"  # of half a CPU, which a worker asks for
-    assert {name: trials[name]["cost"] * 2 * 3600 for name in ("trunk", early["trial"], "full-3-to-5", "full-5-to-6")} == {
-        "trunk": pytest.approx(70),
-        early["trial"]: pytest.approx(52),
-        "full-3-to-5": pytest.approx(50),
-        "full-5-to-6": pytest.approx(60),
-    }
-    assert set(RunFolder(tmp_path / "grid" / late["rank_1_control"]).read_json("ranks.json").values()) == {1}
-    assert RunFolder(tmp_path / "grid" / "full-3-to-5").read_json("result.json")["switch_epoch"] is None
+    seconds = {name: entry["cost"] * 2 * 3600 for name, entry in trials.items()}
+    assert (seconds["trunk"], seconds[setting["trial"]], seconds[full]) == tuple(map(pytest.approx, (70, 52, 50)))
+    assert (RunFolder(plan.folder) / full).read_json("result.json")["switch_epoch"] is None
     points = {name: (entry["val_top1"], entry["cost"]) for name, entry in trials.items()}
     beaten = {a for a in points for b in points if points[b][0] >= points[a][0] and points[b][1] < points[a][1]}
     assert set(result["pareto"]) <= set(points) - beaten
     assert max(points.values())[0] == points[result["pareto"][-1]][0]
-    assert result["naive_cost"] * 2 * 3600 == pytest.approx(52 + 52 + 50 + 60 + trials[late["rank_1_control"]]["cost"] * 7200)
+    assert result["naive_cost"] * 2 * 3600 == pytest.approx(52 + 50)
     assert run(plan) == result
+
+
+@pytest.mark.slow
+def test_a_control_of_rank_1_has_adapters_of_rank_1(load):
+    result = run(load(settings=[{"method.warmup_epochs": 2}], controls={"full": "none", "rank_1": 0.5}))
+    (setting,), (control,) = result["settings"], result["controls"]
+    assert (control["trial"], control["ended"]) == (setting["rank_1_control"], "finished")
+    assert set(RunFolder(Path(result["path"], control["trial"])).read_json("ranks.json").values()) == {1}
 
 
 def test_the_trunk_alone_tells_where_settings_switch(load, trunk):
@@ -259,6 +252,19 @@ def test_a_control_that_settings_share_is_listed_once(tmp_path):
     result = summarize_sweep(plan)
     assert [entry["rank_1_control"] for entry in result["settings"]] == [trials[2]] * 2
     assert [(entry["trial"], entry["ended"]) for entry in result["controls"]] == [(trials[2], "finished")]
+
+
+def test_only_a_switch_that_leaves_little_of_the_learning_rate_has_adapters_of_rank_1_beside_it():
+    """The trunk, which does not switch, has none; nor has a run that was stopped."""
+    plan = load_sweep(str(SWEEPS / "cifar10_warmup.yaml"), ["controls.full=none", "controls.rank_1=0.1"])
+    late, early = entry("late", 0.88, 100.0, rate_left=0.1), entry("early", 0.87, 110.0, rate_left=0.11)
+    others = [entry("trunk", 0.90, 120.0, switch_epoch=None, rate_left=None), entry("stopped", 0.5, 9.0, ended="stopped")]
+    trunk = Record([norms_line(epoch, {"a": 1.0}) for epoch in range(120)], plan.trunk.method, ramp_epochs=10)
+    (control,) = name_controls(plan, [late, early, *others], trunk, prices_of(plan))
+    method = plan.settings_of(control, "control").method
+    assert (method.r_min, method.r_max, method.rank_pattern) == (1, 1, None)
+    assert late["rank_1_control"].startswith("rank-1_switch-90_")
+    assert [other["rank_1_control"] for other in (early, *others)] == [None] * 3
 
 
 def test_full_training_takes_the_star_from_a_run_that_it_beats():

@@ -24,7 +24,7 @@ def test_any_recipe_keeps_all_but_its_length(path):
     recipe, smoke = flat(load_settings(path)), flat(smoke_run(str(path), ["train.seed=7", "train.epochs=5"]))
     changed = {key for key in recipe if smoke.get(key) != recipe[key]}
     lengths = {"max_batches", "epochs", "ramp_epochs", "window_epochs", "switch_epoch", "warmup_epochs"}
-    others = {"name", "seed", "validate_every", "every_epochs", "min"}
+    others = {"name", "seed", "validate_every", "every_epochs", "min", "resolution"}
     assert {key.rpartition(".")[2] for key in changed} <= lengths | others
     assert (smoke["train.epochs"], smoke["train.seed"]) == (5, 7)
     assert smoke["name"].startswith(f"{path.stem}-fast-")
@@ -39,6 +39,7 @@ def test_a_recipe_that_is_too_short_for_its_test_or_has_none_or_a_bend_is_no_exc
 
 def test_a_smoke_run_sees_a_few_batches_in_each_phase(digits: Path, storage: Path):
     small = {"data.path": str(digits), "model.options": json.dumps(TINY_VIT), "method.r_min": 2, "method.r_max": 8}
+    small |= {"workers.max": 1}
     run = smoke_run(str(DIGITS), [f"{key}={value}" for key, value in small.items()], name="smoke", storage=str(storage))
     result = train(run)
     lines = RunFolder.of(run).epochs()

@@ -1,0 +1,109 @@
+"""`prelora train --dry-run`: all that is checked before a run trains, and what would run. Writes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from prelora_ray.config import Settings, with_absolute_paths
+from prelora_ray.data.manifest import is_prepared
+from prelora_ray.data.prepare import open_for, plan
+from prelora_ray.data.prepare_settings import PrepareSettings
+from prelora_ray.engine.model import create_model
+from prelora_ray.engine.snapshot import epoch_of
+from prelora_ray.fault_tolerance.checkpoint import Checkpoints
+from prelora_ray.fault_tolerance.lock import check_free
+from prelora_ray.method.convergence import first_verdict
+from prelora_ray.method.phases import count_parameters
+from prelora_ray.ray_session import ray_session
+from prelora_ray.run_folder import RunFolder
+from prelora_ray.storage import Storage
+from prelora_ray.train.run import check_cluster, check_data, check_settings
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What `prelora train` would do."""
+
+    path: str
+    """The run folder."""
+    checkpoint: str | None
+    """The newest one, which the run would go on from; None for a new run."""
+    is_finished: bool
+    """Whether nothing is left to train."""
+    epoch: int
+    """Completed epochs."""
+    epochs: int
+    switch_epoch: int | None
+    """Completed epochs at which the recipe has the run switch; None where its test decides, or it never switches."""
+    first_verdict: int | None
+    """Completed epochs at which the test may first have it switch; None where it is not the test that decides."""
+    model: str
+    parameters: int
+    """In phase full."""
+    data: str
+    is_prepared: bool
+    """Whether the images are; those of a source would be prepared first, and unreadable ones are counted until then."""
+    train_images: int
+    val_images: int
+    classes: int
+    batches: int
+    """Of an epoch."""
+    workers: tuple[int, int]
+    """Fewest and most."""
+    gpu: bool
+    """Whether each worker would take a GPU."""
+
+
+def dry_run(settings: Settings, *, debug: bool = False) -> DryRun:
+    """Checks what `train` checks, and tells what it would do. Starts Ray as `train` does, and no worker.
+
+    Raises UserError for settings that cannot work, and where another driver trains the run.
+    """
+    settings = with_absolute_paths(settings)
+    folder = RunFolder.of(settings)
+    before = check_settings(settings, folder)
+    check_free(folder)
+    with ray_session(debug=debug) as is_embedded:
+        settings = check_cluster(settings, folder, before, is_embedded=is_embedded, writes=False)
+    train_images, val_images, classes = _count_data(settings, folder)
+    data, method, workers = settings.data, settings.method, settings.workers
+    names = Checkpoints(folder).names()
+    batches = -(-train_images // data.batch_size)
+    with torch.device("meta"):
+        model = create_model(settings.model, classes, seed=0)
+    first = first_verdict(method.windows, method.window_epochs, settings.train.ramp_epochs)
+    decides = method.enabled and method.switch_epoch is None
+    return DryRun(
+        path=str(folder),
+        checkpoint=names[-1] if names else None,
+        is_finished=folder.exists("result.json"),
+        epoch=epoch_of(names[-1]) if names else 0,
+        epochs=settings.train.epochs,
+        switch_epoch=method.switch_epoch if method.enabled else None,
+        first_verdict=first if first < settings.train.epochs and decides else None,
+        model=settings.model.name,
+        parameters=count_parameters(model)[1],
+        data=data.path,
+        is_prepared=is_prepared(Storage(data.path)),
+        train_images=train_images,
+        val_images=val_images,
+        classes=classes,
+        batches=min(batches, data.max_batches or batches),
+        workers=(workers.min, workers.max),
+        gpu=workers.gpu is True,
+    )
+
+
+def _count_data(settings: Settings, folder: RunFolder) -> tuple[int, int, int]:
+    """Images to train on and to validate with, and classes."""
+    path, source = settings.data.path, settings.data.source
+    if source is None or Storage(path).exists("manifest.json"):
+        manifest = check_data(settings, folder)
+        return manifest.num_images("train"), manifest.num_images("val"), len(manifest.classes)
+    opened = open_for(source, path, PrepareSettings())
+    images = dict.fromkeys(("train", "val"), 0)
+    for task in plan(opened, path, PrepareSettings()):
+        images[task.split] += len(task.items)
+    return images["train"], images["val"], len(opened.classes)
