@@ -18,6 +18,7 @@ from prelora_ray.api import settings_of
 from prelora_ray.bench import commands as bench
 from prelora_ray.data.prepare_settings import PrepareSettings
 from prelora_ray.errors import InterruptedRunError, UserError, WorkError
+from prelora_ray.extras import check_installed
 from prelora_ray.json_output import Json, print_json
 from prelora_ray.options import options_of
 from prelora_ray.words import counted, modules_by_rank
@@ -152,6 +153,8 @@ def plan(
     from prelora_ray.plan.planner import Options, plan_recipe
     from prelora_ray.terminal import console
 
+    if picture is not None:
+        check_installed("--picture", "report", "plotly")
     options = Options(gpus, gpu, tuple(bench or ()), bandwidth, memory, assume_speed, images)
     result = plan_recipe(recipe, overrides or [], options)
     if picture is not None:
@@ -346,6 +349,8 @@ def replay(
     from prelora_ray.summaries import rank_counts
     from prelora_ray.terminal import console
 
+    if picture is not None:
+        check_installed("--picture", "report", "plotly")
     record = read_record(source)
     taus = [record.method.tau] if tau is None else _numbers("--tau", tau)
     zetas = [record.method.zeta] if zeta is None else _numbers("--zeta", zeta)
@@ -434,6 +439,8 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Show what happened in a run, in several side by side, or in a sweep, as one HTML file."""
+    check_installed("prelora report", "report", "plotly", *(["kaleido"] if png is not None else []))
+
     from prelora_ray.report.page import write_report
     from prelora_ray.storage import absolute, check_outlives_job
     from prelora_ray.terminal import console

@@ -15,11 +15,24 @@ from prelora_ray.cli import main
 
 ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-m", "prelora_ray"]
+_WITHOUT = """
+import sys
+for name in sys.argv.pop(1).split(","):
+    sys.modules[name] = None
+from prelora_ray.cli import main
+main()
+"""
 
 
 def prelora(*arguments: str) -> subprocess.CompletedProcess[str]:
     """In a process of its own."""
     return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=120, cwd=ROOT, check=False)
+
+
+def prelora_without(modules: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own that cannot import some modules: `plotly,kaleido`."""
+    command = [sys.executable, "-c", _WITHOUT, modules, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, check=False)
 
 
 def prelora_here(*arguments: str) -> subprocess.CompletedProcess[str]:

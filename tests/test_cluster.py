@@ -58,7 +58,7 @@ def test_nothing_is_open_to_the_world(cluster):
 def test_a_jobs_python_is_the_one_that_has_the_projects_packages(cluster):
     """A job's command finds `python` on the PATH of the `ray start` on its node."""
     (install,) = [command for command in cluster["setup_commands"] if "pip install" in command]
-    (environment,) = set(re.findall(r"(\S+)/bin/pip install .* \.$", install))
+    (environment,) = set(re.findall(r"(\S+)/bin/pip install .* '\.\[.*\]'$", install))
     commands = cluster["head_start_ray_commands"] + cluster["worker_start_ray_commands"]
     for command in (command for command in commands if " ray start" in command):
         assert f"PATH={environment}/bin:$PATH ray start" in command

@@ -18,7 +18,7 @@ from prelora_ray.errors import UserError
 from prelora_ray.sweep.settings import load_sweep
 from tests.command import ROOT
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PROGRAMS = Path(sys.executable).parent
 """Where `make install` puts the programs of the project's environment."""
 ELSEWHERE = {"docker", "kubectl", "make", "prometheus", "promtool"}

@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent / "prelora_ray"
 MAY_IMPORT = {
     "errors.py": set(),
+    "extras.py": {"errors.py"},
     "storage.py": {"errors.py"},
     "nodes.py": {"errors.py", "storage.py"},
     "records.py": set(),
@@ -47,7 +48,7 @@ MAY_IMPORT = {
     },
     "monitor": {
         *("monitor", "engine/flops.py", "method", "fault_tolerance/background.py", "fault_tolerance/end.py"),
-        *("run_folder.py", "records.py", "config.py", "errors.py"),
+        *("run_folder.py", "records.py", "config.py", "extras.py"),
     },
     "ray_session.py": {"fault_tolerance/ray_private.py", "errors.py"},
     "train": {
@@ -58,12 +59,12 @@ MAY_IMPORT = {
     "inference": {
         *("inference", "fault_tolerance/checkpoint.py", "engine", "tasks", "method", "data"),
         *("run_folder.py", "records.py", "summaries.py", "config.py"),
-        *("storage.py", "errors.py", "nodes.py", "torchvision_ops.py", "words.py"),
+        *("storage.py", "errors.py", "extras.py", "nodes.py", "torchvision_ops.py", "words.py"),
     },
     "sweep": {
         *("sweep", "ray_session.py", "train", "fault_tolerance", "engine", "method"),
         *("recorded", "schedule.py", "run_folder.py", "records.py", "summaries.py"),
-        *("config.py", "config_file.py", "section.py", "storage.py", "errors.py", "words.py"),
+        *("config.py", "config_file.py", "section.py", "storage.py", "errors.py", "extras.py", "words.py"),
     },
     "report": {
         *("report", "method/architecture.py", "recorded", "run_folder.py", "records.py", "summaries.py", "words.py"),
@@ -72,14 +73,14 @@ MAY_IMPORT = {
     "doctor.py": {"fault_tolerance", "data", "run_folder.py", "records.py", "errors.py"},
     "bench": {
         *("bench", "ray_session.py", "train", "fault_tolerance", "monitor", "engine", "method", "data"),
-        *("run_folder.py", "config.py", "config_file.py", "storage.py", "errors.py", "words.py"),
+        *("run_folder.py", "config.py", "config_file.py", "storage.py", "errors.py", "extras.py", "words.py"),
     },
     "plan": {
         *("plan", "recorded/run.py", "engine", "method", "data/manifest.py", "schedule.py"),
         *("run_folder.py", "records.py", "summaries.py"),
         *("config.py", "config_file.py", "section.py", "storage.py", "errors.py", "words.py"),
     },
-    "bench/commands.py": {"bench", "report", "terminal", "json_output.py", "storage.py", "errors.py"},
+    "bench/commands.py": {"bench", "report", "terminal", "json_output.py", "storage.py", "errors.py", "extras.py"},
     "terminal": {
         *("terminal", "report", "sweep", "plan", "inference", "train", "data", "recorded", "schedule.py", "method"),
         *("run_folder.py", "records.py", "summaries.py", "config.py", "words.py"),
@@ -108,7 +109,7 @@ MAY_IMPORT = {
             "data",
         ),
         *("run_folder.py", "records.py", "summaries.py", "config.py", "config_file.py", "storage.py", "errors.py", "nodes.py"),
-        *("words.py", "__init__.py"),
+        *("extras.py", "words.py", "__init__.py"),
     },
     "__main__.py": {"cli.py"},
     "__init__.py": {"api.py", "engine/prelora.py"},

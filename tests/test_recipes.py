@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import sys
-import zipfile
-from pathlib import Path
-
 import pytest
 
 from prelora_ray.config_file import find_recipe, load_settings, recipe_names
@@ -32,18 +26,3 @@ def test_a_name_is_a_recipe_anywhere_unless_there_is_such_a_file(tmp_path, monke
         UserError, match=r"^\./digitz is no file: give the path of a recipe, or the name of one of ours: cifar10, "
     ):
         load_settings("./digitz")
-
-
-@pytest.mark.slow
-def test_the_wheel_holds_them(tmp_path):
-    """Built from a copy, as building leaves files beside the source."""
-    for name in ("prelora_ray", "jobs"):
-        shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", "out", "."]
-    subprocess.run(command, cwd=tmp_path, check=True)
-    (wheel,) = Path(tmp_path / "out").iterdir()
-    with zipfile.ZipFile(wheel) as files:
-        for path in CONFIGS.iterdir():
-            assert files.read(f"prelora_ray/recipes/{path.name}") == path.read_bytes()

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from prelora_ray.errors import InterruptedRunError, UserError, WorkError
+from prelora_ray.extras import check_installed
 from prelora_ray.json_output import Json, print_json
 from prelora_ray.storage import absolute
 
@@ -207,6 +208,8 @@ def _measure(run: Callable[[], dict[str, Any]], out: str | None, as_json: bool, 
     for option, path in (("--out", out), ("--picture", picture)):
         if path is not None and not (folder := Path(absolute(path)).parent).is_dir():
             raise UserError(f"{option} {path} is not allowed: {folder} is no folder")
+    if picture is not None:
+        check_installed("--picture", "report", "plotly")
     result = run()
     if as_json:
         print_json(result)

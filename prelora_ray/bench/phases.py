@@ -28,6 +28,7 @@ from prelora_ray.bench.own import NUM_CLASSES, OwnRun, own_settings
 from prelora_ray.config import ModelSettings
 from prelora_ray.engine.check import check_model
 from prelora_ray.engine.flops import forward_flops, training_passes
+from prelora_ray.extras import check_installed
 from prelora_ray.method.phases import Phase, count_parameters
 
 Step = Callable[[], object]
@@ -51,6 +52,9 @@ class Options:
     """Kernels to name for each row."""
     rows: tuple[str, ...] = ()
     """Beginnings of the names of rows to measure; all where it is empty."""
+
+    def wants(self, row: str) -> bool:
+        return not self.rows or any(row.startswith(beginning) for beginning in self.rows)
 
 
 @dataclass(frozen=True)
@@ -77,11 +81,12 @@ def bench_phases(options: Options) -> dict[str, Any]:
     """Measures every row in this process, one after the other; `rows` and what they ran on, as JSON can hold it.
 
     `failed` says what ended it before its last row, or is None. Raises UserError for a model that cannot work, and for
-    a row that there is not.
+    a row that there is not, or whose library is not installed.
     """
     check_rows(options.rows, row_names(options))
-    check_model(own_settings({"name": options.model, "image_size": options.image_size}, options.batch, options.batch, {}))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    _check_libraries(options, device)
+    check_model(own_settings({"name": options.model, "image_size": options.image_size}, options.batch, options.batch, {}))
     rates = {"matrix_flops": matrix_rate(device), "copy_bytes_per_second": copy_rate(device)}
     bench = _Bench(options, device, rates["matrix_flops"])
     content = {"options": vars(options), **measure_rows(bench.rows(), lambda row: f"{row.images_per_second:.0f} images/s")}
@@ -141,11 +146,10 @@ class _Bench:
         self.forward_flops = forward_flops(model, NUM_CLASSES)
 
     def rows(self) -> Iterator[Row]:
-        on_gpu = self.device.type == "cuda"
         for name, build in _REFERENCES.items():
-            if not self._wanted(name):
+            if not self.options.wants(name):
                 continue
-            if not on_gpu and ("compiled" in name or "fp16" in name):
+            if not _can_run(name, self.device):
                 self.missing[name] = "needs a GPU"
                 continue
             free_memory(self.device)
@@ -154,9 +158,6 @@ class _Bench:
             del step, model
         for own in _own_rows(self.options.drop_path):
             yield from self._own(own)
-
-    def _wanted(self, name: str) -> bool:
-        return not self.options.rows or any(name.startswith(row) for row in self.options.rows)
 
     def _measure(self, name: str, step: Step, model: nn.Module, *, phase: Phase) -> Row:
         compiled = _compiled_graphs()
@@ -179,7 +180,7 @@ class _Bench:
         )
 
     def _own(self, own: _OwnRows) -> Iterator[Row]:
-        wanted = [phase for phase in own.phases if self._wanted(own.name(phase))]
+        wanted = [phase for phase in own.phases if self.options.wants(own.name(phase))]
         if not wanted:
             return
         if "fp8" in own.title and (missing := missing_fp8(self.device, *map(own.name, wanted))):
@@ -213,7 +214,6 @@ class _Bench:
 
     def _hugging_face(self, *, adapters: bool) -> tuple[Step, nn.Module]:
         """The paper's stack: Hugging Face's ViT, fp16 autocast with a gradient scaler, eager."""
-        import peft
         import timm
         from transformers import ViTConfig, ViTForImageClassification
 
@@ -229,6 +229,8 @@ class _Bench:
         config.num_labels = NUM_CLASSES
         model: Any = ViTForImageClassification(config)
         if adapters:
+            import peft
+
             model = peft.get_peft_model(model, _peft_config(_HF_TARGETS, "classifier"))
         model = model.to(self.device)
         return self._plain_step(lambda images: model(images).logits, model, dtype=torch.float16), model
@@ -258,6 +260,17 @@ _REFERENCES: dict[str, Callable[[_Bench], tuple[Step, nn.Module]]] = {
     "HF fp16 full": lambda bench: bench._hugging_face(adapters=False),
     "HF + PEFT fp16 lora": lambda bench: bench._hugging_face(adapters=True),
 }
+
+
+def _can_run(reference: str, device: torch.device) -> bool:
+    return device.type == "cuda" or not ("compiled" in reference or "fp16" in reference)
+
+
+def _check_libraries(options: Options, device: torch.device) -> None:
+    """Raises UserError where a reference's library is not installed."""
+    names = " ".join(name for name in _REFERENCES if options.wants(name) and _can_run(name, device))
+    modules = [module for word, module in (("PEFT", "peft"), ("HF", "transformers")) if word in names]
+    check_installed("prelora bench phases", "bench", *modules)
 
 
 def _compiled_graphs() -> int:

@@ -222,7 +222,8 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in peft_state_dict(model).items()}
-    safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors")
+    # Not by `save_file`, whose files are readable to their owner alone.
+    (folder / "adapter_model.safetensors").write_bytes(safetensors.torch.save(tensors))
     config = {"base_model_name_or_path": "base", **peft_config(model)}
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
 

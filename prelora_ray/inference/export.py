@@ -18,6 +18,7 @@ from prelora_ray.data.manifest import read_manifest
 from prelora_ray.data.rows import read_encoded
 from prelora_ray.engine.prelora import save_adapter
 from prelora_ray.errors import UserError, WorkError
+from prelora_ray.extras import check_installed
 from prelora_ray.inference.card import write_cards
 from prelora_ray.inference.load import RunModel, TrainedModel, load_run_model, load_trained
 from prelora_ray.method.adapters import base_state_dict, lora_layers, merged_state_dict
@@ -57,18 +58,21 @@ def export(source: str, out: str, data: str | None = None, *, ema: bool = False)
     validation images of `data`, by default those that the run was trained with; `out` appears only if
     all agree.
 
-    Raises UserError where `source`, `out` or `data` will not do, or there are no averaged weights; ExportError where a
-    form differs.
+    Raises UserError where `source`, `out` or `data` will not do, there are no averaged weights, or a form's library is
+    missing; ExportError where a form differs.
     """
     target = Storage(out)
     if target.list_files() or target.list_folders():
         raise UserError(f"{out!r} is not empty: name a new folder")
     run = load_run_model(source, ema=ema)
+    has_adapters = bool(lora_layers(run.module))
+    extra, modules = ("onnx,peft", ["peft"]) if has_adapters else ("onnx", [])
+    check_installed("prelora export", extra, "onnx", "onnxruntime", "onnxscript", *modules)
     images = _real_images(run, data or run.settings.data.path)
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory, "export")
         _write_timm(run, root / "timm", merged_state_dict(run.module))
-        if lora_layers(run.module):
+        if has_adapters:
             _write_timm(run, root / "adapter" / "base", base_state_dict(run.module))
             save_adapter(run.module, root / "adapter")
         _write_onnx(run, root / "onnx", root / "timm", images[:2])

@@ -23,11 +23,15 @@ from prelora_ray.config import Settings
 from prelora_ray.engine.snapshot import Snapshot
 from prelora_ray.engine.state import restore_model
 from prelora_ray.errors import UserError, one_line
+from prelora_ray.extras import check_installed
 from prelora_ray.fault_tolerance.checkpoint import Checkpoints, DamagedCheckpointError
 from prelora_ray.inference.predict import Image, Prediction, is_image, predict
 from prelora_ray.inference.preprocessing import Preprocessing
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
+
+_LIBRARY = {"adapter": ("peft", "peft"), "onnx": ("onnx", "onnxruntime")}
+"""The extra and the module that a form is loaded with."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class RunModel(TrainedModel):
 def load_trained(source: str) -> TrainedModel:
     """Loads a run's newest checkpoint, a checkpoint, an exported folder or one of its forms, on the CPU.
 
-    Raises UserError where `source` is none of these, or is not whole.
+    Raises UserError where `source` is none of these or not whole, or its form's library is not installed.
     """
     folder = Storage(source)
     if folder.exists("config.yaml") or folder.exists("state.json"):
@@ -83,6 +87,8 @@ def load_trained(source: str) -> TrainedModel:
         marker = {"timm": "model.safetensors", "adapter": "adapter_config.json", "onnx": "model.onnx"}[kind]
         for at in (path / kind, path):
             if (at / marker).exists():
+                if kind in _LIBRARY:
+                    check_installed(str(at / marker), *_LIBRARY[kind])
                 try:
                     return load(at)
                 except Exception as error:  # whatever a damaged or foreign file makes a reader raise

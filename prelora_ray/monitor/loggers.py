@@ -5,10 +5,9 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable
-from importlib.util import find_spec
 
 from prelora_ray.config import Settings
-from prelora_ray.errors import UserError
+from prelora_ray.extras import check_installed
 from prelora_ray.fault_tolerance.end import EndKind
 from prelora_ray.monitor.scalars import Pixels, Scalars, epoch_scalars, sheet, window_scalars
 from prelora_ray.monitor.tensorboard import TensorBoardLog
@@ -20,8 +19,8 @@ from prelora_ray.run_folder import RunFolder
 def check_loggers(settings: Settings) -> None:
     """Raises UserError where a logger is asked for that is not installed."""
     for name in settings.monitor.loggers:
-        if name != "tensorboard" and find_spec(name) is None:
-            raise UserError(f"monitor.loggers = {name} is not allowed here: install it with pip install 'prelora-ray[{name}]'")
+        if name != "tensorboard":
+            check_installed(f"monitor.loggers = {name}", name, name)
 
 
 class Loggers:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-import optuna
 import ray
 from ray import tune
 from ray.tune.experiment import Trial
@@ -19,6 +18,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from prelora_ray.config import Settings
 from prelora_ray.errors import InterruptedRunError, WorkError, one_line
+from prelora_ray.extras import check_installed
 from prelora_ray.fault_tolerance.lock import HeldRunError
 from prelora_ray.fault_tolerance.ray_private import let_trials_be_stopped, release, release_groups_of_dead_actors
 from prelora_ray.ray_session import ray_session
@@ -46,8 +46,11 @@ def sweep(plan: Plan, watch: Callable[[Settings], AbstractContextManager[None]],
     """Runs a sweep to its end, from wherever it stands, and returns the contents of sweep.json.
 
     `watch` shows the trunk's progress for the time of a block. A trial that fails is told and does not
-    end the sweep. Raises as `train` does, and WorkError where every trial fails.
+    end the sweep. Raises as `train` does, UserError where Optuna is to search and is not installed, and WorkError where
+    every trial fails.
     """
+    if plan.sweep.search == "optuna":
+        check_installed("prelora sweep with search = 'optuna'", "sweep", "optuna")
     for sentence in keys_without_effect(plan.sweep):
         logger.warning("%s", sentence)
     with ray_session(debug=debug):
@@ -127,6 +130,8 @@ def _optuna(sweep: SweepSettings, earlier: list[dict[str, Any]]) -> OptunaSearch
     seed = sweep.seed + len(earlier)  # what is drawn after them is not to be what was drawn before
     if len(modes) == 1:
         return OptunaSearch(metric=sweep.objectives[0], mode=modes[0], points_to_evaluate=earlier, seed=seed)
+    import optuna  # an extra
+
     sampler = optuna.samplers.NSGAIISampler(seed=seed)
     return OptunaSearch(metric=list(sweep.objectives), mode=modes, points_to_evaluate=earlier, sampler=sampler)
 

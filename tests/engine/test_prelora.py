@@ -172,6 +172,8 @@ def test_timm_and_peft_load_what_comes_out(tmp_path):
     adapted = peft.PeftModel.from_pretrained(base, str(tmp_path))
     torch.testing.assert_close(logits_of(adapted), logits_of(loop.model), rtol=1e-4, atol=1e-5)
     assert load_file(tmp_path / "adapter_model.safetensors")
+    config, tensors = (tmp_path / name for name in ("adapter_config.json", "adapter_model.safetensors"))
+    assert tensors.stat().st_mode == config.stat().st_mode  # whoever may list them may read both
 
 
 def test_the_test_decides_by_norms_and_loss():

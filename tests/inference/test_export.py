@@ -221,6 +221,15 @@ def test_everybody_may_read_what_everybody_may_list(exports):
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o666 & ~mask}
 
 
+@pytest.mark.parametrize(("phase", "library", "extra"), [("full", "onnxscript", "onnx"), ("lora", "peft", "onnx,peft")])
+def test_an_export_says_what_its_forms_need(runs, tmp_path, monkeypatch, phase, library, extra):
+    monkeypatch.setitem(sys.modules, library, None)
+    told = prelora_here("export", str(runs[phase]), str(tmp_path / "out"))
+    assert told.stderr == f"prelora: prelora export needs {library}: pip install 'prelora-ray[{extra}]'\n"
+    assert (told.returncode, told.stdout) == (2, "")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("phase", "form"),
     [
