@@ -509,7 +509,7 @@ def main() -> None:
     if "--debug" in sys.argv:  # wherever it stands
         sys.argv = [sys.argv[0], "--debug", *(argument for argument in sys.argv[1:] if argument != "--debug")]
     try:
-        app()
+        app(prog_name="prelora")
     except (UserError, WorkError, OSError, InterruptedRunError, KeyboardInterrupt) as error:
         if _debug:
             raise

@@ -67,7 +67,7 @@ def test_photographs_in_folders(tmp_path):
 @pytest.mark.parametrize(
     ("num", "side", "model", "size", "patch"),
     [
-        (60_000, 28, "vit_small_patch16_224", 28, 4),
+        (40_000, 28, "vit_small_patch16_224", 28, 4),
         (39_999, 32, "vit_tiny_patch16_224", 32, 4),
         (100_000, 64, "vit_small_patch16_224", 64, 8),
         (1_281_167, 256, "vit_small_patch16_224", 224, 16),

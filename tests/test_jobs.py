@@ -1,4 +1,5 @@
-"""`ray job submit` from a fresh clone to a head that asks for a token: submit, follow, stop, submit again, resume."""
+"""`ray job submit` from a fresh clone to a cluster of two machines of one's own that asks for a token: submit, follow,
+stop, submit again, resume."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
-    """`ray job ...` against a head of this test's own, from a fresh clone with its environment activated."""
+    """`ray job ...` from a fresh clone with its environment activated, to two raylets of 2 CPUs that are started as
+    docs/operations.md starts them on machines of one's own; ports are others, as those may be taken."""
     checkout = tmp_path_factory.mktemp("job") / "checkout"
     subprocess.run(["git", "clone", "-q", str(ROOT), str(checkout)], check=True)
     directory = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # a socket's path must be short
@@ -43,9 +45,12 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     environment.pop("RAY_ADDRESS", None)
-    start = ["start", "--head", "--port=0", "--num-cpus=4", f"--temp-dir={directory}"]
-    ports = [f"--dashboard-port={port}", f"--dashboard-agent-listen-port={free_port()}"]  # others may be taken
-    subprocess.run(["ray", *start, *ports], check=True, env=environment, capture_output=True)
+    head, other = re.findall(r"^    (ray start .*?) +#", (ROOT / "docs" / "operations.md").read_text(), re.MULTILINE)
+    address = f"127.0.0.1:{free_port()}"
+    head = head.replace("6379", address.split(":")[1]) + f" --dashboard-port={port} --temp-dir={directory}"
+    for start in (head, other.replace("HEAD:6379", address)):
+        own = f"{start} --num-cpus=2 --dashboard-agent-listen-port={free_port()}"
+        subprocess.run(own.split(), check=True, env=environment, capture_output=True)
 
     def call(verb: str, *arguments: str, token: str | None = None) -> subprocess.CompletedProcess[str]:
         own = environment if token is None else {**environment, "RAY_AUTH_TOKEN": token}
@@ -71,9 +76,11 @@ def test_a_job_does_not_write_into_what_ray_uploads_and_removes(job: Command, di
 
 
 def test_submit_follow_stop_and_resume(job: Command, digits: Path, tmp_path: Path):
+    """Each of the two workers takes a raylet of its own: none has room for both."""
     folder = RunFolder(str(tmp_path / "digits"))
     train = [*as_documented(), "--storage", str(tmp_path)]
-    for setting in (f"data.path={digits}", f"train.epochs={EPOCHS}", "method.switch_epoch=12", "checkpoint.every_epochs=10"):
+    settings = ["workers.cpus=2", f"data.path={digits}", f"train.epochs={EPOCHS}", "method.switch_epoch=12"]
+    for setting in (*settings, "checkpoint.every_epochs=10"):
         train += ["--set", setting]
     refused = job("submit", "--submission-id", "nobody", "--no-wait", *train, token=secrets.token_hex(32))
     assert refused.returncode != 0
