@@ -116,11 +116,10 @@ def bucket(proxy: Proxy) -> str:
 
 @pytest.fixture(scope="session")
 def trackers(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Those that are installed, on this machine's disk for this process and all that it starts."""
-    os.environ["WANDB_MODE"] = "offline"
+    """MLflow where it is installed, on this machine's disk for this process and all that it starts."""
     os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"  # a database takes ten seconds to be laid out
     os.environ["MLFLOW_TRACKING_URI"] = tmp_path_factory.mktemp("mlflow").as_uri()
-    return [name for name in ("mlflow", "wandb") if find_spec(name)]
+    return ["mlflow"] if find_spec("mlflow") else []
 
 
 @pytest.fixture(scope="session")

@@ -208,7 +208,7 @@ def test_help_names_every_command(words):
     ("words", "completed"),
     [
         ("pre", ["prepare", "predict"]),
-        ("train im", ["imagenet_vit_large", "imagenet_vit_small"]),
+        ("train im", ["imagenet_vit_large", "imagenet_vit_large_paper", "imagenet_vit_small"]),
         ("train jobs/", []),  # no recipe's name: the shell completes files
         ("train digits --dry", ["--dry-run"]),
     ],

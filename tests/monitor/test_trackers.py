@@ -109,6 +109,7 @@ def test_what_mlflow_lacks_of_earlier_attempts_comes_later(folder, mlflow_client
     assert [sorted(each) for each in steps] == [[1, 2, 3, 4, 5], [1]]
 
 
+@pytest.mark.slow  # its service of its own may take half a minute to start on a busy machine
 @needs_wandb
 def test_a_run_at_wandb_is_read_back_from_what_it_wrote_offline(folder, monkeypatch):
     """Each attempt's file has every step once, under the same id: the last one is the whole run."""

@@ -13,6 +13,7 @@ from prelora_ray.config_file import parse_settings
 from prelora_ray.errors import UserError
 from prelora_ray.fault_tolerance.ray_private import release_groups_of_dead_actors
 from prelora_ray.recorded.replay import Record, read_record
+from prelora_ray.recorded.run import RunRecords
 from prelora_ray.records import EpochLine, Freeze, NormsLine, Switch
 from prelora_ray.report.records import read_sweep
 from prelora_ray.report.sweep_table import sweep_table, told_of_controls
@@ -73,7 +74,7 @@ def test_a_trial_that_fails_is_told_and_leaves_the_others_alone(grid):
     assert re.search(r"the loss is not finite at step \d+ .*phase lora; the last good checkpoint is .*/\d{5}-", message)
     events = grid.run("diverging").read_lines("events.jsonl")
     assert (events[-1]["event"], events[-1]["message"]) == ("run_failed", message)
-    (switch,), (freeze,) = (grid.run("diverging").events_of(kind) for kind in (Switch, Freeze))
+    (switch,), (freeze,) = (RunRecords(grid.run("diverging")).events_of(kind) for kind in (Switch, Freeze))
     assert switch.switch_epoch == freeze.freeze_epoch == 5
     assert "restart" not in [line["event"] for line in events]
 

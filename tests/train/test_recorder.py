@@ -9,6 +9,7 @@ from typing import Any, cast
 import numpy as np
 
 from prelora_ray.run_folder import RunFolder
+from prelora_ray.train import recorder as recorder_module
 from prelora_ray.train.recorder import Recorder
 from tests.runs import settings
 
@@ -45,7 +46,7 @@ def test_samples_are_there_before_a_checkpoint_inside_an_epoch(tmp_path):
 
 
 def test_no_step_waits_long_for_a_bucket_that_does_not_answer(tmp_path, monkeypatch):
-    monkeypatch.setattr("prelora_ray.train.recorder._SAMPLES_SECONDS", 0.1)
+    monkeypatch.setattr(recorder_module, "_SAMPLES_SECONDS", 0.1)
     folder = Bucket(tmp_path)
     own = recorder(folder, tmp_path)
     folder.is_reachable = False

@@ -33,13 +33,13 @@ from prelora_ray.method.phases import Phase
 from prelora_ray.recorded.replay import read_record, replay
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
-from prelora_ray.train.run import TrainError, _check_same_data, train
+from prelora_ray.train import run as run_module
+from prelora_ray.train.run import TrainError, _identity, check_data, train
 from tests.chaos.faults import give_notice
 from tests.chaos.site import wait_for
 from tests.conftest import samples
 from tests.disturbed import KILLED_IN_EACH_PHASE, Disturbed, train_disturbed
 from tests.monitor.test_tensorboard import read
-from tests.monitor.test_trackers import history, read_wandb
 from tests.runs import EPOCHS, FREEZE, SWITCH, assert_same_bits, children, final, settings, wait_inside
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -71,7 +71,7 @@ def ends_as_undisturbed(disturbed: Disturbed, plain: Settings, phases: Sequence[
 
 def test_stopped_by_sigterm_it_goes_on_where_it_stood(digits, storage, bucket, undisturbed, trackers):
     """Meanwhile another driver of the run is refused. Its data are in a bucket, those of the other run on a disk. To
-    MLflow and W&B both halves are one run, of rank 0 alone."""
+    MLflow both halves are one run, of rank 0 alone."""
     data = f"{bucket}/digits"
     prepare("digits", data)
     assert read_manifest(Storage(data)).splits == read_manifest(Storage(digits)).splits
@@ -99,7 +99,8 @@ def test_stopped_by_sigterm_it_goes_on_where_it_stood(digits, storage, bucket, u
     (restart,) = (line for line in RunFolder.of(run).read_lines("events.jsonl") if line["event"] == "restart")
     assert (restart["cause"], restart["steps_again"]) == ("stop", 0)
     losses = [(line.epoch + 1, line.loss) for line in RunFolder.of(run).epochs()]
-    assert [read_losses(run) for name, read_losses in LOSSES_AT.items() if name in trackers] == [losses] * len(trackers)
+    if trackers:
+        assert losses_at_mlflow(run) == losses
     sheets = {(image.width, image.height) for image in read(RunFolder.of(run)).Images("samples")}
     assert sheets == {(6 * (size + 2), 6 * (size + 2)) for size in (4, 6, 8)}  # 36 images of each size, and borders
 
@@ -114,19 +115,8 @@ def losses_at_mlflow(run: Settings) -> list[tuple[int, float]]:
     return sorted((entry.step, entry.value) for entry in client.get_metric_history(found.info.run_id, "loss/train"))
 
 
-def losses_at_wandb(run: Settings) -> list[tuple[int, float]]:
-    files = sorted(Path(RunFolder.of(run).path).glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime)
-    assert len(files) == 2 and len({path.name for path in files}) == 1
-    rows = [row for record in read_wandb(files[-1]) if (row := history(record))]
-    return [(int(row["_step"]), float(row["loss/train"])) for row in rows]
-
-
-LOSSES_AT = {"mlflow": losses_at_mlflow, "wandb": losses_at_wandb}
-"""Training loss by step, as a service has it."""
-
-
 def test_taken_over_it_ends_and_leaves_the_folder_to_the_other_driver(digits, storage, monkeypatch):
-    monkeypatch.setattr("prelora_ray.train.run.BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(run_module, "BEAT_SECONDS", 0.1)
     run = settings(digits, storage, "taken-over", 1, checkpoint={"every_steps": 4})
     folder = RunFolder.of(run)
 
@@ -306,8 +296,8 @@ def test_resuming_with_other_images_is_refused(digits, storage, tmp_path):
     elsewhere = run.model_copy(update={"data": run.data.model_copy(update={"path": str(copy)})})
     folder, manifest = RunFolder.of(run), read_manifest(Storage(digits))
     folder.write_settings(run)
-    _check_same_data(folder, run, manifest)
-    _check_same_data(folder, elsewhere, read_manifest(Storage(copy)))
+    folder.write_json("data.json", _identity(check_data(run, folder)))
+    assert check_data(elsewhere, folder).splits == manifest.splits
     (shard, *others) = manifest.splits["train"]
     shards = (dataclasses.replace(shard, sha256="0" * 64), *others)
     write_manifest(Storage(copy), dataclasses.replace(manifest, splits={**manifest.splits, "train": shards}))
