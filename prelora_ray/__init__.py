@@ -1,6 +1,6 @@
 """PreLoRA pre-training of Vision Transformers on Ray.
 
-`PreLoRA` is the method for any training loop; it imports no Ray. The functions are the commands of the same names.
+`PreLoRA` is the method for any training loop; it imports no Ray. The functions do what the commands do.
 """
 
 import sys

@@ -37,9 +37,11 @@ def train(
     Starts a Ray of its own, for the time of the run, unless Ray is running or RAY_ADDRESS names a cluster.
 
     Returns what result.json holds, and the run folder's `path`. Raises UserError for settings that cannot work;
-    WorkError where the work fails; InterruptedRunError on Ctrl-C. The same call goes on from the last checkpoint.
+    WorkError where the work fails; InterruptedRunError on Ctrl-C. The same call goes on from the last checkpoint, but
+    for a smoke run without a name.
     """
-    given: list[Override] = [*overrides, *((key, _plain(value)) for key, value in changes.items())]
+    told = [overrides] if isinstance(overrides, str) else overrides
+    given: list[Override] = [*told, *((key, _plain(value)) for key, value in changes.items())]
     settings = settings_of(recipe, given, name=name, storage=storage, fast=fast)
 
     from prelora_ray.run_folder import RunFolder

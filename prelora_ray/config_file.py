@@ -63,7 +63,7 @@ def read_named(
     try:
         content = parse_yaml(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"{path} is no file: give the path of a recipe, such as jobs/configs/digits.yaml") from None
+        raise UserError(f"{path} is no file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     except yaml.YAMLError as error:

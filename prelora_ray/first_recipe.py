@@ -163,6 +163,7 @@ def compose(file: str, path: str, source: str | None, images: Images) -> str:
             f"  learning_rate: {scale.learning_rate:g}",
             f"  ramp_epochs: {max(2, scale.epochs // 20)}",
             "method:",
+            "  # A model of this size saves no time by its switch: `enabled: false` trains it in full (docs/choosing.md).",
             "  # The paper's relaxed test. `prelora replay` tells where others would have switched, without training.",
             "  tau: 1.0",
             f"  zeta: {scale.zeta:g}" + ("  # the paper has 5: of few images the loss is noisy" if scale.zeta > 5 else ""),

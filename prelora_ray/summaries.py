@@ -185,6 +185,11 @@ def last_top1(epochs: Iterable[EpochLine]) -> float | None:
     return next(reversed(top1s(epochs)), None)
 
 
+def last_ema_top1(epochs: Sequence[EpochLine]) -> float | None:
+    """Of the averaged weights; None where they were not validated."""
+    return next((line.ema_top1 for line in reversed(epochs) if line.ema_top1 is not None), None)
+
+
 def best_top1(epochs: Iterable[EpochLine]) -> float | None:
     """None where no epoch was validated."""
     return max(top1s(epochs), default=None)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from prelora_ray.engine.snapshot import epoch_of
 from prelora_ray.inference.load import RunModel
-from prelora_ray.summaries import last_top1, phase_summaries, rank_counts
+from prelora_ray.summaries import last_ema_top1, last_top1, phase_summaries, rank_counts
 from prelora_ray.words import counted, modules_by_rank, percent
 
 _LIBRARY = {"timm": "timm", "adapter": "peft", "onnx": "onnxruntime"}
@@ -58,7 +58,7 @@ def _facts(run: RunModel, *, has_adapters: bool) -> dict[str, str]:
         phases = phase_summaries(lines).values()
         facts["training"] = ", ".join(f"{counted(phase.epochs, 'epoch')} of phase {phase.phase}" for phase in phases)
         facts["training images"] = f"{lines[-1].images:,}"
-        top1 = lines[-1].ema_top1 if run.is_ema else last_top1(lines)
+        top1 = last_ema_top1(lines) if run.is_ema else last_top1(lines)
         facts["top-1"] = "not validated so far" if top1 is None else f"{percent(top1)} of the run's validation images"
     if run.is_ema:
         facts["weights"] = f"a moving average over the steps, with decay {run.settings.train.ema:g}"

@@ -19,7 +19,7 @@ from prelora_ray.method.phases import count_parameters
 from prelora_ray.ray_session import ray_session
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
-from prelora_ray.train.run import check_cluster, check_data, check_settings
+from prelora_ray.train.run import check_classes, check_cluster, check_data, check_settings
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,7 @@ def _count_data(settings: Settings, folder: RunFolder) -> tuple[int, int, int]:
         manifest = check_data(settings, folder)
         return manifest.num_images("train"), manifest.num_images("val"), len(manifest.classes)
     opened = open_for(source, path, PrepareSettings())
+    check_classes(settings, len(opened.classes))
     images = dict.fromkeys(("train", "val"), 0)
     for task in plan(opened, path, PrepareSettings()):
         images[task.split] += len(task.items)

@@ -7,7 +7,7 @@ from typing import Any
 from prelora_ray.recorded.run import RunRecords
 from prelora_ray.records import Freeze, Result, Switch, to_json
 from prelora_ray.run_folder import RunFolder
-from prelora_ray.summaries import best_top1, last_top1, phase_summaries, rank_counts, restarts, seconds_of_run
+from prelora_ray.summaries import best_top1, last_ema_top1, last_top1, phase_summaries, rank_counts, restarts, seconds_of_run
 
 
 def summarize(folder: RunFolder) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def summarize(folder: RunFolder) -> dict[str, Any]:
         freeze_epoch=None if freeze is None else freeze.freeze_epoch,
         val_top1=last_top1(run.epochs),
         best_val_top1=best_top1(run.epochs),
-        ema_top1=next((line.ema_top1 for line in reversed(run.epochs) if line.ema_top1 is not None), None),
+        ema_top1=last_ema_top1(run.epochs),
         images_per_second={phase: summary.images_per_second for phase, summary in phases.items()},
         peak_memory_bytes={phase: summary.peak_memory_bytes for phase, summary in phases.items()},
         trainable_fraction={phase: summary.trainable_fraction for phase, summary in phases.items()},

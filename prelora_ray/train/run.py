@@ -145,7 +145,7 @@ def check_cluster(
 def check_data(settings: Settings, folder: RunFolder) -> Manifest:
     """The manifest of the prepared data. Raises UserError where they are not whole, or not what the run began with."""
     manifest = read_manifest(Storage(settings.data.path))
-    _check_classes(settings, manifest)
+    check_classes(settings, len(manifest.classes))
     for split in manifest.splits:
         if not manifest.num_images(split):
             raise UserError(f"data.path = {settings.data.path!r} is not allowed: it has no images in {split}")
@@ -381,17 +381,17 @@ def _check_unchanged(before: Settings, now: Settings, folder: RunFolder) -> None
         if key == "train.epochs" and now.train.epochs > before.train.epochs:
             raise UserError(
                 f"{told}, over which its learning rate falls; more epochs are another run, which may begin with its weights: "
-                f"train `--name ANOTHER --set model.init_from={folder}`"
+                f"prelora train RECIPE --name ANOTHER --set {key}={now.train.epochs} --set model.init_from={folder}"
             )
         raise UserError(f"{told}; resume it with that, or give another --name")
 
 
-def _check_classes(settings: Settings, manifest: Manifest) -> None:
+def check_classes(settings: Settings, classes: int) -> None:
     """Raises UserError where the data have another number of classes than the recipe says."""
-    if settings.model.num_classes not in (None, len(manifest.classes)):
+    if settings.model.num_classes not in (None, classes):
         raise UserError(
             f"model.num_classes = {settings.model.num_classes} is not allowed: {settings.data.path!r} has "
-            f"{counted(len(manifest.classes), 'class', 'classes')}; leave it out to take theirs"
+            f"{counted(classes, 'class', 'classes')}; leave it out to take theirs"
         )
 
 

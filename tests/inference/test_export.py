@@ -34,6 +34,7 @@ from prelora_ray.inference.export import ExportError
 from prelora_ray.inference.load import load_run_model
 from prelora_ray.method.adapters import merged_state_dict
 from prelora_ray.method.phases import Phase
+from prelora_ray.recorded.run import RunRecords
 from prelora_ray.records import InitFrom
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
@@ -399,7 +400,7 @@ def test_a_run_on_grey_values_by_two_workers_that_begins_with_another_run(runs, 
     model = {"options": {**TINY_VIT, "in_chans": 1}, "init_from": str(runs["lora"])}
     run = settings(digits, tmp_path, "grey", 2, model=model, data={"mean": [0.3]})
     result = train(run)
-    (told,) = RunFolder.of(run).events_of(InitFrom)
+    (told,) = RunRecords(RunFolder.of(run)).events_of(InitFrom)
     assert "its images have 3 channels and this run's 1: patch_embed.proj.weight is summed" in told.message
     assert (result["switch_epoch"], result["freeze_epoch"], result["epochs"]) == (SWITCH, FREEZE, EPOCHS)
     done = export(str(tmp_path / "grey"), str(tmp_path / "out"))
