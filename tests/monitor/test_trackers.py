@@ -109,7 +109,7 @@ def test_what_mlflow_lacks_of_earlier_attempts_comes_later(folder, mlflow_client
     assert [sorted(each) for each in steps] == [[1, 2, 3, 4, 5], [1]]
 
 
-@pytest.mark.slow  # its service of its own may take half a minute to start on a busy machine
+@pytest.mark.slow  # its service takes half a minute to start on a busy machine, and logs into what tests read
 @needs_wandb
 def test_a_run_at_wandb_is_read_back_from_what_it_wrote_offline(folder, monkeypatch):
     """Each attempt's file has every step once, under the same id: the last one is the whole run."""
@@ -154,7 +154,7 @@ def history(record: Any) -> dict[str, str]:
     return {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
 
 
-@pytest.mark.parametrize("name", [pytest.param("mlflow", marks=needs_mlflow), pytest.param("wandb", marks=needs_wandb)])
+@pytest.mark.parametrize("name", [pytest.param("mlflow", marks=needs_mlflow), pytest.param("wandb", marks=[needs_wandb, pytest.mark.slow])])
 def test_no_run_waits_for_a_service_that_cannot_be_reached(folder, monkeypatch, name):
     """Nor for one that takes connections and never answers."""
     monkeypatch.setattr("prelora_ray.monitor.tracker._END_SECONDS", 0.2)
