@@ -154,7 +154,9 @@ def history(record: Any) -> dict[str, str]:
     return {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
 
 
-@pytest.mark.parametrize("name", [pytest.param("mlflow", marks=needs_mlflow), pytest.param("wandb", marks=[needs_wandb, pytest.mark.slow])])
+@pytest.mark.parametrize(
+    "name", [pytest.param("mlflow", marks=needs_mlflow), pytest.param("wandb", marks=[needs_wandb, pytest.mark.slow])]
+)
 def test_no_run_waits_for_a_service_that_cannot_be_reached(folder, monkeypatch, name):
     """Nor for one that takes connections and never answers."""
     monkeypatch.setattr("prelora_ray.monitor.tracker._END_SECONDS", 0.2)
