@@ -9,14 +9,13 @@ import safetensors.torch
 import torch
 
 from prelora_ray.config_file import parse_settings
-from prelora_ray.data.manifest import Manifest
 from prelora_ray.engine.state import TrainState
 from prelora_ray.errors import UserError
 from prelora_ray.fault_tolerance.checkpoint import Checkpoints
 from prelora_ray.method.phases import Phase
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.train.initial_weights import initial_weights
-from prelora_ray.train.run import _check_classes
+from prelora_ray.train.run import check_classes
 from tests.engine.test_state import enter, train_a_step, train_state
 
 
@@ -86,8 +85,7 @@ def test_the_data_must_have_the_classes_that_a_recipe_says():
     def settings(num_classes):
         return parse_settings({"name": "x", "data": {"path": "d"}, "model": {"num_classes": num_classes}})
 
-    manifest = Manifest(("a", "b"), {}, 0, {})
-    _check_classes(settings(None), manifest)
-    _check_classes(settings(2), manifest)
+    check_classes(settings(None), 2)
+    check_classes(settings(2), 2)
     with pytest.raises(UserError, match=r"^model\.num_classes = 3 is not allowed: 'd' has 2 classes; leave it out"):
-        _check_classes(settings(3), manifest)
+        check_classes(settings(3), 2)
