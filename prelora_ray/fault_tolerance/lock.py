@@ -81,10 +81,11 @@ class DriverLock:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._done.set()
         self._thread.join()
-        self.check()
+        if kind is None or not issubclass(kind, UserError):  # Ray removes a job's folder, claim and all, as it shuts down
+            self.check()
         self._withdraw()
 
     @property
