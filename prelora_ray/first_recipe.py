@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from PIL import Image
 
 from prelora_ray.config_file import parse_settings
 from prelora_ray.data.augment import Augmentation, Augmenter
-from prelora_ray.data.encode import BadImageError, encode
+from prelora_ray.data.encode import encode
 from prelora_ray.data.manifest import is_prepared, read_manifest
-from prelora_ray.data.prepare import open_for, plan
+from prelora_ray.data.prepare import UNREADABLE, check_storage_answered, open_for, plan
 from prelora_ray.data.prepare_settings import PrepareSettings
 from prelora_ray.data.rows import read_encoded
 from prelora_ray.errors import UserError
@@ -104,17 +103,19 @@ def read_prepared(data: str) -> Images:
 
 
 def read_source(source: str, out: str, on_progress: Callable[[int, int], None]) -> Images:
-    """Of images that are to be prepared into `out`. Raises UserError as `prepare` does, or where none can be read."""
-    opened = open_for(source, out, PrepareSettings())
-    tasks = [task for task in plan(opened, out, PrepareSettings()) if task.split == "train"]
+    """Of images that are to be prepared into `out`. Raises UserError as `prepare` does, or where none can be
+    read; OSError where the storage fails."""
+    settings = PrepareSettings()
+    opened = open_for(source, out, settings)
+    tasks = [task for task in plan(opened, out, settings) if task.split == "train"]
     items = [(task.reader, item) for task in tasks for item in task.items]
     sample = items[:_SAMPLE]
-    encoded, settings = [], PrepareSettings()
+    encoded = []
     for done, (reader, item) in enumerate(sample, 1):
         try:
             encoded.append(encode(reader.read(item), settings.size, settings.quality, settings.max_pixels))
-        except (BadImageError, OSError, ValueError, pa.ArrowException):
-            continue  # `prepare` tells which, and why
+        except UNREADABLE as error:
+            check_storage_answered(error)  # `prepare` tells which images are bad, and why
         finally:
             on_progress(done, len(sample))
     if not encoded:

@@ -64,6 +64,16 @@ def test_photographs_in_folders(tmp_path):
     assert settings.data.std == pytest.approx(np.std(taken, axis=(0, 1, 2)), abs=0.01)
 
 
+def test_storage_that_fails_is_no_bad_image(tmp_path):
+    """Linux fails to read a process's first bytes of memory as a disk does. What could be read is some images alone."""
+    (tmp_path / "photos" / "a").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "photos" / "a" / "whole.png")
+    (tmp_path / "photos" / "a" / "unread.png").symlink_to("/proc/self/mem")
+    with pytest.raises(OSError, match="Input/output error"):
+        write_recipe(str(tmp_path / "photos.yaml"), str(tmp_path / "photos"))
+    assert not (tmp_path / "photos.yaml").exists()
+
+
 @pytest.mark.parametrize(
     ("num", "side", "model", "size", "patch"),
     [

@@ -84,15 +84,15 @@ def encode(content: bytes, size: int, quality: int, max_pixels: int) -> bytes:
         raise BadImageError(_reason(error)) from error
 
 
-def encode_image(image: Image.Image, size: int) -> bytes:
+def encode_image(image: Image.Image, size: int, max_pixels: int) -> bytes:
     """An image of Pillow's as `encode` makes it of a file, always as PNG, which keeps its pixels.
 
-    Raises BadImageError where it cannot be decoded.
+    Raises BadImageError where it cannot be decoded, or has more than `max_pixels`.
     """
     try:
         with _pillow_kept_quiet():
-            return _saved(_reduced(image, _turn(image), size), "PNG")
-    except MemoryError:
+            return _saved(_reduced(_load(image, max_pixels), _turn(image), size), "PNG")
+    except (BadImageError, MemoryError):
         raise
     except Exception as error:  # what a decoder raises over broken bytes is anything
         raise BadImageError(_reason(error)) from error

@@ -293,6 +293,16 @@ class _Written:
         return [i for i in range(num_items) if i not in left_out]
 
 
+UNREADABLE = (BadImageError, OSError, ValueError, pa.ArrowException)
+"""What reading or encoding an image raises where it is a bad one."""
+
+
+def check_storage_answered(error: Exception) -> None:
+    """Raises an error of `UNREADABLE` again where it is the storage's fault, which says nothing of the image."""
+    if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
+        raise error
+
+
 @dataclass(frozen=True)
 class ShardTask:
     """All that one task needs to write one shard."""
@@ -316,9 +326,8 @@ class ShardTask:
             try:
                 content = self.reader.read(item)
                 encoded = encode(content, self.settings.size, self.settings.quality, self.settings.max_pixels)
-            except (BadImageError, OSError, ValueError, pa.ArrowException) as error:
-                if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
-                    raise  # the storage's fault, which says nothing of the image
+            except UNREADABLE as error:
+                check_storage_answered(error)
                 if is_other_file(item.name, content):
                     other.append(i)
                 else:

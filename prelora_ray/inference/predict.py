@@ -74,7 +74,7 @@ def _encoded(image: Image, preprocessing: Preprocessing) -> bytes:
     size = max(prepare.size, preprocessing.shorter_side)
     try:
         if isinstance(image, PIL.Image.Image):
-            return encode_image(image, size)
+            return encode_image(image, size, prepare.max_pixels)
         folder, name = posixpath.split(absolute(image))
         return encode(Storage(folder).read_bytes(name), size, prepare.quality, prepare.max_pixels)
     except OSError as error:

@@ -17,7 +17,7 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from prelora_ray.data import encode as encode_module
 from prelora_ray.data.augment import read_crop, undecodable
-from prelora_ray.data.encode import FORMATS, IMAGE_ENDINGS, BadImageError, encode, is_image_name, is_other_file
+from prelora_ray.data.encode import FORMATS, IMAGE_ENDINGS, BadImageError, encode, encode_image, is_image_name, is_other_file
 
 
 def saved(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -410,6 +410,13 @@ def test_a_file_is_told_to_be_an_image_without_decoding_it(monkeypatch):
 
     monkeypatch.setattr(ImageFile.ImageFile, "load", fails)
     assert not is_other_file("a.txt", saved(RGB, "BMP"))
+
+
+def test_an_image_of_pillows_obeys_the_rules_of_files():
+    with pytest.raises(BadImageError, match=r"^it has 3 x 4 pixels, more than 11$"):
+        encode_image(Image.new("L", (3, 4)), size=256, max_pixels=11)
+    with pytest.raises(BadImageError, match=r"^its values lie in "):
+        encode_image(Image.fromarray(np.array([[0.0, 1e9]], np.float32)), size=256, max_pixels=12)
 
 
 def test_the_largest_size_is_the_callers_and_pillow_is_left_as_it_was(monkeypatch, recwarn):
