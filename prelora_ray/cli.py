@@ -221,12 +221,13 @@ def prepare(
     from prelora_ray.data.prepare import prepare as run
     from prelora_ray.nodes import check_seen_by_all_nodes
     from prelora_ray.ray_session import ray_session
-    from prelora_ray.storage import absolute
+    from prelora_ray.storage import absolute, check_outlives_job
     from prelora_ray.terminal import console
 
     start = time.monotonic()
+    place, folder = absolute_source(source), absolute(out)
+    check_outlives_job(folder)
     with ray_session(debug=_debug), console.progress("images") as show:
-        place, folder = absolute_source(source), absolute(out)
         check_seen_by_all_nodes([place], [folder])
         manifest = run(place, folder, settings, show)
     content = {
@@ -387,12 +388,13 @@ def _replay_map(
     picture: str | None,
     as_json: bool,
 ) -> None:
-    from prelora_ray.report.page import write_switch_map
     from prelora_ray.sweep.map import PUBLISHED, switch_map, what_it_means
     from prelora_ray.terminal import console
 
     points = switch_map(record, method, ramp_epochs, taus, zetas, what_it_means(source, method))
     if picture is not None:
+        from prelora_ray.report.page import write_switch_map
+
         rows = [points[row * len(zetas) : (row + 1) * len(zetas)] for row in range(len(taus))]
         titles = {"switch_epoch": "switch after epoch", "rate_left": "share of the learning rate's sum left"}
         titles |= {"trainable_fraction": "share that lora trains", "hours": "hours"}

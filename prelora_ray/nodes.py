@@ -12,7 +12,6 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from prelora_ray.errors import UserError
-from prelora_ray.storage import check_outlives_job
 
 _PATIENCE_SECONDS = 5.0
 """A file share may show a new file a little later elsewhere."""
@@ -26,12 +25,9 @@ def check_seen_by_all_nodes(reads: Iterable[str] = (), writes: Iterable[str] = (
     it that is there is looked for instead. What is no absolute path, such as an address in a bucket, is not checked,
     and neither are nodes that join later.
 
-    Raises UserError, with the path and the node, where a node does not see one, and for a folder that would end with
-    its job.
+    Raises UserError, with the path and the node, where a node does not see one.
     """
     folders = [path for path in writes if os.path.isabs(path)]
-    for path in folders:
-        check_outlives_job(path)
     nodes = _other_nodes()
     if not nodes:
         return

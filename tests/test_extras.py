@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import json
 import re
 import subprocess
 import sys
@@ -15,7 +16,10 @@ from typing import Any
 
 import pytest
 
+from prelora_ray.records import NormsLine
+from prelora_ray.run_folder import RunFolder
 from tests.command import ROOT, prelora_without
+from tests.lines import norms_line
 
 PACKAGE = ROOT / "prelora_ray"
 WITH_ANOTHER = {"pydantic_core": "pydantic", "triton": "torch"}
@@ -107,6 +111,13 @@ def test_a_command_says_in_a_sentence_what_to_install(missing: str, arguments: l
     assert told.stderr == f"prelora: {needs}: pip install 'prelora-ray[{extra}]'\n"
     assert (told.returncode, told.stdout) == (2, "")
     assert missing in extras()[extra]
+
+
+def test_a_map_without_a_picture_needs_no_plotly(tmp_path: Path):
+    RunFolder(tmp_path).write_records(NormsLine, [norms_line(epoch, {"blocks.0.mlp.fc1": 1.0}) for epoch in range(9)])
+    told = prelora_without("plotly", "replay", str(tmp_path / "norms.jsonl"), "--tau", "0.5,1", "--json")
+    assert (told.returncode, told.stderr) == (0, "")
+    assert len(json.loads(told.stdout)["settings"]) == 2
 
 
 @pytest.mark.parametrize(

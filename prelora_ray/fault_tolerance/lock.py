@@ -81,11 +81,10 @@ class DriverLock:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, *_: object) -> None:
         self._done.set()
         self._thread.join()
-        if kind is None or not issubclass(kind, UserError):  # Ray removes a job's folder, claim and all, as it shuts down
-            self.check()
+        self.check()
         self._withdraw()
 
     @property
@@ -185,16 +184,19 @@ def holder(folder: RunFolder) -> Claim | None:
 def is_held(folder: RunFolder) -> bool:
     """Whether a living driver seems to hold a run folder: one on another machine by its claim's age on our clock."""
     claim = holder(folder)
-    if claim is None:
-        return False
-    is_running = _is_running(claim)
-    return time.time() - claim.get("time", 0.0) < SILENCE_SECONDS if is_running is None else is_running
+    return claim is not None and _seems_alive(claim)
 
 
 def check_free(folder: RunFolder) -> None:
     """Raises HeldRunError where a living driver seems to hold a run folder. Unlike DriverLock it writes nothing."""
-    if is_held(folder):
-        raise _held(folder, holder(folder) or {})
+    claim = holder(folder)
+    if claim is not None and _seems_alive(claim):
+        raise _held(folder, claim)
+
+
+def _seems_alive(claim: Claim) -> bool:
+    is_running = _is_running(claim)
+    return time.time() - claim.get("time", 0.0) < SILENCE_SECONDS if is_running is None else is_running
 
 
 def _held(folder: RunFolder, claim: Claim) -> HeldRunError:

@@ -47,7 +47,7 @@ from prelora_ray.nodes import check_seen_by_all_nodes
 from prelora_ray.ray_session import ray_session
 from prelora_ray.records import Starting
 from prelora_ray.run_folder import RunFolder
-from prelora_ray.storage import Storage, once_reachable
+from prelora_ray.storage import Storage, check_outlives_job, once_reachable
 from prelora_ray.summaries import reservations
 from prelora_ray.train.initial_weights import initial_weights
 from prelora_ray.train.result import summarize
@@ -83,6 +83,8 @@ def check_settings(settings: Settings, folder: RunFolder) -> Settings | None:
             folder.read_classes()  # raises, where it is damaged, before Ray starts
     if folder.exists("result.json"):
         return before
+    for path in _written(settings, folder):
+        check_outlives_job(path)
     check_loggers(settings)
     check_model(settings)
     if (source := settings.model.init_from) is not None and before is None:
@@ -261,11 +263,16 @@ def _check_room(settings: Settings, is_embedded: bool) -> None:
 
 def _check_nodes_see(settings: Settings, folder: RunFolder, *, writes: bool) -> None:
     """Raises UserError, before anything is prepared or trained, where a node does not see a local path of the run."""
-    data = settings.data
-    is_prepared = Storage(data.path).exists("manifest.json")
-    reads = [path for path in (data.path if is_prepared else data.source, settings.model.init_from) if path is not None]
-    written = [str(folder)] if is_prepared else [data.path, str(folder)]
+    data, written = settings.data, _written(settings, folder)
+    images = data.source if data.path in written else data.path
+    reads = [path for path in (images, settings.model.init_from) if path is not None]
     check_seen_by_all_nodes(reads, written, touches=writes)
+
+
+def _written(settings: Settings, folder: RunFolder) -> list[str]:
+    """The folders that the run writes into: its own, and that of images which are to be prepared."""
+    path = settings.data.path
+    return [str(folder)] if Storage(path).exists("manifest.json") else [path, str(folder)]
 
 
 def _fit(

@@ -24,7 +24,7 @@ from prelora_ray.config import Settings
 from prelora_ray.data.manifest import read_manifest, write_manifest
 from prelora_ray.data.prepare import prepare
 from prelora_ray.engine.state import TrainState
-from prelora_ray.errors import InterruptedRunError
+from prelora_ray.errors import InterruptedRunError, UserError
 from prelora_ray.fault_tolerance.checkpoint import Checkpoints
 from prelora_ray.fault_tolerance.lock import LostRunError, claims, holder
 from prelora_ray.fault_tolerance.notices import STOP_FILE
@@ -76,7 +76,7 @@ def test_stopped_by_sigterm_it_goes_on_where_it_stood(digits, storage, bucket, u
     prepare("digits", data)
     assert read_manifest(Storage(data)).splits == read_manifest(Storage(digits)).splits
     ways = {"checkpoint": {"every_steps": 4}, "monitor": {"loggers": ["tensorboard", *trackers]}}
-    run = settings(digits, storage, "stopped", 1, data={"path": data}, **ways)
+    run = settings(digits, storage, "stopped", 2, data={"path": data}, **ways)
     refusals: list[str] = []
 
     def disturb() -> None:
@@ -95,7 +95,7 @@ def test_stopped_by_sigterm_it_goes_on_where_it_stood(digits, storage, bucket, u
     assert f"is being trained by process {os.getpid()} on {socket.gethostname()}" in refusals[0]
     assert not RunFolder.of(run).exists(STOP_FILE)
     train(run)
-    assert_same_bits(final(run), final(undisturbed(1)))
+    assert_same_bits(final(run), final(undisturbed(2)))
     (restart,) = (line for line in RunFolder.of(run).read_lines("events.jsonl") if line["event"] == "restart")
     assert (restart["cause"], restart["steps_again"]) == ("stop", 0)
     losses = [(line.epoch + 1, line.loss) for line in RunFolder.of(run).epochs()]
@@ -270,6 +270,17 @@ def test_a_run_whose_result_found_no_room_is_finished_by_the_same_command(undist
     expected = RunFolder.of(run).read_json("result.json")
     assert train(again) == expected | {"restarts": 1, "seconds": ANY}
     assert folder.read_json("end.json") == {"end": "finished", "epoch": EPOCHS, "step": 15 * EPOCHS, "message": None}
+
+
+@pytest.mark.parametrize("inside", ["storage", "data"])
+def test_what_would_end_with_its_job_is_refused_before_it_is_made(tmp_path, inside):
+    """A folder in what Ray has uploaded, which it removes as the job ends, with the run's lock."""
+    package = tmp_path / "_ray_pkg_0a1b"
+    places = {"storage": tmp_path / "runs", "data": tmp_path / "data", inside: package / inside}
+    run = settings(places["data"], places["storage"], "in-a-job", 1, data={"source": "digits"})
+    with pytest.raises(UserError, match=rf"^'{package}/{inside}.*' is not allowed in a job: "):
+        train(run)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_resuming_with_other_settings_is_refused(undisturbed, digits, storage):
