@@ -3,10 +3,9 @@
 `PreLoRA` is the method for any training loop; it imports no Ray. The functions do what the commands do.
 """
 
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import prelora_ray.train  # noqa: F401  # Python names the package at its first import alone: the function comes after
 from prelora_ray.api import evaluate, export, load, replay, train
 
 if TYPE_CHECKING:
@@ -23,15 +22,3 @@ def __getattr__(name: str) -> Any:
 
         return PreLoRA
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-class _FrontDoor(ModuleType):
-    """`prelora_ray.train` stays the function when Python sets it to the package of that name, whose modules are
-    imported by their full names."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in __all__ and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _FrontDoor
