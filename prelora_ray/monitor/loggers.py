@@ -31,7 +31,8 @@ class Loggers:
         self._of_window: Scalars = {}
         self._sizes: set[int] = set()
         """Of images that have had their sheet."""
-        names, recorded = settings.monitor.loggers, _recorded(folder, epoch)
+        names = settings.monitor.loggers
+        recorded = _recorded(folder, epoch) if attempt == 0 or set(names) - {"tensorboard"} else []
         self._board = TensorBoardLog(folder, settings, attempt, epoch) if "tensorboard" in names else None
         if self._board is not None and attempt == 0:
             for step, values in recorded:
@@ -42,6 +43,7 @@ class Loggers:
             for name, connect in connects.items()
             if name in names
         ]
+        self._all: list[TensorBoardLog | Courier] = [*([self._board] if self._board is not None else []), *self._couriers]
 
     def window(self, line: WindowLine) -> None:
         """Comes before the epoch that ends the window."""
@@ -49,32 +51,29 @@ class Loggers:
 
     def epoch(self, line: EpochLine) -> None:
         values, self._of_window = epoch_scalars(line) | self._of_window, {}
-        for log in self._all():
+        for log in self._all:
             log.scalars(line.epoch + 1, values)
 
     def wants_samples(self, image_size: int) -> bool:
         """Whether no images of this size have been shown yet."""
-        return image_size not in self._sizes and bool(self._all())
+        return image_size not in self._sizes and bool(self._all)
 
     def samples(self, epoch: int, images: Pixels) -> None:
         """Images that an epoch (from 0) trains on, as the model takes them: (n, size, size, channels)."""
         self._sizes.add(images.shape[1])
         page = sheet(images)
-        for log in self._all():
+        for log in self._all:
             log.samples(epoch + 1, page)
 
     def flush(self) -> bool:
         """Returns whether all that goes into the run folder is there."""
-        return all(log.flush() for log in self._all())
+        return self._board is None or self._board.flush()
 
     def end(self, kind: EndKind, meanwhile: Callable[[], None]) -> None:
         """The attempt has ended. Nodes that are about to go wait for no service."""
         if kind != "preemption":
             for courier in self._couriers:
                 courier.end(kind, meanwhile)
-
-    def _all(self) -> list[TensorBoardLog | Courier]:
-        return [*([self._board] if self._board is not None else []), *self._couriers]
 
 
 def _recorded(folder: RunFolder, epoch: int) -> list[tuple[int, Scalars]]:
@@ -89,7 +88,7 @@ def _recorded(folder: RunFolder, epoch: int) -> list[tuple[int, Scalars]]:
 
 def _identity(folder: RunFolder, settings: Settings) -> str:
     """Of the run at every service: the same in all attempts, and another one in a run of that name begun anew."""
-    first = folder.events()[0]
+    first = next(event for event in folder.events() if event.attempt >= 0)  # a fork's begin with its trunk's
     return hashlib.blake2b(f"{settings.name} {first.time}".encode(), digest_size=8).hexdigest()
 
 

@@ -10,6 +10,7 @@ from typing import Literal, Protocol, TypeVar
 
 from prelora_ray.fault_tolerance.background import Background
 from prelora_ray.monitor.scalars import Pixels, Scalars
+from prelora_ray.storage import without_keys
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -73,10 +74,6 @@ class Courier:
 
         self._work.put(work)
 
-    def flush(self) -> bool:
-        """What is still on its way holds nothing up."""
-        return True
-
     def end(self, outcome: Outcome, meanwhile: Callable[[], None]) -> None:
         """Waits for a moment until all has arrived; calls `meanwhile` every second until then."""
         self._work.put(lambda tracker: tracker.end(outcome))
@@ -103,5 +100,6 @@ class Courier:
 
     def _tell(self, what: str, error: Exception) -> None:
         if not self._is_told:
-            logger.warning("%s %s: %s: %s", self._name, what, type(error).__name__, str(error)[:300])
+            told = without_keys(str(error))[:300]  # which may name the service's address, with a password in it
+            logger.warning("%s %s: %s: %s", self._name, what, type(error).__name__, told)
             self._is_told = True

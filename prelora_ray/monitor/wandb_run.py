@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import wandb
 
@@ -19,8 +18,6 @@ class WandbRun:
 
         Offline it cannot know what was logged before, and each attempt's files hold all steps from the first one on.
         """
-        if folder.is_local:
-            Path(folder.path).mkdir(parents=True, exist_ok=True)
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "prelora"),
             id=identity,

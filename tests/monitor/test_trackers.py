@@ -16,7 +16,7 @@ import pytest
 from prelora_ray.config import Settings
 from prelora_ray.config_file import parse_settings
 from prelora_ray.errors import UserError
-from prelora_ray.monitor.loggers import Loggers, check_loggers
+from prelora_ray.monitor.loggers import Loggers, _identity, check_loggers
 from prelora_ray.monitor.tracker import Courier
 from prelora_ray.records import EpochLine, Event, WindowLine
 from prelora_ray.run_folder import RunFolder
@@ -187,6 +187,28 @@ def test_what_fails_is_tried_again_in_its_order_and_images_are_not(monkeypatch, 
     assert Flaky.sheets == 1
     told = [record.message.split(":")[0] for record in caplog.records if record.message.startswith("flaky ")]
     assert told == [f"flaky {what}" for what in (*["is tried again"] * 2, "has no sheet of images", *["is tried again"] * 2)]
+
+
+def test_a_services_address_is_logged_without_its_password(monkeypatch, caplog):
+    monkeypatch.setattr("prelora_ray.monitor.tracker._END_SECONDS", 0.1)
+
+    def connect() -> Any:
+        raise OSError("API request to https://me:hush@host failed")
+
+    Courier("mlflow", connect, []).end("failed", lambda: None)
+    assert "https://...@host failed" in caplog.text and "hush" not in caplog.text
+
+
+def test_a_fork_that_is_made_anew_is_another_run_at_a_service(tmp_path):
+    """Its first event is its trunk's."""
+    identities = set()
+    for time_of_start in (5.0, 6.0):
+        fork = RunFolder(tmp_path / f"{time_of_start}")
+        fork.write_records(
+            Event, [event("fork", attempt=-1, time=1.0, trunk="t"), event("run_started", world_size=1, time=time_of_start)]
+        )
+        identities.add(_identity(fork, settings()))
+    assert len(identities) == 2
 
 
 class Flaky:
