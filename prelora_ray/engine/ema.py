@@ -22,20 +22,29 @@ class Ema:
         self._parameters = dict(average.named_parameters())
         self._decay = decay
         self._update = get_ema_multi_avg_fn(decay)
+        self._weights: list[torch.Tensor] = []
+        self._adapters: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]] = []
+        """Rows of the average, B, A and s of W + s B A."""
+
+    def follow(self, model: nn.Module) -> None:
+        """Averages from now on the weights of `model`, with adapters or without."""
+        own = {name: tensor for name, tensor in model.named_parameters() if not is_adapter_parameter(name)}
+        self._weights = [own[name] for name in self._parameters]
+        self._adapters = [
+            (self._parameters[f"{name}.weight"][start:stop], layer.lora_B[family], layer.lora_A[family], layer.scaling)
+            for name, layer in lora_layers(model).items()
+            for family, (start, stop) in layer.rows.items()
+        ]
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Takes in the weights of `model`, with adapters or without, after a step: decay * average + (1 - decay) * W.
+    def update(self) -> None:
+        """Takes in the followed weights after a step: decay * average + (1 - decay) * W.
 
         Works in place and waits for nothing, so that it can be part of a CUDA graph, and makes no merged weight.
         """
-        own = {name: tensor for name, tensor in model.named_parameters() if not is_adapter_parameter(name)}
-        self._update(list(self._parameters.values()), [own[name] for name in self._parameters], 0)
-        for name, layer in lora_layers(model).items():
-            average = self._parameters[f"{name}.weight"]
-            for family, (start, stop) in layer.rows.items():
-                weight = (1 - self._decay) * layer.scaling
-                average[start:stop].addmm_(layer.lora_B[family], layer.lora_A[family], alpha=weight)
+        self._update(list(self._parameters.values()), self._weights, 0)
+        for average, b, a, scaling in self._adapters:
+            average.addmm_(b, a, alpha=(1 - self._decay) * scaling)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The averaged model's tensors, by timm's names."""

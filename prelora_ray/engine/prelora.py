@@ -124,7 +124,9 @@ class PreLoRA:
             total = torch.tensor(loss, dtype=torch.float64, device=next(self.model.parameters()).device)
             dist.all_reduce(total)
             loss = total.item() / dist.get_world_size()
-        decision = agreed(self.schedule, self.schedule.end_epoch(self.epoch, target_norms(self.model, self.targets), loss))
+        decision = self.schedule.end_epoch(self.epoch, target_norms(self.model, self.targets), loss)
+        with torch.cuda.device_of(next(self.model.parameters())):  # NCCL broadcasts on the current one, set or not
+            decision = agreed(self.schedule, decision)
         self.epoch += 1
         self.apply(decision)
         return decision

@@ -53,13 +53,13 @@ def load_pretrained(model: nn.Module, tensors: dict[str, torch.Tensor], path: st
             )
     fitting = {name: tensor for name, tensor in tensors.items() if name in own and name not in replaced}
     if not fitting:
-        raise UserError(f"model.init_from = {path!r} does not fit the model: none of its {len(tensors)} tensors is known")
+        raise UserError(f"model.init_from = {path!r} does not fit the model: it has none of its tensors")
     model.load_state_dict(fitting, strict=False)
     told += [
-        f"{len(names)} {what}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+        f"{counted(len(names), 'tensor')} {what}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
         for what, names in (
-            ("tensors are not in it and start anew", sorted(own.keys() - tensors.keys())),
-            ("of its tensors are not the model's and are left out", sorted(tensors.keys() - own.keys())),
+            ("of the model not in it, begun anew", sorted(own.keys() - tensors.keys())),
+            ("in it not the model's, left out", sorted(tensors.keys() - own.keys())),
         )
         if names
     ]

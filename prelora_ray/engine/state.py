@@ -90,6 +90,8 @@ class TrainState:
         """The change of phase that the checkpoint of a trunk has yet to go through, where a fork begins with one."""
         self.logit_change: float | None = None
         """Largest change of a logit at the last change of phase, by another number format and other products."""
+        self.ema: Ema | None = None
+        """The moving average of the weights."""
         self.network: nn.Module = self.model
         if checkpoint is not None:
             self._load(checkpoint)
@@ -100,8 +102,9 @@ class TrainState:
         if self.fork is not None:
             self.phases.phase = phase
             self.apply(self.fork)
-        self.ema = None if settings.train.ema is None else self._build_ema(settings.train.ema, num_classes, checkpoint)
-        """The moving average of the weights."""
+        if settings.train.ema is not None:
+            self.ema = self._build_ema(settings.train.ema, num_classes, checkpoint)
+            self.ema.follow(self.model)
 
     @property
     def step(self) -> int:
@@ -253,6 +256,8 @@ class TrainState:
     def _rebuild(self, moments: OptimizerState) -> None:
         self.optimizer = build_optimizer(self.model, self.settings, moments, capturable=self.uses_cuda_graph)
         self._build_network()
+        if self.ema is not None:
+            self.ema.follow(self.model)
 
     def _build_network(self) -> None:
         """Wraps the model in DDP for what trains now.

@@ -105,7 +105,7 @@ class TrainStep:
         cell = self.plan.orders["train"].cell
         first = slice(0, cell * max(1, _SHOWN // cell))
         drawn = self.task.draw(batch, self.plan.cells, cell)
-        return self.task.shown({name: tensor[first] for name, tensor in drawn.items()}).numpy()
+        return self.task.shown({name: tensor[first] for name, tensor in drawn.items()})[:_SHOWN].numpy()
 
     def _inputs(self, batch: Batch) -> Inputs:
         """All that a step depends on but the state, as tensors on the CPU."""
@@ -129,7 +129,7 @@ class TrainStep:
         state.optimizer.step()
         state.optimizer.zero_grad()
         if state.ema is not None:
-            state.ema.update(state.model)
+            state.ema.update()
 
     def _add_gradients(self, inputs: Inputs, starts: range, *, exchanges: bool) -> torch.Tensor:
         """Takes the micro-batches that begin at `starts` through the model and back; sums of their losses and images.

@@ -9,7 +9,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 
-from prelora_ray.engine.prelora import PreLoRA
 from prelora_ray.errors import UserError
 from prelora_ray.integrations.carried import CarriedPreLoRA, vit_of
 
@@ -54,13 +53,11 @@ class PreLoRACallback(Callback):
         self.prelora.end()
 
 
-def join(module: LightningModule, optimizer: torch.optim.Optimizer) -> PreLoRA | None:
+def join(module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
     """For `configure_optimizers`, in front of a scheduler, which then sets the adapters' rate too.
 
-    Returns what the optimizer has joined; None where the trainer has no PreLoRACallback.
+    Does nothing where the trainer has no PreLoRACallback.
     """
     for callback in module.trainer.callbacks:
         if isinstance(callback, PreLoRACallback):
             callback.prelora.join(optimizer)
-            return callback.prelora
-    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,16 +30,22 @@ class Prices:
         return cls(*unit_of(settings.workers), settings, trunk.epochs())
 
     def straight(self, lines: Sequence[EpochLine], epochs: int) -> float:
-        """Cost of a straight run of so many epochs: each as in the steady state of its phase and size of images, and
-        what a stopped one lacks as the last. `lines`: of its epochs, those that stand.
+        """Cost of a straight run of so many epochs: each as in the steady state of its phase and size of images. What a
+        stopped one lacks is in its last phase; a size that it has not had there takes what full training of it takes
+        more. `lines`: of its epochs, those that stand.
 
         That leaves out what the start of a process, of a phase or of a fork adds to an epoch.
         """
         stages = by_phase_and_size(lines)
         measured = stages | {stage: full for stage, full in by_phase_and_size(self.lines).items() if stage in stages}
-        counts = {stage: len(lines) for stage, lines in stages.items()}
-        counts[list(stages)[-1]] += epochs - sum(counts.values())
-        return self.worker * sum(in_steady_state(measured[stage], _hours) * n for stage, n in counts.items())
+        hours = {stage: in_steady_state(lines, _hours) for stage, lines in measured.items()}
+        last = list(stages)[-1]
+        for size in {self.trunk.image_size(epoch) for epoch in range(len(lines), epochs)}:
+            more = self._hours[size] / self._hours[self.trunk.image_size(len(lines) - 1)]
+            hours.setdefault((last[0], size), hours[last] * more)
+        lacking = [(last[0], self.trunk.image_size(epoch)) for epoch in range(len(lines), epochs)]
+        counts = Counter(lacking) + Counter({stage: len(own) for stage, own in stages.items()})
+        return self.worker * sum(hours[stage] * n for stage, n in counts.items())
 
     def full(self, settings: Settings) -> float:
         """Cost of full training that the settings describe: the trunk's, or with a nearer end."""

@@ -109,8 +109,9 @@ def would_train(dry_run: DryRun) -> Iterator[str]:
     """What `prelora train` would do."""
     run = dry_run
     if run.is_finished:
-        yield f"run {run.path} has finished already: nothing would be trained"
-    elif run.checkpoint is None:
+        yield f"run {run.path} has finished already: nothing would be trained, and nothing was written"
+        return
+    if run.checkpoint is None:
         yield f"run {run.path} would begin"
     else:
         yield f"run {run.path} would go on from checkpoint {run.checkpoint}, after epoch {run.epoch} of {run.epochs}"
@@ -123,7 +124,9 @@ def would_train(dry_run: DryRun) -> Iterator[str]:
     workers = counted(most, "worker") if few == most else f"{few} to {most} workers"
     each = "one GPU each" if run.gpu else "no GPU"
     yield f"{counted(run.epochs, 'epoch')} of {counted(run.batches, 'batch', 'batches')} on {workers} with {each}"
-    if run.switch_epoch is not None:
+    if run.switched_at is not None:
+        yield f"it has switched after epoch {run.switched_at}"
+    elif run.switch_epoch is not None:
         yield f"switch after epoch {run.switch_epoch}, as the recipe says"
     elif run.first_verdict is not None:
         yield f"switch where the test finds that training has converged, after epoch {run.first_verdict} at the earliest"

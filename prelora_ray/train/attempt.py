@@ -69,7 +69,7 @@ class WorkerAttempt:
         self.plan = stream_plan(settings, manifest, self.rank, world_size)
         device = ray.train.torch.get_device()
         batches = self.plan.orders["train"].num_batches
-        source = settings.model.init_from if checkpoint is None else None
+        source = settings.model.init_from if checkpoint is None and self.rank == 0 else None  # DDP hands on rank 0's weights
         initial = None if source is None else initial_weights(source)
         self.state = TrainState(settings, len(manifest.classes), batches, device, world_size, checkpoint, initial=initial)
         self._sums_before = _own_sums(checkpoint.state["sums"] if checkpoint else [], self.rank, world_size)
@@ -104,6 +104,7 @@ class WorkerAttempt:
         self._meter = EpochMeter(self.state, self.plan, self.stream)
         self._telemetry.begin_epoch(self._meter.phase, self.state.image_size)
         self._recorder.epoch_begins()
+        self._shows_images = self._recorder.wants_images(self.state.image_size)
         self._train_step.begin_epoch(self._sums_before)
         self._sums_before = (0.0, 0.0)
 
@@ -113,8 +114,9 @@ class WorkerAttempt:
         Raises StoppedError where that is to stop.
         """
         self._recorder.samples(batch)
-        if self._recorder.wants_images(self.state.image_size):
+        if self._shows_images:
             self._recorder.images(self._train_step.shown_images(batch))
+            self._shows_images = False
         if self._doing is not None:
             self._recorder.starts(self._doing)
             self._doing = None

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 
 from prelora_ray.config import Settings, with_absolute_paths
-from prelora_ray.data.manifest import is_prepared
 from prelora_ray.data.prepare import open_for, plan
 from prelora_ray.data.prepare_settings import PrepareSettings
 from prelora_ray.engine.model import create_model
@@ -17,6 +16,8 @@ from prelora_ray.fault_tolerance.lock import check_free
 from prelora_ray.method.convergence import first_verdict
 from prelora_ray.method.phases import count_parameters
 from prelora_ray.ray_session import ray_session
+from prelora_ray.recorded.run import RunRecords
+from prelora_ray.records import Switch
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
 from prelora_ray.train.run import check_classes, check_cluster, check_data, check_settings
@@ -35,6 +36,8 @@ class DryRun:
     epoch: int
     """Completed epochs."""
     epochs: int
+    switched_at: int | None
+    """Completed epochs at its switch; None for a run that has not switched so far."""
     switch_epoch: int | None
     """Completed epochs at which the recipe has the run switch; None where its test decides, or it never switches."""
     first_verdict: int | None
@@ -46,7 +49,8 @@ class DryRun:
     is_prepared: bool
     """Whether the images are; those of a source would be prepared first, and unreadable ones are counted until then."""
     train_images: int
-    val_images: int
+    val_images: int | None
+    """None for a run that has finished: its images may be gone."""
     classes: int
     batches: int
     """Of an epoch."""
@@ -57,17 +61,22 @@ class DryRun:
 
 
 def dry_run(settings: Settings, *, debug: bool = False) -> DryRun:
-    """Checks what `train` checks, and tells what it would do. Starts Ray as `train` does, and no worker.
+    """Checks what `train` checks, and tells what it would do. Starts Ray where `train` does, and no worker.
 
     Raises UserError for settings that cannot work, and where another driver trains the run.
     """
     settings = with_absolute_paths(settings)
     folder = RunFolder.of(settings)
     before = check_settings(settings, folder)
-    check_free(folder)
-    with ray_session(debug=debug) as is_embedded:
-        settings = check_cluster(settings, folder, before, is_embedded=is_embedded, writes=False)
-    train_images, val_images, classes = _count_data(settings, folder)
+    run = RunRecords(folder)
+    if before is not None and run.is_finished:
+        settings = before
+        train_images, val_images, classes, is_ready = run.epochs[-1].images, None, len(folder.read_classes()), True
+    else:
+        check_free(folder)
+        with ray_session(debug=debug) as is_embedded:
+            settings = check_cluster(settings, folder, before, is_embedded=is_embedded, writes=False)
+        train_images, val_images, classes, is_ready = _count_data(settings, folder)
     data, method, workers = settings.data, settings.method, settings.workers
     names = Checkpoints(folder).names()
     batches = -(-train_images // data.batch_size)
@@ -78,15 +87,16 @@ def dry_run(settings: Settings, *, debug: bool = False) -> DryRun:
     return DryRun(
         path=str(folder),
         checkpoint=names[-1] if names else None,
-        is_finished=folder.exists("result.json"),
+        is_finished=run.is_finished,
         epoch=epoch_of(names[-1]) if names else 0,
         epochs=settings.train.epochs,
+        switched_at=None if (switch := run.last_of(Switch)) is None else switch.switch_epoch,
         switch_epoch=method.switch_epoch if method.enabled else None,
         first_verdict=first if first < settings.train.epochs and decides else None,
         model=settings.model.name,
         parameters=count_parameters(model)[1],
         data=data.path,
-        is_prepared=is_prepared(Storage(data.path)),
+        is_prepared=is_ready,
         train_images=train_images,
         val_images=val_images,
         classes=classes,
@@ -96,15 +106,15 @@ def dry_run(settings: Settings, *, debug: bool = False) -> DryRun:
     )
 
 
-def _count_data(settings: Settings, folder: RunFolder) -> tuple[int, int, int]:
-    """Images to train on and to validate with, and classes."""
+def _count_data(settings: Settings, folder: RunFolder) -> tuple[int, int, int, bool]:
+    """Images to train on and to validate with, classes, and whether they are prepared."""
     path, source = settings.data.path, settings.data.source
     if source is None or Storage(path).exists("manifest.json"):
         manifest = check_data(settings, folder)
-        return manifest.num_images("train"), manifest.num_images("val"), len(manifest.classes)
+        return manifest.num_images("train"), manifest.num_images("val"), len(manifest.classes), True
     opened = open_for(source, path, PrepareSettings())
     check_classes(settings, len(opened.classes))
     images = dict.fromkeys(("train", "val"), 0)
     for task in plan(opened, path, PrepareSettings()):
         images[task.split] += len(task.items)
-    return images["train"], images["val"], len(opened.classes)
+    return images["train"], images["val"], len(opened.classes), False

@@ -25,7 +25,7 @@ def summarize(folder: RunFolder) -> dict[str, Any]:
         images_per_second={phase: summary.images_per_second for phase, summary in phases.items()},
         peak_memory_bytes={phase: summary.peak_memory_bytes for phase, summary in phases.items()},
         trainable_fraction={phase: summary.trainable_fraction for phase, summary in phases.items()},
-        ranks=None if switch is None else {str(rank): n for rank, n in rank_counts(folder.read_json("ranks.json")).items()},
+        ranks=None if run.ranks is None else {str(rank): n for rank, n in rank_counts(run.ranks).items()},
         restarts=restarts(run.events),
         seconds=seconds_of_run(run.events),
         startup_seconds={phase: summary.startup_seconds for phase, summary in phases.items()},

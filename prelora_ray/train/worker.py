@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from contextlib import closing
 from typing import Any
 
@@ -22,7 +21,6 @@ def train_worker(config: dict[str, Any]) -> None:
     Ray Train calls this on every worker, and again after each failure or resize. `config["settings"]`
     holds the run's settings.
     """
-    gc.freeze()  # what is imported by now stays: the collection at a change of phase has half a million objects less to visit
     with own_failures(lambda: None):
         settings = parse_settings(config["settings"])
         check_precision(settings.train.precision, ray.train.torch.get_device())

@@ -27,7 +27,7 @@ def step(state: TrainState, seed: int) -> dict[str, torch.Tensor]:
     """A step, which the average takes in; the merged weights after it."""
     state.refresh()
     train_a_step(state, seed)
-    state.ema.update(state.model)
+    state.ema.update()
     return {name: tensor.clone() for name, tensor in merged_state_dict(state.model).items()}
 
 

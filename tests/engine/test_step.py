@@ -177,7 +177,7 @@ def test_a_step_takes_its_weights_into_the_average_which_is_evaluated_beside_the
 
 
 @pytest.mark.parametrize("mixup", [0.0, 0.8])
-def test_the_images_that_are_shown_are_those_that_the_model_takes(tmp_path, mixup):
+def test_the_images_that_are_shown_are_those_that_the_model_takes(tmp_path, monkeypatch, mixup):
     step, content = train_step(settings(tmp_path, augment={"mixup": mixup})), batch(IDS)
     plan = plan_mixing(step.state.settings.augment, 0, 0, 0, range(6), 4, IDS, 8)
     own, partner = content.images.double(), content.images[torch.arange(24) + plan.offset].double()
@@ -186,6 +186,8 @@ def test_the_images_that_are_shown_are_those_that_the_model_takes(tmp_path, mixu
     assert shown.dtype == np.uint8
     np.testing.assert_allclose(shown, by_hand.numpy(), rtol=0, atol=0.5 + 1e-9)
     assert np.array_equal(shown, content.images.numpy()) == (mixup == 0)
+    monkeypatch.setattr("prelora_ray.engine.step._SHOWN", 3)  # fewer than a cell has
+    assert np.array_equal(step.shown_images(content), shown[:3])
 
 
 def test_clipping_against_torch(tmp_path):

@@ -72,7 +72,7 @@ def make_run(folder: Path, digits: Path, phase: str) -> Path:
             if "lora_B" in name or name.startswith("head"):
                 parameter.normal_(std=0.2)
     if state.ema is not None:
-        state.ema.update(state.model)
+        state.ema.update()
     state.epoch = 3
     run = RunFolder.of(settings)
     run.make()

@@ -289,6 +289,19 @@ def test_the_unit_of_a_cost_is_what_its_workers_take(workers, unit, tmp_path):
     assert (prices.unit, prices.straight(folder.epochs(), 40), prices.full(run)) == (unit[0], 40 * unit[1], 40 * unit[1])
 
 
+def test_a_stopped_run_lacks_epochs_of_larger_images(warmups):
+    """An hour an epoch at 16 pixels (0 to 53), two at 24 (to 83), four at 32; in the run's lora each takes half."""
+    size = warmups.trunk.image_size
+    hours = {16: 1, 24: 2, 32: 4}
+    trunk = [epoch_line(epoch, seconds=3600.0 * hours[size(epoch)], image_size=size(epoch)) for epoch in range(120)]
+    prices = Prices("GPU-hours", 1.0, warmups.trunk, trunk)
+    lora = [epoch_line(epoch, phase="lora", seconds=1800.0, image_size=16) for epoch in range(40, 50)]
+    assert prices.straight([*trunk[:40], *lora], 120) == pytest.approx(40 + (10 + 4) * 0.5 + 30 * 1 + 36 * 2)
+    grown = [epoch_line(epoch, phase="lora", seconds=5400.0, image_size=24) for epoch in range(54, 60)]  # as measured there
+    more = [epoch_line(epoch, phase="lora", seconds=1800.0, image_size=16) for epoch in range(50, 54)]
+    assert prices.straight([*trunk[:40], *lora, *more, *grown], 120) == pytest.approx(40 + 14 * 0.5 + 30 * 1.5 + 36 * 3)
+
+
 def test_controls_stand_in_the_table_beside_the_runs():
     full = {"trial": "trunk", "val_top1": 0.9047, "cost": 120.0}
     runs = [

@@ -16,7 +16,7 @@ from prelora_ray.fault_tolerance.lock import DriverLock, HeldRunError
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.train.dry_run import dry_run
 from tests.command import prelora_here
-from tests.runs import EPOCHS, TINY_VIT
+from tests.runs import EPOCHS, SWITCH, TINY_VIT
 
 
 def content(folder: Path) -> dict[str, int]:
@@ -51,6 +51,8 @@ def test_a_run_that_is_there_already(undisturbed, tmp_path):
     moved = run.model_copy(update={"storage": str(tmp_path)})
     before = content(tmp_path)
     assert dry_run(moved).is_finished
+    gone = moved.model_copy(update={"data": moved.data.model_copy(update={"path": str(tmp_path / "gone")})})
+    assert dry_run(gone).is_finished  # as `train` then tells its result
     assert content(tmp_path) == before
     there.remove_file("result.json")
     *_, previous, last = Checkpoints(there).names()
@@ -58,6 +60,7 @@ def test_a_run_that_is_there_already(undisturbed, tmp_path):
     before = content(tmp_path)
     told = dry_run(moved)
     assert (told.checkpoint, told.epoch, told.epochs, told.is_finished) == (previous, int(previous[:5]), EPOCHS, False)
+    assert told.switched_at == SWITCH
     assert content(tmp_path) == before
     with DriverLock(there), pytest.raises(HeldRunError, match=rf"{run.name} is being trained by process"):
         dry_run(moved)
