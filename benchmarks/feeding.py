@@ -4,7 +4,7 @@
 
 Each number of decoders is measured twice: as they are, and with decoders that keep no pixels for the next epochs. An
 epoch's time goes from its first batch to the next epoch's, and what is ready ahead of the loop makes the first one
-short. Prints JSON.
+short. The last line that is printed is JSON.
 """
 
 from __future__ import annotations
