@@ -27,6 +27,8 @@ Box = tuple[float, float, float, float]
 """Left, top, right, bottom, in pixels."""
 _MARGIN = 8
 """Pixels around a box that resizing may use: two of the result's, each of which is less than two of the source's."""
+_KEPT_BYTES = 2**25
+"""Pixels that an augmenter keeps for the next epochs: 43,690 images of 16 pixels, 10,922 of 32."""
 
 
 @dataclass(frozen=True)
@@ -50,15 +52,16 @@ class Augmenter:
         self.seed = seed
         self.crop_ratio = crop_ratio
         self._color = _color_transforms(augmentation)
+        self._kept: dict[int, bytes] = {}
 
     def train(self, encoded: bytes, epoch: int, sample: int) -> Pixels:
-        """The training image of a sample in an epoch."""
+        """The training image of a sample in an epoch. `encoded` is the same each time that `sample` is."""
         options, size = self.augmentation.settings, self.augmentation.image_size
         rng = generator(self.seed, Draw.AUGMENT, epoch, sample)
         if options.crop == "random_resized":
             image = read_crop(encoded, size, lambda width, height: random_resized_box(width, height, options.min_scale, rng))
         else:
-            image = read_crop(encoded, size, lambda width, height: center_box(width, height, 1.0))
+            image = self._whole(encoded, sample)
             if options.crop == "padded":
                 image = _padded_crop(image, options.padding, rng)
         if rng.random() < options.flip:
@@ -78,6 +81,20 @@ class Augmenter:
         """The image that evaluation takes: resized, centre-cropped, nothing drawn."""
         box = lambda width, height: center_box(width, height, self.crop_ratio)  # noqa: E731
         return np.array(read_crop(encoded, self.augmentation.image_size, box))
+
+    def _whole(self, encoded: bytes, sample: int) -> Image.Image:
+        """The largest square in the image's centre, resized.
+
+        No epoch's differs, and of a small image it is most of what decoding costs: as many as there is room for are
+        kept. Which ones does not matter, as each comes once an epoch.
+        """
+        size = self.augmentation.image_size
+        if sample in self._kept:
+            return Image.frombytes("RGB", (size, size), self._kept[sample])
+        image = read_crop(encoded, size, lambda width, height: center_box(width, height, 1.0))
+        if (len(self._kept) + 1) * 3 * size**2 <= _KEPT_BYTES:
+            self._kept[sample] = image.tobytes()
+        return image
 
     def _erase(self, pixels: Pixels, rng: np.random.Generator) -> None:
         """Random erasing (arXiv 1708.04896): one rectangle of 2 to 33 % of the area becomes noise."""

@@ -10,6 +10,7 @@ from PIL import Image, UnidentifiedImageError
 from sklearn.datasets import load_sample_image
 from torchvision.transforms import functional as torchvision
 
+from prelora_ray.data import augment
 from prelora_ray.data.augment import (
     Augmentation,
     Augmenter,
@@ -50,6 +51,31 @@ def test_drawn_by_seed_epoch_and_sample_alone(options):
     assert len({image.tobytes() for image in first.values()}) > len(keys) / 2
     assert any(not np.array_equal(make(1).train(png(NOISE), *key), first[key]) for key in keys)
     assert all(image.shape == (32, 32, 3) and image.dtype == np.uint8 for image in first.values())
+
+
+@pytest.mark.parametrize("options", [{"crop": "center"}, {"crop": "padded", "policy": "rand-m9-mstd0.5-inc1"}])
+def test_an_image_that_no_epoch_crops_at_random_is_decoded_once(options):
+    keeps = augmenter(**options)
+    for sample, encoded in enumerate((png(NOISE), png(255 - NOISE))):
+        keeps.train(encoded, 0, sample)
+        for epoch in range(8):
+            anew = augmenter(**options).train(encoded, epoch, sample)
+            assert np.array_equal(keeps.train(b"not decoded again", epoch, sample), anew)
+    drawn = augmenter(crop="random_resized")
+    drawn.train(png(NOISE), 0, 0)
+    with pytest.raises(UnidentifiedImageError):
+        drawn.train(b"decoded again", 1, 0)
+
+
+def test_as_many_images_are_kept_as_there_is_room_for(monkeypatch):
+    monkeypatch.setattr(augment, "_KEPT_BYTES", 3 * 32 * 32 * 3 - 1)
+    keeps = augmenter(crop="center", flip=0)
+    for sample in range(4):
+        keeps.train(png(NOISE), 0, sample)
+    assert np.array_equal(keeps.train(b"", 1, 0), keeps.train(b"", 1, 1))
+    for sample in (2, 3):
+        with pytest.raises(UnidentifiedImageError):
+            keeps.train(b"", 1, sample)
 
 
 def test_padded_crop_shifts_by_at_most_the_padding():
