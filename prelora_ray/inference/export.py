@@ -22,7 +22,7 @@ from prelora_ray.extras import check_installed
 from prelora_ray.inference.card import write_cards
 from prelora_ray.inference.load import RunModel, TrainedModel, load_run_model, load_trained
 from prelora_ray.method.adapters import base_state_dict, lora_layers, merged_state_dict
-from prelora_ray.storage import Storage
+from prelora_ray.storage import Storage, check_out_folder
 from prelora_ray.torchvision_ops import make_importable
 
 make_importable()
@@ -61,6 +61,7 @@ def export(source: str, out: str, data: str | None = None, *, ema: bool = False)
     Raises UserError where `source`, `out` or `data` will not do, there are no averaged weights, or a form's library is
     missing; ExportError where a form differs.
     """
+    check_out_folder(out)
     target = Storage(out)
     if target.list_files() or target.list_folders():
         raise UserError(f"{out!r} is not empty: name a new folder")

@@ -48,7 +48,7 @@ from prelora_ray.nodes import check_seen_by_all_nodes
 from prelora_ray.ray_session import ray_session
 from prelora_ray.records import Starting
 from prelora_ray.run_folder import RunFolder
-from prelora_ray.storage import Storage, check_outlives_job, once_reachable
+from prelora_ray.storage import Storage, check_out_folder, once_reachable
 from prelora_ray.summaries import reservations
 from prelora_ray.train.initial_weights import initial_weights
 from prelora_ray.train.result import summarize
@@ -87,7 +87,7 @@ def check_settings(settings: Settings, folder: RunFolder) -> Settings | None:
     if folder.exists("result.json"):
         return before
     for path in _written(settings, folder):
-        check_outlives_job(path)
+        check_out_folder(path)
     loggers.check_loggers(settings)
     check_model(settings)
     if (source := settings.model.init_from) is not None and before is None:
