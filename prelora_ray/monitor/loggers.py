@@ -24,7 +24,7 @@ def check_loggers(settings: Settings) -> None:
 
 
 class Loggers:
-    """The loggers of one attempt. A fork's begin with its trunk's epochs."""
+    """The loggers of one attempt. What is new to a run begins with its epochs so far, also those of its trunk."""
 
     def __init__(self, folder: RunFolder, settings: Settings, attempt: int, epoch: int) -> None:
         """`epoch`: completed epochs at the attempt's begin."""
@@ -32,9 +32,9 @@ class Loggers:
         self._sizes: set[int] = set()
         """Of images that have had their sheet."""
         names = settings.monitor.loggers
-        recorded = _recorded(folder, epoch) if attempt == 0 or set(names) - {"tensorboard"} else []
+        recorded = _recorded(folder, epoch)
         self._board = TensorBoardLog(folder, settings, attempt, epoch) if "tensorboard" in names else None
-        if self._board is not None and attempt == 0:
+        if self._board is not None and self._board.is_first:
             for step, values in recorded:
                 self._board.scalars(step, values)
         self._couriers = _couriers(folder, settings, recorded)
