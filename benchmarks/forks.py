@@ -15,7 +15,6 @@ import json
 import sys
 from pathlib import Path
 
-from prelora_ray.config_file import load_settings
 from prelora_ray.ray_session import ray_session
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.sweep.fork import fork
@@ -38,8 +37,8 @@ def main(trunk: Path, storage: Path, after: int, ends: list[int], overrides: lis
         ]
     with ray_session():
         for name, keys in forks.items():
-            keys = [*keys, "checkpoint.keep_trunk=false"]
-            settings = load_settings(str(trunk / "config.yaml"), keys, name=name, storage=str(storage))
+            place = [("name", name), ("storage", str(storage))]
+            settings = RunFolder(str(trunk)).read_settings([*keys, "checkpoint.keep_trunk=false", *place])
             fork(RunFolder(str(trunk)), settings)
             print(json.dumps({"fork": name, **train(settings)}), file=results, flush=True)
 

@@ -20,7 +20,6 @@ from typing import Any
 import yaml
 
 from prelora_ray.config import Settings
-from prelora_ray.config_file import load_settings
 from prelora_ray.ray_session import ray_session
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.sweep.fork import fork
@@ -64,7 +63,8 @@ def _begin(trunk: Path, storage: Path, name: str, seed: int, overrides: list[str
         content["checkpoint"]["keep_trunk"] = False
         content["method"]["enabled"] = True
         (folder / "config.yaml").write_text(yaml.safe_dump(content))
-    settings = load_settings(str(folder / "config.yaml"), overrides, name=f"{name}-{seed}", storage=str(storage))
+    place = [("name", f"{name}-{seed}"), ("storage", str(storage))]
+    settings = RunFolder(str(folder)).read_settings([*overrides, *place])
     fork(RunFolder(str(folder)), settings)
     return settings
 

@@ -92,8 +92,9 @@ def export(source: Path, out: Path, data: Path | None = None, *, ema: bool = Fal
     averaged weights.
 
     Each form is loaded back and compared with the run's own model over validation images of `data`, by default those
-    that the run was trained with; `out` appears only if all agree. Raises UserError where `source`, `out` or `data`
-    will not do, or there are no averaged weights; ExportError where a form differs.
+    that the run was trained with; `out` appears only if all agree. A form whose library is not installed is left out.
+    Raises UserError where `source`, `out` or `data` will not do, or there are no averaged weights; ExportError where a
+    form differs.
     """
     from prelora_ray.inference.export import export as run
 

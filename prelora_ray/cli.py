@@ -151,8 +151,10 @@ def plan(
 ) -> None:
     """Tell what a recipe will cost: GPU-hours, memory and exchange by phase, beside full training. Runs nothing."""
     from prelora_ray.plan.planner import Options, plan_recipe
+    from prelora_ray.storage import check_out_file
     from prelora_ray.terminal import console
 
+    check_out_file("--picture", picture)
     if picture is not None:
         check_installed("--picture", "report", "plotly")
     options = Options(gpus, gpu, tuple(bench or ()), bandwidth, memory, assume_speed, images)
@@ -221,12 +223,12 @@ def prepare(
     from prelora_ray.data.prepare import prepare as run
     from prelora_ray.nodes import check_seen_by_all_nodes
     from prelora_ray.ray_session import ray_session
-    from prelora_ray.storage import absolute, check_outlives_job
+    from prelora_ray.storage import absolute, check_out_folder
     from prelora_ray.terminal import console
 
     start = time.monotonic()
     place, folder = absolute_source(source), absolute(out)
-    check_outlives_job(folder)
+    check_out_folder(folder)
     with ray_session(debug=_debug), console.progress("images") as show:
         check_seen_by_all_nodes([place], [folder])
         manifest = run(place, folder, settings, show)
@@ -347,9 +349,11 @@ def replay(
     """Tell where other settings of the test would have switched a recorded run. What is not given is the run's own."""
     from prelora_ray.recorded.replay import changed_method, read_record
     from prelora_ray.recorded.replay import replay as run
+    from prelora_ray.storage import check_out_file
     from prelora_ray.summaries import rank_counts
     from prelora_ray.terminal import console
 
+    check_out_file("--picture", picture)
     if picture is not None:
         check_installed("--picture", "report", "plotly")
     record = read_record(source)
@@ -444,12 +448,13 @@ def report(
     check_installed("prelora report", "report", "plotly", *(["kaleido"] if png is not None else []))
 
     from prelora_ray.report.page import write_report
-    from prelora_ray.storage import absolute, check_outlives_job
+    from prelora_ray.storage import check_out_file, check_out_folder
     from prelora_ray.terminal import console
 
-    for place in (out, png, plotly):
-        if place is not None:
-            check_outlives_job(absolute(place))
+    check_out_file("--out", out)
+    check_out_file("--plotly", plotly)
+    if png is not None:
+        check_out_folder(png)
     figures = write_report(paths, out, png, plotly)
     if as_json:
         print_json({"path": out, "figures": figures, "png": png})

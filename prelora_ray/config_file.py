@@ -169,7 +169,7 @@ def _sentences(errors: list[ErrorDetails], content: Any, known: list[str], prefi
     found: dict[tuple[str | int, ...], list[tuple[str, ErrorDetails]]] = {}
     for details in errors:
         place = _place(details, content)
-        key = prefix + ".".join(str(part) for part in place if not isinstance(part, int))
+        key = (prefix + ".".join(str(part) for part in place if not isinstance(part, int))).rstrip(".")
         found.setdefault(place, []).append((key, details))
     innermost = [place for place in found if not any(place == other[: len(place)] != other for other in found)]
     sentences = (_sentence(found[place][0][0], [details for _, details in found[place]], known) for place in innermost)

@@ -25,7 +25,7 @@ from typing import IO, Any
 import yaml
 
 from prelora_ray.config import Settings
-from prelora_ray.config_file import parse_settings, parse_yaml, with_overrides
+from prelora_ray.config_file import Override, parse_settings, parse_yaml, with_overrides
 from prelora_ray.errors import UserError, one_line
 from prelora_ray.records import (
     EpochLine,
@@ -41,6 +41,7 @@ from prelora_ray.records import (
     standing,
     to_json,
 )
+from prelora_ray.section import Section
 from prelora_ray.storage import Storage
 
 
@@ -51,10 +52,11 @@ class RunFolder(Storage):
     def of(cls, settings: Settings) -> RunFolder:
         return cls(str(Storage(settings.storage) / settings.name))
 
-    def read_settings(self, overrides: Iterable[str] = ()) -> Settings:
+    def read_settings(self, overrides: Iterable[Override] = ()) -> Settings:
         """The run's settings, or what they come to with `overrides`, which are as those of `load_settings`.
 
-        Raises UserError where the folder holds no run, or the overrides do not fit it.
+        What `overrides` name counts as set, and nothing else does: the file holds every key. Raises UserError where the
+        folder holds no run, or the overrides do not fit it.
         """
         if not self.exists("config.yaml"):
             raise UserError(f"{self} is no run folder: it has no config.yaml")
@@ -64,7 +66,10 @@ class RunFolder(Storage):
             raise self._damaged("config.yaml", one_line(error)) from None
         if not isinstance(content, dict):
             raise self._damaged("config.yaml", "it holds no settings")
-        return parse_settings(with_overrides(_with_keys_of_now(content), overrides))
+        given = list(overrides)
+        settings = parse_settings(with_overrides(_with_keys_of_now(content), given))
+        _keep_set(settings, with_overrides({}, given))
+        return settings
 
     def write_settings(self, settings: Settings) -> None:
         """Writes the resolved settings, every key."""
@@ -155,6 +160,14 @@ class RunFolder(Storage):
     def write_records(self, kind: type[RecordT], lines: Iterable[Line]) -> None:
         """Writes the file of a kind of line whole; infinite numbers become null."""
         self.write_bytes(kind.FILE, b"".join(_encoded(to_json(line)) for line in lines))
+
+
+def _keep_set(section: Section, given: dict[str, Any]) -> None:
+    """Of the keys that count as set, keeps those in `given` alone."""
+    section.model_fields_set.intersection_update(given)
+    for key, value in section:
+        if isinstance(value, Section):
+            _keep_set(value, given.get(key) or {})
 
 
 def parse_lines(content: bytes) -> list[dict[str, Any]]:

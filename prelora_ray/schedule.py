@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from prelora_ray.config import MethodSettings
 from prelora_ray.errors import UserError
 from prelora_ray.method.architecture import Target
-from prelora_ray.method.convergence import ConvergenceTest
-from prelora_ray.method.phases import Decision, Phase, PhaseSchedule
+from prelora_ray.method.convergence import ConvergenceTest, Verdict
+from prelora_ray.method.phases import Phase, PhaseSchedule
 from prelora_ray.method.ranks import assign_ranks, check_ranks, match_rank_pattern
 from prelora_ray.records import NormsLine
 
@@ -60,11 +60,13 @@ def largest_ranks(method: MethodSettings, targets: Sequence[Target]) -> dict[str
     return ranks
 
 
-def decide(schedule: PhaseSchedule, epochs: Iterable[NormsLine]) -> list[Decision]:
-    """The decisions over lines of norms.jsonl, one an epoch, up to the one with which the run leaves phase full."""
-    decisions = []
+def decide(schedule: PhaseSchedule, epochs: Iterable[NormsLine]) -> list[Verdict]:
+    """Takes the schedule over lines of norms.jsonl, up to the one with which the run leaves phase full; returns the
+    test's verdicts."""
+    verdicts = []
     for line in epochs:
-        decisions.append(schedule.end_epoch(line.epoch, line.norms, line.loss))
+        if (verdict := schedule.end_epoch(line.epoch, line.norms, line.loss).verdict) is not None:
+            verdicts.append(verdict)
         if schedule.phase is not Phase.FULL:
             break
-    return decisions
+    return verdicts

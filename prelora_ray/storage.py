@@ -87,6 +87,32 @@ def check_outlives_job(path: str) -> None:
         )
 
 
+def check_out_folder(path: str) -> None:
+    """Raises UserError where a folder cannot be, at a file or below one, or would not outlive a job."""
+    place = nearest = absolute(path)
+    check_outlives_job(place)
+    if "://" in place:
+        return
+    while not os.path.exists(nearest):
+        nearest = os.path.dirname(nearest)
+    if not os.path.isdir(nearest):
+        told = "it" if nearest == place else repr(nearest)
+        raise UserError(f"{path!r} is not allowed: {told} is a file, where a folder must be")
+
+
+def check_out_file(option: str, path: str | None) -> None:
+    """Raises UserError where an option's file cannot be, or would not outlive a job; None is no file."""
+    if path is None:
+        return
+    place = absolute(path)
+    check_outlives_job(place)
+    folder = os.path.dirname(place)
+    if os.path.isdir(place):
+        raise UserError(f"{option} {path} is not allowed: it is a folder; give a file")
+    if not os.path.isdir(folder):
+        raise UserError(f"{option} {path} is not allowed: {folder} is no folder")
+
+
 _KEYS = re.compile(r"://[^\s'\"/@:]*:[^\s'\"]*@")
 """The name and the secret in ``s3://NAME:SECRET@bucket``; a secret may hold a slash or an @."""
 NO_KEYS = (

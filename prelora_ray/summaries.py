@@ -6,8 +6,11 @@ import itertools
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from prelora_ray.records import BEGINNINGS, EpochLine, Event
+
+Size = TypeVar("Size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +49,7 @@ def by_phase(epochs: Iterable[EpochLine]) -> dict[str, list[EpochLine]]:
 def phase_summaries(epochs: Iterable[EpochLine]) -> dict[str, PhaseSummary]:
     """A summary of each phase, in their order."""
     phases = by_phase(epochs)
-    full = by_phase_and_size(phases.get("full", []))
+    full = by_phase_and_size(phases.get("full", []), _not_known)
     return {phase: _summary(phase, lines, full) for phase, lines in phases.items()}
 
 
@@ -55,18 +58,27 @@ def table_summaries(epochs: Sequence[EpochLine]) -> dict[str, PhaseSummary]:
 
     Epochs that an earlier version recorded have none: `full, ? px`.
     """
-    stages = by_phase_and_size(epochs)
+    stages = by_phase_and_size(epochs, _not_known)
     if len({size for _, size in stages if size is not None}) < 2:
         return phase_summaries(epochs)
     return {f"{phase}, {size or '?'} px": _summary(phase, lines, stages) for (phase, size), lines in stages.items()}
 
 
-def by_phase_and_size(epochs: Iterable[EpochLine]) -> dict[tuple[str, int | None], list[EpochLine]]:
-    """The lines of each phase and size of images, in their order."""
-    stages: dict[tuple[str, int | None], list[EpochLine]] = {}
+def by_phase_and_size(
+    epochs: Iterable[EpochLine], image_size: Callable[[int], Size]
+) -> dict[tuple[str, int | Size], list[EpochLine]]:
+    """The lines of each phase and size of images, in their order.
+
+    `image_size`: of an epoch (from 0), by the run's settings, for those that an earlier version recorded.
+    """
+    stages: dict[tuple[str, int | Size], list[EpochLine]] = {}
     for line in epochs:
-        stages.setdefault((line.phase, line.image_size), []).append(line)
+        stages.setdefault((line.phase, line.image_size or image_size(line.epoch)), []).append(line)
     return stages
+
+
+def _not_known(epoch: int) -> None:
+    """The size of images where the settings are not at hand."""
 
 
 def steady_lines(lines: Sequence[EpochLine]) -> list[EpochLine]:
@@ -106,7 +118,7 @@ def _summary(
     phase: str, lines: Sequence[EpochLine], full: Mapping[tuple[str, int | None], Sequence[EpochLine]]
 ) -> PhaseSummary:
     """`full`: the lines of phase full, by phase and size of images."""
-    stages = {size: stage for (_, size), stage in by_phase_and_size(lines).items()}
+    stages = {size: stage for (_, size), stage in by_phase_and_size(lines, _not_known).items()}
     steady = [line for stage in stages.values() for line in steady_lines(stage) or stage]
     startups = [seconds for stage in stages.values() if (seconds := _startup_seconds(stage)) is not None]
     return PhaseSummary(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,17 @@ def assert_same_bits(one: Snapshot, other: Snapshot) -> None:
     assert one.optimizer.keys() == other.optimizer.keys()
     for name, entry in one.optimizer.items():
         assert all(torch.equal(value, other.optimizer[name][key]) for key, value in entry.items()), name
+
+
+def at_mlflow(run: Settings) -> list[Any]:
+    """What MLflow has under the run's name; nothing where it is not installed."""
+    if find_spec("mlflow") is None:
+        return []
+    from mlflow import MlflowClient
+
+    client = MlflowClient()
+    experiment = client.get_experiment_by_name("prelora").experiment_id
+    return list(client.search_runs([experiment], f"attributes.run_name = '{run.name}'"))
 
 
 def wait_inside(folder: RunFolder, epoch: int) -> None:

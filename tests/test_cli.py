@@ -146,6 +146,38 @@ def test_a_wrong_request_gets_one_sentence_and_status_2(arguments, message):
     assert len(result.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("prepare digits FILE", "'FILE' is not allowed: it is a file, where a folder must be"),
+        ("prepare digits FILE/x", "'FILE/x' is not allowed: 'FILE' is a file, where a folder must be"),
+        ("export FOLDER FILE", "'FILE' is not allowed: it is a file, where a folder must be"),
+        ("export FOLDER FILE/x", "'FILE/x' is not allowed: 'FILE' is a file, where a folder must be"),
+        ("train digits --storage FILE --name x", "'FILE/x' is not allowed: 'FILE' is a file, where a folder must be"),
+        ("train digits --set data.path=FILE", "'FILE' is not allowed: it is a file, where a folder must be"),
+        ("init FOLDER --data digits", "FOLDER is there already: give a new file"),
+        ("init FILE/x/y.yaml --data digits", "'FILE/x' is not allowed: 'FILE' is a file, where a folder must be"),
+        ("report FOLDER --out FOLDER", "--out FOLDER is not allowed: it is a folder; give a file"),
+        ("report FOLDER --out FILE/r.html", "--out FILE/r.html is not allowed: FILE is no folder"),
+        ("report FOLDER --plotly FOLDER/x/p.js", "--plotly FOLDER/x/p.js is not allowed: FOLDER/x is no folder"),
+        ("report FOLDER --png FILE", "'FILE' is not allowed: it is a file, where a folder must be"),
+        ("replay FOLDER --picture FOLDER", "--picture FOLDER is not allowed: it is a folder; give a file"),
+        ("plan digits --picture FOLDER", "--picture FOLDER is not allowed: it is a folder; give a file"),
+        ("bench rehearsal --out FOLDER", "--out FOLDER is not allowed: it is a folder; give a file"),
+    ],
+)
+def test_a_place_that_cannot_be_written_to_is_told_before_the_work(tmp_path, arguments, told):
+    (tmp_path / "a file").write_text("")
+
+    def here(text: str) -> str:
+        return text.replace("FOLDER", str(tmp_path)).replace("FILE", f"{tmp_path}/a file")
+
+    result = prelora_here(*map(here, arguments.split()))
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == f"prelora: {here(told)}\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["a file"]
+
+
 def test_an_error_of_the_program_itself_comes_out_with_its_traceback(tmp_path):
     """Though it is a ValueError, as a user's mistake is: here a number that a command fails to read."""
     (tmp_path / "broken.py").write_text(

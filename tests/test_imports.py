@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "data/augment_settings.py": {"section.py"},
     "config.py": {"method", "data/augment_settings.py", "section.py", "storage.py", "words.py"},
     "config_file.py": {"config.py", "section.py", "storage.py", "errors.py"},
-    "run_folder.py": {"records.py", "config.py", "config_file.py", "storage.py", "errors.py"},
+    "run_folder.py": {"records.py", "config.py", "config_file.py", "section.py", "storage.py", "errors.py"},
     "schedule.py": {"method", "records.py", "config.py", "errors.py"},
     "data/draws.py": set(),
     "data/order.py": {"data/draws.py"},

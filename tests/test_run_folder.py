@@ -3,6 +3,8 @@ import json
 import pytest
 import yaml
 
+from prelora_ray.config import without_effect
+from prelora_ray.config_file import parse_settings
 from prelora_ray.run_folder import LineWriter, RunFolder, parse_lines
 from prelora_ray.storage import Storage
 
@@ -59,6 +61,20 @@ def test_infinite_numbers_become_null(tmp_path):
     LineWriter(Storage(tmp_path), "w.jsonl").write(change={"query": float("inf"), "key": 1 / 3}, list=[float("nan")])
     text = (tmp_path / "w.jsonl").read_text()
     assert json.loads(text) == {"change": {"query": None, "key": 1 / 3}, "list": [None]}
+
+
+def test_what_a_run_takes_over_from_another_is_not_said_to_have_no_effect(tmp_path):
+    """Of a file that holds every key, what somebody changes in it is."""
+    run = parse_settings({"name": "run", "data": {"path": "x"}, "method": {"r_max": 32}, "train": {"epochs": 90}})
+    folder = RunFolder(tmp_path)
+    folder.write_settings(run)
+    assert folder.read_settings() == run
+    full = folder.read_settings(["method.enabled=false", "method.r_min=4", ("train.adapters", "plain")])
+    assert (full.method.r_min, full.method.r_max, full.train.epochs) == (4, 32, 90)
+    assert without_effect(full) == [
+        "method.r_min has no effect, as method.enabled is false",
+        "train.adapters has no effect, as method.enabled is false",
+    ]
 
 
 @pytest.mark.parametrize(("rank_floor", "percent"), [(None, 0.0), (0, 0.1)])

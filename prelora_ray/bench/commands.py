@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from prelora_ray.errors import InterruptedRunError, UserError, WorkError
+from prelora_ray.errors import InterruptedRunError, WorkError
 from prelora_ray.extras import check_installed
 from prelora_ray.json_output import Json, print_json
-from prelora_ray.storage import absolute
+from prelora_ray.storage import absolute, check_out_file
 
 app = typer.Typer(help="Measure speed on this machine, beside what others take for the same work.", no_args_is_help=True)
 ModelName = Annotated[str, typer.Option(help="A Vision Transformer's name in timm.")]
@@ -205,9 +205,8 @@ def _measure(run: Callable[[], dict[str, Any]], out: str | None, as_json: bool, 
     from prelora_ray.bench.machine import INTERRUPTED
     from prelora_ray.terminal import console
 
-    for option, path in (("--out", out), ("--picture", picture)):
-        if path is not None and not (folder := Path(absolute(path)).parent).is_dir():
-            raise UserError(f"{option} {path} is not allowed: {folder} is no folder")
+    check_out_file("--out", out)
+    check_out_file("--picture", picture)
     if picture is not None:
         check_installed("--picture", "report", "plotly")
     result = run()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import shutil
 import tempfile
 import warnings
@@ -22,7 +23,7 @@ from prelora_ray.extras import check_installed
 from prelora_ray.inference.card import write_cards
 from prelora_ray.inference.load import RunModel, TrainedModel, load_run_model, load_trained
 from prelora_ray.method.adapters import base_state_dict, lora_layers, merged_state_dict
-from prelora_ray.storage import Storage
+from prelora_ray.storage import Storage, check_out_folder
 from prelora_ray.torchvision_ops import make_importable
 
 make_importable()
@@ -33,6 +34,9 @@ from timm.models import save_for_hf  # noqa: E402
 TOLERANCE = 1e-4
 """Largest difference of a logit between the run's own model and an exported one, in float32."""
 _IMAGES = 64
+_NEEDS = {"adapter": ("peft", "peft"), "onnx": ("onnx", "onnx", "onnxruntime", "onnxscript")}
+"""An extra and its modules, by form; a form without them is left out."""
+logger = logging.getLogger(__name__)
 
 
 class ExportError(WorkError):
@@ -43,7 +47,7 @@ class ExportError(WorkError):
 class Exported:
     path: str
     forms: tuple[str, ...]
-    """The folders inside `path`: `timm`, `onnx`, and `adapter` once the run has adapters."""
+    """The folders inside `path`: `timm`, `onnx`, and `adapter` once the run has adapters; less what was left out."""
     max_abs_diff: dict[str, float]
     """Largest difference of a logit by form."""
     images: int
@@ -56,26 +60,27 @@ def export(source: str, out: str, data: str | None = None, *, ema: bool = False)
 
     Each form is loaded back by the tool it is for and compared with the run's own model over
     validation images of `data`, by default those that the run was trained with; `out` appears only if
-    all agree.
+    all agree. A form whose library is not installed is left out, which the log says.
 
-    Raises UserError where `source`, `out` or `data` will not do, there are no averaged weights, or a form's library is
-    missing; ExportError where a form differs.
+    Raises UserError where `source`, `out` or `data` will not do, or there are no averaged weights; ExportError where a
+    form differs.
     """
+    check_out_folder(out)
     target = Storage(out)
     if target.list_files() or target.list_folders():
         raise UserError(f"{out!r} is not empty: name a new folder")
     run = load_run_model(source, ema=ema)
-    has_adapters = bool(lora_layers(run.module))
-    extra, modules = ("onnx,peft", ["peft"]) if has_adapters else ("onnx", [])
-    check_installed("prelora export", extra, "onnx", "onnxruntime", "onnxscript", *modules)
+    takes_adapter = bool(lora_layers(run.module)) and _can_make("adapter")
+    takes_onnx = _can_make("onnx")
     images = _real_images(run, data or run.settings.data.path)
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory, "export")
         _write_timm(run, root / "timm", merged_state_dict(run.module))
-        if has_adapters:
+        if takes_adapter:
             _write_timm(run, root / "adapter" / "base", base_state_dict(run.module))
             save_adapter(run.module, root / "adapter")
-        _write_onnx(run, root / "onnx", root / "timm", images[:2])
+        if takes_onnx:
+            _write_onnx(run, root / "onnx", root / "timm", images[:2])
         forms = tuple(sorted(path.name for path in root.iterdir() if path.is_dir()))
         differences = {form: _difference(run, load_trained(str(root / form)), images) for form in forms}
         worst = max(differences, key=lambda form: differences[form])
@@ -89,6 +94,16 @@ def export(source: str, out: str, data: str | None = None, *, ema: bool = False)
         else:
             pyarrow.fs.copy_files(str(root), target.path, destination_filesystem=target.filesystem)
     return Exported(out, forms, differences, len(images))
+
+
+def _can_make(form: str) -> bool:
+    """Whether what a form needs is installed; says what to install where it is not."""
+    try:
+        check_installed(f"{form} is left out, as it", *_NEEDS[form])
+    except UserError as left_out:
+        logger.warning("%s", left_out)
+        return False
+    return True
 
 
 def _real_images(run: RunModel, path: str) -> torch.Tensor:

@@ -11,7 +11,7 @@ from prelora_ray.extras import check_installed
 from prelora_ray.fault_tolerance.end import EndKind
 from prelora_ray.monitor.scalars import Pixels, Scalars, epoch_scalars, sheet, window_scalars
 from prelora_ray.monitor.tensorboard import TensorBoardLog
-from prelora_ray.monitor.tracker import Courier, Tracker
+from prelora_ray.monitor.tracker import Courier, Outcome, Tracker
 from prelora_ray.records import EpochLine, WindowLine
 from prelora_ray.run_folder import RunFolder
 
@@ -24,7 +24,7 @@ def check_loggers(settings: Settings) -> None:
 
 
 class Loggers:
-    """The loggers of one attempt. A fork's begin with its trunk's epochs."""
+    """The loggers of one attempt. What is new to a run begins with its epochs so far, also those of its trunk."""
 
     def __init__(self, folder: RunFolder, settings: Settings, attempt: int, epoch: int) -> None:
         """`epoch`: completed epochs at the attempt's begin."""
@@ -32,17 +32,12 @@ class Loggers:
         self._sizes: set[int] = set()
         """Of images that have had their sheet."""
         names = settings.monitor.loggers
-        recorded = _recorded(folder, epoch) if attempt == 0 or set(names) - {"tensorboard"} else []
+        recorded = _recorded(folder, epoch)
         self._board = TensorBoardLog(folder, settings, attempt, epoch) if "tensorboard" in names else None
-        if self._board is not None and attempt == 0:
+        if self._board is not None and self._board.is_first:
             for step, values in recorded:
                 self._board.scalars(step, values)
-        connects = {"mlflow": _mlflow, "wandb": _wandb}
-        self._couriers = [
-            Courier(name, functools.partial(connect, folder, settings), recorded)
-            for name, connect in connects.items()
-            if name in names
-        ]
+        self._couriers = _couriers(folder, settings, recorded)
         self._all: list[TensorBoardLog | Courier] = [*([self._board] if self._board is not None else []), *self._couriers]
 
     def window(self, line: WindowLine) -> None:
@@ -74,6 +69,23 @@ class Loggers:
         if kind != "preemption":
             for courier in self._couriers:
                 courier.end(kind, meanwhile)
+
+
+def tell_end(settings: Settings, outcome: Outcome) -> None:
+    """Tells services how a run has ended whose workers could not, with all that they lack of it."""
+    folder = RunFolder.of(settings)
+    if any(event.attempt >= 0 for event in folder.events()):  # else no service has heard of it
+        for courier in _couriers(folder, settings, _recorded(folder, settings.train.epochs)):
+            courier.end(outcome, lambda: None)
+
+
+def _couriers(folder: RunFolder, settings: Settings, recorded: list[tuple[int, Scalars]]) -> list[Courier]:
+    connects = {"mlflow": _mlflow, "wandb": _wandb}
+    return [
+        Courier(name, functools.partial(connect, folder, settings), recorded)
+        for name, connect in connects.items()
+        if name in settings.monitor.loggers
+    ]
 
 
 def _recorded(folder: RunFolder, epoch: int) -> list[tuple[int, Scalars]]:

@@ -25,10 +25,12 @@ class TensorBoardLog:
 
     def __init__(self, folder: RunFolder, settings: Settings, attempt: int, epoch: int) -> None:
         """`epoch`: completed epochs at the attempt's begin."""
+        self.is_first = not (folder / FOLDER).list_files()
+        """Whether no earlier attempt has written any."""
         self._file = Appender(folder / FOLDER, f"events.out.tfevents.{attempt:06d}")
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
         self._write(Event(wall_time=time.time(), step=epoch + 1, session_log=SessionLog(status=SessionLog.START)))
-        if attempt == 0:
+        if self.is_first:
             self._settings(settings)
 
     def scalars(self, step: int, values: Scalars) -> None:

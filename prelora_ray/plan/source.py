@@ -18,7 +18,7 @@ from prelora_ray.recorded.run import RunRecords
 from prelora_ray.records import EpochLine, Switch
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
-from prelora_ray.summaries import in_steady_state
+from prelora_ray.summaries import by_phase_and_size, in_steady_state
 
 _IMAGENET_IMAGES, _IMAGENET_CLASSES = 1_281_167, 1000
 _STEP_KEYS = (
@@ -85,9 +85,7 @@ def _read_run(folder: RunFolder, settings: Settings, images: int | None) -> Sour
     if not lines:
         raise UserError(f"{folder} has nothing to plan by yet: no epoch is done")
     why_not = _why_not_comparable(own, settings)
-    kinds: dict[Workload, list[EpochLine]] = {}
-    for line in lines if why_not is None else ():
-        kinds.setdefault(_workload_of(line, own), []).append(line)
+    stages = by_phase_and_size(lines if why_not is None else (), own.image_size)
     switch = run.last_of(Switch)
     return Source(
         settings,
@@ -96,15 +94,17 @@ def _read_run(folder: RunFolder, settings: Settings, images: int | None) -> Sour
         lines[-1].world_size,
         None if switch is None else switch.switch_epoch,
         None if switch is None else run.ranks,
-        {kind: in_steady_state(its, lambda line: line.images_per_second / line.world_size) for kind, its in kinds.items()},
+        {
+            Workload(Phase(phase), size, _format_on_gpu(own, Phase(phase))): in_steady_state(its, _rate)
+            for (phase, size), its in stages.items()
+        },
         () if why_not is None else (f"the run's own speed is not shown: {why_not}",),
     )
 
 
-def _workload_of(line: EpochLine, own: Settings) -> Workload:
-    """What a step of a recorded epoch computed."""
-    phase = Phase(line.phase)
-    return Workload(phase, line.image_size or own.image_size(line.epoch), _format_on_gpu(own, phase))
+def _rate(line: EpochLine) -> float:
+    """Images a second and worker."""
+    return line.images_per_second / line.world_size
 
 
 def _why_not_comparable(own: Settings, planned: Settings) -> str | None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from prelora_ray.fault_tolerance.end import read_end
-from prelora_ray.recorded.replay import Record, replay, why_no_switch
+from prelora_ray.recorded.replay import why_no_switch
 from prelora_ray.recorded.run import RunRecords
 from prelora_ray.records import Freeze, Switch
+from prelora_ray.schedule import decide, phase_schedule
 from prelora_ray.words import counted
 
 _LITTLE = 3.0
@@ -58,10 +59,9 @@ def _no_switch(run: RunRecords) -> str | None:
     lines = [line for index, line in enumerate(run.norms) if line.epoch == index]
     if not lines:
         return None
-    replayed = replay(Record(lines, method, ramp_epochs), method, ramp_epochs)
-    if replayed.switch_epoch is not None:
-        return None
-    return why_no_switch(method, replayed.verdicts, run.settings.train.epochs)
+    schedule = phase_schedule(method, ramp_epochs, list(lines[0].norms))
+    verdicts = decide(schedule, lines)
+    return why_no_switch(method, verdicts, run.settings.train.epochs) if schedule.switched_at is None else None
 
 
 def _not_frozen(run: RunRecords) -> str | None:

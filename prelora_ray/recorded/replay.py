@@ -90,7 +90,7 @@ def changed_method(record: Record, changes: dict[str, Any]) -> MethodSettings:
 def replay(record: Record, method: MethodSettings, ramp_epochs: int) -> Replay:
     """Where `method` would have switched the recorded run, and with which ranks."""
     schedule = phase_schedule(method.model_copy(update={"enabled": True}), ramp_epochs, list(record.epochs[0].norms))
-    verdicts = [decision.verdict for decision in decide(schedule, record.epochs) if decision.verdict is not None]
+    verdicts = decide(schedule, record.epochs)
     if schedule.switched_at is None:
         return Replay(None, None, None, _reason(method, len(record.epochs), verdicts), verdicts)
     window = verdicts[-1].window.index if verdicts else None

@@ -1,11 +1,14 @@
-"""What a report says of its runs before all else: state, duration, model, hardware and result."""
+"""What a report says of its runs, or of a sweep, before all else: state, duration, model, hardware and result."""
 
 from __future__ import annotations
+
+from collections import Counter
+from typing import Any
 
 from prelora_ray.records import BEGINNINGS, Freeze, Switch
 from prelora_ray.report.records import ReportedRun
 from prelora_ray.summaries import best_top1, last_top1, phase_summaries, restarts, seconds_of_run
-from prelora_ray.words import accuracy, counted
+from prelora_ray.words import accuracy, counted, number, percent
 
 
 def facts(runs: list[ReportedRun]) -> tuple[list[str], list[list[str]]]:
@@ -14,20 +17,37 @@ def facts(runs: list[ReportedRun]) -> tuple[list[str], list[list[str]]]:
     return ["", *(run.name for run in runs)], [[name, *(tell(run) for run in runs)] for name, tell in told.items()]
 
 
+def sweep_facts(sweep: dict[str, Any], runs: list[ReportedRun]) -> tuple[list[str], list[list[str]]]:
+    """The same of a sweep in one column. `runs`: its own, the trunk first; without them less is known."""
+    entries = [*sweep["settings"], *sweep["controls"]]
+    ended = Counter({entry["trial"]: entry.get("ended", "finished") or "not run" for entry in entries}.values())
+    best = max(
+        (entry for entry in [sweep["full"], *entries] if entry.get("ended", "finished") == "finished"),
+        key=lambda entry: entry["val_top1"] or 0,
+    )
+    rows = [["state", ", ".join(f"{counted(count, 'run')} {how}" for how, count in ended.items())]]
+    if runs:
+        seconds = sum(seconds_of_run(event for event in run.events if event.attempt >= 0) for run in runs)
+        own = sum(line.attempt >= 0 for run in runs for line in run.epochs)
+        rows.append(["duration", f"{_took(seconds)} for {counted(own, 'epoch')}, of all runs together"])
+        rows += [["model", _model(runs[0])], ["hardware", _hardware(runs[0])]]
+    told = f"top-1 {percent(best['val_top1'])} by {best['trial']}, at {number(best['cost'])} {sweep['unit']}"
+    return ["", "sweep"], [*rows, ["best result", told]]
+
+
 def _state(run: ReportedRun) -> str:
     return run.state.progress
 
 
 def _duration(run: ReportedRun) -> str:
     seconds, again = seconds_of_run(run.events), restarts(run.events)
-    took = (
-        f"{seconds:,.0f} s"
-        if seconds < 600
-        else f"{seconds / 60:,.0f} minutes"
-        if seconds < 7200
-        else f"{seconds / 3600:,.1f} h"
-    )
-    return f"{took} for {counted(len(run.epochs), 'epoch')}" + (f", {counted(again, 'restart')}" if again else "")
+    return f"{_took(seconds)} for {counted(len(run.epochs), 'epoch')}" + (f", {counted(again, 'restart')}" if again else "")
+
+
+def _took(seconds: float) -> str:
+    if seconds < 600:
+        return f"{seconds:,.0f} s"
+    return f"{seconds / 60:,.0f} minutes" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
 
 
 def _model(run: ReportedRun) -> str:

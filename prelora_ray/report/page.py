@@ -17,9 +17,9 @@ from plotly.offline import get_plotlyjs
 from prelora_ray.errors import UserError
 from prelora_ray.records import Diagnosis, Switch
 from prelora_ray.report import figures
-from prelora_ray.report.facts import facts
+from prelora_ray.report.facts import facts, sweep_facts
 from prelora_ray.report.phase_table import phase_rows
-from prelora_ray.report.records import ReportedRun, differing_settings, read_runs, read_sweep
+from prelora_ray.report.records import ReportedRun, differing_settings, read_runs, read_sweep, runs_of_sweep
 from prelora_ray.report.sweep_table import sweep_table, told_of_controls, told_of_cost
 from prelora_ray.storage import absolute
 from prelora_ray.summaries import gain_note, memory_note
@@ -53,7 +53,7 @@ def write_report(paths: list[str], out: str, png: str | None = None, plotly: str
     if sweeps and len(paths) > 1:
         raise UserError("a report is of one sweep, or of runs: give a sweep's folder by itself")
     runs = [] if sweeps else read_runs(paths)
-    sections = _sweep_sections(sweeps[0]) if sweeps else _run_sections(runs)
+    sections = _sweep_sections(sweeps[0], runs_of_sweep(paths[0], sweeps[0])) if sweeps else _run_sections(runs)
     title = f"Sweep {Path(absolute(paths[0])).name}" if sweeps else ", ".join(run.name for run in runs)
     _write(title, sections, out, plotly)
     pictures = {name: figure for name, _, _, figure in sections if figure is not None}
@@ -129,10 +129,11 @@ def _run_sections(runs: list[ReportedRun]) -> list[Section]:
     return sections
 
 
-def _sweep_sections(sweep: dict[str, Any]) -> list[Section]:
+def _sweep_sections(sweep: dict[str, Any], runs: list[ReportedRun]) -> list[Section]:
     told = [told_of_cost(sweep), told_of_controls(sweep)]
     text = "".join(f"<p>{escape(sentence)}.</p>" for sentence in told if sentence is not None)
     return [
+        ("", "Summary", _table(*sweep_facts(sweep, runs), "facts"), None),
         ("pareto", "Accuracy and cost", text, figures.pareto(sweep)),
         ("", "Settings", _table(*sweep_table(sweep)), None),
     ]

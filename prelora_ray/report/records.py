@@ -79,6 +79,13 @@ def read_sweep(path: str) -> dict[str, Any] | None:
     return _with_keys_of_now(folder.read_json("sweep.json")) if folder.exists("sweep.json") else None
 
 
+def runs_of_sweep(path: str, sweep: dict[str, Any]) -> list[ReportedRun]:
+    """Those that have finished an epoch, the trunk first; none where sweep.json lies alone."""
+    trials = dict.fromkeys(entry["trial"] for entry in [sweep["full"], *sweep["settings"], *sweep["controls"]])
+    runs = [ReportedRun(RunFolder(path) / trial, trial) for trial in trials]
+    return [run for run in runs if run.folder.exists("config.yaml") and run.epochs]
+
+
 def _with_keys_of_now(sweep: dict[str, Any]) -> dict[str, Any]:
     """A sweep that an earlier version wrote: without controls, its front by index, its cost by worker on CPUs too."""
     if "unit" in sweep:

@@ -36,8 +36,8 @@ class Prices:
 
         That leaves out what the start of a process, of a phase or of a fork adds to an epoch.
         """
-        stages = by_phase_and_size(lines)
-        measured = stages | {stage: full for stage, full in by_phase_and_size(self.lines).items() if stage in stages}
+        stages = by_phase_and_size(lines, self.trunk.image_size)
+        measured = stages | {stage: full for stage, full in self._stages.items() if stage in stages}
         hours = {stage: in_steady_state(lines, _hours) for stage, lines in measured.items()}
         last = list(stages)[-1]
         for size in {self.trunk.image_size(epoch) for epoch in range(len(lines), epochs)}:
@@ -54,10 +54,12 @@ class Prices:
     @cached_property
     def _hours(self) -> dict[int, float]:
         """Of an epoch of full training, by the size of its images."""
-        stages: dict[int, list[EpochLine]] = {}
-        for line in self.lines:
-            stages.setdefault(self.trunk.image_size(line.epoch), []).append(line)
-        return {size: in_steady_state(lines, _hours) for size, lines in stages.items()}
+        return {size: in_steady_state(lines, _hours) for (_, size), lines in self._stages.items()}
+
+    @cached_property
+    def _stages(self) -> dict[tuple[str, int], list[EpochLine]]:
+        """The trunk's epochs, which are all of full training, by the size of their images."""
+        return by_phase_and_size(self.lines, self.trunk.image_size)
 
     def own(self, run: RunFolder) -> float:
         """Cost of what the run has trained itself, without what a fork took over from its trunk."""

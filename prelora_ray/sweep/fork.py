@@ -35,7 +35,7 @@ def fork(trunk: RunFolder, settings: Settings) -> int:
     record = read_record(str(trunk))
     schedule = phase_schedule(settings.method, settings.train.ramp_epochs, list(record.epochs[0].norms))
     end = None if settings.method.enabled else _bend_of_full_training(trunk, settings, record)
-    verdicts = [decision.verdict for decision in decide(schedule, record.epochs[:end]) if decision.verdict is not None]
+    verdicts = decide(schedule, record.epochs[:end])
     epoch = schedule.switched_at if settings.method.enabled else end
     if epoch is None:
         raise UserError(f"run {trunk} does not switch with the settings of {settings.name}: see `prelora replay`")

@@ -16,10 +16,9 @@ from prelora_ray.method.adapters import inject
 from prelora_ray.method.architecture import find_targets
 from prelora_ray.method.phases import count_parameters, freeze_parameters
 from prelora_ray.recorded.replay import Record, replay
-from prelora_ray.records import EpochLine
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.schedule import ranks_for
-from prelora_ray.summaries import in_steady_state
+from prelora_ray.summaries import by_phase_and_size, in_steady_state
 
 PUBLISHED = {"relaxed": (1.0, 5.0), "medium": (0.5, 2.5), "strict": (0.25, 1.0)}
 """The paper's settings of the test: (tau, zeta) by name."""
@@ -66,9 +65,7 @@ def what_it_means(source: str, method: MethodSettings) -> Meaning | None:
     if not folder.exists("config.yaml"):
         return None
     settings = folder.read_settings()
-    stages: dict[tuple[str, int], list[EpochLine]] = {}
-    for line in folder.epochs():
-        stages.setdefault((line.phase, settings.image_size(line.epoch)), []).append(line)
+    stages = by_phase_and_size(folder.epochs(), settings.image_size)
     seconds = {stage: in_steady_state(lines, lambda line: line.seconds) for stage, lines in stages.items()}
     fraction = _trainable_fraction(settings, len(folder.read_classes()), method)
     return Meaning(fraction, seconds, [settings.image_size(epoch) for epoch in range(settings.train.epochs)])

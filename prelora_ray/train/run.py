@@ -39,15 +39,16 @@ from prelora_ray.fault_tolerance.ray_private import (
     release,
 )
 from prelora_ray.fault_tolerance.watchdog import OUTAGE_PATIENCE, PATIENCE
+from prelora_ray.monitor import loggers
 from prelora_ray.monitor.client import tell_end
 from prelora_ray.monitor.exporter import start_exporter
-from prelora_ray.monitor.loggers import check_loggers
 from prelora_ray.monitor.telemetry import run_label
+from prelora_ray.monitor.tracker import Outcome
 from prelora_ray.nodes import check_seen_by_all_nodes
 from prelora_ray.ray_session import ray_session
 from prelora_ray.records import Starting
 from prelora_ray.run_folder import RunFolder
-from prelora_ray.storage import Storage, check_outlives_job, once_reachable
+from prelora_ray.storage import Storage, check_out_folder, once_reachable
 from prelora_ray.summaries import reservations
 from prelora_ray.train.initial_weights import initial_weights
 from prelora_ray.train.result import summarize
@@ -64,6 +65,8 @@ _RESIZE_POLL_SECONDS = 5.0
 """Between polls whether there is room for more workers."""
 _STOP_SECONDS = 0.5
 """Between tries to ask the workers to stop, where that fails."""
+_TELL_SECONDS = 60.0
+"""How long services may take to hear of the end of a run whose workers are gone."""
 
 
 class TrainError(WorkError):
@@ -84,8 +87,8 @@ def check_settings(settings: Settings, folder: RunFolder) -> Settings | None:
     if folder.exists("result.json"):
         return before
     for path in _written(settings, folder):
-        check_outlives_job(path)
-    check_loggers(settings)
+        check_out_folder(path)
+    loggers.check_loggers(settings)
     check_model(settings)
     if (source := settings.model.init_from) is not None and before is None:
         load_pretrained(create_model(settings.model, num_classes=1, seed=0), initial_weights(source), source)  # raises early
@@ -307,13 +310,26 @@ def _fit(
     try:
         _fit_again_and_again(trainer, folder, check_lock, workers)
     except (SystemExit, KeyboardInterrupt):  # Ray Train's own handler of Ctrl-C ends its workers and exits
+        _tell_services(settings, "stop")
         raise InterruptedRunError(f"interrupted; the same command goes on from the last checkpoint in {folder}") from None
     except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
         check_lock()  # where it is lost, that is the reason, and the folder another driver's
         told = _told(error, workers.max_failures)
         with contextlib.suppress(OSError):
             write_end(folder, End("failed", message=told))
+        _tell_services(settings, "failed")
         raise TrainError(told) from error
+
+
+def _tell_services(settings: Settings, outcome: Outcome) -> None:
+    """Tells services how the run has ended, from a node, as nodes have their addresses and keys."""
+    if set(settings.monitor.loggers) <= {"tensorboard"}:
+        return
+    task = ray.remote(num_cpus=0)(loggers.tell_end)
+    try:
+        ray.get(task.remote(settings, outcome), timeout=_TELL_SECONDS)
+    except ray.exceptions.RayError as error:
+        logger.warning("%s may not know that the run has ended: %s", ", ".join(settings.monitor.loggers), root_cause(error))
 
 
 def _fit_again_and_again(

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from prelora_ray.config import Settings
-from prelora_ray.config_file import Override, load_settings
+from prelora_ray.config import Settings, TrainSettings
+from prelora_ray.config_file import Override, find_recipe, load_settings, parse_section, read_named
+from prelora_ray.words import counted
+
+logger = logging.getLogger(__name__)
 
 _CHANGES = (
     "data.max_batches=4",
     "train.epochs=4",
     "train.ramp_epochs=1",
-    "train.resolution=[]",
     "train.bend=null",
     "train.validate_every=1",
     "method.enabled=true",
@@ -24,6 +27,8 @@ _CHANGES = (
     "workers.min=1",
 )
 """Two epochs of phase full, as ranks need two windows, and one of each that follows."""
+_STEPS = 3
+"""Of `train.resolution`, of an epoch each, that leave one of the 4 epochs for the full size."""
 
 
 def smoke_run(path: str, overrides: Iterable[Override], *, name: str | None = None, storage: str | None = None) -> Settings:
@@ -31,5 +36,9 @@ def smoke_run(path: str, overrides: Iterable[Override], *, name: str | None = No
 
     Raises UserError as `load_settings` does.
     """
+    recipe = parse_section(TrainSettings, read_named(find_recipe(path)).get("train") or {}, "train.")
+    if (left_out := len(recipe.resolution) - _STEPS) > 0:
+        logger.info("so short a run leaves out the first %s of train.resolution", counted(left_out, "step"))
+    steps = [step.model_dump() | {"until": end} for end, step in enumerate(recipe.resolution[-_STEPS:], 1)]
     name = name or f"{Path(path).stem}-fast-{time.strftime('%m%d-%H%M%S')}"
-    return load_settings(path, [*_CHANGES, *overrides], name=name, storage=storage)
+    return load_settings(path, [*_CHANGES, ("train.resolution", steps), *overrides], name=name, storage=storage)

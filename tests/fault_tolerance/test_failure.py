@@ -28,7 +28,7 @@ from prelora_ray.train import run as driver
 from prelora_ray.train.run import TrainError, train
 from prelora_ray.train.worker import train_worker
 from tests.data.test_damage import overwrite
-from tests.runs import settings
+from tests.runs import at_mlflow, settings
 
 SHAPES = "mat1 and mat2 shapes cannot be multiplied (2x3 and 2x3)"
 ONCE = {"train": {"epochs": 2, "resolution": []}, "method": {"enabled": False}, "checkpoint": {"every_seconds": None}}
@@ -197,11 +197,12 @@ def _attempts(storage: str, name: str) -> int:
     return sum(line["event"] in ("run_started", "restart") for line in events)
 
 
-def test_a_run_that_fails_alike_ends(digits, storage, monkeypatch):
-    """And not where its surroundings are to blame."""
+def test_a_run_that_fails_alike_ends(digits, storage, monkeypatch, trackers):
+    """And not where its surroundings are to blame. MLflow hears that it failed."""
     monkeypatch.setattr(driver, "train_worker", fail_thrice)
-    told = ends(settings(digits, storage, "fails", 1, **ONCE), attempts=3)
-    assert told == f"training failed twice at step 3: RuntimeError: {SHAPES}"
+    run = settings(digits, storage, "fails", 1, **ONCE, monitor={"loggers": trackers})
+    assert ends(run, attempts=3) == f"training failed twice at step 3: RuntimeError: {SHAPES}"
+    assert [found.info.status for found in at_mlflow(run)] == ["FAILED" for _ in trackers]
 
 
 def test_a_run_that_cannot_start_ends_at_once(digits, storage, monkeypatch):

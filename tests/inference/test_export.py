@@ -222,13 +222,17 @@ def test_everybody_may_read_what_everybody_may_list(exports):
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o666 & ~mask}
 
 
-@pytest.mark.parametrize(("phase", "library", "extra"), [("full", "onnxscript", "onnx"), ("lora", "peft", "onnx,peft")])
-def test_an_export_says_what_its_forms_need(runs, tmp_path, monkeypatch, phase, library, extra):
+@pytest.mark.parametrize(("form", "library", "extra"), [("onnx", "onnxscript", "onnx"), ("adapter", "peft", "peft")])
+def test_an_export_leaves_out_a_form_whose_library_is_missing(runs, tmp_path, monkeypatch, form, library, extra):
     monkeypatch.setitem(sys.modules, library, None)
-    told = prelora_here("export", str(runs[phase]), str(tmp_path / "out"))
-    assert told.stderr == f"prelora: prelora export needs {library}: pip install 'prelora-ray[{extra}]'\n"
-    assert (told.returncode, told.stdout) == (2, "")
-    assert not (tmp_path / "out").exists()
+    told = prelora_here("export", str(runs["lora"]), str(tmp_path / "out"), "--json")
+    sentence = f"{form} is left out, as it needs {library}: pip install 'prelora-ray[{extra}]'"
+    assert [line for line in told.stderr.splitlines() if "left out" in line] == [sentence]
+    forms = {"timm", "adapter", "onnx"}
+    assert told.returncode == 0
+    assert {name for name in forms if json.loads(told.stdout)[name] is not None} == forms - {form}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*forms - {form}, "README.md"}
+    assert f"## {form}" not in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,15 @@ def test_a_fork_begins_with_its_trunks_epochs(folder):
     assert [event.value for event in read(folder).Scalars("loss/train")] == [2.0, 1.0, 0.25]
 
 
+def test_switched_on_at_a_resume_it_has_what_came_before(folder):
+    folder.write_records(EpochLine, [line(epoch, 2.0 - epoch) for epoch in range(2)])
+    Loggers(folder, RUN, attempt=3, epoch=2).epoch(line(2, 0.25))
+    Loggers(folder, RUN, attempt=4, epoch=3).epoch(line(3, 0.5))
+    board = read(folder)
+    assert [(event.step, event.value) for event in board.Scalars("loss/train")] == [(1, 2.0), (2, 1.0), (3, 0.25), (4, 0.5)]
+    assert len(board.Tensors("settings/text_summary")) == 1
+
+
 def test_settings_as_hyperparameters_and_as_a_table(folder):
     Loggers(folder, RUN, attempt=0, epoch=0)
     Loggers(folder, RUN, attempt=1, epoch=0)  # has them no second time

@@ -16,7 +16,7 @@ import pytest
 from prelora_ray.config import Settings
 from prelora_ray.config_file import parse_settings
 from prelora_ray.errors import UserError
-from prelora_ray.monitor.loggers import Loggers, _identity, check_loggers
+from prelora_ray.monitor.loggers import Loggers, _identity, check_loggers, tell_end
 from prelora_ray.monitor.tracker import Courier
 from prelora_ray.records import EpochLine, Event, WindowLine
 from prelora_ray.run_folder import RunFolder
@@ -109,6 +109,20 @@ def test_what_mlflow_lacks_of_earlier_attempts_comes_later(folder, mlflow_client
     assert [sorted(each) for each in steps] == [[1, 2, 3, 4, 5], [1]]
 
 
+@needs_mlflow
+def test_mlflow_hears_of_an_end_that_the_workers_could_not_tell(folder, mlflow_client):
+    """With what it lacks; and nothing of a run that never began."""
+    run = settings("mlflow").model_copy(update={"storage": str(Path(folder.path).parent), "name": "run"})
+    train(folder, run, 0, range(2), dies=True)
+    train(folder, settings(), 1, range(2, 4))
+    tell_end(run, "failed")
+    tell_end(run.model_copy(update={"name": "never-begun"}), "failed")
+    (found,) = mlflow_client.search_runs([mlflow_client.get_experiment_by_name("tests").experiment_id])
+    assert (found.info.run_name, found.info.status) == ("run", "FAILED")
+    history = mlflow_client.get_metric_history(found.info.run_id, "loss/train")
+    assert sorted((entry.step, entry.value) for entry in history) == [(1, 0.0), (2, 1.0), (3, 2.1), (4, 3.1)]
+
+
 @pytest.mark.slow  # its service takes half a minute to start on a busy machine, and logs into what tests read
 @needs_wandb
 def test_a_run_at_wandb_is_read_back_from_what_it_wrote_offline(folder, monkeypatch):
@@ -129,6 +143,10 @@ def test_a_run_at_wandb_is_read_back_from_what_it_wrote_offline(folder, monkeypa
         losses = [step - 1 + attempt / 10 for step, attempt in zip(steps, attempts, strict=True)]
         assert [float(row["loss/train"]) for row in rows] == pytest.approx(losses)
         assert ["samples/path" in row for row in rows].count(True) == 1
+    tell_end(run.model_copy(update={"storage": str(Path(folder.path).parent), "name": "run"}), "failed")
+    newest = max(Path(folder.path).glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime)
+    codes = [[record.exit.exit_code for record in read_wandb(path) if record.HasField("exit")] for path in (second, newest)]
+    assert codes == [[0], [1]]
 
 
 def read_wandb(path: Path) -> list[Any]:

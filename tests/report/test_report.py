@@ -14,7 +14,7 @@ import pytest
 
 from prelora_ray.config_file import parse_settings
 from prelora_ray.recorded.remarks import Remarks
-from prelora_ray.records import to_json
+from prelora_ray.records import EpochLine, Event, to_json
 from prelora_ray.report import figures
 from prelora_ray.report.page import _diagnosis, write_plan, write_report, write_switch_map
 from prelora_ray.report.records import ReportedRun, differing_settings, read_runs, short_names
@@ -182,6 +182,33 @@ def test_a_sweep_with_markup_in_its_records(tmp_path):
     assert f"<p>3 runs stand for 1 setting, beside 1 control: 1 {escape(MARKUP)} with the trunk" in page
     texts = [text for trace in figures.pareto(sweep).data for text in trace.text]
     assert len(texts) == 4 and not any("<" in text for text in texts)
+
+
+def test_a_sweep_begins_with_what_it_took_and_came_to(tmp_path):
+    """By hand: 60 s of the trunk's and 20 s of the fork's own; a run that was stopped is not the best one."""
+    row = {"trial": "trunk", "cost": 1.5, "val_top1": 0.75, "diagnosis": [], "trainable_fraction": None}
+    trials = [("fork", "finished", 0.875), ("fork", "finished", 0.875), ("pruned", "stopped", 0.9), ("late", None, None)]
+    settings = [
+        {**row, "setting": {"method.tau": tau}, "trial": trial, "ended": ended, "val_top1": top1, "switch_epoch": 2}
+        for tau, (trial, ended, top1) in enumerate(trials)
+    ]
+    sweep = {"trials": 3, "settings": settings, "controls": [], "pareto": [], "full": row, "unit": "GPU-hours"}
+    (tmp_path / "sweep.json").write_text(json.dumps(sweep | {"cost": 1.0, "naive_cost": 2.0}))
+
+    def summary() -> list[str]:
+        write_report([str(tmp_path)], str(tmp_path / "report.html"))
+        return re.findall("<td>(.*?)</td>", (tmp_path / "report.html").read_text().partition("Accuracy and cost")[0])
+
+    ends = ["state", "1 run finished, 1 run stopped, 1 run not run", "best result", "top-1 87.5% by fork, at 1.5 GPU-hours"]
+    assert summary() == ends
+    for name, attempts in (("trunk", [0] * 4), ("fork", [-1, -1, 0, 0])):
+        run = RunFolder(tmp_path / name)
+        run.write_settings(parse_settings({"name": name, "data": {"path": "data"}}))
+        run.write_records(EpochLine, [epoch_line(epoch, attempt=a, parameters=5000) for epoch, a in enumerate(attempts)])
+        run.write_records(Event, [event("stop", attempt=a, time=20.0 * epoch) for epoch, a in enumerate(attempts)])
+    duration = "80 s for 6 epochs, of all runs together"
+    model = "vit_small_patch16_224 of 5,000 parameters, images of 224 px"
+    assert summary() == [*ends[:2], "duration", duration, "model", model, "hardware", "1 worker, CPU", *ends[2:]]
 
 
 def records_of_an_epoch(name: str = "run", **records: Any) -> ReportedRun:

@@ -40,7 +40,7 @@ from tests.chaos.site import wait_for
 from tests.conftest import samples
 from tests.disturbed import KILLED_IN_EACH_PHASE, Disturbed, train_disturbed
 from tests.monitor.test_tensorboard import read
-from tests.runs import EPOCHS, FREEZE, SWITCH, assert_same_bits, children, final, settings, wait_inside
+from tests.runs import EPOCHS, FREEZE, SWITCH, assert_same_bits, at_mlflow, children, final, settings, wait_inside
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -108,11 +108,10 @@ def test_stopped_by_sigterm_it_goes_on_where_it_stood(digits, storage, bucket, u
 def losses_at_mlflow(run: Settings) -> list[tuple[int, float]]:
     from mlflow import MlflowClient
 
-    client = MlflowClient()
-    experiment = client.get_experiment_by_name("prelora").experiment_id
-    (found,) = client.search_runs([experiment], f"attributes.run_name = '{run.name}'")
+    (found,) = at_mlflow(run)
     assert found.info.status == "FINISHED"
-    return sorted((entry.step, entry.value) for entry in client.get_metric_history(found.info.run_id, "loss/train"))
+    history = MlflowClient().get_metric_history(found.info.run_id, "loss/train")
+    return sorted((entry.step, entry.value) for entry in history)
 
 
 def test_taken_over_it_ends_and_leaves_the_folder_to_the_other_driver(digits, storage, monkeypatch):

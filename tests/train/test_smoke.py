@@ -9,6 +9,7 @@ import pytest
 
 from prelora_ray.config import flat, without_effect
 from prelora_ray.config_file import load_settings
+from prelora_ray.errors import UserError
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.train.run import train
 from prelora_ray.train.smoke import smoke_run
@@ -21,7 +22,9 @@ DIGITS = next(path for path in CONFIGS if path.stem == "digits")
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_any_recipe_keeps_all_but_its_length(path):
     """What a user sets beside it counts before that."""
-    recipe, smoke = flat(load_settings(path)), flat(smoke_run(str(path), ["train.seed=7", "train.epochs=5"]))
+    own, short = load_settings(path), smoke_run(str(path), ["train.seed=7", "train.epochs=5"])
+    assert [own.image_size(0), own.image_size(299)] == [short.image_size(0), short.image_size(4)]
+    recipe, smoke = flat(own), flat(short)
     changed = {key for key in recipe if smoke.get(key) != recipe[key]}
     lengths = {"max_batches", "epochs", "ramp_epochs", "window_epochs", "switch_epoch", "warmup_epochs"}
     others = {"name", "seed", "validate_every", "every_epochs", "min", "resolution"}
@@ -35,6 +38,26 @@ def test_any_recipe_keeps_all_but_its_length(path):
 def test_a_recipe_that_is_too_short_for_its_test_or_has_none_or_a_bend_is_no_exception(tmp_path, train):
     (tmp_path / "short.yaml").write_text(f"data: {{path: x}}\ntrain: {{{train}}}\nmethod: {{enabled: false}}\n")
     assert smoke_run(str(tmp_path / "short.yaml"), [], name="mine").name == "mine"
+
+
+def test_its_images_grow_by_an_epoch_a_step_as_far_as_there_are_epochs(tmp_path, caplog):
+    """What a user sets beside it counts here too."""
+    caplog.set_level("INFO", "prelora_ray")
+    steps = [{"until": 10 * number, "image_size": 16 * number, "policy": f"rand-m{number}"} for number in range(1, 6)]
+    for count, expected in ((2, [16, 32, 224, 224]), (5, [48, 64, 80, 224])):
+        recipe = {"data": {"path": "x"}, "train": {"epochs": 90, "resolution": steps[:count]}}
+        (tmp_path / "grows.yaml").write_text(json.dumps(recipe))
+        smoke = smoke_run(str(tmp_path / "grows.yaml"), [])
+        assert [smoke.image_size(epoch) for epoch in range(4)] == expected
+        assert [step.policy for step in smoke.train.resolution] == [f"rand-m{size // 16}" for size in expected if size < 224]
+    assert [record.message for record in caplog.records] == ["so short a run leaves out the first 2 steps of train.resolution"]
+    assert smoke_run(str(tmp_path / "grows.yaml"), ["train.resolution=[]"]).image_size(0) == 224
+
+
+def test_a_recipe_that_is_none_is_told(tmp_path):
+    (tmp_path / "none.yaml").write_text("data: {path: x}\ntrain: 5\n")
+    with pytest.raises(UserError, match=r"^train = 5 is not allowed: it must be a mapping"):
+        smoke_run(str(tmp_path / "none.yaml"), [])
 
 
 def test_a_smoke_run_sees_a_few_batches_in_each_phase(digits: Path, storage: Path):
