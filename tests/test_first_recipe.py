@@ -66,9 +66,11 @@ def test_photographs_in_folders(tmp_path):
 
 def test_storage_that_fails_is_no_bad_image(tmp_path):
     """Linux fails to read a process's first bytes of memory as a disk does. What could be read is some images alone."""
-    (tmp_path / "photos" / "a").mkdir(parents=True)
-    Image.new("RGB", (8, 8)).save(tmp_path / "photos" / "a" / "whole.png")
-    (tmp_path / "photos" / "a" / "unread.png").symlink_to("/proc/self/mem")
+    for name in ("a", "b"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(3):  # one of which is to validate with
+            Image.new("RGB", (8, 8)).save(tmp_path / "photos" / name / f"{i}.png")
+    (tmp_path / "photos" / "b" / "unread.png").symlink_to("/proc/self/mem")
     with pytest.raises(OSError, match="Input/output error"):
         write_recipe(str(tmp_path / "photos.yaml"), str(tmp_path / "photos"))
     assert not (tmp_path / "photos.yaml").exists()
