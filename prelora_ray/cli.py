@@ -371,7 +371,8 @@ def replay(
         raise UserError(f"--picture {picture} is not allowed: it takes several values of --tau or --zeta, such as 0.1:10:30")
     result = run(record, method, ramp)
     if as_json:
-        print_json({key: getattr(result, key) for key in ("switch_window", "switch_epoch", "rate_left", "ranks", "reason")})
+        keys = ("switch_window", "switch_epoch", "rate_left", "ranks", "reason", "note")
+        print_json({key: getattr(result, key) for key in keys})
         return
     console.out.print(console.replay_table(result))
     if result.ranks is None:
@@ -380,6 +381,8 @@ def replay(
         told = modules_by_rank(rank_counts(result.ranks))
         left = "" if result.rate_left is None else f", {result.rate_left:.1%} of the learning rate's sum left"
         console.out.print(f"switch after epoch {result.switch_epoch} (window {result.switch_window}{left}): {told}")
+    if result.note is not None:
+        console.out.print(result.note)
 
 
 def _replay_map(

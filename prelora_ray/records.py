@@ -47,6 +47,8 @@ class WindowLine:
     """Mean training loss over its epochs."""
     change: dict[str, float | None] | None
     """Change of the norms since the window before in percent, by family; `null` for window 0."""
+    signed_change: dict[str, float | None] | None = None
+    """As `change`, with the sign of each module's: above 0 where norms grow."""
     loss_change: float | None
     """Change of the loss since the window before, in percent; `null` for window 0."""
     converged: bool

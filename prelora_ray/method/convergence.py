@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from prelora_ray.method.architecture import family_of
@@ -35,6 +35,8 @@ class Step:
     """Number of epochs completed at its end."""
     family_change: dict[str, float]
     loss_change: float
+    signed_change: dict[str, float] = field(default_factory=dict)
+    """As `family_change`, with the sign of each module's: above 0 where norms grow. Not in all records."""
 
     def is_under(self, tau: float, zeta: float) -> dict[str, bool]:
         """Of each family, and of the loss as `loss`, whether its change is under its threshold."""
@@ -51,6 +53,8 @@ class Verdict:
     """Change of every module's norm since the window before."""
     family_change: dict[str, float] | None
     """dW: mean of module_change over the layers of a family."""
+    signed_change: dict[str, float] | None
+    """As family_change, with the sign of each module's: above 0 where norms grow."""
     loss_change: float | None
     """dL."""
     in_ramp: bool
@@ -67,6 +71,19 @@ class Verdict:
         changes = [change for step in self.steps for change in step.family_change.values()]
         return max(changes), max(step.loss_change for step in self.steps)
 
+    @property
+    def growing(self) -> list[str]:
+        """Families whose norms grow in one of the steps that it rests on."""
+        return self._families(lambda change: change > 0)
+
+    @property
+    def shrinking(self) -> list[str]:
+        """Families whose norms shrink in one of the steps that it rests on, which may be growing in another."""
+        return self._families(lambda change: change < 0)
+
+    def _families(self, chosen: Callable[[float], bool]) -> list[str]:
+        return list(dict.fromkeys(family for step in self.steps for family, of in step.signed_change.items() if chosen(of)))
+
     def is_under(self, tau: float, zeta: float) -> bool:
         """Whether the run has partially converged for these thresholds."""
         return self.largest is not None and self.largest[0] < tau and self.largest[1] <= zeta
@@ -78,6 +95,7 @@ class Verdict:
             "epoch_end": self.window.epoch_end,
             "loss": self.window.loss,
             "change": self.family_change,
+            "signed_change": self.signed_change,
             "loss_change": self.loss_change,
             "converged": self.converged,
             "in_ramp": self.in_ramp,
@@ -86,9 +104,14 @@ class Verdict:
 
 def percent_change(before: float, after: float) -> float:
     """|after - before| / |before| x 100. Zero that stays zero is no change; leaving zero is an infinite one."""
+    return abs(signed_percent_change(before, after))
+
+
+def signed_percent_change(before: float, after: float) -> float:
+    """(after - before) / |before| x 100, as `percent_change`."""
     if before == 0:
-        return 0.0 if after == 0 else math.inf
-    return abs(after - before) / abs(before) * 100
+        return math.copysign(math.inf, after) if after != 0 else 0.0
+    return (after - before) / abs(before) * 100
 
 
 def family_changes(module_change: dict[str, float]) -> dict[str, float]:
@@ -168,13 +191,14 @@ class ConvergenceTest:
     def _verdict(self) -> Verdict:
         window = self._closed[-1]
         if len(self._closed) < 2:
-            return Verdict(window, None, None, None, in_ramp=False, steps=(), converged=False)
+            return Verdict(window, None, None, None, None, in_ramp=False, steps=(), converged=False)
         steps = [_step(before, after) for before, after in itertools.pairwise(self._closed)]
         counted = self.steps_that_count(steps)
         rests_on = tuple(counted) if len(counted) == self.windows - 1 else ()
         last, modules = steps[-1], _module_changes(*self._closed[-2:])
         in_ramp = len(counted) < len(steps)
-        verdict = Verdict(window, modules, last.family_change, last.loss_change, in_ramp, rests_on, converged=False)
+        changes = last.family_change, last.signed_change, last.loss_change
+        verdict = Verdict(window, modules, *changes, in_ramp, rests_on, converged=False)
         return replace(verdict, converged=verdict.is_under(self.tau, self.zeta))
 
     def state_dict(self) -> dict[str, Any]:
@@ -187,8 +211,9 @@ class ConvergenceTest:
 
 
 def _step(before: Window, after: Window) -> Step:
+    signed = {name: signed_percent_change(before.norms[name], norm) for name, norm in after.norms.items()}
     change = family_changes(_module_changes(before, after))
-    return Step(after.epoch_end, change, percent_change(before.loss, after.loss))
+    return Step(after.epoch_end, change, percent_change(before.loss, after.loss), family_changes(signed))
 
 
 def _module_changes(before: Window, after: Window) -> dict[str, float]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from prelora_ray.fault_tolerance.end import read_end
-from prelora_ray.recorded.replay import why_no_switch
+from prelora_ray.method.convergence import Verdict
+from prelora_ray.recorded.replay import what_speaks_against, why_no_switch
 from prelora_ray.recorded.run import RunRecords
 from prelora_ray.records import Freeze, Switch
 from prelora_ray.schedule import decide, phase_schedule
@@ -30,7 +31,7 @@ class Remarks:
 
 def remarks_on(run: RunRecords) -> Remarks:
     """Raises UserError where the folder holds no run."""
-    remarks = [_not_frozen(run), _hardly_learned(run)]
+    remarks = [_not_frozen(run), _turning_point(run), _hardly_learned(run)]
     so_far = []
     if (why := _no_switch(run)) is not None:
         if run.is_finished:
@@ -53,15 +54,26 @@ def _unfinished(run: RunRecords) -> str:
 
 def _no_switch(run: RunRecords) -> str | None:
     """Why the test has not switched it; None where it has, or another rule than the test decides."""
-    method, ramp_epochs = run.settings.method, run.settings.train.ramp_epochs
+    method = run.settings.method
     if not method.enabled or method.switch_epoch is not None or run.last_of(Switch) is not None:
         return None
+    switched_at, verdicts = _decided(run)
+    return why_no_switch(method, verdicts, run.settings.train.epochs) if switched_at is None and run.norms else None
+
+
+def _turning_point(run: RunRecords) -> str | None:
+    """Why the test may have switched it too early."""
+    return what_speaks_against(run.settings.method, _decided(run)[1]) if run.last_of(Switch) is not None else None
+
+
+def _decided(run: RunRecords) -> tuple[int | None, list[Verdict]]:
+    """Epochs at the switch that the record leads to, and the test's verdicts up to it."""
     lines = [line for index, line in enumerate(run.norms) if line.epoch == index]
     if not lines:
-        return None
-    schedule = phase_schedule(method, ramp_epochs, list(lines[0].norms))
+        return None, []
+    schedule = phase_schedule(run.settings.method, run.settings.train.ramp_epochs, list(lines[0].norms))
     verdicts = decide(schedule, lines)
-    return why_no_switch(method, verdicts, run.settings.train.epochs) if schedule.switched_at is None else None
+    return schedule.switched_at, verdicts
 
 
 def _not_frozen(run: RunRecords) -> str | None:

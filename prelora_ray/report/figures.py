@@ -47,22 +47,28 @@ def learning(runs: Sequence[ReportedRun]) -> go.Figure:
 
 
 def convergence(run: ReportedRun) -> go.Figure:
-    """What the partial convergence test saw: norm changes against tau, loss changes against zeta, its verdicts."""
+    """What the partial convergence test saw: norm changes against tau, loss changes against zeta, its verdicts; and
+    norm changes with their sign, where they are recorded."""
     method = run.settings.method
-    figure = _panels([f"norms, % (tau {method.tau:g})", f"loss, % (zeta {method.zeta:g})"])
     windows = [(line, line.change) for line in run.windows if line.change is not None]
+    signed = [line.signed_change for line, _ in windows if line.signed_change is not None]
+    titles = [f"norms, % (tau {method.tau:g})", f"loss, % (zeta {method.zeta:g})", *(["norms, signed, %"] if signed else [])]
+    figure = _panels(titles)
     ends = [line.epoch_end for line, _ in windows]
     verdicts = ["in the ramp" if w.in_ramp else "converged" if w.converged else "not yet" for w, _ in windows]
     for index, family in enumerate(family for family in FAMILIES if windows and family in windows[0][1]):
         changes = [change[family] for _, change in windows]
         _line(figure, 1, ends, changes, family, index, markers=True, hover=verdicts)
+        if signed:
+            changes = [(line.signed_change or {}).get(family) for line, _ in windows]
+            _line(figure, 3, ends, changes, family, index, markers=True, legend=False)
     losses = [line.loss_change for line, _ in windows]
     _line(figure, 2, ends, losses, "loss", 6, markers=True, hover=verdicts)
     norms = [change for _, changes in windows for change in changes.values()]
     for row, limit, values in ((1, method.tau, norms), (2, method.zeta, losses)):
         figure.add_hline(limit, row=row, col=1, line={"color": "black", "dash": "dash", "width": 1})
         figure.update_yaxes(**_log_axis([limit, *values]), row=row, col=1)
-    return _with_marks(figure, [run], 2)
+    return _with_marks(figure, [run], len(titles))
 
 
 def ranks(run: ReportedRun) -> go.Figure:

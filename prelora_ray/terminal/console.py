@@ -203,17 +203,20 @@ def predictions_table(images: Sequence[str], predictions: Sequence[Prediction]) 
 
 
 def replay_table(replay: Replay) -> Table:
-    """The windows of a replay: change of each family, of the loss, and the verdict."""
+    """The windows of a replay: change of each family, of the loss, and the verdict.
+
+    A family's change is what the test goes by, with the sign of its norms' mean: + where they grow.
+    """
     table = Table()
     families = list(replay.verdicts[-1].family_change or {}) if replay.verdicts else []
     for column in ("window", "epochs", *families, "loss", "verdict"):
         table.add_column(column, justify="right")
     for verdict in replay.verdicts:
-        changes = verdict.family_change or {}
+        changes, signed = verdict.family_change or {}, verdict.signed_change or {}
         table.add_row(
             str(verdict.window.index),
             str(verdict.window.epoch_end),
-            *[number(changes.get(family)) for family in families],
+            *[f"{math.copysign(changes[family], signed[family]):+.4g}" if changes else "-" for family in families],
             number(verdict.loss_change),
             "converged" if verdict.converged else "in ramp" if verdict.in_ramp else "",
         )

@@ -106,6 +106,24 @@ def test_state_survives_json_in_the_middle_of_a_window():
         assert [after.end_epoch(i, norms[i], losses[i]) for i in range(stop, 12)] == undisturbed[stop:]
 
 
+def test_families_whose_norms_grow_and_shrink_within_the_windows():
+    """By hand: query grows 2 % and shrinks 1 %; value, the mean of its layers, shrinks 1 % and grows 0.5 %."""
+    test = ConvergenceTest(tau=5, zeta=5, windows=3, window_epochs=1)
+    norms = [
+        {"blocks.0.attn.query": 100.0, "blocks.0.attn.value": 100.0, "blocks.1.attn.value": 100.0},
+        {"blocks.0.attn.query": 102.0, "blocks.0.attn.value": 104.0, "blocks.1.attn.value": 94.0},
+        {"blocks.0.attn.query": 100.98, "blocks.0.attn.value": 104.0, "blocks.1.attn.value": 94.94},
+        {"blocks.0.attn.query": 100.98, "blocks.0.attn.value": 104.0, "blocks.1.attn.value": 94.0},
+    ]
+    verdicts = run(test, norms, [1.0] * 4)
+    assert [verdict.growing for verdict in verdicts] == [[], [], ["query", "value"], ["value"]]
+    assert [verdict.shrinking for verdict in verdicts] == [[], [], ["value", "query"], ["query", "value"]]
+    assert verdicts[1].family_change == pytest.approx({"query": 2, "value": 5})
+    assert verdicts[1].signed_change == pytest.approx({"query": 2, "value": -1})
+    assert verdicts[2].signed_change == pytest.approx({"query": -1, "value": 0.5})
+    assert verdicts[2].record()["signed_change"] == verdicts[2].signed_change
+
+
 @pytest.mark.parametrize(("key", "value"), [("windows", 1), ("window_epochs", 0)])
 def test_refused(key, value):
     with pytest.raises(ValueError, match=f"{key} = {value}"):

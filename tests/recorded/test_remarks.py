@@ -131,3 +131,18 @@ def test_a_run_that_never_froze_is_told_so(tmp_path):
 
 def test_a_forced_switch_that_lies_ahead_is_no_remark(tmp_path):
     assert remarks_of(folder_of(tmp_path, 9, switch_epoch=12)).remarks == ()
+
+
+@pytest.mark.parametrize(("grows", "shrinks"), [(0.001, -0.002), (0.001, 0.002), (-0.001, -0.002)])
+def test_a_switch_on_a_turning_point_is_told(tmp_path, grows, shrinks):
+    """Where growth and decay about balance, norms of some families grow and those of others shrink."""
+    folder = folder_of(tmp_path, 12, tau=1.0, zeta=5.0)
+    pace = {name: grows if "query" in name else shrinks for name in NAMES}
+    norms = [{name: 10 * (1 + pace[name]) ** epoch for name in NAMES} for epoch in range(12)]
+    folder.write_records(NormsLine, [norms_line(epoch, norms[epoch], 1.0) for epoch in range(12)])
+    folder.write_records(Event, [event("switch", switch_epoch=8, trainable_parameters=1, parameters=1)])
+    own = replay(read_record(str(folder)), folder.read_settings().method, ramp_epochs=3)
+    assert own.switch_epoch == 8  # window 1 is the first that ends behind the ramp
+    told = [remark for remark in remarks_of(folder).remarks if "turning point" in remark]
+    assert told == ([own.note] if grows > 0 > shrinks else [])
+    assert own.note is None or "norms of query grow and norms of fc1 shrink" in own.note
