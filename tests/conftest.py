@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -40,6 +41,8 @@ import timm  # noqa: E402
 torch.set_num_threads(1)
 # Of all that the tests start: several processes share few cores, sum alike, and none waits for all others.
 os.environ |= {"OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
+# Processes that tests start by fork server have it imported once for all of them.
+multiprocessing.set_forkserver_preload(["prelora_ray.engine.state"])
 # A shell starts what runs in the background with Ctrl-C ignored, and so would be what the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -127,6 +130,7 @@ def ray_cluster(bucket: str, trackers: list[str]) -> Iterator[None]:
     """One embedded cluster with a few more CPUs than the machine has, as its workers mostly wait for each other."""
     os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # a socket's path must be short
     ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray._private.worker._global_node.kill_log_monitor()  # it would read all logs ten times a second for nobody
     yield
     ray.shutdown()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from multiprocessing import set_forkserver_preload
 from pathlib import Path
 from typing import Any
 
@@ -182,5 +181,4 @@ def go_on_as_if_undisturbed(rank: int, folder: Path, gradient_exchange: str) -> 
 @pytest.mark.parametrize("gradient_exchange", ["fp32", "bf16"])
 def test_a_state_built_anew_sums_gradients_as_the_one_before(tmp_path, gradient_exchange):
     """To the bit, over several buckets, though DDP arranges them anew after its first backward."""
-    set_forkserver_preload([__name__])  # torch is imported once for all three
     start_processes(go_on_as_if_undisturbed, (tmp_path, gradient_exchange), nprocs=3, start_method="forkserver")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import start_processes
 
 from prelora_ray.fault_tolerance.control import Action, Control
 
@@ -21,7 +21,7 @@ def exchange(rank: int, folder: str) -> None:
 
 
 def test_every_worker_gets_rank_0s_request_one_step_later(tmp_path):
-    mp.spawn(exchange, args=(str(tmp_path),), nprocs=3)
+    start_processes(exchange, (str(tmp_path),), nprocs=3, start_method="forkserver")
     for rank in range(3):
         assert (tmp_path / str(rank)).read_text() == "NONE NONE SAVE NONE NONE STOP"
 

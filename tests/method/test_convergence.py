@@ -115,12 +115,13 @@ def test_families_whose_norms_grow_and_shrink_within_the_windows():
         {"blocks.0.attn.query": 100.98, "blocks.0.attn.value": 104.0, "blocks.1.attn.value": 94.94},
         {"blocks.0.attn.query": 100.98, "blocks.0.attn.value": 104.0, "blocks.1.attn.value": 94.0},
     ]
+    norms = [{**each, "blocks.0.attn.key": 5.0} for each in norms]  # neither
     verdicts = run(test, norms, [1.0] * 4)
     assert [verdict.growing for verdict in verdicts] == [[], [], ["query", "value"], ["value"]]
     assert [verdict.shrinking for verdict in verdicts] == [[], [], ["value", "query"], ["query", "value"]]
-    assert verdicts[1].family_change == pytest.approx({"query": 2, "value": 5})
-    assert verdicts[1].signed_change == pytest.approx({"query": 2, "value": -1})
-    assert verdicts[2].signed_change == pytest.approx({"query": -1, "value": 0.5})
+    assert verdicts[1].family_change == pytest.approx({"query": 2, "value": 5, "key": 0})
+    assert verdicts[1].signed_change == pytest.approx({"query": 2, "value": -1, "key": 0})
+    assert verdicts[2].signed_change == pytest.approx({"query": -1, "value": 0.5, "key": 0})
     assert verdicts[2].record()["signed_change"] == verdicts[2].signed_change
 
 
