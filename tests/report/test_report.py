@@ -56,7 +56,7 @@ def test_every_figure_of_a_run_is_drawn(undisturbed, tmp_path):
     assert names == ["learning", "convergence", "ranks", "speed"]
     figures = drawn(opened(tmp_path / "report.html"))
     # training, validation, top-1 of the model and of its averaged weights, rate;
-    # six families and the loss; a heatmap; five panels: a CPU has no memory by phase
+    # six families and the loss, and the six with their sign; a heatmap; five panels: a CPU has no memory by phase
     assert figures == {"learning": 5, "convergence": 13, "ranks": 1, "speed": 5}
     page = (tmp_path / "report.html").read_text()
     assert "4 to 6 px" in page and "<td>full, 4 px</td><td>1</td>" in page
