@@ -167,8 +167,13 @@ class TrainSettings(Section):
     the run's own, adapters have their block's."""
     ramp_epochs: Whole = 5
     """Epochs over which the learning rate rises linearly from 0."""
+    schedule: Literal["cosine", "constant-then-decay"] = "cosine"
+    """How the learning rate falls behind its ramp: by half a cosine over the rest of the run; or not at all until the
+    last `decay_share` of the run, and there as 1 - sqrt, so that until then no step depends on where the run ends."""
+    decay_share: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Share of the epochs, at the run's end, over which `constant-then-decay` falls."""
     final_learning_rate_scale: Share = 0.01
-    """What the cosine schedule ends at, as a share of the peak."""
+    """What the learning rate ends at, as a share of the peak."""
     weight_decay: NotNegative = 0.05
     """The weight decay; norms, biases, tokens and position embeddings have none."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
@@ -217,6 +222,11 @@ class TrainSettings(Section):
     def schedule_epochs(self) -> int:
         """Epochs of the schedule as it is without a bend."""
         return self.epochs if self.bend is None else self.bend.of
+
+    @property
+    def decay_epochs(self) -> float:
+        """Epochs over which `constant-then-decay` falls, in the schedule as it is without a bend."""
+        return self.decay_share * self.schedule_epochs
 
     def scheduled(self, done: int, steps: int = 1) -> float:
         """How much of the schedule has passed after so many epochs of the run, or after so many steps, `steps` to an
@@ -443,6 +453,11 @@ class Settings(Section):
                 f"train.ramp_epochs = {train.ramp_epochs} is not allowed: it must be below {train.length_key} = "
                 f"{train.schedule_epochs}"
             )
+        if train.schedule == "constant-then-decay" and train.ramp_epochs + train.decay_epochs > train.schedule_epochs:
+            raise ValueError(
+                f"train.decay_share = {train.decay_share:g} is not allowed: it comes to {train.decay_epochs:g} epochs, and "
+                f"{train.schedule_epochs - train.ramp_epochs} are left behind the ramp"
+            )
         self._check_resolution()
         return self
 
@@ -533,6 +548,8 @@ def without_effect(settings: Settings) -> list[str]:
         )
     if 0 < len({"query", "key", "value"} & set(method.targets)) < 3 and method.enabled:
         sentences.append("method.targets has some of query, key and value: phase lora freezes the fused qkv as a whole")
+    if "decay_share" in train.model_fields_set and train.schedule != "constant-then-decay":
+        sentences.append(f"train.decay_share has no effect, as train.schedule is {train.schedule}")
     if "residual" in train.model_fields_set and train.precision in ("fp32", "fp64"):
         sentences.append(f"train.residual has no effect, as train.precision is {train.precision}")
     if "gradient_exchange" in train.model_fields_set and settings.workers.max == 1:

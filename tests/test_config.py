@@ -115,6 +115,10 @@ def bend(epochs: int, after: int, of: int) -> dict:
         ),
         ({"train": {"ramp_epochs": 300}}, "train.ramp_epochs = 300 is not allowed: it must be below train.epochs = 300"),
         (
+            {"train": {"epochs": 10, "schedule": "constant-then-decay", "decay_share": 0.8}},
+            "train.decay_share = 0.8 is not allowed: it comes to 8 epochs, and 5 are left behind the ramp",
+        ),
+        (
             {"data": {"path": "x", "batch_size": 100}},
             "data.batch_size = 100 is not allowed: it must be a multiple of data.cell = 16",
         ),
@@ -462,6 +466,8 @@ def test_settings_without_effect_are_told():
     assert without_effect(parse_settings({"name": "run", **DATA, **plain})) == [told]
     bf16 = parse_settings({"name": "run", **DATA, "train": {"precision": "bf16", "fp8_from": "full"}})
     assert without_effect(bf16) == ["train.fp8_from has no effect, as train.precision is bf16"]
+    cosine = parse_settings({"name": "run", **DATA, "train": {"decay_share": 0.5}})
+    assert without_effect(cosine) == ["train.decay_share has no effect, as train.schedule is cosine"]
     floor = parse_settings({"name": "run", **DATA, "method": {"rank_floor_percent": 0.5, "rank_pattern": {".*": 8}}})
     assert without_effect(floor) == ["method.rank_floor_percent has no effect, as method.rank_pattern gives the ranks"]
 
@@ -490,6 +496,7 @@ CHANGES = {
     "augment.flip": (0.1, "always"),
     "train.seed": (3, "always"),
     "train.residual": ("bf16", "always"),
+    "train.schedule": ("constant-then-decay", "always"),
     "train.gradient_exchange": ("bf16", "always"),
     "train.adapters": ("plain", "switch"),
     "train.micro_batch": (16, "never"),

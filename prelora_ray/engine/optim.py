@@ -120,20 +120,22 @@ def adapter_rise(steps: int, ramp: int) -> float:
 
 
 def learning_rate(settings: Settings, step: int, batches: int) -> float:
-    """A linear ramp from 0, then half a cosine down to the final learning rate at the run's last step.
+    """A linear ramp from 0, then down to the final learning rate at the run's last step, as `train.schedule` says.
 
-    With `train.bend` it is that of the schedule as it was, where the run's own step has come to.
+    `constant-then-decay` is warmup-stable-decay (MiniCPM, arXiv 2404.06395), and 1 - sqrt the best decay of Hägele et
+    al. (arXiv 2405.18392). With `train.bend` the rate is that of the schedule as it was, where the run's own step has
+    come to.
     """
     train = settings.train
     now, ramp, total = train.scheduled(step, batches), train.ramp_epochs * batches, train.schedule_epochs * batches
     if now < ramp:
         return train.learning_rate * (now + 1) / ramp
-    return train.learning_rate * fraction_of_peak(now - ramp, total - ramp, train.final_learning_rate_scale)
-
-
-def fraction_of_peak(done: float, total: int, final: float) -> float:
-    """Half a cosine from 1 down to `final`, over `total` steps of which so many are done."""
-    return final + (1 - final) * (0.5 * (1 + math.cos(math.pi * done / max(1, total))))
+    if train.schedule == "cosine":
+        height = 0.5 * (1 + math.cos(math.pi * (now - ramp) / max(1, total - ramp)))
+    else:
+        height = 1 - math.sqrt(max(0.0, 1 - (total - now) / (train.decay_epochs * batches)))
+    final = train.final_learning_rate_scale
+    return train.learning_rate * (final + (1 - final) * height)
 
 
 def rates_left(settings: Settings) -> list[float]:

@@ -97,6 +97,19 @@ def test_schedule_by_hand():
     assert learning_rate(run, 50, 5) == pytest.approx(0.01)
 
 
+def test_a_rate_that_is_constant_and_then_decays_by_hand():
+    # 10 epochs of 5 steps: a ramp of 2, 0.1 until epoch 6, then 1 - sqrt(progress) down to 0.01 over 4.
+    run = settings(schedule="constant-then-decay", decay_share=0.4)
+    rates = [learning_rate(run, step, 5) for step in (0, 9, 10, 29, 30, 35, 45, 50)]
+    fallen = [0.01 + 0.09 * (1 - math.sqrt(progress)) for progress in (0, 0.25, 0.75, 1)]
+    assert rates == pytest.approx([0.01, 0.1, 0.1, 0.1, *fallen], rel=1e-12)
+    # Bent behind epoch 5 to end after 7: epochs 5 to 6 and 6 to 10 pass in 0.4 and 1.6.
+    bent = settings(schedule="constant-then-decay", decay_share=0.4, epochs=7, bend={"after": 5, "of": 10})
+    assert [learning_rate(bent, step, 5) for step in (24, 27, 31, 35)] == pytest.approx(
+        [0.1, 0.1, 0.01 + 0.09 * (1 - math.sqrt(0.5)), 0.01], rel=1e-12
+    )
+
+
 def test_a_bent_schedule_by_hand():
     """From epoch 6 on, the 4 epochs that are left of 10 pass in 2."""
     trunk, run = settings(), settings(epochs=8, bend={"after": 6, "of": 10})
