@@ -79,7 +79,7 @@ def test_relative_paths_are_those_of_the_driver_and_so_are_libraries(place: Path
     prepared = command("prepare", "digits", "data", "--json")
     assert prepared.returncode == 0, prepared.stderr
     assert {path.name for path in (place / "here" / "data").iterdir()} == {
-        *("manifest.json", "train-00000.parquet", "val-00000.parquet"),
+        *("manifest.json", "parts", "train-00000.parquet", "val-00000.parquet"),
     }
     trained = command("train", "tiny.yaml", "--json")
     assert trained.returncode == 0, trained.stderr

@@ -119,7 +119,7 @@ def test_the_trunk_alone_tells_where_settings_switch(load, trunk):
 @pytest.mark.timeout(900)
 def test_asha_stops_trials_and_the_rest_find_room(load, stale_address):
     space = {"method.warmup_epochs": [0, 1, 2], "method.scaling": [0.5, 1.0, 2.0, 4.0]}
-    result = run(load(name="asha", space=space, asha={"grace_epochs": 4, "reduction_factor": 2}, concurrent=2))
+    result = run(load(name="asha", space=space, asha={"grace_epochs": 5, "reduction_factor": 2}, concurrent=2))
     ended = [entry["ended"] for entry in result["settings"]]
     assert set(ended) == {"finished", "stopped"}
     assert len(ended) == 12
