@@ -165,7 +165,9 @@ def warmups() -> Plan:
 
 def prices_of(plan: Plan, seconds: float = 3600.0) -> Prices:
     """An hour for each epoch of full training."""
-    return Prices("GPU-hours", 1.0, plan.trunk, [epoch_line(epoch, seconds=seconds, image_size=32) for epoch in range(120)])
+    size = plan.trunk.image_size
+    lines = [epoch_line(epoch, seconds=seconds, image_size=size(epoch)) for epoch in range(120)]
+    return Prices("GPU-hours", 1.0, plan.trunk, lines)
 
 
 def entry(trial: str, val_top1: float, cost: float, **content) -> dict:
