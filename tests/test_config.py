@@ -103,7 +103,6 @@ def bend(epochs: int, after: int, of: int) -> dict:
         ({"method": {"r_min": 16, "r_max": 8}}, "method.r_min = 16 is not allowed: it must not exceed r_max = 8"),
         ({"method": {"r_max": 48}}, "method.r_max = 48 is not allowed: a rank is a power of two, such as 8 or 16"),
         ({"method": {"rank_pattern": {"key": 3}}}, "method.rank_pattern.key = 3 is not allowed: a rank is a power of two"),
-        ({"method": {"targets": ["qkv"]}}, "method.targets = 'qkv' is not allowed: it must be 'query', 'key'"),
         ({"method": {"targets": []}}, "method.targets is empty"),
         ({"method": {"windows": 1}}, "method.windows = 1 is not allowed: it must be greater than or equal to 2"),
         ({"method": {"switch_epoch": 5}}, "method.switch_epoch = 5 is not allowed: ranks need two windows"),
