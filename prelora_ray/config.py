@@ -56,7 +56,7 @@ Address = Annotated[str, AfterValidator(_check_address)]
 
 class ModelSettings(Section):
     name: str = "vit_small_patch16_224"
-    """A Vision Transformer's name in timm."""
+    """A Vision Transformer's or an MLP-Mixer's name in timm; `prelora models` tells which are known."""
     image_size: Count = 224
     """Side of the square image that the model takes, in pixels."""
     drop_path: Share = 0.0

@@ -16,7 +16,6 @@ _ATTENTION: tuple[Layers, ...] = (
     {"attn.qkv": ("query", "key", "value"), "attn.proj": ("proj",)},
     {"attn.q_proj": ("query",), "attn.k_proj": ("key",), "attn.v_proj": ("value",), "attn.proj": ("proj",)},
     {"attn.qk": ("query", "key"), "attn.v": ("value",), "attn.proj": ("proj",)},
-    {"attn.qkv": ("key", "value"), "attn.proj": ("proj",)},
 )
 _MLP: tuple[Layers, ...] = (
     {"mlp.fc1": ("fc1",), "mlp.fc2": ("fc2",)},
@@ -127,8 +126,8 @@ def architecture_of(model: nn.Module) -> Architecture:
         raise ValueError(f"{type(model).__name__} has no blocks of linear layers that PreLoRA knows (prelora models)")
     closest = min(lacking, key=lambda name: len(lacking[name]))
     raise ValueError(
-        f"{type(model).__name__} has no linear layer {lacking[closest][0]}, nor what stands for it in another form of a "
-        f"{closest} that PreLoRA knows (prelora models)"
+        f"{type(model).__name__} has no {lacking[closest][0]} as a {closest} has it, nor what stands for it in another form "
+        "(prelora models)"
     )
 
 

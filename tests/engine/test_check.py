@@ -118,7 +118,7 @@ WINDOWS = {"name": "samvit_base_patch16", "image_size": 256, "options": {}}
         ),
         (
             {"model": {"name": "cait_xxs24_224", "image_size": 32, "options": {}}, "train": SMALLER},
-            r"^train\.resolution is not allowed with model\.name = 'cait_xxs24_224', whose positions timm does not interpolate",
+            r"^train\.resolution is not allowed with model\.name = 'cait_xxs24_224', which timm makes for images of one size",
         ),
         (
             {"model": {**TWICE, "drop_path_form": "subset"}},
