@@ -466,6 +466,32 @@ def report(
 
 
 @app.command()
+def models(
+    pattern: Annotated[str | None, typer.Argument(help="A timm model's name, or a pattern such as 'swin*'.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Tell which kinds of timm's models can be trained; with PATTERN, which of those can, and why others cannot."""
+    from prelora_ray.method.architecture import ARCHITECTURES
+    from prelora_ray.terminal import console
+
+    if pattern is None:
+        if as_json:
+            print_json({"architectures": [asdict(architecture) for architecture in ARCHITECTURES]})
+        else:
+            console.out.print(console.architectures_table())
+        return
+    from prelora_ray.engine.known_models import known_models
+
+    found = known_models(pattern)
+    if as_json:
+        print_json({"models": [asdict(model) for model in found]})
+        return
+    for model in found:
+        told = model.reason or f"{counted(model.blocks, 'block')}, method.targets {', '.join(model.targets)}"
+        console.out.print(f"{model.name}: {told}")
+
+
+@app.command()
 def runs(
     storage: Annotated[str, typer.Argument(help="Folder or bucket that holds run folders; also a sweep's folder.")] = "runs",
     as_json: Json = False,

@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal, Self, get_args, get_origin
 from pydantic import AfterValidator, Field, model_validator
 
 from prelora_ray.data.augment_settings import AugmentSettings, Policy
-from prelora_ray.method.architecture import FAMILIES
 from prelora_ray.method.convergence import NormStatistic, first_verdict
 from prelora_ray.method.phases import FreezeScope, Phase
 from prelora_ray.method.ranks import PATTERN_RANKS, Normalize, is_pattern_rank, rank_choices
@@ -57,7 +56,7 @@ Address = Annotated[str, AfterValidator(_check_address)]
 
 class ModelSettings(Section):
     name: str = "vit_small_patch16_224"
-    """A Vision Transformer's name in timm."""
+    """A Vision Transformer's or an MLP-Mixer's name in timm; `prelora models` tells which are known."""
     image_size: Count = 224
     """Side of the square image that the model takes, in pixels."""
     drop_path: Share = 0.0
@@ -254,7 +253,8 @@ class TrainSettings(Section):
         return [end if end <= after else after + (end - after) * left // of for end in ends]
 
 
-_Family = Literal["query", "key", "value", "proj", "fc1", "fc2"]
+_PLAIN = ("query", "key", "value", "proj", "fc1", "fc2")
+"""All families of a plain Vision Transformer, as runs of an earlier version have them in their config.yaml."""
 
 
 class MethodSettings(Section):
@@ -287,8 +287,11 @@ class MethodSettings(Section):
     """Ranks given by hand instead of by the rule: {regular expression on module names: rank}; rank 0 is no adapter."""
     scaling: Positive = 2.0
     """s in W + s B A, which is lora_alpha / rank."""
-    targets: Annotated[tuple[_Family, ...], Acts("always")] = FAMILIES  # type: ignore[assignment]
-    """Which matrices of a block get adapters."""
+    targets: Annotated[
+        tuple[str, ...] | None, AfterValidator(lambda given: None if given == _PLAIN else given), Acts("always")
+    ] = None
+    """Which matrices of a block get adapters, by their families, such as `[query, value, fc1]`; null, and so the six of
+    a plain ViT together, is all that the model has, which `prelora models` tells."""
     freeze: FreezeScope = "adapted"
     """What phase lora freezes: the adapted weights, all but the head, or the adapted weights and all before them."""
     adapter_learning_rate_scale: Positive = 1.0
@@ -307,8 +310,8 @@ class MethodSettings(Section):
         for key, rank in (self.rank_pattern or {}).items():
             if not is_pattern_rank(rank):
                 raise ValueError(f"method.rank_pattern.{key} = {rank} is not allowed: {PATTERN_RANKS}")
-        if not self.targets:
-            raise ValueError("method.targets is empty: name at least one of " + ", ".join(FAMILIES))
+        if self.targets is not None and not self.targets:
+            raise ValueError("method.targets is empty: name at least one family of matrices, or null for all")
         if self.switch_epoch is not None and self.rank_pattern is None and self.switch_epoch < 2 * self.window_epochs:
             raise ValueError(
                 f"method.switch_epoch = {self.switch_epoch} is not allowed: ranks need two windows of "
@@ -546,8 +549,8 @@ def without_effect(settings: Settings) -> list[str]:
             f"epoch {first} of {train.epochs} at the earliest, so set a smaller method.window_epochs or train.ramp_epochs, or "
             "method.switch_epoch"
         )
-    if 0 < len({"query", "key", "value"} & set(method.targets)) < 3 and method.enabled:
-        sentences.append("method.targets has some of query, key and value: phase lora freezes the fused qkv as a whole")
+    if 0 < len({"query", "key", "value"} & set(method.targets or ())) < 3 and method.enabled:
+        sentences.append("method.targets has some of query, key and value: phase lora freezes a fused qkv as a whole")
     if "decay_share" in train.model_fields_set and train.schedule != "constant-then-decay":
         sentences.append(f"train.decay_share has no effect, as train.schedule is {train.schedule}")
     if "residual" in train.model_fields_set and train.precision in ("fp32", "fp64"):

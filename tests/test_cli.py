@@ -70,6 +70,23 @@ def test_a_damaged_file_of_a_run_is_told_before_anything_starts(tmp_path, name):
     assert told.stderr.count("\n") == 1
 
 
+def test_models_are_told_with_what_they_have_and_lack():
+    known = json.loads(prelora_here("models", "mixer_s3*", "--json").stdout)["models"]
+    families = ["tokens_fc1", "tokens_fc2", "channels_fc1", "channels_fc2"]
+    assert known == [{"name": "mixer_s32_224", "blocks": 8, "targets": families, "reason": None}]
+    told = prelora_here("models", "vitamin_small_224").stdout
+    assert told.startswith(
+        "vitamin_small_224: model.name = 'vitamin_small_224' is not allowed: VisionTransformer has no blocks.0"
+    )
+    assert told.count("\n") == 1
+    table = prelora_here("models").stdout
+    assert {name for name in ("Vision Transformer", "in stages", "MLP-Mixer", "attn.qkv (query, key, value)") if name in table}
+    assert len(json.loads(prelora_here("models", "--json").stdout)["architectures"]) == 3
+    wrong = prelora_here("models", "vit_tinny")
+    assert wrong.returncode == 2
+    assert wrong.stderr == "prelora: 'vit_tinny' is no model of timm: give a name, or a pattern such as 'swin*'\n"
+
+
 def test_a_map_of_1024_pairs_fits_on_a_screen(record):
     arguments = ["replay", str(record), "--tau", "0.1:10:32", "--zeta", "0.5:30:32", "--window-epochs", "1"]
     told = prelora_here(*arguments)

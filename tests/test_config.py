@@ -103,7 +103,6 @@ def bend(epochs: int, after: int, of: int) -> dict:
         ({"method": {"r_min": 16, "r_max": 8}}, "method.r_min = 16 is not allowed: it must not exceed r_max = 8"),
         ({"method": {"r_max": 48}}, "method.r_max = 48 is not allowed: a rank is a power of two, such as 8 or 16"),
         ({"method": {"rank_pattern": {"key": 3}}}, "method.rank_pattern.key = 3 is not allowed: a rank is a power of two"),
-        ({"method": {"targets": ["qkv"]}}, "method.targets = 'qkv' is not allowed: it must be 'query', 'key'"),
         ({"method": {"targets": []}}, "method.targets is empty"),
         ({"method": {"windows": 1}}, "method.windows = 1 is not allowed: it must be greater than or equal to 2"),
         ({"method": {"switch_epoch": 5}}, "method.switch_epoch = 5 is not allowed: ranks need two windows"),
@@ -470,6 +469,13 @@ def test_settings_without_effect_are_told():
     assert without_effect(cosine) == ["train.decay_share has no effect, as train.schedule is cosine"]
     floor = parse_settings({"name": "run", **DATA, "method": {"rank_floor_percent": 0.5, "rank_pattern": {".*": 8}}})
     assert without_effect(floor) == ["method.rank_floor_percent has no effect, as method.rank_pattern gives the ranks"]
+
+
+def test_all_families_of_a_plain_vit_by_name_are_all_that_the_model_has():
+    """A run whose config.yaml lists them goes on with a recipe that says nothing."""
+    named = {"targets": ["query", "key", "value", "proj", "fc1", "fc2"]}
+    assert parse_settings({"name": "run", **DATA, "method": named}).method == parse_settings({"name": "run", **DATA}).method
+    assert parse_settings({"name": "run", **DATA, "method": {"targets": ["proj", "fc1"]}}).method.targets == ("proj", "fc1")
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,9 @@ MAY_IMPORT = {
     "cli.py": {
         *(
             "api.py",
+            "engine/known_models.py",
             "first_recipe.py",
+            "method/architecture.py",
             "terminal",
             "recorded",
             "ray_session.py",

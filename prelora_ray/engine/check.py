@@ -54,10 +54,11 @@ def check_model(settings: Settings) -> list[Target]:
         _try_phase(model, settings, format_, Phase.FULL)
         for step in settings.train.resolution:
             _try_size(model, settings, format_, step.image_size)
-        if by_weight := sorted({target.linear for target in targets} - called):
+        if by_weight := [target for target in targets if target.linear not in called]:
+            families = ", ".join(dict.fromkeys(target.family for target in by_weight))
             raise UserError(
-                f"model.name = {settings.model.name!r} is not allowed: it uses {by_weight[0]} by its weight alone, so no "
-                "adapter can be put on it"
+                f"model.name = {settings.model.name!r} is not allowed: it uses {by_weight[0].linear} by its weight alone, so "
+                f"no adapter can be put on it; leave {families} out of method.targets"
             )
         if method.enabled:
             inject(model, targets, ranks, method.scaling)

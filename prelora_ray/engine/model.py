@@ -49,8 +49,8 @@ def create_model(settings: ModelSettings, num_classes: int, seed: int, *, any_si
         except Exception as error:  # timm raises RuntimeError, TypeError, AssertionError and more
             if any_size and _ANY_SIZE in str(error):
                 raise UserError(
-                    f"train.resolution is not allowed with model.name = {settings.name!r}, whose positions timm does not "
-                    f"interpolate: {type(error).__name__}: {one_line(error)}"
+                    f"train.resolution is not allowed with model.name = {settings.name!r}, which timm makes for images of one "
+                    f"size alone: {type(error).__name__}: {one_line(error)}"
                 ) from error
             raise UserError(
                 f"model.name = {settings.name!r} is not allowed with image_size {settings.image_size} and options "

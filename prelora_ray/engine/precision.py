@@ -17,7 +17,7 @@ from prelora_ray.kernels.fp8 import MULTIPLE, Fp8FrozenLinear
 from prelora_ray.kernels.fp8_trained import Fp8TrainedLinear
 from prelora_ray.kernels.merged import FrozenLinear, HeldProduct, merged_linear
 from prelora_ray.method.adapters import LoraLinear, Product, lora_layers
-from prelora_ray.method.architecture import blocks_of
+from prelora_ray.method.architecture import stages_of
 from prelora_ray.method.phases import Phase
 
 Format = Literal["fp64", "fp32", "bf16", "fp8"]
@@ -69,7 +69,8 @@ def use_products(model: nn.Module, format_: Format, adapters: Literal["plain", "
     for layer in layers:
         layer.product = _product(layer, format_, adapters, widths[layer.weight.shape])
     if format_ == "fp8":
-        _stand_in(blocks_of(model))
+        for stage in stages_of(model):
+            _stand_in(stage)
     adapted = [layer for layer in layers if isinstance(layer.product, HeldProduct)]
     return adapted + [layer for layer in model.modules() if isinstance(layer, Fp8Linear) and layer.weight.requires_grad]
 
@@ -86,10 +87,10 @@ def _stand_in(blocks: nn.Module) -> None:
 
 def stand_back(model: nn.Module) -> None:
     """Gives the model its own modules back."""
-    blocks = blocks_of(model)
-    for name, module in list(blocks.named_modules()):
-        if isinstance(module, StandIn):
-            blocks.set_submodule(name, module.plain())
+    for stage in stages_of(model):
+        for name, module in list(stage.named_modules()):
+            if isinstance(module, StandIn):
+                stage.set_submodule(name, module.plain())
 
 
 def _fits_fp8(layer: nn.Linear | LoraLinear) -> bool:
@@ -109,14 +110,14 @@ def _product(layer: LoraLinear, format_: Format, adapters: Literal["plain", "mer
 
 
 def keep_residual_in_bf16(model: nn.Module) -> None:
-    """Has the blocks of a timm Vision Transformer hand their residual stream on in bfloat16, wherever autocast is on.
+    """Has the blocks of a timm model hand their residual stream on in bfloat16, wherever autocast is on.
 
     Norms still compute in float32. A step reads and writes the stream several times, so half its bytes are time.
     """
-    blocks = blocks_of(model)
-    blocks.register_forward_pre_hook(lambda _, inputs: (_narrow(inputs[0]), *inputs[1:]))
-    for block in blocks:  # a layer scale, float32, would widen it again
-        block.register_forward_hook(lambda _, __, output: _narrow(output))
+    for stage in stages_of(model):
+        stage.register_forward_pre_hook(lambda _, inputs: (_narrow(inputs[0]), *inputs[1:]))
+        for block in stage:  # a layer scale, float32, would widen it again
+            block.register_forward_hook(lambda _, __, output: _narrow(output))
 
 
 def _narrow(x: torch.Tensor) -> torch.Tensor:

@@ -1,22 +1,56 @@
-"""What timm calls the parts of its plain Vision Transformer. Nothing else of the project takes a name apart."""
+"""What timm calls the parts of its models. Nothing else of the project takes a name apart."""
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
 
-FAMILIES = ("query", "key", "value", "proj", "fc1", "fc2")
+Layers = dict[str, tuple[str, ...]]
+"""Linear layers by their names in a block, and the families of the weights in each, from its first row on."""
 
-_LINEAR_OF = {
-    "query": "attn.qkv",
-    "key": "attn.qkv",
-    "value": "attn.qkv",
-    "proj": "attn.proj",
-    "fc1": "mlp.fc1",
-    "fc2": "mlp.fc2",
-}
+_ATTENTION: tuple[Layers, ...] = (
+    {"attn.qkv": ("query", "key", "value"), "attn.proj": ("proj",)},
+    {"attn.q_proj": ("query",), "attn.k_proj": ("key",), "attn.v_proj": ("value",), "attn.proj": ("proj",)},
+    {"attn.qk": ("query", "key"), "attn.v": ("value",), "attn.proj": ("proj",)},
+)
+_MLP: tuple[Layers, ...] = (
+    {"mlp.fc1": ("fc1",), "mlp.fc2": ("fc2",)},
+    {"mlp.fc1_g": ("fc1_g",), "mlp.fc1_x": ("fc1_x",), "mlp.fc2": ("fc2",)},
+)
+_TOKENS: tuple[Layers, ...] = (
+    {"mlp_tokens.fc1": ("tokens_fc1",), "mlp_tokens.fc2": ("tokens_fc2",)},
+    {"linear_tokens": ("tokens",)},
+    {"mlp_channels.gate.proj": ("tokens",)},
+)
+_CHANNELS: tuple[Layers, ...] = ({"mlp_channels.fc1": ("channels_fc1",), "mlp_channels.fc2": ("channels_fc2",)},)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A kind of model, known by what its blocks are made of."""
+
+    name: str
+    stages: str
+    """A regular expression that the names of the modules match whose children are the blocks."""
+    parts: tuple[tuple[Layers, ...], ...]
+    """Of each of these a block has one form: all its layers, of which one that several families share has as many rows
+    for each as the last has columns."""
+
+
+ARCHITECTURES = (
+    Architecture("Vision Transformer", r"(encoder\.)?blocks", (_ATTENTION, _MLP)),
+    Architecture(
+        "Vision Transformer in stages",
+        r"(layers|stages|transformers)\.\d+\.blocks|levels\.\d+\.transformer_encoder",
+        (_ATTENTION, _MLP),
+    ),
+    Architecture("MLP-Mixer", r"blocks", (_TOKENS, _CHANNELS)),
+)
+_ANY_STAGE = "|".join(architecture.stages for architecture in ARCHITECTURES)
 
 _BLOCK = ("norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2")
 """The parts of a plain block but layer scales: two residual branches, each a norm, what it is for, and a drop path."""
@@ -26,7 +60,7 @@ _BLOCK = ("norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2")
 class Target:
     """One adapted weight matrix of one block.
 
-    timm stores query, key and value fused in one ``attn.qkv`` of 3D rows; each is the row slice
+    timm often stores query, key and value fused in one ``attn.qkv`` of 3D rows; each is the row slice
     ``start:stop`` of that weight, with a norm and a rank of its own.
     """
 
@@ -34,6 +68,7 @@ class Target:
     """Module name, such as ``blocks.3.attn.query``."""
     family: str
     layer: int
+    """Number of the block, counted from 0 through all stages."""
     linear: str
     """Name of the linear layer that stores the weight, such as ``blocks.3.attn.qkv``."""
     start: int
@@ -49,38 +84,91 @@ class Target:
         return min(self.in_features, self.out_features)
 
 
-def find_targets(model: nn.Module, families: Iterable[str] = FAMILIES) -> list[Target]:
-    """Target modules of a timm ViT, by layer and then in the order of ``FAMILIES``.
+def find_targets(model: nn.Module, families: Iterable[str] | None = None) -> list[Target]:
+    """Target modules of a timm model, by layer and then in the order of its architecture; None is all families.
 
-    Raises ValueError where the model is no ViT with ``blocks.N.attn.qkv``, ``.attn.proj``,
-    ``.mlp.fc1`` and ``.mlp.fc2`` as linear layers, or a family is unknown.
+    Raises ValueError where the model is of none of the `ARCHITECTURES`, or has not one of the families.
     """
-    families = set(families)
-    if unknown := families - set(FAMILIES):
-        raise ValueError(f"unknown target {sorted(unknown)[0]!r}: the targets are {', '.join(FAMILIES)}")
+    architecture = architecture_of(model)
     targets = []
-    for layer, block in enumerate(blocks_of(model)):
-        for family in FAMILIES:
-            if family not in families:
-                continue
-            path = _LINEAR_OF[family]
-            try:
-                linear = block.get_submodule(path)
-            except AttributeError:
-                linear = None
-            if not isinstance(linear, nn.Linear):
-                raise ValueError(
-                    f"{type(model).__name__} has no linear layer blocks.{layer}.{path}, which target {family!r} "
-                    "stands for: choose a timm Vision Transformer with a fused qkv and a plain MLP"
-                )
-            start, stop = 0, linear.out_features
-            if path == "attn.qkv":
-                third = linear.out_features // 3
-                start = third * FAMILIES.index(family)
-                stop = start + third
-            name = f"blocks.{layer}.{path.split('.')[0]}.{family}"
-            targets.append(Target(name, family, layer, f"blocks.{layer}.{path}", start, stop, linear.in_features))
-    return targets
+    for layer, (name, block) in enumerate(_named_blocks(model, architecture.stages).items()):
+        for path, held in (item for part in architecture.parts for item in (_form(block, part) or {}).items()):
+            linear, parent = f"{name}.{path}", f"{name}.{path}".rpartition(".")[0]
+            out_features, in_features = block.get_parameter(f"{path}.weight").shape
+            rows = out_features // len(held)
+            for i, family in enumerate(held):
+                targets.append(Target(f"{parent}.{family}", family, layer, linear, i * rows, (i + 1) * rows, in_features))
+    has = dict.fromkeys(target.family for target in targets)
+    wanted = list(has if families is None else families)
+    if unknown := [family for family in wanted if family not in has]:
+        raise ValueError(
+            f"{type(model).__name__} has no {unknown[0]!r}, which method.targets names: its targets are {', '.join(has)}"
+        )
+    return [target for target in targets if target.family in wanted]
+
+
+def architecture_of(model: nn.Module) -> Architecture:
+    """What a timm model without adapters is. Raises ValueError where it is none of the `ARCHITECTURES`."""
+    lacking = {}
+    for architecture in ARCHITECTURES:
+        if blocks := _named_blocks(model, architecture.stages):
+            missing = [
+                f"{name}.{path}"
+                for name, block in blocks.items()
+                for part in architecture.parts
+                if _form(block, part) is None
+                for path in part[0]
+            ]
+            if not missing:
+                return architecture
+            lacking[architecture.name] = missing
+    if not lacking:
+        raise ValueError(f"{type(model).__name__} has no blocks of linear layers that PreLoRA knows (prelora models)")
+    closest = min(lacking, key=lambda name: len(lacking[name]))
+    raise ValueError(
+        f"{type(model).__name__} has no {lacking[closest][0]} as a {closest} has it, nor what stands for it in another form "
+        "(prelora models)"
+    )
+
+
+def _named_blocks(model: nn.Module, stages: str) -> dict[str, nn.Module]:
+    """The blocks by name, in the order in which an image passes them."""
+    return {f"{name}.{child}": block for name, stage in _named_stages(model, stages) for child, block in stage.named_children()}
+
+
+def _form(block: nn.Module, part: tuple[Layers, ...]) -> Layers | None:
+    """The form that a block has of a part."""
+    return next((form for form in part if _fits(block, form)), None)
+
+
+def _fits(block: nn.Module, form: Layers) -> bool:
+    modules = dict(block.named_modules())
+    layers = [module for path in form if isinstance(module := modules.get(path), nn.Linear)]
+    return len(layers) == len(form) and all(
+        len(held) == 1 or layer.out_features == len(held) * layers[-1].in_features
+        for layer, held in zip(layers, form.values(), strict=True)
+    )
+
+
+def stages_of(model: nn.Module) -> list[nn.Sequential | nn.ModuleList]:
+    """The modules that hold the blocks, in order. Raises ValueError where the model has none."""
+    stages = [stage for _, stage in _named_stages(model, _ANY_STAGE)]
+    if not stages:
+        raise ValueError(f"{type(model).__name__} has no blocks that PreLoRA knows (prelora models)")
+    return stages
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The blocks of all stages, in order. Raises ValueError where the model has none."""
+    return [block for stage in stages_of(model) for block in stage]
+
+
+def _named_stages(model: nn.Module, stages: str) -> list[tuple[str, nn.Sequential | nn.ModuleList]]:
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Sequential, nn.ModuleList)) and len(module) and re.fullmatch(stages, name)
+    ]
 
 
 def family_of(name: str) -> str:
@@ -88,17 +176,11 @@ def family_of(name: str) -> str:
     return name.rsplit(".", 1)[-1]
 
 
-def layer_of(name: str) -> int:
-    """Which block a module is in, from 0: ``blocks.3.attn.query`` is in block 3."""
-    return int(name.split(".")[1])
-
-
-def blocks_of(model: nn.Module) -> nn.Sequential | nn.ModuleList:
-    """The blocks, in order. Raises ValueError where the model has none."""
-    blocks = getattr(model, "blocks", None)
-    if not isinstance(blocks, (nn.Sequential, nn.ModuleList)) or len(blocks) == 0:
-        raise ValueError(f"{type(model).__name__} has no `blocks`: PreLoRA adapts the blocks of a timm Vision Transformer")
-    return blocks
+def layers_of(names: Iterable[str]) -> dict[str, int]:
+    """Which block each module is in, from 0 through all stages, by the names of modules of all blocks, in order."""
+    blocks = {name: re.findall(r"\.(\d+)", name) for name in names}
+    numbers = {block: layer for layer, block in enumerate(dict.fromkeys(map(tuple, blocks.values())))}
+    return {name: numbers[tuple(block)] for name, block in blocks.items()}
 
 
 def residual_branches(block: nn.Module) -> dict[str, str]:
@@ -113,12 +195,10 @@ def residual_branches(block: nn.Module) -> dict[str, str]:
 
 
 def parameters_in_front(model: nn.Module, layer: int) -> list[nn.Parameter]:
-    """Parameters of all that an image passes before block `layer`."""
-    children = [name for name, _ in model.named_children()]  # timm registers them in the order of its forward
-    behind = {f"blocks.{i}" for i in range(layer, len(blocks_of(model)))} | set(children[children.index("blocks") + 1 :])
-    return [
-        parameter for name, parameter in model.named_parameters() if not any(name.startswith(f"{part}.") for part in behind)
-    ]
+    """Parameters of all that an image passes before block `layer`, as timm registers modules in its forward's order."""
+    block = list(_named_blocks(model, _ANY_STAGE))[layer]
+    in_front = itertools.takewhile(lambda named: not named[0].startswith(f"{block}."), model.named_parameters())
+    return [parameter for _, parameter in in_front]
 
 
 def head_parameters(model: nn.Module) -> set[str]:

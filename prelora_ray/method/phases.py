@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import nn
 
 from prelora_ray.method.adapters import is_adapter_parameter, lora_layers
-from prelora_ray.method.architecture import Target, head_parameters, layer_of, parameters_in_front
+from prelora_ray.method.architecture import Target, head_parameters, parameters_in_front
 from prelora_ray.method.convergence import ConvergenceTest, Verdict
 
 FreezeScope = Literal["adapted", "all_but_head", "prefix"]
@@ -133,7 +133,7 @@ def freeze_parameters(model: nn.Module, targets: Sequence[Target], freeze: Freez
 
     Raises ValueError for ``all_but_head`` where the model has no head.
     """
-    adapted = tuple(lora_layers(model))
+    adapted = lora_layers(model)
     assert adapted, "phase lora begins with adapters in place"
     for name in {target.linear for target in targets}:
         linear = model.get_submodule(name)
@@ -148,7 +148,7 @@ def freeze_parameters(model: nn.Module, targets: Sequence[Target], freeze: Freez
             if not is_adapter_parameter(name) and name not in head:
                 parameter.requires_grad_(False)
     elif freeze == "prefix":
-        for parameter in parameters_in_front(model, min(layer_of(name) for name in adapted)):
+        for parameter in parameters_in_front(model, min(target.layer for target in targets if target.linear in adapted)):
             parameter.requires_grad_(False)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from prelora_ray.method.architecture import FAMILIES, family_of, layer_of
+from prelora_ray.method.architecture import family_of, layers_of
 from prelora_ray.records import EpochLine, Resize
 from prelora_ray.report.records import ReportedRun
 from prelora_ray.words import counted
@@ -56,7 +56,7 @@ def convergence(run: ReportedRun) -> go.Figure:
     figure = _panels(titles)
     ends = [line.epoch_end for line, _ in windows]
     verdicts = ["in the ramp" if w.in_ramp else "converged" if w.converged else "not yet" for w, _ in windows]
-    for index, family in enumerate(family for family in FAMILIES if windows and family in windows[0][1]):
+    for index, family in enumerate(windows[0][1] if windows else ()):
         changes = [change[family] for _, change in windows]
         _line(figure, 1, ends, changes, family, index, markers=True, hover=verdicts)
         if signed:
@@ -74,10 +74,9 @@ def convergence(run: ReportedRun) -> go.Figure:
 def ranks(run: ReportedRun) -> go.Figure:
     """Ranks by layer and family."""
     assert run.ranks
-    places = {name: (layer_of(name), family_of(name)) for name in run.ranks}
-    layers = sorted({layer for layer, _ in places.values()})
-    families = [family for family in FAMILIES if any(other == family for _, other in places.values())]
-    by_place = {place: run.ranks[name] for name, place in places.items()}
+    layer_of = layers_of(run.ranks)
+    layers, families = sorted(set(layer_of.values())), list(dict.fromkeys(map(family_of, run.ranks)))
+    by_place = {(layer_of[name], family_of(name)): rank for name, rank in run.ranks.items()}
     table = [[by_place.get((layer, family)) for layer in layers] for family in families]
     heatmap = go.Heatmap(
         z=table,

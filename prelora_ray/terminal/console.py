@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from prelora_ray.method.architecture import ARCHITECTURES, Layers
 from prelora_ray.recorded.remarks import remarks_on
 from prelora_ray.recorded.replay import Replay
 from prelora_ray.recorded.run import RunRecords
@@ -84,6 +85,22 @@ def result_table(run: RunRecords) -> Table:
     for row in rows:
         table.add_row(*(row[column] for column in columns))
     return table
+
+
+def architectures_table() -> Table:
+    """How a model is recognised."""
+    table = Table(title="A model is of the first architecture whose blocks it has", title_justify="left", show_lines=True)
+    for column in ("architecture", "its blocks are in", "each has one of", "and one of"):
+        table.add_column(column, overflow="fold")
+    for architecture in ARCHITECTURES:
+        parts = ("\n".join(_form(form) for form in part) for part in architecture.parts)
+        table.add_row(architecture.name, architecture.stages, *parts)
+    return table
+
+
+def _form(form: Layers) -> str:
+    """`attn.qkv (query, key, value), attn.proj`: layers, and the families in each that its name does not tell."""
+    return ", ".join(path if path.endswith(f".{held[0]}") else f"{path} ({', '.join(held)})" for path, held in form.items())
 
 
 def runs_table(storage: str, runs: Sequence[RunState]) -> Table:

@@ -94,7 +94,14 @@ WINDOWS = {"name": "samvit_base_patch16", "image_size": 256, "options": {}}
     [
         ({"model": {"name": "resnet18"}}, "timm says TypeError"),
         ({"model": {"name": "vit_tinny"}}, "model.name = 'vit_tinny' is not allowed"),
-        ({"model": {"name": "beit_base_patch16_224", "image_size": 224, "options": {}}}, "by its weight alone"),
+        (
+            {"model": {"name": "beit_base_patch16_224", "image_size": 224, "options": {}}},
+            r"uses blocks\.0\.attn\.qkv by its weight alone, .*; leave query, key, value out of method\.targets$",
+        ),
+        (
+            {"method": {"targets": ["fc1", "fc3"]}},
+            "'vit_tiny_patch16_224' is not allowed: .* no 'fc3', .*: its targets are query",
+        ),
         ({"options": {"proj_drop_rate": 0.1}}, "turn on dropout in blocks.0.attn.proj_drop"),
         ({"options": {"depht": 3}}, "depht"),
         ({"method": {"r_max": 64}}, "method.r_max = 64 is not allowed: the model's smallest weight has rank 16 at most"),
@@ -111,7 +118,7 @@ WINDOWS = {"name": "samvit_base_patch16", "image_size": 256, "options": {}}
         ),
         (
             {"model": {"name": "cait_xxs24_224", "image_size": 32, "options": {}}, "train": SMALLER},
-            r"^train\.resolution is not allowed with model\.name = 'cait_xxs24_224', whose positions timm does not interpolate",
+            r"^train\.resolution is not allowed with model\.name = 'cait_xxs24_224', which timm makes for images of one size",
         ),
         (
             {"model": {**TWICE, "drop_path_form": "subset"}},

@@ -4,7 +4,7 @@ import timm
 import torch
 
 from prelora_ray.method.adapters import inject
-from prelora_ray.method.architecture import FAMILIES, find_targets
+from prelora_ray.method.architecture import find_targets
 from prelora_ray.method.targets import target_norms
 
 
@@ -42,7 +42,7 @@ def test_norms_against_float64(vit):
     for layer in range(3):
         q, k, v = np.split(weights[f"blocks.{layer}.attn.qkv.weight"], 3)
         for family, weight in zip(
-            FAMILIES,
+            ("query", "key", "value", "proj", "fc1", "fc2"),
             (
                 q,
                 k,
@@ -72,14 +72,23 @@ def test_norms_with_adapters_are_those_of_the_merged_weights(vit):
     assert norms["blocks.1.attn.query"] == before["blocks.1.attn.query"]
 
 
-@pytest.mark.parametrize("name", ["resnet18", "swin_tiny_patch4_window7_224"])
-def test_other_models_are_refused(name):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet18", "ResNet has no blocks of linear layers that PreLoRA knows"),
+        ("vitamin_small_224", r"has no blocks\.0\.mlp\.fc1 as a Vision Transformer has it, nor what stands for it"),
+        ("gcvit_xxtiny", r"stages\.0\.blocks\.1\.attn\.qkv as a"),  # two thirds of the rows: the query is not its own
+        ("pvt_v2_b0", r"stages\.0\.blocks\.0\.attn\.qkv as a Vision Transformer in stages has it"),
+    ],
+)
+def test_other_models_are_refused(name, message):
     with torch.device("meta"):
         model = timm.create_model(name)
-    with pytest.raises(ValueError, match="timm Vision Transformer"):
+    with pytest.raises(ValueError, match=message):
         find_targets(model)
 
 
 def test_unknown_target(vit):
-    with pytest.raises(ValueError, match="unknown target 'qkv': the targets are query, key"):
+    message = r"VisionTransformer has no 'qkv', which method\.targets names: its targets are query, key, .* fc2$"
+    with pytest.raises(ValueError, match=message):
         find_targets(vit, ["qkv"])
