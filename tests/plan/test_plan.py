@@ -330,7 +330,9 @@ def test_what_cannot_be_planned_is_told(tmp_path, recipe, bench):
     assert refused(*own, "--gpus", "21").startswith("--gpus 21 is not allowed: a batch of 240 has 20 cells of 12")
     assert "phase full takes 6.2 GiB for data.cell = 12, and" in refused(*own, "--memory", "8")
     assert "model.name = 'vit_huge' is not allowed" in refused(*own, "--set", "model.name=vit_huge")
-    assert "has no linear layer blocks.0.attn.qkv" in refused(*own, "--set", "model.name=mixer_b16_224")
+    assert "Twins has no blocks.0.attn.qkv as a Vision Transformer has it" in refused(
+        *own, "--set", "model.name=twins_svt_small"
+    )
     assert "rank 2048 of 'blocks.8.attn.query' is not allowed" in refused(*own, "--set", "method.r_max=2048")
     assert "with a row `prelora fp8 lora`" in refused(*own, "--set", "train.precision=fp8")
     assert "method.enabled is false" in refused(*own, "--set", "method.enabled=false", "--picture", str(tmp_path / "x.html"))
