@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 import multiprocessing
 import os
 import signal
@@ -44,8 +43,6 @@ torch.set_num_threads(1)
 os.environ |= {"OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
 # Processes that tests start by fork server have it imported once for all of them.
 multiprocessing.set_forkserver_preload(["prelora_ray.engine.state"])
-# A service out of reach is tried again beside the tests that follow, which look at what is written.
-logging.getLogger("urllib3").setLevel(logging.ERROR)
 # A shell starts what runs in the background with Ctrl-C ignored, and so would be what the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -79,13 +79,13 @@ def tell_end(settings: Settings, outcome: Outcome) -> None:
             courier.end(outcome, lambda: None)
 
 
+def services_of(settings: Settings) -> list[str]:
+    """The loggers that are services elsewhere."""
+    return [name for name in _CONNECTS if name in settings.monitor.loggers]
+
+
 def _couriers(folder: RunFolder, settings: Settings, recorded: list[tuple[int, Scalars]]) -> list[Courier]:
-    connects = {"mlflow": _mlflow, "wandb": _wandb}
-    return [
-        Courier(name, functools.partial(connect, folder, settings), recorded)
-        for name, connect in connects.items()
-        if name in settings.monitor.loggers
-    ]
+    return [Courier(name, functools.partial(_CONNECTS[name], folder, settings), recorded) for name in services_of(settings)]
 
 
 def _recorded(folder: RunFolder, epoch: int) -> list[tuple[int, Scalars]]:
@@ -114,3 +114,6 @@ def _wandb(folder: RunFolder, settings: Settings) -> Tracker:
     from prelora_ray.monitor.wandb_run import WandbRun
 
     return WandbRun(folder, settings, _identity(folder, settings))
+
+
+_CONNECTS: dict[str, Callable[[RunFolder, Settings], Tracker]] = {"mlflow": _mlflow, "wandb": _wandb}

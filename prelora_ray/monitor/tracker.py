@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
+import threading
 import time
 from collections.abc import Callable, Iterable
 from typing import Literal, Protocol, TypeVar
@@ -39,6 +41,10 @@ class Tracker(Protocol):
         """The run has ended."""
 
 
+class _GivenUpError(Exception):
+    """What has not arrived is another attempt's to send."""
+
+
 class Courier:
     """Takes to a tracker all that the run has recorded and records, each step once.
 
@@ -53,6 +59,8 @@ class Courier:
         self._work: queue.SimpleQueue[Callable[[Tracker], None] | None] = queue.SimpleQueue()
         self._is_told = False
         """Whether the log has said that something fails."""
+        self._is_over = threading.Event()
+        """Nobody waits any more for what has not arrived."""
         self._thread = Background()
         for step, values in recorded:
             self.scalars(step, values)
@@ -80,20 +88,24 @@ class Courier:
         self._work.put(None)
         self._thread.wait(_END_SECONDS, meanwhile)
         if self._thread.is_busy:
+            self._is_over.set()
             logger.warning("%s lacks what has not arrived within %g s", self._name, _END_SECONDS)
 
     def _deliver(self) -> None:
-        tracker = self._patiently(self._connect)
-        while (work := self._work.get()) is not None:
-            self._patiently(lambda work=work: work(tracker))  # type: ignore[misc]
+        with contextlib.suppress(_GivenUpError):
+            tracker = self._patiently(self._connect)
+            while (work := self._work.get()) is not None:
+                self._patiently(lambda work=work: work(tracker))  # type: ignore[misc]
 
     def _patiently(self, call: Callable[[], T]) -> T:
         while True:
             try:
                 result = call()
             except Exception as error:  # the service, the network, the extra: none is a reason to train worse
-                self._tell("is tried again", error)
-                time.sleep(_RETRY_SECONDS)
+                if not self._is_over.is_set():
+                    self._tell("is tried again", error)
+                if self._is_over.wait(_RETRY_SECONDS):
+                    raise _GivenUpError from None
             else:
                 self._is_told = False
                 return result

@@ -18,7 +18,7 @@ import ray.train.torch
 import torch
 
 from prelora_ray.config import Settings, WorkerSettings, acts, flat, with_absolute_paths, without_effect
-from prelora_ray.data.manifest import Manifest, read_manifest
+from prelora_ray.data.manifest import Manifest, is_prepared, read_manifest
 from prelora_ray.data.prepare import prepare
 from prelora_ray.engine.check import check_model
 from prelora_ray.engine.model import create_model
@@ -66,7 +66,7 @@ _RESIZE_POLL_SECONDS = 5.0
 _STOP_SECONDS = 0.5
 """Between tries to ask the workers to stop, where that fails."""
 _TELL_SECONDS = 60.0
-"""How long services may take to hear of the end of a run whose workers are gone."""
+"""How long a service may take to hear of the end of a run whose workers are gone, a process's start included."""
 
 
 class TrainError(WorkError):
@@ -86,13 +86,14 @@ def check_settings(settings: Settings, folder: RunFolder) -> Settings | None:
             folder.read_classes()  # raises, where it is damaged, before Ray starts
     if folder.exists("result.json"):
         return before
-    for path in _written(settings, folder):
+    is_ready = is_prepared(Storage(settings.data.path))
+    for path in _written(settings, folder, is_ready=is_ready):
         check_out_folder(path)
     loggers.check_loggers(settings)
     check_model(settings)
     if (source := settings.model.init_from) is not None and before is None:
         load_pretrained(create_model(settings.model, num_classes=1, seed=0), initial_weights(source), source)  # raises early
-    if not Storage(settings.data.path).exists("manifest.json") and settings.data.source is None:
+    if not is_ready and settings.data.source is None:
         read_manifest(Storage(settings.data.path))  # raises, and says how to prepare it
     for sentence in without_effect(settings):
         logger.warning("%s", sentence)
@@ -266,16 +267,15 @@ def _check_room(settings: Settings, is_embedded: bool) -> None:
 
 def _check_nodes_see(settings: Settings, folder: RunFolder, *, writes: bool) -> None:
     """Raises UserError, before anything is prepared or trained, where a node does not see a local path of the run."""
-    data, written = settings.data, _written(settings, folder)
-    images = data.source if data.path in written else data.path
+    data, is_ready = settings.data, is_prepared(Storage(settings.data.path))
+    images, written = data.path if is_ready else data.source, _written(settings, folder, is_ready=is_ready)
     reads = [path for path in (images, settings.model.init_from) if path is not None]
     check_seen_by_all_nodes(reads, written, touches=writes)
 
 
-def _written(settings: Settings, folder: RunFolder) -> list[str]:
-    """The folders that the run writes into: its own, and that of images which are to be prepared."""
-    path = settings.data.path
-    return [str(folder)] if Storage(path).exists("manifest.json") else [path, str(folder)]
+def _written(settings: Settings, folder: RunFolder, *, is_ready: bool) -> list[str]:
+    """The folders that the run writes into: its own, and that of images where they are still to be prepared."""
+    return [str(folder)] if is_ready else [settings.data.path, str(folder)]
 
 
 def _fit(
@@ -310,7 +310,8 @@ def _fit(
     try:
         _fit_again_and_again(trainer, folder, check_lock, workers)
     except (SystemExit, KeyboardInterrupt):  # Ray Train's own handler of Ctrl-C ends its workers and exits
-        _tell_services(settings, "stop")
+        with contextlib.suppress(SystemExit, KeyboardInterrupt):  # once more, where this takes too long
+            _tell_services(settings, "stop")
         raise InterruptedRunError(f"interrupted; the same command goes on from the last checkpoint in {folder}") from None
     except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
         check_lock()  # where it is lost, that is the reason, and the folder another driver's
@@ -323,13 +324,14 @@ def _fit(
 
 def _tell_services(settings: Settings, outcome: Outcome) -> None:
     """Tells services how the run has ended, from a node, as nodes have their addresses and keys."""
-    if set(settings.monitor.loggers) <= {"tensorboard"}:
+    services = loggers.services_of(settings)
+    if not services:
         return
     task = ray.remote(num_cpus=0)(loggers.tell_end)
     try:
-        ray.get(task.remote(settings, outcome), timeout=_TELL_SECONDS)
+        ray.get(task.remote(settings, outcome), timeout=_TELL_SECONDS * len(services))
     except ray.exceptions.RayError as error:
-        logger.warning("%s may not know that the run has ended: %s", ", ".join(settings.monitor.loggers), root_cause(error))
+        logger.warning("%s may not know that the run has ended: %s", ", ".join(services), root_cause(error))
 
 
 def _fit_again_and_again(
@@ -386,7 +388,7 @@ def _starting(folder: RunFolder) -> Iterator[None]:
 
 def _prepare_once(settings: Settings, folder: RunFolder) -> None:
     data = settings.data
-    if data.source is not None and not Storage(data.path).exists("manifest.json"):
+    if data.source is not None and not is_prepared(Storage(data.path)):
         folder.write_starting("prepare the images")
         logger.info("preparing %s into %s", data.source, data.path)
         counts = prepare(data.source, data.path).counts

@@ -8,6 +8,7 @@ import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from prelora_ray.monitor.loggers import Loggers, _identity, check_loggers, tell_
 from prelora_ray.monitor.tracker import Courier
 from prelora_ray.records import EpochLine, Event, WindowLine
 from prelora_ray.run_folder import RunFolder
+from tests.chaos.site import wait_for
 from tests.lines import epoch_line, event
 
 needs_mlflow = pytest.mark.skipif(find_spec("mlflow") is None, reason="the extra mlflow is not installed")
@@ -179,6 +181,7 @@ def test_no_run_waits_for_a_service_that_cannot_be_reached(folder, monkeypatch, 
     """Nor for one that takes connections and never answers."""
     monkeypatch.setattr("prelora_ray.monitor.tracker._END_SECONDS", 0.2)
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
@@ -193,6 +196,23 @@ def test_no_run_waits_for_a_service_that_cannot_be_reached(folder, monkeypatch, 
         assert beats == []
         log.end("finished", lambda: beats.append(1))
         assert beats
+    if name == "mlflow":  # W&B gives up after a minute or more
+        wait_for(lambda: not log._couriers[0]._thread.is_busy, 30, "the end of what nobody waits for")
+
+
+def test_what_nobody_waits_for_is_not_tried_again(monkeypatch, caplog):
+    monkeypatch.setattr("prelora_ray.monitor.tracker._END_SECONDS", 0.05)
+    tries = []
+
+    def connect() -> Any:
+        tries.append(1)
+        raise OSError("no way")
+
+    courier = Courier("mlflow", connect, [])
+    courier.end("finished", lambda: None)
+    wait_for(lambda: not courier._thread.is_busy, 5, "its thread's end")
+    assert len(tries) == 1
+    assert caplog.records[-1].message == "mlflow lacks what has not arrived within 0.05 s"
 
 
 def test_what_fails_is_tried_again_in_its_order_and_images_are_not(monkeypatch, caplog):
@@ -208,10 +228,13 @@ def test_what_fails_is_tried_again_in_its_order_and_images_are_not(monkeypatch, 
 
 
 def test_a_services_address_is_logged_without_its_password(monkeypatch, caplog):
-    monkeypatch.setattr("prelora_ray.monitor.tracker._END_SECONDS", 0.1)
+    monkeypatch.setattr("prelora_ray.monitor.tracker._RETRY_SECONDS", 0.01)
+    fails = iter([True, False])
 
     def connect() -> Any:
-        raise OSError("API request to https://me:hush@host failed")
+        if next(fails):
+            raise OSError("API request to https://me:hush@host failed")
+        return SimpleNamespace(end=lambda outcome: None)
 
     Courier("mlflow", connect, []).end("failed", lambda: None)
     assert "https://...@host failed" in caplog.text and "hush" not in caplog.text
