@@ -451,12 +451,13 @@ def report(
     check_installed("prelora report", "report", "plotly", *(["kaleido"] if png is not None else []))
 
     from prelora_ray.report.page import write_report
-    from prelora_ray.storage import check_out_file, check_out_folder
+    from prelora_ray.storage import check_local, check_out_file, check_out_folder
     from prelora_ray.terminal import console
 
     check_out_file("--out", out)
     check_out_file("--plotly", plotly)
     if png is not None:
+        check_local(png)
         check_out_folder(png)
     figures = write_report(paths, out, png, plotly)
     if as_json:

@@ -22,7 +22,7 @@ from prelora_ray.data.prepare import UNREADABLE, check_storage_answered, open_fo
 from prelora_ray.data.prepare_settings import PrepareSettings
 from prelora_ray.data.rows import read_encoded
 from prelora_ray.errors import UserError
-from prelora_ray.storage import Storage, absolute, check_out_folder
+from prelora_ray.storage import Storage, absolute, check_local, check_out_folder
 from prelora_ray.words import counted
 
 _SAMPLE = 2000
@@ -79,6 +79,7 @@ def write_recipe(file: str, data: str, on_progress: Callable[[int, int], None] =
     `on_progress` is called with the images looked at and their number. Raises UserError where `file` is there already
     or cannot be a recipe, or `data` are no images to train on.
     """
+    check_local(file)
     path = Path(absolute(file))
     check_out_folder(str(path.parent))
     parse_settings({"name": path.stem, "data": {"path": data}})  # raises, before any image is read

@@ -87,6 +87,12 @@ def check_outlives_job(path: str) -> None:
         )
 
 
+def check_local(path: str) -> None:
+    """Raises UserError where what is written on a disk alone is to go into a bucket."""
+    if "://" in path:
+        raise UserError(f"{path!r} is not allowed: it must be on a disk")
+
+
 def check_out_folder(path: str) -> None:
     """Raises UserError where a folder cannot be, at a file or below one, or would not outlive a job."""
     place = nearest = absolute(path)
@@ -104,6 +110,7 @@ def check_out_file(option: str, path: str | None) -> None:
     """Raises UserError where an option's file cannot be, or would not outlive a job; None is no file."""
     if path is None:
         return
+    check_local(path)
     place = absolute(path)
     check_outlives_job(place)
     folder = os.path.dirname(place)

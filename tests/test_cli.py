@@ -74,13 +74,15 @@ def test_models_are_told_with_what_they_have_and_lack():
     known = json.loads(prelora_here("models", "mixer_s3*", "--json").stdout)["models"]
     families = ["tokens_fc1", "tokens_fc2", "channels_fc1", "channels_fc2"]
     assert known == [{"name": "mixer_s32_224", "blocks": 8, "targets": families, "reason": None}]
+    tagged = prelora_here("models", "vit_tiny_patch16_224.augreg_in21k").stdout  # as model.name takes it
+    assert tagged == "vit_tiny_patch16_224.augreg_in21k: 12 blocks, method.targets query, key, value, proj, fc1, fc2\n"
     told = prelora_here("models", "vitamin_small_224").stdout
     assert told.startswith(
         "vitamin_small_224: model.name = 'vitamin_small_224' is not allowed: VisionTransformer has no blocks.0"
     )
     assert told.count("\n") == 1
     table = prelora_here("models").stdout
-    assert {name for name in ("Vision Transformer", "in stages", "MLP-Mixer", "attn.qkv (query, key, value)") if name in table}
+    assert all(name in table for name in ("Vision Transformer", "in stages", "MLP-Mixer", "tokens_fc1"))
     assert len(json.loads(prelora_here("models", "--json").stdout)["architectures"]) == 3
     wrong = prelora_here("models", "vit_tinny")
     assert wrong.returncode == 2
@@ -178,6 +180,9 @@ def test_a_wrong_request_gets_one_sentence_and_status_2(arguments, message):
         ("report FOLDER --out FILE/r.html", "--out FILE/r.html is not allowed: FILE is no folder"),
         ("report FOLDER --plotly FOLDER/x/p.js", "--plotly FOLDER/x/p.js is not allowed: FOLDER/x is no folder"),
         ("report FOLDER --png FILE", "'FILE' is not allowed: it is a file, where a folder must be"),
+        ("report FOLDER --png s3://b/pictures", "'s3://b/pictures' is not allowed: it must be on a disk"),
+        ("report FOLDER --out s3://b/r.html", "'s3://b/r.html' is not allowed: it must be on a disk"),
+        ("init s3://b/r.yaml --data digits", "'s3://b/r.yaml' is not allowed: it must be on a disk"),
         ("replay FOLDER --picture FOLDER", "--picture FOLDER is not allowed: it is a folder; give a file"),
         ("plan digits --picture FOLDER", "--picture FOLDER is not allowed: it is a folder; give a file"),
         ("bench rehearsal --out FOLDER", "--out FOLDER is not allowed: it is a folder; give a file"),

@@ -31,7 +31,7 @@ def known_models(pattern: str) -> Iterator[KnownModel]:
 
     Raises UserError where there are none.
     """
-    names = timm.list_models(pattern)
+    names = timm.list_models(pattern) or [pattern] * timm.is_model(pattern)  # which may have a tag
     if not names:
         raise UserError(f"{pattern!r} is no model of timm: give a name, or a pattern such as 'swin*'")
     return map(_try, names)

@@ -133,6 +133,7 @@ def would_train(dry_run: DryRun) -> Iterator[str]:
     else:
         yield f"run {run.path} would go on from checkpoint {run.checkpoint}, after epoch {run.epoch} of {run.epochs}"
     yield f"model {run.model}, {counted(run.parameters, 'parameter')}"
+    assert run.batches is not None, "of a run that trains"
     images = f"{run.train_images:,} training and {run.val_images:,} validation images"
     yield f"data {run.data}: {images} of {counted(run.classes, 'class', 'classes')}" + (
         "" if run.is_prepared else ", to be prepared first"

@@ -48,11 +48,11 @@ class DryRun:
     data: str
     is_prepared: bool
     """Whether the images are; those of a source would be prepared first, and unreadable ones are counted until then."""
-    train_images: int
+    train_images: int | None
+    """None, as val_images and batches, for a run that has finished: its images may be gone."""
     val_images: int | None
-    """None for a run that has finished: its images may be gone."""
     classes: int
-    batches: int
+    batches: int | None
     """Of an epoch."""
     workers: tuple[int, int]
     """Fewest and most."""
@@ -71,7 +71,7 @@ def dry_run(settings: Settings, *, debug: bool = False) -> DryRun:
     run = RunRecords(folder)
     if before is not None and run.is_finished:
         settings = before
-        train_images, val_images, classes, is_ready = run.epochs[-1].images, None, len(folder.read_classes()), True
+        train_images, val_images, classes, is_ready = None, None, len(folder.read_classes()), True
     else:
         check_free(folder)
         with ray_session(debug=debug) as is_embedded:
@@ -79,7 +79,7 @@ def dry_run(settings: Settings, *, debug: bool = False) -> DryRun:
         train_images, val_images, classes, is_ready = _count_data(settings, folder)
     data, method, workers = settings.data, settings.method, settings.workers
     names = Checkpoints(folder).names()
-    batches = -(-train_images // data.batch_size)
+    batches = None if train_images is None else -(-train_images // data.batch_size)
     with torch.device("meta"):
         model = create_model(settings.model, classes, seed=0)
     first = first_verdict(method.windows, method.window_epochs, settings.train.ramp_epochs)
@@ -100,7 +100,7 @@ def dry_run(settings: Settings, *, debug: bool = False) -> DryRun:
         train_images=train_images,
         val_images=val_images,
         classes=classes,
-        batches=min(batches, data.max_batches or batches),
+        batches=None if batches is None else min(batches, data.max_batches or batches),
         workers=(workers.min, workers.max),
         gpu=workers.gpu is True,
     )

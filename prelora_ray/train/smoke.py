@@ -27,6 +27,8 @@ _CHANGES = (
     "workers.min=1",
 )
 """Two epochs of phase full, as ranks need two windows, and one of each that follows."""
+_MOST_DECAY = 0.75
+"""Of the 4 epochs, which leaves the ramp's."""
 _STEPS = 3
 """Of `train.resolution`, of an epoch each, that leave one of the 4 epochs for the full size."""
 
@@ -36,9 +38,13 @@ def smoke_run(path: str, overrides: Iterable[Override], *, name: str | None = No
 
     Raises UserError as `load_settings` does.
     """
-    recipe = parse_section(TrainSettings, read_named(find_recipe(path)).get("train") or {}, "train.")
+    overrides = list(overrides)
+    recipe = parse_section(TrainSettings, read_named(find_recipe(path), overrides).get("train") or {}, "train.")
+    changes: list[Override] = list(_CHANGES)
+    if recipe.schedule == "constant-then-decay":
+        changes.append(("train.decay_share", min(recipe.decay_share, _MOST_DECAY)))
     if (left_out := len(recipe.resolution) - _STEPS) > 0:
         logger.info("so short a run leaves out the first %s of train.resolution", counted(left_out, "step"))
     steps = [step.model_dump() | {"until": end} for end, step in enumerate(recipe.resolution[-_STEPS:], 1)]
     name = name or f"{Path(path).stem}-fast-{time.strftime('%m%d-%H%M%S')}"
-    return load_settings(path, [*_CHANGES, ("train.resolution", steps), *overrides], name=name, storage=storage)
+    return load_settings(path, [*changes, ("train.resolution", steps), *overrides], name=name, storage=storage)

@@ -52,7 +52,8 @@ def test_a_run_that_is_there_already(undisturbed, tmp_path):
     before = content(tmp_path)
     assert dry_run(moved).is_finished
     gone = moved.model_copy(update={"data": moved.data.model_copy(update={"path": str(tmp_path / "gone")})})
-    assert dry_run(gone).is_finished  # as `train` then tells its result
+    told = dry_run(gone)
+    assert (told.is_finished, told.train_images, told.batches) == (True, None, None)  # as `train` then tells its result
     assert content(tmp_path) == before
     there.remove_file("result.json")
     *_, previous, last = Checkpoints(there).names()

@@ -34,8 +34,11 @@ def test_any_recipe_keeps_all_but_its_length(path):
     assert without_effect(smoke_run(str(path), [])) == []
 
 
-@pytest.mark.parametrize("train", ["epochs: 8", "epochs: 8, bend: {after: 6, of: 10}"])
-def test_a_recipe_that_is_too_short_for_its_test_or_has_none_or_a_bend_is_no_exception(tmp_path, train):
+@pytest.mark.parametrize(
+    "train",
+    ["epochs: 8", "epochs: 8, bend: {after: 6, of: 10}", "schedule: constant-then-decay, decay_share: 0.9"],
+)
+def test_a_recipe_that_is_too_short_for_its_test_or_has_none_or_a_bend_or_a_long_decay_is_no_exception(tmp_path, train):
     (tmp_path / "short.yaml").write_text(f"data: {{path: x}}\ntrain: {{{train}}}\nmethod: {{enabled: false}}\n")
     assert smoke_run(str(tmp_path / "short.yaml"), [], name="mine").name == "mine"
 
@@ -52,6 +55,11 @@ def test_its_images_grow_by_an_epoch_a_step_as_far_as_there_are_epochs(tmp_path,
         assert [step.policy for step in smoke.train.resolution] == [f"rand-m{size // 16}" for size in expected if size < 224]
     assert [record.message for record in caplog.records] == ["so short a run leaves out the first 2 steps of train.resolution"]
     assert smoke_run(str(tmp_path / "grows.yaml"), ["train.resolution=[]"]).image_size(0) == 224
+
+
+def test_what_a_user_sets_may_mend_the_recipe(tmp_path):
+    (tmp_path / "rate.yaml").write_text("data: {path: x}\ntrain: {learning_rate: null}\n")
+    assert smoke_run(str(tmp_path / "rate.yaml"), ["train.learning_rate=0.5"]).train.learning_rate == 0.5
 
 
 def test_a_recipe_that_is_none_is_told(tmp_path):
