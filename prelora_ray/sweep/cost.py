@@ -29,21 +29,20 @@ class Prices:
         settings = trunk.read_settings()
         return cls(*unit_of(settings.workers), settings, trunk.epochs())
 
-    def straight(self, lines: Sequence[EpochLine], epochs: int) -> float:
-        """Cost of a straight run of so many epochs: each as in the steady state of its phase and size of images. What a
-        stopped one lacks is in its last phase; a size that it has not had there takes what full training of it takes
-        more. `lines`: of its epochs, those that stand.
+    def straight(self, lines: Sequence[EpochLine], settings: Settings) -> float:
+        """Cost of a straight run with these settings: each epoch as in the steady state of its phase and size of
+        images. What a stopped one lacks is in its last phase; a size that it has not had there takes what full training
+        of it takes more. `lines`: of its epochs, those that stand.
 
         That leaves out what the start of a process, of a phase or of a fork adds to an epoch.
         """
-        stages = by_phase_and_size(lines, self.trunk.image_size)
+        stages = by_phase_and_size(lines, settings.image_size)
         measured = stages | {stage: full for stage, full in self._stages.items() if stage in stages}
         hours = {stage: in_steady_state(lines, _hours) for stage, lines in measured.items()}
         last = list(stages)[-1]
-        for size in {self.trunk.image_size(epoch) for epoch in range(len(lines), epochs)}:
-            more = self._hours[size] / self._hours[self.trunk.image_size(len(lines) - 1)]
-            hours.setdefault((last[0], size), hours[last] * more)
-        lacking = [(last[0], self.trunk.image_size(epoch)) for epoch in range(len(lines), epochs)]
+        lacking = [(last[0], settings.image_size(epoch)) for epoch in range(len(lines), settings.train.epochs)]
+        for stage in lacking:
+            hours.setdefault(stage, hours[last] * self._hours[stage[1]] / self._hours[last[1]])
         counts = Counter(lacking) + Counter({stage: len(own) for stage, own in stages.items()})
         return self.worker * sum(hours[stage] * n for stage, n in counts.items())
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 from typing import Any, Literal
 
+from prelora_ray.config import Settings
 from prelora_ray.recorded.replay import Record, read_record
 from prelora_ray.recorded.run import RunRecords
 from prelora_ray.records import Diagnosis
@@ -46,7 +47,7 @@ def summarize_sweep(plan: Plan) -> dict[str, Any]:
     record, prices = read_record(str(trunk)), Prices.of(trunk)
     listed = [note["setting"] for note in read_notes(plan)] if plan.sweep.search == "optuna" else plan.candidates()
     entries = _entries(plan, listed, record, prices)
-    full = {"trial": plan.trunk.name, **_of_run(trunk, plan.trunk.train.epochs, prices)}
+    full = {"trial": plan.trunk.name, **_of_run(trunk, plan.trunk, prices)}
     wanted = name_controls(plan, entries, record, prices)
     begun = [note["setting"] for note in read_notes(plan, "controls")]
     controls = _distinct(_entries(plan, [*wanted, *begun], record, prices))
@@ -76,8 +77,8 @@ def _entries(plan: Plan, candidates: list[Candidate], record: Record, prices: Pr
     for candidate in candidates:
         found = outcome(plan, candidate, record)
         if found.trial not in results:
-            epochs = plan.settings_of(candidate, found.trial).train.epochs
-            results[found.trial] = _of_run(RunFolder(plan.folder) / found.trial, epochs, prices)
+            settings = plan.settings_of(candidate, found.trial)
+            results[found.trial] = _of_run(RunFolder(plan.folder) / found.trial, settings, prices)
         left = None if found.switch_epoch is None or record.rates_left is None else record.rates_left[found.switch_epoch]
         place = {"setting": candidate, "trial": found.trial, "switch_epoch": found.switch_epoch, "rate_left": left}
         entries.append({**place, **results[found.trial]})
@@ -98,14 +99,14 @@ def _distinct(entries: list[Entry]) -> list[Entry]:
     return list(first.values())
 
 
-def _of_run(folder: RunFolder, epochs: int, prices: Prices) -> dict[str, Any]:
+def _of_run(folder: RunFolder, settings: Settings, prices: Prices) -> dict[str, Any]:
     """A run's results; of one that was stopped, those so far."""
     run = RunRecords(folder)
     lora = phase_summaries(run.epochs).get("lora")
     return {
         "epochs": len(run.epochs),
         "val_top1": last_top1(run.epochs),
-        "cost": prices.straight(run.epochs, epochs) if run.epochs else None,
+        "cost": prices.straight(run.epochs, settings) if run.epochs else None,
         "diagnosis": [event.signature for event in run.events_of(Diagnosis)],
         "trainable_fraction": lora.trainable_fraction if lora else None,
     }

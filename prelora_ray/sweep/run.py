@@ -190,7 +190,7 @@ def _train_or_go_on(plan: Plan, candidate: Candidate, *, was_stopped: bool) -> N
     _once_free(lambda: train(settings, callbacks=[_Report()]))
     lines = run.epochs()
     heard = _heard(lines[-1].epoch, lines[-1].phase, lines[-1].val_top1)
-    tune.report({**heard, "cost": Prices.of(trunk).straight(lines, settings.train.epochs), "finished": True})
+    tune.report({**heard, "cost": Prices.of(trunk).straight(lines, settings), "finished": True})
 
 
 def _once_free(work: Callable[[], object]) -> None:

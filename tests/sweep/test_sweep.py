@@ -51,7 +51,6 @@ def test_settings_that_agree_are_one_run_with_the_bits_of_a_straight_one(grid, u
     assert grid.entry("never")["trial"] == "trunk"
     assert grid.entry("like the recipe")["trial"] == grid.entry("alike")["trial"]
     assert grid.result["trials"] == len(GRID) - 2
-    assert grid.result["cost"] > 0 and grid.result["naive_cost"] > 0  # of seconds as they were measured
     assert grid.result["controls"] == []
     assert_same_bits(last(grid.run("like the recipe")), final(undisturbed(1)))
 
@@ -96,6 +95,9 @@ def test_controls_are_trained_once_all_settings_are(controlled):
     assert set(result["pareto"]) <= set(points) - beaten
     assert max(points.values())[0] == points[result["pareto"][-1]][0]
     assert result["naive_cost"] * 2 * 3600 == pytest.approx(52 + 50)
+    own = [line.seconds for line in RunFolder(Path(plan.folder, full)).epochs() if line.attempt >= 0]
+    assert len(own) == 2
+    assert result["cost"] * 2 * 3600 == pytest.approx(70 + 2 * 10 + 2 * 1 + sum(own))  # each epoch once
     assert run(plan) == result
 
 
@@ -288,8 +290,8 @@ def test_the_unit_of_a_cost_is_what_its_workers_take(workers, unit, tmp_path):
     folder = RunFolder.of(run)
     folder.write_settings(run)
     folder.write_records(EpochLine, [epoch_line(epoch, seconds=1800.0, world_size=2) for epoch in range(40)])
-    prices = Prices.of(folder)
-    assert (prices.unit, prices.straight(folder.epochs(), 40), prices.full(run)) == (unit[0], 40 * unit[1], 40 * unit[1])
+    prices, forty = Prices.of(folder), run.model_copy(update={"train": run.train.model_copy(update={"epochs": 40})})
+    assert (prices.unit, prices.straight(folder.epochs(), forty), prices.full(run)) == (unit[0], 40 * unit[1], 40 * unit[1])
 
 
 def test_a_stopped_run_lacks_epochs_of_larger_images(warmups):
@@ -299,13 +301,24 @@ def test_a_stopped_run_lacks_epochs_of_larger_images(warmups):
     trunk = [epoch_line(epoch, seconds=3600.0 * hours[size(epoch)], image_size=size(epoch)) for epoch in range(120)]
     prices = Prices("GPU-hours", 1.0, warmups.trunk, trunk)
     lora = [epoch_line(epoch, phase="lora", seconds=1800.0, image_size=16) for epoch in range(40, 50)]
-    assert prices.straight([*trunk[:40], *lora], 120) == pytest.approx(40 + (10 + 4) * 0.5 + 30 * 1 + 36 * 2)
+    assert prices.straight([*trunk[:40], *lora], warmups.trunk) == pytest.approx(40 + (10 + 4) * 0.5 + 30 * 1 + 36 * 2)
     grown = [epoch_line(epoch, phase="lora", seconds=5400.0, image_size=24) for epoch in range(54, 60)]  # as measured there
     more = [epoch_line(epoch, phase="lora", seconds=1800.0, image_size=16) for epoch in range(50, 54)]
     run = [*trunk[:40], *lora, *more, *grown]
     earlier = [replace(line, image_size=None) for line in run]  # as an earlier version wrote it
     for lines in (run, earlier):
-        assert prices.straight(lines, 120) == pytest.approx(40 + 14 * 0.5 + 30 * 1.5 + 36 * 3)
+        assert prices.straight(lines, warmups.trunk) == pytest.approx(40 + 14 * 0.5 + 30 * 1.5 + 36 * 3)
+
+
+def test_a_stopped_control_lacks_epochs_of_its_own_sizes(warmups):
+    """Bent behind epoch 40 to end after 80, it is at 24 pixels from 47 and at 32 from 62."""
+    size, hours = warmups.trunk.image_size, {16: 1, 24: 2, 32: 4}
+    trunk = [epoch_line(epoch, seconds=3600.0 * hours[size(epoch)], image_size=size(epoch)) for epoch in range(120)]
+    prices, bent = Prices("GPU-hours", 1.0, warmups.trunk, trunk), warmups.full_training(40, 80, "check")
+    assert [next(epoch for epoch in range(80) if bent.image_size(epoch) == px) for px in (24, 32)] == [47, 62]
+    own = [(epoch, bent.image_size(epoch)) for epoch in range(50)]
+    lines = [epoch_line(epoch, seconds=3600.0 * hours[pixels], image_size=pixels) for epoch, pixels in own]
+    assert prices.straight(lines, bent) == prices.full(bent) == pytest.approx(47 + 15 * 2 + 18 * 4)
 
 
 def test_controls_stand_in_the_table_beside_the_runs():
