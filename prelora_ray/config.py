@@ -253,10 +253,6 @@ class TrainSettings(Section):
         return [end if end <= after else after + (end - after) * left // of for end in ends]
 
 
-_PLAIN = ("query", "key", "value", "proj", "fc1", "fc2")
-"""All families of a plain Vision Transformer, as runs of an earlier version have them in their config.yaml."""
-
-
 class MethodSettings(Section):
     enabled: bool = True
     """Whether the run switches at all; false is plain full training, whose norms are recorded all the same."""
@@ -287,11 +283,9 @@ class MethodSettings(Section):
     """Ranks given by hand instead of by the rule: {regular expression on module names: rank}; rank 0 is no adapter."""
     scaling: Positive = 2.0
     """s in W + s B A, which is lora_alpha / rank."""
-    targets: Annotated[
-        tuple[str, ...] | None, AfterValidator(lambda given: None if given == _PLAIN else given), Acts("always")
-    ] = None
-    """Which matrices of a block get adapters, by their families, such as `[query, value, fc1]`; null, and so the six of
-    a plain ViT together, is all that the model has, which `prelora models` tells."""
+    targets: Annotated[tuple[str, ...] | None, Acts("always")] = None
+    """Which matrices of a block get adapters, by their families, such as `[query, value, fc1]`; null is all that the
+    model has, which `prelora models` tells."""
     freeze: FreezeScope = "adapted"
     """What phase lora freezes: the adapted weights, all but the head, or the adapted weights and all before them."""
     adapter_learning_rate_scale: Positive = 1.0
@@ -517,9 +511,14 @@ def inner_section(annotation: Any) -> type[Section] | None:
     return next((part for part in parts if isinstance(part, type) and issubclass(part, Section)), None)
 
 
+_PLAIN = ["query", "key", "value", "proj", "fc1", "fc2"]
+"""All families of a plain Vision Transformer, as runs of an earlier version have them in their config.yaml."""
+
+
 def flat(settings: Section) -> dict[str, Any]:
-    """The settings as {key.path: value}, all of them."""
-    return _flat(settings.model_dump(mode="json"))
+    """The settings as {key.path: value}, all of them; what comes to the same is the same."""
+    found = _flat(settings.model_dump(mode="json"))
+    return found | {"method.targets": None} if found.get("method.targets") == _PLAIN else found
 
 
 def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -22,7 +22,7 @@ def test_a_run_decides_up_to_its_switch():
     assert (schedule.phase, schedule.switched_at) == (Phase.WARMUP, 4)
 
 
-def test_no_verdict_is_taken_in_the_ramp():
+def test_no_switch_rests_on_the_ramp():
     schedule = phase_schedule(METHOD, 3, NAMES)
     decide(schedule, EPOCHS)
     assert schedule.switched_at == 6  # the ramp reaches into window 1, so the step to window 2 is the first

@@ -25,7 +25,7 @@ _ANY_SIZE = "dynamic_img_size"
 
 
 def create_model(settings: ModelSettings, num_classes: int, seed: int, *, any_size: bool = False) -> nn.Module:
-    """A timm Vision Transformer with freshly drawn weights, float32, on the CPU.
+    """A model of timm with freshly drawn weights, float32, on the CPU.
 
     With `any_size` it takes images of other sizes too, for which timm interpolates the positions in each forward, in
     float32. Its parameters are the same, and so are the logits of images of `image_size`.

@@ -120,7 +120,7 @@ def adapter_rise(steps: int, ramp: int) -> float:
 
 
 def learning_rate(settings: Settings, step: int, batches: int) -> float:
-    """A linear ramp from 0, then down to the final learning rate at the run's last step, as `train.schedule` says.
+    """A linear ramp from 0, then down as `train.schedule` says, to what is the final learning rate as the run ends.
 
     `constant-then-decay` is warmup-stable-decay (MiniCPM, arXiv 2404.06395), and 1 - sqrt the best decay of Hägele et
     al. (arXiv 2405.18392). With `train.bend` the rate is that of the schedule as it was, where the run's own step has

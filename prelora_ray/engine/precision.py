@@ -115,7 +115,8 @@ def keep_residual_in_bf16(model: nn.Module) -> None:
     Norms still compute in float32. A step reads and writes the stream several times, so half its bytes are time.
     """
     for stage in stages_of(model):
-        stage.register_forward_pre_hook(lambda _, inputs: (_narrow(inputs[0]), *inputs[1:]))
+        entry = stage if isinstance(stage, nn.Sequential) else stage[0]  # a list is never called
+        entry.register_forward_pre_hook(lambda _, inputs: (_narrow(inputs[0]), *inputs[1:]))
         for block in stage:  # a layer scale, float32, would widen it again
             block.register_forward_hook(lambda _, __, output: _narrow(output))
 

@@ -77,5 +77,5 @@ def vit_of(model: nn.Module) -> nn.Module:
     """The timm Vision Transformer inside a model. Raises UserError where there is none, or more than one."""
     found = [module for module in model.modules() if isinstance(module, VisionTransformer)]
     if len(found) != 1:
-        raise UserError(f"{type(model).__name__} holds {len(found)} timm Vision Transformers: name the one to adapt as vit=")
+        raise UserError(f"{type(model).__name__} holds {len(found)} timm Vision Transformers: name the model to adapt as vit=")
     return found[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -89,21 +89,18 @@ def find_targets(model: nn.Module, families: Iterable[str] | None = None) -> lis
 
     Raises ValueError where the model is of none of the `ARCHITECTURES`, or has not one of the families.
     """
-    architecture = architecture_of(model)
     targets = []
-    for layer, (name, block) in enumerate(_named_blocks(model, architecture.stages).items()):
-        for path, held in (item for part in architecture.parts for item in (_form(block, part) or {}).items()):
+    for layer, (name, form) in enumerate(_forms(model, architecture_of(model)).items()):
+        for path, held in form.items():
             linear, parent = f"{name}.{path}", f"{name}.{path}".rpartition(".")[0]
-            out_features, in_features = block.get_parameter(f"{path}.weight").shape
+            out_features, in_features = model.get_parameter(f"{linear}.weight").shape
             rows = out_features // len(held)
             for i, family in enumerate(held):
                 targets.append(Target(f"{parent}.{family}", family, layer, linear, i * rows, (i + 1) * rows, in_features))
     has = dict.fromkeys(target.family for target in targets)
     wanted = list(has if families is None else families)
     if unknown := [family for family in wanted if family not in has]:
-        raise ValueError(
-            f"{type(model).__name__} has no {unknown[0]!r}, which method.targets names: its targets are {', '.join(has)}"
-        )
+        raise ValueError(f"{type(model).__name__} has no target {unknown[0]!r}: its targets are {', '.join(has)}")
     return [target for target in targets if target.family in wanted]
 
 
@@ -116,7 +113,7 @@ def architecture_of(model: nn.Module) -> Architecture:
                 f"{name}.{path}"
                 for name, block in blocks.items()
                 for part in architecture.parts
-                if _form(block, part) is None
+                if next(_fitting(block, part), None) is None
                 for path in part[0]
             ]
             if not missing:
@@ -131,14 +128,23 @@ def architecture_of(model: nn.Module) -> Architecture:
     )
 
 
+def _forms(model: nn.Module, architecture: Architecture) -> dict[str, Layers]:
+    """The layers of each block, by its name, with the families in each, of a model that is of the architecture."""
+    blocks = _named_blocks(model, architecture.stages)
+    return {
+        name: {path: held for part in architecture.parts for path, held in next(_fitting(block, part)).items()}
+        for name, block in blocks.items()
+    }
+
+
 def _named_blocks(model: nn.Module, stages: str) -> dict[str, nn.Module]:
     """The blocks by name, in the order in which an image passes them."""
     return {f"{name}.{child}": block for name, stage in _named_stages(model, stages) for child, block in stage.named_children()}
 
 
-def _form(block: nn.Module, part: tuple[Layers, ...]) -> Layers | None:
-    """The form that a block has of a part."""
-    return next((form for form in part if _fits(block, form)), None)
+def _fitting(block: nn.Module, part: tuple[Layers, ...]) -> Iterator[Layers]:
+    """The forms of a part that a block has; the first one counts."""
+    return (form for form in part if _fits(block, form))
 
 
 def _fits(block: nn.Module, form: Layers) -> bool:

@@ -212,7 +212,7 @@ class ConvergenceTest:
 
 def _step(before: Window, after: Window) -> Step:
     signed = {name: signed_percent_change(before.norms[name], norm) for name, norm in after.norms.items()}
-    change = family_changes(_module_changes(before, after))
+    change = family_changes({name: abs(percent) for name, percent in signed.items()})
     return Step(after.epoch_end, change, percent_change(before.loss, after.loss), family_changes(signed))
 
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from prelora_ray.fault_tolerance.end import read_end
-from prelora_ray.method.convergence import Verdict
-from prelora_ray.recorded.replay import what_speaks_against, why_no_switch
+from prelora_ray.recorded.replay import Record, Replay, replay, why_no_switch
 from prelora_ray.recorded.run import RunRecords
 from prelora_ray.records import Freeze, Switch
-from prelora_ray.schedule import decide, phase_schedule
 from prelora_ray.words import counted
 
 _LITTLE = 3.0
@@ -57,23 +55,23 @@ def _no_switch(run: RunRecords) -> str | None:
     method = run.settings.method
     if not method.enabled or method.switch_epoch is not None or run.last_of(Switch) is not None:
         return None
-    switched_at, verdicts = _decided(run)
-    return why_no_switch(method, verdicts, run.settings.train.epochs) if switched_at is None and run.norms else None
+    found = _replayed(run)
+    if found is None or found.switch_epoch is not None:
+        return None
+    return why_no_switch(method, found.verdicts, run.settings.train.epochs)
 
 
 def _turning_point(run: RunRecords) -> str | None:
     """Why the test may have switched it too early."""
-    return what_speaks_against(run.settings.method, _decided(run)[1]) if run.last_of(Switch) is not None else None
+    found = _replayed(run) if run.last_of(Switch) is not None else None
+    return found.note if found is not None else None
 
 
-def _decided(run: RunRecords) -> tuple[int | None, list[Verdict]]:
-    """Epochs at the switch that the record leads to, and the test's verdicts up to it."""
+def _replayed(run: RunRecords) -> Replay | None:
+    """What its record leads to with its own settings; None where it has none from the first epoch on."""
+    method, ramp_epochs = run.settings.method, run.settings.train.ramp_epochs
     lines = [line for index, line in enumerate(run.norms) if line.epoch == index]
-    if not lines:
-        return None, []
-    schedule = phase_schedule(run.settings.method, run.settings.train.ramp_epochs, list(lines[0].norms))
-    verdicts = decide(schedule, lines)
-    return schedule.switched_at, verdicts
+    return replay(Record(lines, method, ramp_epochs), method, ramp_epochs) if lines else None
 
 
 def _not_frozen(run: RunRecords) -> str | None:

@@ -97,11 +97,11 @@ def replay(record: Record, method: MethodSettings, ramp_epochs: int) -> Replay:
         return Replay(None, None, None, _reason(method, len(record.epochs), verdicts), verdicts)
     window = verdicts[-1].window.index if verdicts else None
     left = record.rates_left[schedule.switched_at] if record.rates_left else None
-    note = what_speaks_against(method, verdicts)
+    note = _what_speaks_against(method, verdicts)
     return Replay(window, schedule.switched_at, schedule.ranks, None, verdicts, left, note)
 
 
-def what_speaks_against(method: MethodSettings, verdicts: Sequence[Verdict]) -> str | None:
+def _what_speaks_against(method: MethodSettings, verdicts: Sequence[Verdict]) -> str | None:
     """Why the test may be mistaken with the last of its verdicts, by which it switched; None where nothing says so.
 
     An update by AdamW lets a norm grow and weight decay lets it shrink. Where the two meet it stands still for a
@@ -110,8 +110,8 @@ def what_speaks_against(method: MethodSettings, verdicts: Sequence[Verdict]) -> 
     if method.switch_epoch is not None or not verdicts or not (verdicts[-1].growing and verdicts[-1].shrinking):
         return None
     return (
-        f"the switch is on a turning point: in the windows that it rests on, norms of {', '.join(verdicts[-1].growing)} grow "
-        f"and norms of {', '.join(verdicts[-1].shrinking)} shrink, so they may stand still for this moment alone"
+        f"the switch may be on a turning point: in the windows that it rests on, norms of {', '.join(verdicts[-1].growing)} "
+        f"grow and norms of {', '.join(verdicts[-1].shrinking)} shrink; one that turns stands still for a moment alone"
     )
 
 

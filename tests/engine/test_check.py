@@ -100,7 +100,7 @@ WINDOWS = {"name": "samvit_base_patch16", "image_size": 256, "options": {}}
         ),
         (
             {"method": {"targets": ["fc1", "fc3"]}},
-            "'vit_tiny_patch16_224' is not allowed: .* no 'fc3', .*: its targets are query",
+            "'vit_tiny_patch16_224' is not allowed: .* no target 'fc3': its targets are query",
         ),
         ({"options": {"proj_drop_rate": 0.1}}, "turn on dropout in blocks.0.attn.proj_drop"),
         ({"options": {"depht": 3}}, "depht"),

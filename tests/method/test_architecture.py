@@ -17,11 +17,19 @@ from prelora_ray.config_file import parse_settings
 from prelora_ray.engine.check import check_model
 from prelora_ray.engine.drop_path import compute_subsets, draw_drop_path, drop_path_modules, set_drop_path
 from prelora_ray.engine.model import compile_blocks, create_model
-from prelora_ray.engine.precision import autocast, use_products
+from prelora_ray.engine.precision import autocast, keep_residual_in_bf16, use_products
 from prelora_ray.engine.state import TrainState
 from prelora_ray.fault_tolerance.checkpoint import Checkpoints
 from prelora_ray.method.adapters import inject, lora_layers, merged_state_dict, peft_config, peft_state_dict
-from prelora_ray.method.architecture import ARCHITECTURES, Target, architecture_of, find_targets, layers_of
+from prelora_ray.method.architecture import (
+    ARCHITECTURES,
+    Target,
+    architecture_of,
+    blocks_of,
+    find_targets,
+    layers_of,
+    stages_of,
+)
 from prelora_ray.method.phases import Phase, freeze_parameters
 from prelora_ray.method.targets import target_norms
 from prelora_ray.storage import Storage
@@ -156,19 +164,13 @@ def test_gradients_reach_every_adapter_and_stop_at_the_prefix(kind):
     adapt(model, [target for target in targets if target.layer == last])
     freeze_parameters(model, targets, "prefix")
     inputs = []
-    first = next(target.name for target in targets if target.layer == last)
-    block = model.get_submodule(first[: first.rindex(f".{last_number(first)}.") + len(last_number(first)) + 1])
-    block.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    blocks_of(model)[last].register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     model(images_of(kind)).square().sum().backward()
     assert inputs and not any(x.requires_grad for x in inputs)
     adapters = {name: parameter.grad for name, parameter in model.named_parameters() if "lora_" in name}
     assert len(adapters) == 2 * len([target for target in targets if target.layer == last])
     assert all(gradient is not None and gradient.abs().max() > 0 for gradient in adapters.values())
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
-
-
-def last_number(name: str) -> str:
-    return [part for part in name.split(".") if part.isdigit()][-1]
 
 
 def test_a_run_is_accepted(kind):
@@ -206,6 +208,18 @@ def test_a_run_goes_on_from_a_checkpoint_with_the_same_bits(tmp_path, kind, phas
     assert_same_bits(resumed.snapshot([], holds_base=False), state.snapshot([], holds_base=False))
 
 
+def test_the_residual_stream_is_bf16_from_the_first_block_of_each_stage_on(kind):
+    """Also where timm's model goes through a list of blocks, which is never called itself."""
+    model = model_of(kind)
+    keep_residual_in_bf16(model)
+    formats = []
+    for stage in stages_of(model):
+        stage[0].register_forward_pre_hook(lambda _, inputs: formats.append(inputs[0].dtype))
+    with autocast("bf16", torch.device("cpu")):
+        model(images_of(kind))
+    assert formats == [torch.bfloat16] * len(stages_of(model))
+
+
 @pytest.mark.parametrize("kind", ["Swin", "NesT", "PiT", "EVA-02"])
 def test_subsets_and_masks_of_equal_scales_agree(kind):
     mask = model_of(kind, drop_path=0.25, drop_path_rule="uniform").train()
@@ -238,8 +252,12 @@ def test_compiled_blocks_compute_the_same(kind, format_):
 @pytest.mark.parametrize(
     ("kind", "sections", "message"),
     [
-        ("Mixer", {"method": {"targets": ["query"]}}, r"MlpMixer has no 'query', .* targets are tokens_fc1, .* channels_fc2$"),
-        ("SwiGLU", {"method": {"targets": ["fc1"]}}, r"has no 'fc1', which method\.targets names: .* fc1_g, fc1_x, fc2$"),
+        (
+            "Mixer",
+            {"method": {"targets": ["query"]}},
+            r"MlpMixer has no target 'query': its targets are tokens_fc1, .* channels_fc2$",
+        ),
+        ("SwiGLU", {"method": {"targets": ["fc1"]}}, r"has no target 'fc1': .* fc1_g, fc1_x, fc2$"),
         ("Mixer", {"method": {"r_max": 8}}, r"method\.r_max = 8 is not allowed: the model's smallest weight has rank 4"),
         ("Mixer", {"model": {"drop_path_form": "subset"}}, r"model\.drop_path_form = 'subset' is not allowed: a MixerBlock is"),
         (

@@ -89,6 +89,6 @@ def test_other_models_are_refused(name, message):
 
 
 def test_unknown_target(vit):
-    message = r"VisionTransformer has no 'qkv', which method\.targets names: its targets are query, key, .* fc2$"
+    message = r"VisionTransformer has no target 'qkv': its targets are query, key, .* fc2$"
     with pytest.raises(ValueError, match=message):
         find_targets(vit, ["qkv"])

@@ -133,6 +133,12 @@ def test_a_forced_switch_that_lies_ahead_is_no_remark(tmp_path):
     assert remarks_of(folder_of(tmp_path, 9, switch_epoch=12)).remarks == ()
 
 
+def test_of_a_record_without_its_first_epoch_nothing_is_said(tmp_path):
+    folder = folder_of(tmp_path, 24, ended="finished")
+    folder.write_records(NormsLine, folder.norms()[1:])
+    assert remarks_of(folder).remarks == ()
+
+
 @pytest.mark.parametrize(("grows", "shrinks"), [(0.001, -0.002), (0.001, 0.002), (-0.001, -0.002)])
 def test_a_switch_on_a_turning_point_is_told(tmp_path, grows, shrinks):
     """Where growth and decay about balance, norms of some families grow and those of others shrink."""
