@@ -37,17 +37,19 @@ class Told(ray.train.UserCallback):
 
 
 @pytest.mark.timeout(600)
-def test_a_bucket_that_is_out_through_the_switch_costs_only_saves(
-    bucket: str, proxy: Proxy, digits: Path, tmp_path: Path, undisturbed: Callable[..., Settings]
+@pytest.mark.parametrize("until", [SWITCH, pytest.param(FREEZE, marks=pytest.mark.slow)])
+def test_a_bucket_that_is_out_through_a_change_of_phase_costs_only_saves(
+    bucket: str, proxy: Proxy, digits: Path, tmp_path: Path, undisturbed: Callable[..., Settings], until: int
 ) -> None:
+    """From the last epoch of phase full to the first of warmup, or of lora."""
     run = settings(digits, Path("unused"), "out", 1)
-    run = run.model_copy(update={"storage": f"{bucket}/outage"})
+    run = run.model_copy(update={"storage": f"{bucket}/outage-{until}"})
     folder, told = RunFolder.of(run), Told(tmp_path / "told")
     with ThreadPoolExecutor() as beside:
         training = beside.submit(train, run, callbacks=[told])
         told.wait_for(1)
         with proxy.outage():
-            told.wait_for(SWITCH)  # through the last epoch of phase full and the first of warmup
+            told.wait_for(until)
         result = training.result()
     assert result["epochs"] == EPOCHS
     assert result["restarts"] == 0
