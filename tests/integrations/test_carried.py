@@ -79,7 +79,7 @@ def test_a_later_load_takes_weights_of_the_same_adapters_alone():
 def test_the_vit_is_found_or_named():
     model = Model()
     assert vit_of(model) is vit_of(model.vit) is model.vit
-    with pytest.raises(UserError, match="Linear holds 0 timm Vision Transformers: name the one to adapt as vit="):
+    with pytest.raises(UserError, match="Linear holds 0 timm Vision Transformers: name the model to adapt as vit="):
         vit_of(nn.Linear(2, 2))
     with pytest.raises(UserError, match="ModuleList holds 2 timm Vision Transformers"):
         vit_of(nn.ModuleList([tiny_vit(), tiny_vit()]))
