@@ -56,7 +56,7 @@ Address = Annotated[str, AfterValidator(_check_address)]
 
 class ModelSettings(Section):
     name: str = "vit_small_patch16_224"
-    """A Vision Transformer's or an MLP-Mixer's name in timm; `prelora models` tells which are known."""
+    """A Vision Transformer's, an MLP-Mixer's or a ConvNeXt's name in timm; `prelora models` tells which are known."""
     image_size: Count = 224
     """Side of the square image that the model takes, in pixels."""
     drop_path: Share = 0.0
@@ -289,7 +289,8 @@ class MethodSettings(Section):
     freeze: FreezeScope = "adapted"
     """What phase lora freezes: the adapted weights, all but the head, or the adapted weights and all before them."""
     adapter_learning_rate_scale: Positive = 1.0
-    """The adapters' learning rate, as a multiple of the run's."""
+    """The adapters' learning rate in phase lora, as a multiple of the run's; in warmup, where the base moves along with
+    them, it is the run's."""
     adapter_ramp_steps: Whole = 50
     """Steps over which the adapters' learning rate rises from 0 after the switch."""
     adapter_weight_decay: NotNegative = 0.0

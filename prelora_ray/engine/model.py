@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import torch
 from torch import nn
@@ -28,24 +29,17 @@ def create_model(settings: ModelSettings, num_classes: int, seed: int, *, any_si
     """A model of timm with freshly drawn weights, float32, on the CPU.
 
     With `any_size` it takes images of other sizes too, for which timm interpolates the positions in each forward, in
-    float32. Its parameters are the same, and so are the logits of images of `image_size`.
+    float32. Its parameters are the same, and so are the logits of images of `image_size`. A model for which timm has no
+    size of images takes them all.
 
     Raises UserError where timm knows no such model or refuses an option, and where the model would
     draw from a generator in training, as dropout does: stochastic depth is the regulariser that can
     be keyed by sample.
     """
-    options = copy.deepcopy(settings.options) | ({_ANY_SIZE: True} if any_size else {})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            model: nn.Module = timm.create_model(
-                settings.name,
-                pretrained=False,
-                num_classes=num_classes,
-                img_size=settings.image_size,
-                drop_path_rate=settings.drop_path,
-                **options,
-            )
+            model = _create(settings, num_classes, any_size=any_size)
         except Exception as error:  # timm raises RuntimeError, TypeError, AssertionError and more
             if any_size and _ANY_SIZE in str(error):
                 raise UserError(
@@ -75,6 +69,20 @@ def create_model(settings: ModelSettings, num_classes: int, seed: int, *, any_si
             drop_uniformly(model, settings.drop_path)
         except ValueError as error:
             raise UserError(f"model.drop_path_rule = 'uniform' is not allowed: {error}") from None
+    return model
+
+
+def _create(settings: ModelSettings, num_classes: int, *, any_size: bool) -> nn.Module:
+    make = functools.partial(
+        timm.create_model, settings.name, pretrained=False, num_classes=num_classes, drop_path_rate=settings.drop_path
+    )
+    sizes = {"img_size": settings.image_size} | ({_ANY_SIZE: True} if any_size else {})
+    try:
+        model: nn.Module = make(**copy.deepcopy(settings.options) | sizes)
+    except TypeError as error:
+        if "'img_size'" not in str(error):
+            raise
+        model = make(**copy.deepcopy(settings.options))  # of convolutions, which take images of any size
     return model
 
 

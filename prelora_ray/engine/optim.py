@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from prelora_ray.config import Settings
+from prelora_ray.config import MethodSettings, Settings
 from prelora_ray.method.adapters import is_adapter_parameter
 from prelora_ray.method.architecture import is_embedding
+from prelora_ray.method.phases import Phase
 from prelora_ray.torchvision_ops import make_importable
 
 OptimizerState = dict[str, dict[str, torch.Tensor]]
@@ -94,7 +95,7 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Optim
 
 
 def set_learning_rate(
-    optimizer: torch.optim.Optimizer, settings: Settings, step: int, batches: int, switch_step: int | None
+    optimizer: torch.optim.Optimizer, settings: Settings, step: int, batches: int, phase: Phase, switch_step: int | None
 ) -> float:
     """Sets the groups' learning rates for optimizer step `step` (from 0) and returns the run's.
 
@@ -102,11 +103,9 @@ def set_learning_rate(
     """
     rate = learning_rate(settings, step, batches)
     for group in optimizer.param_groups:
-        group_rate = rate
+        group_rate = rate * group["lr_scale"]
         if group["name"] == "adapter" and switch_step is not None:
-            risen = adapter_rise(step - switch_step, settings.method.adapter_ramp_steps)
-            group_rate = rate * settings.method.adapter_learning_rate_scale * risen
-        group_rate *= group["lr_scale"]
+            group_rate *= adapter_rate_scale(settings.method, phase, step - switch_step)
         if isinstance(group["lr"], torch.Tensor):
             group["lr"].fill_(group_rate)
         else:
@@ -114,9 +113,10 @@ def set_learning_rate(
     return rate
 
 
-def adapter_rise(steps: int, ramp: int) -> float:
-    """Share of their learning rate that adapters have in the step behind so many since the switch."""
-    return min(1.0, (steps + 1) / ramp) if ramp else 1.0
+def adapter_rate_scale(method: MethodSettings, phase: Phase, steps: int) -> float:
+    """The adapters' learning rate as a multiple of the run's, in the step behind so many since the switch."""
+    scale = method.adapter_learning_rate_scale if phase is Phase.LORA else 1.0
+    return scale * min(1.0, (steps + 1) / max(1, method.adapter_ramp_steps))
 
 
 def learning_rate(settings: Settings, step: int, batches: int) -> float:

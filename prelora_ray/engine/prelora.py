@@ -14,7 +14,7 @@ from torch import nn
 from prelora_ray.config_file import parse_method
 from prelora_ray.engine.agreement import agreed
 from prelora_ray.engine.fp8 import Fp8Linear
-from prelora_ray.engine.optim import adapter_rise
+from prelora_ray.engine.optim import adapter_rate_scale
 from prelora_ray.engine.precision import check_precision, stand_back, use_products
 from prelora_ray.errors import UserError
 from prelora_ray.method.adapters import (
@@ -176,7 +176,7 @@ class PreLoRA:
         group = {
             "params": [],
             "name": _GROUP,
-            "lr": optimizer.param_groups[0]["lr"] * self.method.adapter_learning_rate_scale,
+            "lr": optimizer.param_groups[0]["lr"],
             "weight_decay": self.method.adapter_weight_decay,
         }
         optimizer.add_param_group(group)
@@ -202,7 +202,7 @@ class PreLoRA:
         group = _group_of(optimizer)
         self._rate = group["lr"]
         if group["params"]:
-            group["lr"] = self._rate * adapter_rise(self._adapter_steps, self.method.adapter_ramp_steps)
+            group["lr"] = self._rate * adapter_rate_scale(self.method, self.phase, self._adapter_steps)
 
     def _end_step(self, optimizer: torch.optim.Optimizer) -> None:
         group = _group_of(optimizer)

@@ -86,7 +86,8 @@ class TrainStep:
     def train(self, batch: Batch) -> None:
         """One optimizer step. The gradient is the mean over the global batch, whoever serves which part."""
         state = self.state
-        self.learning_rate = set_learning_rate(state.optimizer, state.settings, state.step, state.batches, state.switch_step)
+        position = state.step, state.batches, state.phases.phase, state.switch_step
+        self.learning_rate = set_learning_rate(state.optimizer, state.settings, *position)
         state.network.train()
         inputs = {name: to_device(tensor, state.device) for name, tensor in self._inputs(batch).items()}
         if not state.uses_cuda_graph:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from torch import nn
 
 Layers = dict[str, tuple[str, ...]]
-"""Linear layers by their names in a block, and the families of the weights in each, from its first row on."""
+"""Layers by their names in a block, and the families of the weights in each, from its first row on: linear layers, and
+convolutions, which have none and get no adapter."""
 
 _ATTENTION: tuple[Layers, ...] = (
     {"attn.qkv": ("query", "key", "value"), "attn.proj": ("proj",)},
@@ -26,6 +27,7 @@ _TOKENS: tuple[Layers, ...] = (
     {"linear_tokens": ("tokens",)},
     {"mlp_channels.gate.proj": ("tokens",)},
 )
+_DEPTHWISE: tuple[Layers, ...] = ({"conv_dw": ()},)
 _CHANNELS: tuple[Layers, ...] = ({"mlp_channels.fc1": ("channels_fc1",), "mlp_channels.fc2": ("channels_fc2",)},)
 
 
@@ -49,6 +51,7 @@ ARCHITECTURES = (
         (_ATTENTION, _MLP),
     ),
     Architecture("MLP-Mixer", r"blocks", (_TOKENS, _CHANNELS)),
+    Architecture("ConvNeXt", r"stages\.\d+\.blocks", (_DEPTHWISE, _MLP)),
 )
 _ANY_STAGE = "|".join(architecture.stages for architecture in ARCHITECTURES)
 
@@ -110,11 +113,10 @@ def architecture_of(model: nn.Module) -> Architecture:
     for architecture in ARCHITECTURES:
         if blocks := _named_blocks(model, architecture.stages):
             missing = [
-                f"{name}.{path}"
+                f"{name}.{next(iter(part[0]))}"
                 for name, block in blocks.items()
                 for part in architecture.parts
                 if next(_fitting(block, part), None) is None
-                for path in part[0]
             ]
             if not missing:
                 return architecture
@@ -129,10 +131,11 @@ def architecture_of(model: nn.Module) -> Architecture:
 
 
 def _forms(model: nn.Module, architecture: Architecture) -> dict[str, Layers]:
-    """The layers of each block, by its name, with the families in each, of a model that is of the architecture."""
+    """By the name of each block its layers that get adapters, with the families in each, of a model that is of the
+    architecture."""
     blocks = _named_blocks(model, architecture.stages)
     return {
-        name: {path: held for part in architecture.parts for path, held in next(_fitting(block, part)).items()}
+        name: {path: held for part in architecture.parts for path, held in next(_fitting(block, part)).items() if held}
         for name, block in blocks.items()
     }
 
@@ -149,11 +152,11 @@ def _fitting(block: nn.Module, part: tuple[Layers, ...]) -> Iterator[Layers]:
 
 def _fits(block: nn.Module, form: Layers) -> bool:
     modules = dict(block.named_modules())
-    layers = [module for path in form if isinstance(module := modules.get(path), nn.Linear)]
-    return len(layers) == len(form) and all(
-        len(held) == 1 or layer.out_features == len(held) * layers[-1].in_features
-        for layer, held in zip(layers, form.values(), strict=True)
-    )
+    if not all(isinstance(modules.get(path), nn.Linear if held else nn.Conv2d) for path, held in form.items()):
+        return False
+    shapes = {path: block.get_parameter(f"{path}.weight").shape for path in form}
+    *_, last = shapes.values()
+    return all(len(held) <= 1 or shapes[path][0] == len(held) * last[1] for path, held in form.items())
 
 
 def stages_of(model: nn.Module) -> list[nn.Sequential | nn.ModuleList]:

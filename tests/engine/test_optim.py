@@ -10,7 +10,7 @@ from prelora_ray.engine.model import create_model
 from prelora_ray.engine.optim import build_optimizer, learning_rate, optimizer_state, rates_left, set_learning_rate
 from prelora_ray.method.adapters import inject
 from prelora_ray.method.architecture import find_targets
-from prelora_ray.method.phases import freeze_parameters
+from prelora_ray.method.phases import Phase, freeze_parameters
 from tests.engine.test_model import TINY
 
 
@@ -141,16 +141,17 @@ def test_the_share_of_the_rates_sum_that_is_left_by_hand():
     assert bent[40] == pytest.approx(left[40] / 2 / (1 - left[40] / 2), abs=1e-3)  # at twice the pace half of it is spent
 
 
-def test_adapters_rise_after_the_switch(model):
+@pytest.mark.parametrize(("phase", "scale"), [(Phase.WARMUP, 1), (Phase.LORA, 3)])
+def test_adapters_rise_after_the_switch_and_have_a_rate_of_their_own_in_lora(model, phase, scale):
     inject(model, find_targets(model), {"blocks.0.attn.key": 4})
     optimizer = build_optimizer(model, settings())
     rates = []
     for step in (20, 21, 23, 24):
-        rate = set_learning_rate(optimizer, settings(), step, 5, switch_step=20)
+        rate = set_learning_rate(optimizer, settings(), step, 5, phase, switch_step=20)
         by_name = {group["name"]: group["lr"] for group in optimizer.param_groups}
         assert by_name["decay"] == by_name["no_decay"] == rate
         rates.append(by_name["adapter"] / rate)
-    assert rates == pytest.approx([0.75, 1.5, 3, 3])
+    assert rates == pytest.approx([scale / 4, scale / 2, scale, scale])
 
 
 def test_rates_fall_by_layer_as_timm_has_it(model):
@@ -158,7 +159,7 @@ def test_rates_fall_by_layer_as_timm_has_it(model):
     inject(model, find_targets(model), {"blocks.0.attn.key": 4, "blocks.2.mlp.fc1": 4})
     run = settings(layer_decay=0.5)
     optimizer = build_optimizer(model, run)
-    rate = set_learning_rate(optimizer, run, step=30, batches=5, switch_step=0)
+    rate = set_learning_rate(optimizer, run, step=30, batches=5, phase=Phase.LORA, switch_step=0)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = {names[id(p)]: group["lr"] / rate for group in optimizer.param_groups for p in group["params"]}
     by_hand = {"cls_token": 1 / 16, "pos_embed": 1 / 16, "patch_embed.proj.weight": 1 / 16}

@@ -197,6 +197,7 @@ def _attempts(storage: str, name: str) -> int:
     return sum(line["event"] in ("run_started", "restart") for line in events)
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_alike_ends(digits, storage, monkeypatch, trackers):
     """And not where its surroundings are to blame. MLflow hears that it failed."""
     monkeypatch.setattr(driver, "train_worker", fail_thrice)

@@ -36,8 +36,9 @@ class Told(ray.train.UserCallback):
             time.sleep(0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("until", [SWITCH, pytest.param(FREEZE, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("until", [SWITCH, FREEZE])
 def test_a_bucket_that_is_out_through_a_change_of_phase_costs_only_saves(
     bucket: str, proxy: Proxy, digits: Path, tmp_path: Path, undisturbed: Callable[..., Settings], until: int
 ) -> None:

@@ -41,6 +41,7 @@ make_importable()
 ATTENTION, MLP, SWIGLU = "query key value proj", "fc1 fc2", "fc1_g fc1_x fc2"
 EVA = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 SWIN = {"patch_size": 2, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4}
+CONVNEXT = {"patch_size": 2, "depths": (1, 1, 2, 1), "dims": (8, 12, 16, 24)}
 TINY: dict[str, tuple[str, int, dict[str, Any], str, int]] = {
     "ViT": ("vit_tiny_patch16_224", 32, TINY_VIT | {"patch_size": 8}, f"{ATTENTION} {MLP}", 3),
     "registers": ("vit_small_patch14_reg4_dinov2", 32, TINY_VIT | {"patch_size": 8}, f"{ATTENTION} {MLP}", 3),
@@ -59,6 +60,8 @@ TINY: dict[str, tuple[str, int, dict[str, Any], str, int]] = {
     "gMixer": ("gmixer_12_224", 32, {}, "tokens_fc1 tokens_fc2 channels_fc1 channels_fc2", 12),
     "ResMLP": ("resmlp_12_224", 32, {}, "tokens channels_fc1 channels_fc2", 12),
     "gMLP": ("gmlp_ti16_224", 32, {}, "tokens channels_fc1 channels_fc2", 30),
+    "ConvNeXt": ("convnext_tiny", 32, CONVNEXT, MLP, 5),
+    "ConvNeXt V2": ("convnextv2_tiny", 32, CONVNEXT, MLP, 5),
 }
 """By what is tried: a model's name, size of images, options, and its families and number of blocks."""
 
@@ -180,7 +183,7 @@ def test_a_run_is_accepted(kind):
 
 @pytest.mark.parametrize("train", [{}, {"precision": "fp8", "fp8_from": "full", "residual": "bf16"}], ids=["fp32", "fp8"])
 @pytest.mark.parametrize("phase", Phase)
-@pytest.mark.parametrize("kind", ["Swin", "SwiGLU", "Mixer"])
+@pytest.mark.parametrize("kind", ["Swin", "SwiGLU", "Mixer", "ConvNeXt"])
 def test_a_run_goes_on_from_a_checkpoint_with_the_same_bits(tmp_path, kind, phase, train):
     """Through the files, in every phase, with what stands in for the blocks' layers in place."""
     run = parse_settings(content(kind, train=train))
@@ -233,7 +236,7 @@ def test_subsets_and_masks_of_equal_scales_agree(kind):
     assert_close(subset(images), mask(images))
 
 
-@pytest.mark.parametrize(("kind", "format_"), [("Mixer", "fp8"), ("EVA-02", "fp32")])
+@pytest.mark.parametrize(("kind", "format_"), [("Mixer", "fp8"), ("EVA-02", "fp32"), ("ConvNeXt", "fp8")])
 def test_compiled_blocks_compute_the_same(kind, format_):
     model = model_of(kind)
     targets = find_targets(model)
@@ -256,6 +259,16 @@ def test_compiled_blocks_compute_the_same(kind, format_):
             "Mixer",
             {"method": {"targets": ["query"]}},
             r"MlpMixer has no target 'query': its targets are tokens_fc1, .* channels_fc2$",
+        ),
+        (
+            "ConvNeXt",
+            {"model": {"options": CONVNEXT | {"conv_mlp": True}}},
+            r"ConvNeXt has no stages\.0\.blocks\.0\.mlp\.fc1 as",
+        ),
+        (
+            "ConvNeXt",
+            {"model": {"drop_path_form": "subset"}},
+            r"model\.drop_path_form = 'subset' is not allowed: a ConvNeXtBlock",
         ),
         ("SwiGLU", {"method": {"targets": ["fc1"]}}, r"has no target 'fc1': .* fc1_g, fc1_x, fc2$"),
         ("Mixer", {"method": {"r_max": 8}}, r"method\.r_max = 8 is not allowed: the model's smallest weight has rank 4"),

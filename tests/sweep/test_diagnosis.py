@@ -26,6 +26,7 @@ def diagnosed(digits, storage):
     return diagnosed
 
 
+@pytest.mark.slow
 def test_no_warmup_with_a_high_rate_and_a_uniform_pattern_are_told(diagnosed):
     rash = {"adapter_learning_rate_scale": 100, "adapter_ramp_steps": 0}
     assert sorted(diagnosed("rash", rank_pattern={".*": 4}, **rash)) == ["insufficient_warmup", "uniform_ranks"]

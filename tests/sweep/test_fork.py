@@ -41,6 +41,7 @@ def test_a_fork_without_warmup_freezes_where_it_forks(trunk, digits, storage):
     assert_same_bits(final(forked), final(straight))
 
 
+@pytest.mark.slow
 def test_a_fork_that_ends_sooner_has_the_bits_of_the_straight_run(controlled, trunk, digits, storage):
     """A sweep's control; images grow behind the bend too."""
     plan, _ = controlled

@@ -79,6 +79,7 @@ def test_a_trial_that_fails_is_told_and_leaves_the_others_alone(grid):
     assert "restart" not in [line["event"] for line in events]
 
 
+@pytest.mark.slow
 def test_controls_are_trained_once_all_settings_are(controlled):
     plan, result = controlled
     trials = {entry["trial"]: entry for entry in [result["full"], *result["settings"], *result["controls"]]}

@@ -69,6 +69,7 @@ def ends_as_undisturbed(disturbed: Disturbed, plain: Settings, phases: Sequence[
     assert samples(RunFolder.of(disturbed.run)) == samples(RunFolder.of(plain))
 
 
+@pytest.mark.slow
 def test_stopped_by_sigterm_it_goes_on_where_it_stood(digits, storage, bucket, undisturbed, trackers):
     """Meanwhile another driver of the run is refused. Its data are in a bucket, those of the other run on a disk. To
     MLflow both halves are one run, of rank 0 alone."""
@@ -114,6 +115,7 @@ def losses_at_mlflow(run: Settings) -> list[tuple[int, float]]:
     return sorted((entry.step, entry.value) for entry in history)
 
 
+@pytest.mark.slow
 def test_taken_over_it_ends_and_leaves_the_folder_to_the_other_driver(digits, storage, monkeypatch):
     monkeypatch.setattr(run_module, "BEAT_SECONDS", 0.1)
     run = settings(digits, storage, "taken-over", 1, checkpoint={"every_steps": 4})
