@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,7 +40,8 @@ def create_model(settings: ModelSettings, num_classes: int, seed: int, *, any_si
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            model = _create(settings, num_classes, any_size=any_size)
+            sizes = {_ANY_SIZE: True} if any_size else {}
+            model = timm_model(settings, num_classes, drop_path_rate=settings.drop_path, **sizes)
         except Exception as error:  # timm raises RuntimeError, TypeError, AssertionError and more
             if any_size and _ANY_SIZE in str(error):
                 raise UserError(
@@ -72,17 +74,19 @@ def create_model(settings: ModelSettings, num_classes: int, seed: int, *, any_si
     return model
 
 
-def _create(settings: ModelSettings, num_classes: int, *, any_size: bool) -> nn.Module:
-    make = functools.partial(
-        timm.create_model, settings.name, pretrained=False, num_classes=num_classes, drop_path_rate=settings.drop_path
-    )
-    sizes = {"img_size": settings.image_size} | ({_ANY_SIZE: True} if any_size else {})
+def timm_model(settings: ModelSettings, num_classes: int, **options: Any) -> nn.Module:
+    """timm's own model, freshly drawn, with nothing of ours in it; `options` are timm's, beside those of the settings.
+
+    Raises what timm does.
+    """
+    own = copy.deepcopy(settings.options)
+    make = functools.partial(timm.create_model, settings.name, pretrained=False, num_classes=num_classes)
     try:
-        model: nn.Module = make(**copy.deepcopy(settings.options) | sizes)
+        model: nn.Module = make(img_size=settings.image_size, **own, **options)
     except TypeError as error:
         if "'img_size'" not in str(error):
             raise
-        model = make(**copy.deepcopy(settings.options))  # of convolutions, which take images of any size
+        model = make(**own, **{key: value for key, value in options.items() if key != _ANY_SIZE})  # it takes every size
     return model
 
 

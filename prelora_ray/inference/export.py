@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import shutil
 import tempfile
@@ -13,10 +12,10 @@ from pathlib import Path
 import pyarrow.fs
 import safetensors.torch
 import torch
-from torch import nn
 
 from prelora_ray.data.manifest import read_manifest
 from prelora_ray.data.rows import read_encoded
+from prelora_ray.engine.model import timm_model
 from prelora_ray.engine.prelora import save_adapter
 from prelora_ray.errors import UserError, WorkError
 from prelora_ray.extras import check_installed
@@ -28,7 +27,6 @@ from prelora_ray.torchvision_ops import make_importable
 
 make_importable()
 
-import timm  # noqa: E402
 from timm.models import save_for_hf  # noqa: E402
 
 TOLERANCE = 1e-4
@@ -118,7 +116,7 @@ def _difference(run: RunModel, exported: TrainedModel, images: torch.Tensor) -> 
 
 def _write_timm(run: RunModel, path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """A folder as timm writes it for Hugging Face: config.json and model.safetensors."""
-    model = _plain_model(run)
+    model = timm_model(run.settings.model, len(run.classes))
     model.load_state_dict(tensors)
     prepared, settings = run.preprocessing, run.settings
     save_for_hf(
@@ -136,17 +134,8 @@ def _write_timm(run: RunModel, path: Path, tensors: dict[str, torch.Tensor]) -> 
     )
 
 
-def _plain_model(run: RunModel) -> nn.Module:
-    """timm's own model, with nothing of ours in it."""
-    settings = run.settings.model
-    model: nn.Module = timm.create_model(
-        settings.name, num_classes=len(run.classes), img_size=settings.image_size, **copy.deepcopy(settings.options)
-    )
-    return model
-
-
 def _write_onnx(run: RunModel, path: Path, merged: Path, example: torch.Tensor) -> None:
-    model = _plain_model(run)
+    model = timm_model(run.settings.model, len(run.classes))
     model.load_state_dict(safetensors.torch.load_file(merged / "model.safetensors"))
     path.mkdir()
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch's own, on its way through itself

@@ -16,7 +16,7 @@ from torch import nn
 from prelora_ray.config_file import parse_settings
 from prelora_ray.engine.check import check_model
 from prelora_ray.engine.drop_path import compute_subsets, draw_drop_path, drop_path_modules, set_drop_path
-from prelora_ray.engine.model import compile_blocks, create_model
+from prelora_ray.engine.model import compile_blocks, create_model, timm_model
 from prelora_ray.engine.precision import autocast, keep_residual_in_bf16, use_products
 from prelora_ray.engine.state import TrainState
 from prelora_ray.fault_tolerance.checkpoint import Checkpoints
@@ -123,14 +123,13 @@ def test_families_and_blocks(kind):
 def test_adapters_change_no_logit_and_merge(kind):
     """Into a model that timm makes, which computes what the adapted one does."""
     model, images = model_of(kind), images_of(kind)
-    before, plain = model(images), copy.deepcopy(model)
-    targets = find_targets(model)
+    before, adapted, targets = model(images), copy.deepcopy(model), find_targets(model)
     inject(model, targets, {target.name: 2 for target in targets})
     torch.testing.assert_close(model(images), before, rtol=0, atol=1e-5)
-    adapted = copy.deepcopy(plain)
     adapt(adapted, targets)
     expected = adapted(images)
     assert (expected - before).abs().max() > 1e-3
+    plain = timm_model(parse_settings(content(kind)).model, 10).eval()
     plain.load_state_dict(merged_state_dict(adapted))
     assert_close(plain(images), expected)
 
@@ -179,6 +178,11 @@ def test_gradients_reach_every_adapter_and_stop_at_the_prefix(kind):
 def test_a_run_is_accepted(kind):
     train = {"residual": "bf16", "layer_decay": 0.7}
     assert check_model(parse_settings(content(kind, train=train, method={"freeze": "prefix"})))
+
+
+def test_convolutions_take_images_that_grow():
+    step = {"until": 1, "image_size": 16}
+    assert check_model(parse_settings(content("ConvNeXt", train={"resolution": [step]})))
 
 
 @pytest.mark.parametrize("train", [{}, {"precision": "fp8", "fp8_from": "full", "residual": "bf16"}], ids=["fp32", "fp8"])
