@@ -82,7 +82,10 @@ def test_models_are_told_with_what_they_have_and_lack():
     )
     assert told.count("\n") == 1
     table = prelora_here("models").stdout
-    assert all(name in table for name in ("Vision Transformer", "in stages", "MLP-Mixer", "tokens_fc1"))
+    assert all(
+        name in table
+        for name in ("Vision Transformer", "in stages", "MLP-Mixer", "tokens_fc1", "ConvNeXt", "conv_dw (no adapter)")
+    )
     assert len(json.loads(prelora_here("models", "--json").stdout)["architectures"]) == 4
     wrong = prelora_here("models", "vit_tinny")
     assert wrong.returncode == 2

@@ -100,7 +100,8 @@ def architectures_table() -> Table:
 
 def _form(form: Layers) -> str:
     """`attn.qkv (query, key, value), attn.proj`: layers, and the families in each that its name does not tell."""
-    return ", ".join(path if path.endswith(f".{held[0]}") else f"{path} ({', '.join(held)})" for path, held in form.items())
+    told = {path: ", ".join(held) or "no adapter" for path, held in form.items()}
+    return ", ".join(path if path.endswith(f".{families}") else f"{path} ({families})" for path, families in told.items())
 
 
 def runs_table(storage: str, runs: Sequence[RunState]) -> Table:

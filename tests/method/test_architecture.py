@@ -181,8 +181,8 @@ def test_a_run_is_accepted(kind):
 
 
 def test_convolutions_take_images_that_grow():
-    step = {"until": 1, "image_size": 16}
-    assert check_model(parse_settings(content("ConvNeXt", train={"resolution": [step]})))
+    step = {"until": 1, "image_size": 32}
+    assert check_model(parse_settings(content("ConvNeXt", model={"image_size": 64}, train={"resolution": [step]})))
 
 
 @pytest.mark.parametrize("train", [{}, {"precision": "fp8", "fp8_from": "full", "residual": "bf16"}], ids=["fp32", "fp8"])
