@@ -4,7 +4,7 @@
 
 PLAN is YAML: `recipe`, `set` (settings of all runs), and `runs`, a list of {name, set}. A fork has `of` too, the name
 of the run that it leaves, and `after`, the epochs behind which it does; `until` ends a run early, as one that is there
-for its forks alone. OUT gets a line of JSON for each epoch.
+for its forks alone. OUT, a new file, gets a line of JSON for each epoch.
 
 The engine gets the same images in the same order as from `prelora train` on one worker, so that losses are the same. A
 fork of 20 epochs, of which starting, compiling and decoding would be most, is then little more than its steps. All
@@ -18,12 +18,14 @@ import argparse
 import copy
 import functools
 import json
+import math
 import mmap
 import multiprocessing
 import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,12 +52,12 @@ from prelora_ray.train.batch_stream import stream_plan, validates
 
 _PIECE = 2500
 """Images that a decoder takes on at once."""
+# What the decoders, which are forks of this process, see of it.
 _encoded: dict[Split, list[bytes]] = {}
-_pixels: dict[Epoch, Pixels] = {}
-"""Both are in memory that the decoders share, which are forks of this process."""
+_pixels: dict[Key, Pixels] = {}
 
 
-class Epoch(NamedTuple):
+class Key(NamedTuple):
     """What the images of an epoch depend on."""
 
     seed: int
@@ -74,10 +76,9 @@ class Run:
     after: int
     until: int
 
-    def images(self, split: Split, epoch: int) -> Epoch:
+    def key(self, split: Split, epoch: int) -> Key:
         numbered = epoch if split == "train" else 0  # validation is the same each time
-        augmentation = self.plan.augmentation_of(split, epoch)
-        return Epoch(self.plan.seed, split, numbered, augmentation, self.plan.crop_ratio)
+        return Key(self.plan.seed, split, numbered, self.plan.augmentation_of(split, epoch), self.plan.crop_ratio)
 
 
 class Images:
@@ -92,37 +93,36 @@ class Images:
             encoded, labels = reader.take(ids)
             _encoded[split] = encoded.to_pylist()
             self.labels[split] = torch.from_numpy(labels.to_numpy().copy())
-        epochs = dict.fromkeys(
-            run.images(split, epoch) for run in runs for epoch in range(run.after, run.until) for split in ("train", "val")
-        )
-        shapes = [(len(_encoded[of.split]), of.augmentation.image_size, of.augmentation.image_size, 3) for of in epochs]
-        ends = np.cumsum([0, *(int(np.prod(shape)) for shape in shapes)])
-        room = mmap.mmap(-1, int(ends[-1]))
-        for of, shape, start in zip(epochs, shapes, ends, strict=False):
-            _pixels[of] = np.ndarray(shape, np.uint8, room, int(start))
+        epochs = [(run, epoch) for run in runs for epoch in range(run.after, run.until)]
+        for key in dict.fromkeys(run.key(split, epoch) for run, epoch in epochs for split in ("train", "val")):
+            shape = len(_encoded[key.split]), key.augmentation.image_size, key.augmentation.image_size, 3
+            _pixels[key] = np.frombuffer(mmap.mmap(-1, math.prod(shape)), np.uint8).reshape(shape)  # shared with forks
         self._decoders = ProcessPoolExecutor(max(1, (os.cpu_count() or 1) - 1), multiprocessing.get_context("fork"))
-        self._work = {of: [self._decoders.submit(_decode, of, i) for i in range(0, len(_pixels[of]), _PIECE)] for of in epochs}
+        self._work = {
+            key: [self._decoders.submit(_decode, key, start) for start in range(0, len(pixels), _PIECE)]
+            for key, pixels in _pixels.items()
+        }
 
     def batches(self, run: Run, split: Split, epoch: int) -> Iterator[Batch]:
-        of, order = run.images(split, epoch), run.plan.orders[split]
-        for work in self._work[of]:
+        key, order = run.key(split, epoch), run.plan.orders[split]
+        for work in self._work[key]:
             work.result()
         drawn = order.epoch(epoch)
         for batch in range(order.num_batches):
             ids = order.slots(drawn, batch, run.plan.cells, run.plan.num_slots)
             labels = torch.where(torch.from_numpy(ids) >= 0, self.labels[split][ids], -1)
-            yield Batch(split, epoch, batch, torch.from_numpy(_pixels[of][ids]), labels, ids)
+            yield Batch(split, epoch, batch, torch.from_numpy(_pixels[key][ids]), labels, ids)
 
     def close(self) -> None:
         self._decoders.shutdown(cancel_futures=True)
 
 
-def _decode(of: Epoch, start: int) -> None:
-    augmenter, pixels = _augmenter(of.augmentation, of.seed, of.crop_ratio), _pixels[of]
+def _decode(key: Key, start: int) -> None:
+    augmenter, pixels = _augmenter(key.augmentation, key.seed, key.crop_ratio), _pixels[key]
     for sample in range(start, min(start + _PIECE, len(pixels))):
-        encoded = _encoded[of.split][sample]
-        is_train = of.split == "train"
-        pixels[sample] = augmenter.train(encoded, of.epoch, sample) if is_train else augmenter.evaluate(encoded)
+        encoded = _encoded[key.split][sample]
+        is_train = key.split == "train"
+        pixels[sample] = augmenter.train(encoded, key.epoch, sample) if is_train else augmenter.evaluate(encoded)
 
 
 @functools.cache
@@ -143,7 +143,7 @@ class Trainer:
     def train(self, run: Run) -> None:
         settings, plan = run.settings, run.plan
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        trunk = None if run.of is None else copy.deepcopy(self._kept[run.of, run.after])  # whose moments it goes on with
+        trunk = None if run.of is None else copy.deepcopy(self._kept[run.of, run.after])  # a run trains its moments
         record = [] if run.of is None else self._records[run.of][: run.after]
         state = TrainState(settings, len(plan.manifest.classes), plan.orders["train"].num_batches, device, 1, trunk)
         if run.of is not None and settings.method.enabled:
@@ -179,24 +179,29 @@ class Trainer:
 
 
 def read_plan(path: Path) -> list[Run]:
+    """Raises ValueError where a fork's trunk is not in front of it, or runs take different images."""
     content = yaml.safe_load(path.read_text())
-    runs = []
+    runs: dict[str, Run] = {}
     for entry in content["runs"]:
-        settings = load_settings(content["recipe"], [*content.get("set", []), *entry.get("set", [])], name=entry["name"])
+        name, of, after = entry["name"], entry.get("of"), entry.get("after", 0)
+        settings = load_settings(content["recipe"], [*content.get("set", []), *entry.get("set", [])], name=name)
         plan = stream_plan(settings, read_manifest(Storage(settings.data.path)), 0, 1)
-        until = entry.get("until", settings.train.epochs)
-        runs.append(Run(entry["name"], settings, plan, entry.get("of"), entry.get("after", 0), until))
-    return runs
+        if of is not None and not (of in runs and runs[of].after < after <= runs[of].until):
+            raise ValueError(f"{name} cannot leave {of} after epoch {after}: no run of that name in front of it is there")
+        if runs and settings.data != next(iter(runs.values())).settings.data:
+            raise ValueError(f"{name} has another section data than the runs in front of it")
+        runs[name] = Run(name, settings, plan, of, after, entry.get("until", settings.train.epochs))
+    return list(runs.values())
 
 
 def main(plan: Path, out: Path) -> None:
     torch._dynamo.reset = lambda: None  # type: ignore[assignment]  # what is compiled serves the next runs too
     runs = read_plan(plan)
-    images = Images(runs[0].settings.data.path, runs)  # forks before this process uses a GPU
-    trainer = Trainer(runs, images, out)
-    for run in runs:
-        trainer.train(run)
-    images.close()
+    out.touch(exist_ok=False)
+    with closing(Images(runs[0].settings.data.path, runs)) as images:  # forks before this process uses a GPU
+        trainer = Trainer(runs, images, out)
+        for run in runs:
+            trainer.train(run)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ def settings(digits: Path, storage: Path, name: str, workers: int, /, **sections
             "r_min": 2,
             "r_max": 8,
             "adapter_ramp_steps": 10,
+            "adapter_learning_rate_scale": 1.5,
         },
         "workers": {"min": workers, "max": workers, "cpus": 0.5},
     }

@@ -17,7 +17,7 @@ from prelora_ray.sweep.run import sweep
 from prelora_ray.sweep.settings import Plan, load_sweep
 from tests.runs import settings
 
-BASE = {"tau": 1000, "windows": 3, "warmup_epochs": 2, "adapter_learning_rate_scale": 1.0, "adapter_ramp_steps": 10}
+BASE = {"tau": 1000, "windows": 3, "warmup_epochs": 2, "adapter_learning_rate_scale": 1.5, "adapter_ramp_steps": 10}
 """What the recipe has, but for a pattern of ranks."""
 GRID: dict[str, dict[str, Any]] = {
     "never": {"tau": 0},
