@@ -37,6 +37,7 @@ def settings(
     augment: dict[str, float] | None = None,
     drop_path: float = 0.0,
     form: str = "mask",
+    method: dict[str, float] | None = None,
     **train,
 ) -> Settings:
     options = {**TINY_VIT, "in_chans": channels}
@@ -52,7 +53,7 @@ def settings(
                 "drop_path_form": form,
             },
             "augment": augment or {},
-            "method": {"r_max": 8},
+            "method": {"r_max": 8, **(method or {})},
             "train": {"precision": "fp64", "epochs": 20, "ramp_epochs": 0, "clip_norm": None, **train},
         }
     )
@@ -219,6 +220,15 @@ def test_merged_adapters_train_as_the_plain_ones_do(tmp_path, form):
     for name, plain in trained[0].items():
         torch.testing.assert_close(trained[1][name], plain, rtol=0, atol=1e-9)
         assert "lora_" not in name or trained[1][name].abs().max() > 0
+
+
+@pytest.mark.parametrize(("phase", "scale"), [(Phase.WARMUP, 1), (Phase.LORA, 3)])
+def test_a_step_gives_adapters_the_rate_of_its_phase(tmp_path, phase, scale):
+    step = train_step(settings(tmp_path, method={"adapter_learning_rate_scale": 3, "adapter_ramp_steps": 0}))
+    step.state.enter(phase, {target.name: 2 for target in step.state.targets})
+    step.train(batch(IDS))
+    rates = {group["name"]: group["lr"] for group in step.state.optimizer.param_groups}
+    assert rates["adapter"] == pytest.approx(scale * step.learning_rate) and rates["no_decay"] == step.learning_rate > 0
 
 
 def test_a_loss_that_is_not_finite_names_its_step_and_phase(tmp_path):
