@@ -7,9 +7,8 @@ of the run that it leaves, and `after`, the epochs behind which it does; `until`
 for its forks alone. OUT, a new file, gets a line of JSON for each epoch.
 
 The engine gets the same images in the same order as from `prelora train` on one worker, so that losses are the same. A
-fork of 20 epochs, of which starting, compiling and decoding would be most, is then little more than its steps. All
-images of all epochs are in memory: 3 kB for one of 32 pixels, 18 GB for 120 epochs of CIFAR-10. The recipe's
-`train.micro_batch` must be a number, or null.
+trunk is full training (`method.enabled: false`). All images of all epochs are in memory: 3 kB for one of 32 pixels,
+18 GB for 120 epochs of CIFAR-10.
 """
 
 from __future__ import annotations
@@ -75,6 +74,10 @@ class Run:
     of: str | None
     after: int
     until: int
+
+    def is_trunk(self, after: int, seed: int) -> bool:
+        """Whether a fork of the seed may leave it after so many epochs."""
+        return self.after < after <= self.until and not self.settings.method.enabled and self.plan.seed == seed
 
     def key(self, split: Split, epoch: int) -> Key:
         numbered = epoch if split == "train" else 0  # validation is the same each time
@@ -143,14 +146,8 @@ class Trainer:
     def train(self, run: Run) -> None:
         settings, plan = run.settings, run.plan
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        trunk = None if run.of is None else copy.deepcopy(self._kept[run.of, run.after])  # a run trains its moments
-        record = [] if run.of is None else self._records[run.of][: run.after]
+        trunk, record = (None, []) if run.of is None else self._fork(run, run.of)
         state = TrainState(settings, len(plan.manifest.classes), plan.orders["train"].num_batches, device, 1, trunk)
-        if run.of is not None and settings.method.enabled:
-            schedule = phase_schedule(settings.method, settings.train.ramp_epochs, [target.name for target in state.targets])
-            decide(schedule, record)
-            assert schedule.switched_at == run.after, f"{run.name} switches after epoch {schedule.switched_at}"
-            state.enter(Phase.WARMUP, schedule.ranks)
         step = TrainStep(state, plan)
         for epoch in range(run.after, run.until):
             begin, phase, size = time.monotonic(), state.phases.phase, state.image_size
@@ -173,21 +170,37 @@ class Trainer:
                 self._kept[run.name, epoch + 1] = state.snapshot([], holds_base=False)
         self._records[run.name] = record
 
+    def _fork(self, run: Run, trunk: str) -> tuple[Snapshot, list[NormsLine]]:
+        """Where a run leaves its trunk, as `sweep/fork.py` has it: the checkpoint, and the record up to there."""
+        settings, record = run.settings, self._records[trunk][: run.after]
+        schedule = phase_schedule(settings.method, settings.train.ramp_epochs, list(record[0].norms))
+        decide(schedule, record)
+        if settings.method.enabled and schedule.switched_at != run.after:
+            raise ValueError(f"{run.name} switches after epoch {schedule.switched_at}, and leaves {trunk} after {run.after}")
+        snapshot = copy.deepcopy(self._kept[trunk, run.after])  # a run trains its moments
+        snapshot.state |= {"phases": schedule.state_dict(), "fork": schedule.phase is not Phase.FULL}
+        return snapshot, record
+
     def _tell(self, run: Run, **of_epoch: Any) -> None:
         with self._out.open("a") as file:
             file.write(json.dumps({"run": run.name, "seed": run.plan.seed, **of_epoch}) + "\n")
 
 
 def read_plan(path: Path) -> list[Run]:
-    """Raises ValueError where a fork's trunk is not in front of it, or runs take different images."""
+    """Raises ValueError where a name stands twice, a fork's trunk is not in front of it, in phase full there and of its
+    seed, or runs take different images."""
     content = yaml.safe_load(path.read_text())
     runs: dict[str, Run] = {}
     for entry in content["runs"]:
         name, of, after = entry["name"], entry.get("of"), entry.get("after", 0)
         settings = load_settings(content["recipe"], [*content.get("set", []), *entry.get("set", [])], name=name)
         plan = stream_plan(settings, read_manifest(Storage(settings.data.path)), 0, 1)
-        if of is not None and not (of in runs and runs[of].after < after <= runs[of].until):
-            raise ValueError(f"{name} cannot leave {of} after epoch {after}: no run of that name in front of it is there")
+        if name in runs:
+            raise ValueError(f"{name} stands twice in the plan")
+        if of is None and after:
+            raise ValueError(f"{name} begins after epoch {after}, and has no run that it leaves")
+        if of is not None and not (of in runs and runs[of].is_trunk(after, plan.seed)):
+            raise ValueError(f"{name} cannot leave {of} after epoch {after}: no such full training is in front of it")
         if runs and settings.data != next(iter(runs.values())).settings.data:
             raise ValueError(f"{name} has another section data than the runs in front of it")
         runs[name] = Run(name, settings, plan, of, after, entry.get("until", settings.train.epochs))
@@ -195,7 +208,6 @@ def read_plan(path: Path) -> list[Run]:
 
 
 def main(plan: Path, out: Path) -> None:
-    torch._dynamo.reset = lambda: None  # type: ignore[assignment]  # what is compiled serves the next runs too
     runs = read_plan(plan)
     out.touch(exist_ok=False)
     with closing(Images(runs[0].settings.data.path, runs)) as images:  # forks before this process uses a GPU

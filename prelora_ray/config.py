@@ -517,8 +517,13 @@ _PLAIN = ["query", "key", "value", "proj", "fc1", "fc2"]
 
 
 def flat(settings: Section) -> dict[str, Any]:
-    """The settings as {key.path: value}, all of them; what comes to the same is the same."""
-    found = _flat(settings.model_dump(mode="json"))
+    """The settings as {key.path: value}, all of them."""
+    return _flat(settings.model_dump(mode="json"))
+
+
+def comparable(settings: Section) -> dict[str, Any]:
+    """`flat`, in which what comes to the same is the same."""
+    found = flat(settings)
     return found | {"method.targets": None} if found.get("method.targets") == _PLAIN else found
 
 

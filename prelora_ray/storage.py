@@ -89,7 +89,7 @@ def check_outlives_job(path: str) -> None:
 
 def check_local(path: str) -> None:
     """Raises UserError where what is written on a disk alone is to go into a bucket."""
-    if "://" in path:
+    if "://" in absolute(path):
         raise UserError(f"{path!r} is not allowed: it must be on a disk")
 
 

@@ -17,7 +17,7 @@ from prelora_ray.errors import UserError
 from prelora_ray.fault_tolerance.checkpoint import Checkpoints
 from prelora_ray.fault_tolerance.resume_point import find_resume_point
 from prelora_ray.run_folder import LineWriter, RecordWriter, RunFolder
-from prelora_ray.storage import Storage, absolute, check_outlives_job, without_keys
+from prelora_ray.storage import Storage, absolute, check_local, check_outlives_job, without_keys
 from tests.command import prelora_here
 from tests.lines import epoch_line, event
 
@@ -27,6 +27,12 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "disk":
         return str(tmp_path)
     return f"{request.getfixturevalue('bucket')}/{tmp_path.name}"
+
+
+def test_what_a_disk_alone_takes_may_be_given_as_its_uri(tmp_path):
+    check_local(f"file://{tmp_path}/report.html")
+    with pytest.raises(UserError, match=r"^'s3://bucket/report\.html' is not allowed: it must be on a disk$"):
+        check_local("s3://bucket/report.html")
 
 
 def test_files_and_folders(folder):

@@ -28,6 +28,7 @@ from prelora_ray.bench.own import NUM_CLASSES, OwnRun, own_settings
 from prelora_ray.config import ModelSettings
 from prelora_ray.engine.check import check_model
 from prelora_ray.engine.flops import forward_flops, training_passes
+from prelora_ray.engine.model import timm_model
 from prelora_ray.extras import check_installed
 from prelora_ray.method.phases import Phase, count_parameters
 
@@ -142,8 +143,8 @@ class _Bench:
         size = options.image_size
         self.images = torch.randn(options.batch, 3, size, size, device=device)
         self.labels = torch.randint(NUM_CLASSES, (options.batch,), device=device)
-        model = ModelSettings(name=options.model, image_size=options.image_size)
-        self.forward_flops = forward_flops(model, NUM_CLASSES)
+        self.model = ModelSettings(name=options.model, image_size=options.image_size)
+        self.forward_flops = forward_flops(self.model, NUM_CLASSES)
 
     def rows(self) -> Iterator[Row]:
         for name, build in _REFERENCES.items():
@@ -152,12 +153,21 @@ class _Bench:
             if not _can_run(name, self.device):
                 self.missing[name] = "needs a GPU"
                 continue
+            if name.startswith("HF") and not self._is_vit():
+                self.missing[name] = "is for timm's VisionTransformer"
+                continue
             free_memory(self.device)
             step, model = build(self)
             yield self._measure(name, step, model, phase=Phase.FULL if "full" in name else Phase.LORA)
             del step, model
         for own in _own_rows(self.options.drop_path):
             yield from self._own(own)
+
+    def _is_vit(self) -> bool:
+        from timm.models import VisionTransformer
+
+        with torch.device("meta"):
+            return isinstance(timm_model(self.model, NUM_CLASSES), VisionTransformer)
 
     def _measure(self, name: str, step: Step, model: nn.Module, *, phase: Phase) -> Row:
         compiled = _compiled_graphs()
@@ -198,26 +208,21 @@ class _Bench:
                 yield self._measure(own.name(phase), run.step, run.state.model, phase=phase)
 
     def _timm(self, *, compiled: bool) -> tuple[Step, nn.Module]:
-        import timm
-
-        model = timm.create_model(self.options.model, img_size=self.options.image_size, num_classes=NUM_CLASSES)
-        model = model.to(self.device)
+        model = timm_model(self.model, NUM_CLASSES).to(self.device)
         return self._plain_step(torch.compile(model) if compiled else model, model), model
 
     def _timm_peft(self, *, compiled: bool) -> tuple[Step, nn.Module]:
         import peft
-        import timm
 
-        model = timm.create_model(self.options.model, img_size=self.options.image_size, num_classes=NUM_CLASSES)
+        model = timm_model(self.model, NUM_CLASSES)
         model = peft.get_peft_model(model, _peft_config(_TARGETS, "head")).to(self.device)
         return self._plain_step(torch.compile(model) if compiled else model, model), model
 
     def _hugging_face(self, *, adapters: bool) -> tuple[Step, nn.Module]:
         """The paper's stack: Hugging Face's ViT, fp16 autocast with a gradient scaler, eager."""
-        import timm
         from transformers import ViTConfig, ViTForImageClassification
 
-        like = timm.create_model(self.options.model, img_size=self.options.image_size, num_classes=0)
+        like: Any = timm_model(self.model, num_classes=0)
         config = ViTConfig(
             hidden_size=like.embed_dim,
             num_hidden_layers=len(like.blocks),

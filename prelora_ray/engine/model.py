@@ -30,8 +30,8 @@ def create_model(settings: ModelSettings, num_classes: int, seed: int, *, any_si
     """A model of timm with freshly drawn weights, float32, on the CPU.
 
     With `any_size` it takes images of other sizes too, for which timm interpolates the positions in each forward, in
-    float32. Its parameters are the same, and so are the logits of images of `image_size`. A model for which timm has no
-    size of images takes them all.
+    float32. Its parameters are the same, and so are the logits of images of `image_size`. A model that timm makes
+    without a size of images is the same either way.
 
     Raises UserError where timm knows no such model or refuses an option, and where the model would
     draw from a generator in training, as dropout does: stochastic depth is the regulariser that can
@@ -82,11 +82,11 @@ def timm_model(settings: ModelSettings, num_classes: int, **options: Any) -> nn.
     own = copy.deepcopy(settings.options)
     make = functools.partial(timm.create_model, settings.name, pretrained=False, num_classes=num_classes)
     try:
-        model: nn.Module = make(img_size=settings.image_size, **own, **options)
+        model: nn.Module = make(img_size=settings.image_size, **own | options)
     except TypeError as error:
         if "'img_size'" not in str(error):
             raise
-        model = make(**own, **{key: value for key, value in options.items() if key != _ANY_SIZE})  # it takes every size
+        model = make(**own | {key: value for key, value in options.items() if key != _ANY_SIZE})  # it asks for no size
     return model
 
 

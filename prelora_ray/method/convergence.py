@@ -192,13 +192,15 @@ class ConvergenceTest:
         window = self._closed[-1]
         if len(self._closed) < 2:
             return Verdict(window, None, None, None, None, in_ramp=False, steps=(), converged=False)
-        steps = [_step(before, after) for before, after in itertools.pairwise(self._closed)]
+        changes = [_signed_changes(before, after) for before, after in itertools.pairwise(self._closed)]
+        pairs = zip(itertools.pairwise(self._closed), changes, strict=True)
+        steps = [_step(before, after, signed) for (before, after), signed in pairs]
         counted = self.steps_that_count(steps)
         rests_on = tuple(counted) if len(counted) == self.windows - 1 else ()
-        last, modules = steps[-1], _module_changes(*self._closed[-2:])
+        last, modules = steps[-1], _absolute(changes[-1])
         in_ramp = len(counted) < len(steps)
-        changes = last.family_change, last.signed_change, last.loss_change
-        verdict = Verdict(window, modules, *changes, in_ramp, rests_on, converged=False)
+        of_families = last.family_change, last.signed_change, last.loss_change
+        verdict = Verdict(window, modules, *of_families, in_ramp, rests_on, converged=False)
         return replace(verdict, converged=verdict.is_under(self.tau, self.zeta))
 
     def state_dict(self) -> dict[str, Any]:
@@ -210,11 +212,15 @@ class ConvergenceTest:
         self._closed = [Window(**window) for window in state["closed"]]
 
 
-def _step(before: Window, after: Window) -> Step:
-    signed = {name: signed_percent_change(before.norms[name], norm) for name, norm in after.norms.items()}
-    change = family_changes({name: abs(percent) for name, percent in signed.items()})
+def _step(before: Window, after: Window, signed: dict[str, float]) -> Step:
+    change = family_changes(_absolute(signed))
     return Step(after.epoch_end, change, percent_change(before.loss, after.loss), family_changes(signed))
 
 
-def _module_changes(before: Window, after: Window) -> dict[str, float]:
-    return {name: percent_change(before.norms[name], norm) for name, norm in after.norms.items()}
+def _signed_changes(before: Window, after: Window) -> dict[str, float]:
+    """Of the modules' norms, in percent."""
+    return {name: signed_percent_change(before.norms[name], norm) for name, norm in after.norms.items()}
+
+
+def _absolute(signed: dict[str, float]) -> dict[str, float]:
+    return {name: abs(percent) for name, percent in signed.items()}

@@ -117,8 +117,8 @@ def _insufficient_warmup(epochs: Sequence[Epoch]) -> Finding | None:
         jump,
         limit,
         f"insufficient warmup: in the first epoch after the freeze the loss rose by {jump:.1f} % (up to {limit:.1f} % is "
-        f"usual for this run); method.warmup_epochs = {warmup} may be too few: try more, or a smaller "
-        "method.adapter_learning_rate_scale",
+        f"usual for this run); method.warmup_epochs = {warmup} may be too few, or "
+        "method.adapter_learning_rate_scale too large: unless the loss is back within a few epochs, try more, or a smaller one",
     )
 
 

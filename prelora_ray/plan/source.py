@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from prelora_ray.config import Settings, flat
+from prelora_ray.config import Settings, comparable
 from prelora_ray.config_file import load_settings
 from prelora_ray.data.manifest import is_prepared, parse_manifest
 from prelora_ray.engine.precision import Format, phase_format
@@ -111,7 +111,7 @@ def _why_not_comparable(own: Settings, planned: Settings) -> str | None:
     """Why a run's speed says nothing of a planned step, even of the same `Workload`; None where it does."""
     if own.workers.gpu is not True:
         return "it had no GPU"
-    before, now = flat(own), flat(planned)
+    before, now = comparable(own), comparable(planned)
     changed = [key for key in before | now if key.startswith(_STEP_KEYS) and before.get(key) != now.get(key)]
     return f"it had {changed[0]} = {before.get(changed[0])!r}" if changed else None
 

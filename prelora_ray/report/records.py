@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from prelora_ray.config import flat
+from prelora_ray.config import comparable
 from prelora_ray.errors import UserError
 from prelora_ray.recorded.remarks import Remarks, remarks_on
 from prelora_ray.recorded.run import RunRecords
@@ -100,7 +100,7 @@ def _with_keys_of_now(sweep: dict[str, Any]) -> dict[str, Any]:
 
 def differing_settings(runs: list[ReportedRun]) -> dict[str, list[Any]]:
     """Settings in which the runs differ, with each one's value; the name and where runs lie do not count."""
-    contents = [flat(run.settings) for run in runs]
+    contents = [comparable(run.settings) for run in runs]
     keys = [key for key in dict.fromkeys(itertools.chain(*contents)) if key not in ("name", "storage")]
     values = {key: [content.get(key) for content in contents] for key in keys}
     return {key: found for key, found in values.items() if any(value != found[0] for value in found)}

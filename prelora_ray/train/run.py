@@ -17,8 +17,8 @@ import ray.train
 import ray.train.torch
 import torch
 
-from prelora_ray.config import Settings, WorkerSettings, acts, flat, with_absolute_paths, without_effect
-from prelora_ray.data.manifest import Manifest, is_prepared, read_manifest
+from prelora_ray.config import Settings, WorkerSettings, acts, comparable, with_absolute_paths, without_effect
+from prelora_ray.data.manifest import Manifest, read_manifest
 from prelora_ray.data.prepare import prepare
 from prelora_ray.engine.check import check_model
 from prelora_ray.engine.model import create_model
@@ -86,7 +86,7 @@ def check_settings(settings: Settings, folder: RunFolder) -> Settings | None:
             folder.read_classes()  # raises, where it is damaged, before Ray starts
     if folder.exists("result.json"):
         return before
-    is_ready = is_prepared(Storage(settings.data.path))
+    is_ready = Storage(settings.data.path).exists("manifest.json")
     for path in _written(settings, folder, is_ready=is_ready):
         check_out_folder(path)
     loggers.check_loggers(settings)
@@ -267,7 +267,7 @@ def _check_room(settings: Settings, is_embedded: bool) -> None:
 
 def _check_nodes_see(settings: Settings, folder: RunFolder, *, writes: bool) -> None:
     """Raises UserError, before anything is prepared or trained, where a node does not see a local path of the run."""
-    data, is_ready = settings.data, is_prepared(Storage(settings.data.path))
+    data, is_ready = settings.data, Storage(settings.data.path).exists("manifest.json")
     images, written = data.path if is_ready else data.source, _written(settings, folder, is_ready=is_ready)
     reads = [path for path in (images, settings.model.init_from) if path is not None]
     check_seen_by_all_nodes(reads, written, touches=writes)
@@ -388,7 +388,7 @@ def _starting(folder: RunFolder) -> Iterator[None]:
 
 def _prepare_once(settings: Settings, folder: RunFolder) -> None:
     data = settings.data
-    if data.source is not None and not is_prepared(Storage(data.path)):
+    if data.source is not None and not Storage(data.path).exists("manifest.json"):
         folder.write_starting("prepare the images")
         logger.info("preparing %s into %s", data.source, data.path)
         counts = prepare(data.source, data.path).counts
@@ -398,7 +398,7 @@ def _prepare_once(settings: Settings, folder: RunFolder) -> None:
 
 def _check_unchanged(before: Settings, now: Settings, folder: RunFolder) -> None:
     """Raises UserError where a run is resumed with settings that would change its result."""
-    old, new = (flat(settings) for settings in (before, now))
+    old, new = (comparable(settings) for settings in (before, now))
     for key in sorted(old | new):
         if old.get(key) == new.get(key) or acts(key) == "never":
             continue

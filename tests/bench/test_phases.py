@@ -45,3 +45,10 @@ def test_lora_exchanges_what_trains(result):
     others = DEPTH * 4 * WIDTH + 2 * WIDTH + (768 + 1) * WIDTH + WIDTH + TOKENS * WIDTH + (WIDTH + 1) * CLASSES
     assert lora["gradient_bytes"] == pytest.approx(4 * (mean + others), rel=0.15)  # families do not share evenly
     assert lora["gradient_bytes"] < 0.5 * result["rows"][0]["gradient_bytes"]
+
+
+def test_a_model_without_a_size_of_images_is_measured():
+    size = ("--model", "convnext_tiny", "--image-size", "32", "--batch", "2", "--steps", "1")
+    done = prelora_here("bench", "phases", *size, "--row", "timm eager", "--row", "prelora bf16 lora", "--json")
+    assert done.returncode == 0, done.stderr
+    assert [row["name"] for row in json.loads(done.stdout)["rows"]] == ["timm eager full", "prelora bf16 lora"]

@@ -180,6 +180,12 @@ def test_a_run_is_accepted(kind):
     assert check_model(parse_settings(content(kind, train=train, method={"freeze": "prefix"})))
 
 
+def test_an_option_that_a_recipe_has_already_is_no_hindrance_to_images_that_grow():
+    options = TINY["ViT"][2] | {"dynamic_img_size": True}
+    step = {"until": 1, "image_size": 16}
+    assert check_model(parse_settings(content("ViT", model={"options": options}, train={"resolution": [step]})))
+
+
 def test_convolutions_take_images_that_grow():
     step = {"until": 1, "image_size": 32}
     assert check_model(parse_settings(content("ConvNeXt", model={"image_size": 64}, train={"resolution": [step]})))

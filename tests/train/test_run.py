@@ -317,6 +317,14 @@ def test_resuming_with_other_images_is_refused(digits, storage, tmp_path):
         train(elsewhere)
 
 
+def test_a_damaged_manifest_is_told_and_its_images_are_not_prepared_over(digits, storage, tmp_path):
+    copy = shutil.copytree(digits, tmp_path / "digits")
+    (copy / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
+        train(settings(digits, storage, "torn", 1, data={"path": str(copy), "source": "digits"}))
+    assert (copy / "manifest.json").read_text() == "{"
+
+
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_the_run_with_the_last_good_checkpoint(digits, storage):
     run = settings(digits, storage, "diverged", 2, train={"learning_rate": 1e30, "clip_norm": None})
