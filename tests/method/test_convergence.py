@@ -122,6 +122,7 @@ def test_families_whose_norms_grow_and_shrink_within_the_windows():
     assert verdicts[1].family_change == pytest.approx({"query": 2, "value": 5, "key": 0})
     assert verdicts[1].signed_change == pytest.approx({"query": 2, "value": -1, "key": 0})
     assert verdicts[2].signed_change == pytest.approx({"query": -1, "value": 0.5, "key": 0})
+    assert verdicts[1].module_change == pytest.approx(dict(zip(norms[0], (2, 4, 6, 0), strict=True)))
     assert verdicts[2].record()["signed_change"] == verdicts[2].signed_change
 
 
