@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import ray
 import ray.train
@@ -44,6 +45,11 @@ def test_workers_import_from_where_the_driver_does(monkeypatch, tmp_path):
     assert handed_on([package], working_dir="gcs://package.zip") == []  # which holds the package
 
 
+def living_nodes() -> list[dict[str, Any]]:
+    """Without those that other tests have added to the cluster and taken away."""
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
 @ray.remote(num_cpus=0)
 class Controller:
     """Acts as Ray Train's controller: asks the policy for sizes, with all of the cluster reserved for its run."""
@@ -54,11 +60,11 @@ class Controller:
         )
         self.policy = ScalingPolicy(config)
         self.policy._maybe_send_resource_request = lambda: None
-        self.policy._get_reserved_resources = lambda: {node["NodeID"]: node["Resources"] for node in ray.nodes()}
+        self.policy._get_reserved_resources = lambda: {node["NodeID"]: node["Resources"] for node in living_nodes()}
 
     def give_notice(self) -> None:
         """As if the cluster's only node were about to go."""
-        (node,) = ray.nodes()
+        (node,) = living_nodes()
         ray._private.state.state.get_draining_nodes = lambda: {node["NodeID"]: 0}
 
     def asked_of_the_autoscaler(self) -> int:
