@@ -47,8 +47,11 @@ multiprocessing.set_forkserver_preload(["prelora_ray.engine.state"])
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-READ_RUNS = {"dashboards", "monitor", "report", "train"}
-"""Folders whose tests look at the same runs, which take a minute or more."""
+PROCESSES = {
+    **dict.fromkeys(("dashboards", "monitor", "report", "train"), "watched runs"),
+    **dict.fromkeys(("bench", "sweep"), "forked runs"),
+}
+"""Folders whose tests look at the same runs, which take half a minute or more, and so share a process."""
 TRAIN_FOR_MANY = {"undisturbed", "disturbed", "grid"}
 """Fixtures."""
 
@@ -73,7 +76,7 @@ class Scheduling(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         _, place, *_ = nodeid.split("::")[0].split("/")
-        return "runs" if place in READ_RUNS else place
+        return PROCESSES.get(place, place)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:

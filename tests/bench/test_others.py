@@ -140,14 +140,12 @@ def test_a_wrong_request_gets_one_sentence(arguments: list[str], sentence: str):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [
         ("phases", "--image-size", "32", "--batch", "2", "--row", "prelora bf16"),
-        pytest.param(
-            ("network", "--image-size", "16", "--batch", "1", "--seconds", "0", "--bandwidth", "0.02", "--row", "full"),
-            marks=pytest.mark.slow,
-        ),
+        ("network", "--image-size", "16", "--batch", "1", "--seconds", "0", "--bandwidth", "0.02", "--row", "full"),
     ],
     ids=lambda arguments: arguments[0],
 )

@@ -246,7 +246,10 @@ def test_subsets_and_masks_of_equal_scales_agree(kind):
     assert_close(subset(images), mask(images))
 
 
-@pytest.mark.parametrize(("kind", "format_"), [("Mixer", "fp8"), ("EVA-02", "fp32"), ("ConvNeXt", "fp8")])
+@pytest.mark.parametrize(
+    ("kind", "format_"),
+    [("Mixer", "fp8"), ("EVA-02", "fp32"), pytest.param("ConvNeXt", "fp8", marks=pytest.mark.slow)],
+)
 def test_compiled_blocks_compute_the_same(kind, format_):
     model = model_of(kind)
     targets = find_targets(model)

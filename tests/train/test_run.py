@@ -153,6 +153,7 @@ def node(ray_cluster) -> Iterator[str]:
     wait_for(lambda: not ids(), 60, "the node's end")
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_node_that_is_to_go_and_equals_one_on_one_worker(digits, storage, undisturbed, node):
     """Its weights too, to 1e-5 in float64: on two workers sums are taken in another order."""
     workers = {"min": 1, "max": 2, "cpus": 4.0}  # there is room for one on each node
