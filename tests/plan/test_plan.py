@@ -146,6 +146,28 @@ def test_other_image_sizes_are_estimated_and_it_says_so(image_size):
     assert full["memory_gib"] == pytest.approx(row["peak_gib"], rel=0.02)
 
 
+def test_a_measured_run_was_as_fast_as_planned():
+    """ViT-L on one H100, through all phases; of warmup, an epoch that nothing held up: docs/plan.md."""
+    run = json.loads((ROOT / "benchmarks/results/2026-11-28-plan-of-a-run-h100.json").read_text())
+    measured = {(step["phase"], step["image_size"]): step["measured_images_per_second"] for step in run["phases"]}
+    measured["warmup", 224] = 1115
+    sizes = [
+        "--set",
+        "train.epochs=12",
+        "--set",
+        "train.ramp_epochs=1",
+        "--set",
+        "train.resolution=[{until: 3, image_size: 160}]",
+    ]
+    switch = ["--set", "method.switch_epoch=6", "--set", "method.warmup_epochs=3", "--set", "train.precision=fp8"]
+    one = ["--gpu", "H100", "--images", "9984", *("--set", "data.batch_size=256"), *("--set", "train.micro_batch=256")]
+    worker = ["--set", "workers.min=1", "--set", "workers.max=1"]
+    plan = planned(VIT_L, *sizes, *switch, *one, *worker)
+    assert len(measured) == 4
+    found = {(step["phase"], step["image_size"]): step["images_per_second"] for step in plan["phases"]}
+    assert found == pytest.approx(measured, rel=0.05)
+
+
 def test_a_run_on_few_batches_has_few_images(recipe, bench):
     assert planned(recipe, "--bench", bench, "--set", "data.max_batches=2")["images"] == 480
 
