@@ -110,7 +110,7 @@ class Images:
         key, order = run.key(split, epoch), run.plan.orders[split]
         for work in self._work[key]:
             work.result()
-        drawn = order.epoch(epoch)
+        drawn = order.epoch(epoch, run.plan.cells)
         for batch in range(order.num_batches):
             ids = order.slots(drawn, batch, run.plan.cells, run.plan.num_slots)
             labels = torch.where(torch.from_numpy(ids) >= 0, self.labels[split][ids], -1)

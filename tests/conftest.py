@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import ray
 import torch
@@ -43,6 +44,8 @@ torch.set_num_threads(1)
 os.environ |= {"OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
 # Processes that tests start by fork server have it imported once for all of them.
 multiprocessing.set_forkserver_preload(["prelora_ray.engine.state"])
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 # A shell starts what runs in the background with Ctrl-C ignored, and so would be what the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

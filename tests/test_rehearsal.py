@@ -5,6 +5,7 @@ A call is of a Python or C function; a walk goes over all row groups, which one 
 
 from __future__ import annotations
 
+import functools
 import pickle
 import sys
 from collections import Counter
@@ -18,10 +19,11 @@ import pytest
 import torch
 from ray import cloudpickle
 
-from prelora_ray.bench.rehearsal import SIZES, NoImages, made_up_plan
+from prelora_ray.bench.rehearsal import SIZES, NoImages, made_up_plan, most_bytes
 from prelora_ray.config_file import parse_settings
 from prelora_ray.data import stream
 from prelora_ray.data.batch import Batch, Pass, StreamPlan
+from prelora_ray.data.order import worker_cells
 from prelora_ray.data.prepare import plan as plan_tasks
 from prelora_ray.data.prepare_settings import PrepareSettings
 from prelora_ray.data.sources import Item, Source
@@ -125,6 +127,14 @@ def test_an_epochs_first_block_comes_before_its_slots_are_laid_out(imagenet):
     assert reads["second"] < 20 * rows
     assert reads["first"] - reads["second"] < 1.5 * len(order.row_groups)
     assert walks(imagenet) <= 2
+
+
+def test_an_epochs_order_takes_memory_for_a_workers_own_images(imagenet):
+    """Twice, as its pieces are put together, and for the row groups of all."""
+    order = imagenet.orders["train"]
+    own = [worker_cells(rank, 64, order.num_cells) for rank in (0, 63)]
+    held = [most_bytes(functools.partial(order.epoch, 0, cells)) for cells in own]
+    assert max(held) < 8 * (2 * order.num_rows / 64 + 4 * len(order.row_groups)) + 100_000
 
 
 def test_what_travels_to_readers_and_decoders_is_small_and_does_not_grow_in_use(imagenet):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import pickle
 import statistics
 import time
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -66,14 +67,14 @@ def seconds(call: Callable[[], object]) -> float:
 
 def step(images: int) -> dict[str, Any]:
     """What the loop's thread asks of the order at each step."""
-    order = made_up_plan(images).orders["train"]
-    return {"seconds": statistics.median(seconds(lambda: order.batch_size(7)) for _ in range(5))}
+    train = made_up_plan(images).orders["train"]
+    return {"seconds": statistics.median(seconds(lambda: train.batch_size(7)) for _ in range(5))}
 
 
 def epoch_end(images: int) -> dict[str, Any]:
     """Counting the images of an epoch, while GPUs wait."""
-    order = made_up_plan(images).orders["train"]
-    return {"seconds": seconds(lambda: order.rows_from(0))}
+    train = made_up_plan(images).orders["train"]
+    return {"seconds": seconds(lambda: train.rows_from(0))}
 
 
 def before_epoch(images: int) -> dict[str, Any]:
@@ -81,6 +82,22 @@ def before_epoch(images: int) -> dict[str, Any]:
     blocks = stream._read(made_up_plan(images), [Pass("train", 0)])
     first = seconds(lambda: next(blocks))
     return {"seconds_to_the_first_block": first, "seconds_for_the_epoch": first + seconds(lambda: list(blocks))}
+
+
+def order(images: int) -> dict[str, Any]:
+    """The most memory that drawing an epoch's order takes a worker."""
+    plan = made_up_plan(images)
+    return {"bytes": most_bytes(lambda: plan.orders["train"].epoch(0, plan.cells))}
+
+
+def most_bytes(call: Callable[[], object]) -> int:
+    """That a call holds at a time, beyond what there was before."""
+    tracemalloc.start()
+    try:
+        call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 def plan(images: int) -> dict[str, Any]:
@@ -115,6 +132,7 @@ _PARTS: dict[str, Callable[[int], dict[str, Any]]] = {
     "step": step,
     "epoch_end": epoch_end,
     "before_epoch": before_epoch,
+    "order": order,
     "plan": plan,
     "prepare": prepare,
 }

@@ -73,24 +73,34 @@ class Order:
         longest = -(-self.num_rows // self.num_cells)
         return -(-longest // self.cell)
 
-    def epoch(self, epoch: int) -> Ids:
-        """All sample ids in the order of one epoch, (num_rows,)."""
+    def epoch(self, epoch: int, cells: Sequence[int]) -> Ids:
+        """Sample ids of `cells`, consecutive ones, in the order of one epoch: those of all cells are (num_rows,).
+
+        Holds these, and a buffer: what comes behind them is not shuffled, and what comes in front not kept.
+        """
+        first, last = self._first_row(cells[0]), self._first_row(cells[-1] + 1)
         if self.seed is None:
-            return np.arange(self.num_rows)
+            return np.arange(first, last)
         rng = generator(self.seed, Draw.ORDER, epoch)
         start = np.concatenate([[0], np.cumsum(self.row_groups)])
         permutation = rng.permutation(len(self.row_groups))
-        parts = []
+        parts, begin = [], 0
         for i in range(0, len(permutation), self.buffer):
             rows = np.concatenate([np.arange(start[g], start[g + 1]) for g in permutation[i : i + self.buffer]])
             rng.shuffle(rows)
-            parts.append(rows)
+            parts.append(rows[max(first - begin, 0) : last - begin].copy())  # a view would keep the whole buffer
+            begin += len(rows)
+            if begin >= last:
+                break
         return np.concatenate(parts)
+
+    def _first_row(self, cell: int) -> int:
+        """Where the stream of a cell begins in an epoch's order."""
+        return cell * self.num_rows // self.num_cells
 
     def cell_span(self, batch: int, cell: int) -> tuple[int, int]:
         """Where cell `cell` of batch `batch` lies in an epoch's order: start and stop, equal where it is empty."""
-        first = cell * self.num_rows // self.num_cells
-        last = (cell + 1) * self.num_rows // self.num_cells
+        first, last = self._first_row(cell), self._first_row(cell + 1)
         return min(first + batch * self.cell, last), min(first + (batch + 1) * self.cell, last)
 
     def rows_from(self, batch: int) -> int:
@@ -103,14 +113,21 @@ class Order:
         """Samples in global batch `batch`, over all workers."""
         return self.rows_from(batch) - self.rows_from(batch + 1)
 
-    def slots(self, order: Ids, batch: int, cells: Sequence[int], num_slots: int) -> Ids:
+    def slots(self, ids: Ids, batch: int, cells: Sequence[int], num_slots: int) -> Ids:
         """Sample ids of a worker's slice of one batch, (num_slots,), -1 where a slot is empty.
 
-        `order` is ``epoch(n)``. The i-th of `cells` fills the slots from ``i * cell`` on, so that a
+        `ids` is ``epoch(n, cells)``. The i-th of `cells` fills the slots from ``i * cell`` on, so that a
         sample keeps its place in its cell.
         """
-        ids = np.full(num_slots, -1)
+        slots = np.full(num_slots, -1)
         for i, cell in enumerate(cells):
             start, stop = self.cell_span(batch, cell)
-            ids[i * self.cell : i * self.cell + stop - start] = order[start:stop]
-        return ids
+            begin = self._first_row(cells[0])
+            slots[i * self.cell : i * self.cell + stop - start] = ids[start - begin : stop - begin]
+        return slots
+
+    def ids_from(self, ids: Ids, batch: int, cells: Sequence[int]) -> Ids:
+        """Those of `ids`, which is ``epoch(n, cells)``, that are in global batch `batch` or one that follows it."""
+        begin = self._first_row(cells[0])
+        spans = [(self.cell_span(batch, cell)[0], self._first_row(cell + 1)) for cell in cells]
+        return np.concatenate([ids[start - begin : stop - begin] for start, stop in spans])

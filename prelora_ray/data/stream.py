@@ -128,14 +128,12 @@ def _read_slices(plan: StreamPlan, schedule: Sequence[Pass]) -> Iterator[pa.Tabl
     readers = {split: RowReader(plan.path, plan.manifest.splits[split]) for split in plan.orders}
     for split, epoch, first_batch in schedule:
         order, reader = plan.orders[split], readers[split]
-        ids_of_epoch = order.epoch(epoch)
-        starts = [order.cell_span(first_batch, cell)[0] for cell in plan.cells]
-        ends = [order.cell_span(order.num_batches, cell)[1] for cell in plan.cells]
-        reader.expect(np.concatenate([ids_of_epoch[start:end] for start, end in zip(starts, ends, strict=True)]))
+        ids = order.epoch(epoch, plan.cells)
+        reader.expect(order.ids_from(ids, first_batch, plan.cells))
         batches_per_block = plan.batches_per_block(plan.augmentation_of(split, epoch).image_size)
         for first in range(first_batch, order.num_batches, batches_per_block):
             batches = range(first, min(first + batches_per_block, order.num_batches))
-            slots = np.stack([order.slots(ids_of_epoch, batch, plan.cells, plan.num_slots) for batch in batches])
+            slots = np.stack([order.slots(ids, batch, plan.cells, plan.num_slots) for batch in batches])
             images, labels = reader.take(slots[slots >= 0])
             yield pa.table(
                 {

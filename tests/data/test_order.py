@@ -19,12 +19,17 @@ orders = st.builds(
 )
 
 
-def batch_of(order: Order, ids: np.ndarray, batch: int, world_size: int) -> np.ndarray:
+def epoch_of(order: Order, epoch: int, world_size: int = 1) -> list[np.ndarray]:
+    """The ids of each worker."""
+    return [order.epoch(epoch, worker_cells(rank, world_size, order.num_cells)) for rank in range(world_size)]
+
+
+def batch_of(order: Order, ids: list[np.ndarray], batch: int) -> np.ndarray:
     """The global batch as the cells of all workers, in cell order, empty slots included."""
-    parts = []
+    parts, world_size = [], len(ids)
     for rank in range(world_size):
         cells = worker_cells(rank, world_size, order.num_cells)
-        slots = order.slots(ids, batch, cells, max_worker_cells(world_size, order.num_cells) * order.cell)
+        slots = order.slots(ids[rank], batch, cells, max_worker_cells(world_size, order.num_cells) * order.cell)
         assert (slots[len(cells) * order.cell :] == -1).all()
         parts.append(slots[: len(cells) * order.cell])
     return np.concatenate(parts)
@@ -32,8 +37,8 @@ def batch_of(order: Order, ids: np.ndarray, batch: int, world_size: int) -> np.n
 
 @given(orders, st.integers(0, 1000))
 def test_every_sample_once_an_epoch(order, epoch):
-    ids = order.epoch(epoch)
-    batches = [batch_of(order, ids, batch, 1) for batch in range(order.num_batches)]
+    ids = epoch_of(order, epoch)
+    batches = [batch_of(order, ids, batch) for batch in range(order.num_batches)]
     seen = np.concatenate(batches)
     assert sorted(seen[seen >= 0]) == list(range(order.num_rows))
     sizes = [int((batch >= 0).sum()) for batch in batches]
@@ -51,10 +56,14 @@ def test_the_first_rows_keep_their_ids_and_row_groups(row_groups, num_rows):
 
 @given(orders, st.integers(0, 1000), st.data())
 def test_any_number_of_workers_sees_the_same_batch(order, epoch, data):
-    ids = order.epoch(epoch)
     world_size = data.draw(st.integers(1, order.num_cells))
     batch = data.draw(st.integers(0, order.num_batches - 1))
-    assert np.array_equal(batch_of(order, ids, batch, world_size), batch_of(order, ids, batch, 1))
+    ids = epoch_of(order, epoch, world_size)
+    assert np.array_equal(np.concatenate(ids), *epoch_of(order, epoch))
+    assert np.array_equal(batch_of(order, ids, batch), batch_of(order, epoch_of(order, epoch), batch))
+    rest = [order.ids_from(ids[r], batch, worker_cells(r, world_size, order.num_cells)) for r in range(world_size)]
+    batches = np.concatenate([batch_of(order, ids, later) for later in range(batch, order.num_batches)])
+    assert sorted(np.concatenate(rest)) == sorted(batches[batches >= 0])
 
 
 @given(st.integers(1, 200), st.data())
@@ -77,9 +86,9 @@ def test_streams_differ_by_at_most_one_row_and_fill_from_the_front(order):
 
 def test_order_follows_from_seed_and_epoch_alone():
     make = lambda seed: Order((7,) * 20, 4, 3, seed, 2)  # noqa: E731
-    assert np.array_equal(make(1).epoch(5), make(1).epoch(5))
-    assert not np.array_equal(make(1).epoch(5), make(1).epoch(6))
-    assert not np.array_equal(make(1).epoch(5), make(2).epoch(5))
+    assert np.array_equal(epoch_of(make(1), 5), epoch_of(make(1), 5))
+    assert not np.array_equal(epoch_of(make(1), 5), epoch_of(make(1), 6))
+    assert not np.array_equal(epoch_of(make(1), 5), epoch_of(make(2), 5))
 
 
 @pytest.mark.parametrize(
@@ -95,12 +104,12 @@ def test_order_follows_from_seed_and_epoch_alone():
 )
 def test_the_order_of_a_run_that_was_begun_stays_what_it_was(order, epoch, world_size, digest):
     """Bit for bit: a run that resumes goes on in the order that it was begun with."""
-    ids = order.epoch(epoch)
-    content = hashlib.sha256(ids.astype("<i8").tobytes())
+    ids = epoch_of(order, epoch, world_size)
+    content = hashlib.sha256(np.concatenate(ids).astype("<i8").tobytes())
     for batch in range(order.num_batches):
         for rank in range(world_size):
             cells = worker_cells(rank, world_size, order.num_cells)
-            slots = order.slots(ids, batch, cells, max_worker_cells(world_size, order.num_cells) * order.cell)
+            slots = order.slots(ids[rank], batch, cells, max_worker_cells(world_size, order.num_cells) * order.cell)
             content.update(slots.astype("<i8").tobytes())
         content.update(order.batch_size(batch).to_bytes(8, "little"))
     assert content.hexdigest()[:16] == digest
@@ -109,16 +118,18 @@ def test_the_order_of_a_run_that_was_begun_stays_what_it_was(order, epoch, world
 def test_by_hand_without_a_seed():
     """Seven rows, two cells of two: streams are rows 0-2 and 3-6."""
     order = Order((4, 3), num_cells=2, cell=2, seed=None)
-    ids = order.epoch(0)
+    ids = order.epoch(0, [0, 1])
     assert order.num_batches == 2
     assert order.slots(ids, 0, [0, 1], 4).tolist() == [0, 1, 3, 4]
     assert order.slots(ids, 1, [0, 1], 4).tolist() == [2, -1, 5, 6]
     assert [order.batch_size(b) for b in range(2)] == [4, 3]
+    assert order.epoch(0, [1]).tolist() == [3, 4, 5, 6]
+    assert order.slots(order.epoch(0, [1]), 1, [1], 2).tolist() == [5, 6]
 
 
 def test_rows_of_a_buffer_stay_together():
     """With a buffer of two row groups the first 2 x 10 rows come from two row groups alone."""
-    ids = Order((10,) * 12, 1, 10, 3, buffer=2).epoch(0)
+    ids = Order((10,) * 12, 1, 10, 3, buffer=2).epoch(0, [0])
     for i in range(0, 120, 20):
         assert len(set(ids[i : i + 20] // 10)) == 2
     assert not np.array_equal(np.sort(ids[:20]), ids[:20])
