@@ -16,6 +16,7 @@ from torch import nn
 from prelora_ray.config_file import parse_settings
 from prelora_ray.engine.check import check_model
 from prelora_ray.engine.drop_path import compute_subsets, draw_drop_path, drop_path_modules, set_drop_path
+from prelora_ray.engine.ema import Ema
 from prelora_ray.engine.model import compile_blocks, create_model, timm_model
 from prelora_ray.engine.precision import autocast, keep_residual_in_bf16, use_products
 from prelora_ray.engine.state import TrainState
@@ -37,6 +38,8 @@ from prelora_ray.torchvision_ops import make_importable
 from tests.runs import TINY_VIT, assert_same_bits
 
 make_importable()
+
+from timm.layers import StdConv2d  # noqa: E402
 
 ATTENTION, MLP, SWIGLU = "query key value proj", "fc1 fc2", "fc1_g fc1_x fc2"
 EVA = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -62,6 +65,9 @@ TINY: dict[str, tuple[str, int, dict[str, Any], str, int]] = {
     "gMLP": ("gmlp_ti16_224", 32, {}, "tokens channels_fc1 channels_fc2", 30),
     "ConvNeXt": ("convnext_tiny", 32, CONVNEXT, MLP, 5),
     "ConvNeXt V2": ("convnextv2_tiny", 32, CONVNEXT, MLP, 5),
+    "ConvNeXt of 1 x 1": ("convnext_atto", 32, CONVNEXT, MLP, 5),
+    "ConvNeXt V2 of 1 x 1": ("convnextv2_atto", 32, CONVNEXT, MLP, 5),
+    "ConvNeXt _hnf": ("convnext_tiny_hnf", 32, CONVNEXT, MLP, 5),
 }
 """By what is tried: a model's name, size of images, options, and its families and number of blocks."""
 
@@ -151,11 +157,11 @@ def test_norms_are_those_of_the_layers_slices(kind):
     targets = find_targets(model)
     norms, rows = target_norms(model, targets), {}
     for target in targets:
-        weight = model.get_submodule(target.linear).weight.detach().double().numpy()
-        shares = {"qkv": ["query", "key", "value"], "qk": ["query", "key"]}.get(target.linear.rsplit(".", 1)[1], [])
+        weight = model.get_submodule(target.stored_in).weight.detach().double().numpy()
+        shares = {"qkv": ["query", "key", "value"], "qk": ["query", "key"]}.get(target.stored_in.rsplit(".", 1)[1], [])
         part = np.split(weight, len(shares))[shares.index(target.family)] if shares else weight
         assert norms[target.name] == pytest.approx(np.sqrt((part**2).sum()), rel=1e-4)
-        rows[target.linear] = rows.get(target.linear, 0) + len(part)
+        rows[target.stored_in] = rows.get(target.stored_in, 0) + len(part)
     assert all(len(model.get_submodule(linear).weight) == count for linear, count in rows.items())
 
 
@@ -193,7 +199,7 @@ def test_convolutions_take_images_that_grow():
 
 @pytest.mark.parametrize("train", [{}, {"precision": "fp8", "fp8_from": "full", "residual": "bf16"}], ids=["fp32", "fp8"])
 @pytest.mark.parametrize("phase", Phase)
-@pytest.mark.parametrize("kind", ["Swin", "SwiGLU", "Mixer", "ConvNeXt"])
+@pytest.mark.parametrize("kind", ["Swin", "SwiGLU", "Mixer", "ConvNeXt", "ConvNeXt of 1 x 1"])
 def test_a_run_goes_on_from_a_checkpoint_with_the_same_bits(tmp_path, kind, phase, train):
     """Through the files, in every phase, with what stands in for the blocks' layers in place."""
     run = parse_settings(content(kind, train=train))
@@ -221,6 +227,18 @@ def test_a_run_goes_on_from_a_checkpoint_with_the_same_bits(tmp_path, kind, phas
     assert_same_bits(resumed.snapshot([], holds_base=False), state.snapshot([], holds_base=False))
 
 
+def test_an_average_takes_in_merged_weights(kind):
+    """A tenth of them, at a step."""
+    model = model_of(kind)
+    average = Ema(copy.deepcopy(model), decay=0.9)
+    begin = {name: tensor.clone() for name, tensor in average.tensors().items()}
+    adapt(model, find_targets(model))
+    average.follow(model)
+    average.update()
+    for name, tensor in merged_state_dict(model).items():
+        torch.testing.assert_close(average.tensors()[name], 0.9 * begin[name] + 0.1 * tensor, rtol=0, atol=1e-5)
+
+
 def test_the_residual_stream_is_bf16_from_the_first_block_of_each_stage_on(kind):
     """Also where timm's model goes through a list of blocks, which is never called itself."""
     model = model_of(kind)
@@ -246,7 +264,9 @@ def test_subsets_and_masks_of_equal_scales_agree(kind):
     assert_close(subset(images), mask(images))
 
 
-@pytest.mark.parametrize(("kind", "format_"), [("Mixer", "fp8"), ("EVA-02", "fp32"), ("ConvNeXt", "fp8")])
+@pytest.mark.parametrize(
+    ("kind", "format_"), [("Mixer", "fp8"), ("EVA-02", "fp32"), ("ConvNeXt", "fp8"), ("ConvNeXt of 1 x 1", "fp8")]
+)
 def test_compiled_blocks_compute_the_same(kind, format_):
     model = model_of(kind)
     targets = find_targets(model)
@@ -272,11 +292,6 @@ def test_compiled_blocks_compute_the_same(kind, format_):
         ),
         (
             "ConvNeXt",
-            {"model": {"options": CONVNEXT | {"conv_mlp": True}}},
-            r"ConvNeXt has no stages\.0\.blocks\.0\.mlp\.fc1 as",
-        ),
-        (
-            "ConvNeXt",
             {"model": {"drop_path_form": "subset"}},
             r"model\.drop_path_form = 'subset' is not allowed: a ConvNeXtBlock",
         ),
@@ -299,6 +314,23 @@ def test_what_a_model_cannot_do_is_refused(kind, sections, message):
     with pytest.raises(ValueError, match=message) as error:
         check_model(parse_settings(content(kind, **sections)))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(8, 32, 1, groups=4),
+        nn.Conv2d(8, 32, 3, padding=2, dilation=2),
+        nn.Conv2d(8, 32, 3, padding=1, padding_mode="reflect"),
+        StdConv2d(8, 32, 1),
+    ],
+    ids=["groups", "dilated", "reflected", "standardized"],
+)
+def test_a_convolution_that_peft_has_no_adapter_for_is_none_of_the_method(layer):
+    model = model_of("ConvNeXt of 1 x 1")
+    model.stages[0].blocks[0].mlp.fc1 = layer
+    with pytest.raises(ValueError, match=r"ConvNeXt has no stages\.0\.blocks\.0\.mlp\.fc1 as a ConvNeXt has it"):
+        find_targets(model)
 
 
 def test_each_architecture_is_tried():

@@ -20,7 +20,7 @@ def test_names_and_slices(vit):
     ]
     assert len(targets) == 18
     assert [(t.start, t.stop) for t in targets[:3]] == [(0, 16), (16, 32), (32, 48)]
-    assert {t.linear for t in targets[:3]} == {"blocks.0.attn.qkv"}
+    assert {t.stored_in for t in targets[:3]} == {"blocks.0.attn.qkv"}
     assert [t.family for t in find_targets(vit, ("fc1", "query"))] == ["query", "fc1"] * 3
 
 
