@@ -17,6 +17,7 @@ _ATTENTION: tuple[Layers, ...] = (
     {"attn.qkv": ("query", "key", "value"), "attn.proj": ("proj",)},
     {"attn.q_proj": ("query",), "attn.k_proj": ("key",), "attn.v_proj": ("value",), "attn.proj": ("proj",)},
     {"attn.qk": ("query", "key"), "attn.v": ("value",), "attn.proj": ("proj",)},
+    {"attn.q": ("query",), "attn.kv": ("key", "value"), "attn.proj": ("proj",)},
 )
 _MLP: tuple[Layers, ...] = (
     {"mlp.fc1": ("fc1",), "mlp.fc2": ("fc2",)},
@@ -27,8 +28,15 @@ _TOKENS: tuple[Layers, ...] = (
     {"linear_tokens": ("tokens",)},
     {"mlp_channels.gate.proj": ("tokens",)},
 )
-_DEPTHWISE: tuple[Layers, ...] = ({"conv_dw": ()},)
 _CHANNELS: tuple[Layers, ...] = ({"mlp_channels.fc1": ("channels_fc1",), "mlp_channels.fc2": ("channels_fc2",)},)
+_DEPTHWISE: Layers = {"conv_dw": ()}
+_CROSS_COVARIANCE: Layers = {"xca.qkv": ("query", "key", "value"), "xca.proj": ("proj",)}
+_TOKEN_MIXER: tuple[Layers, ...] = (
+    {"token_mixer.qkv": ("query", "key", "value"), "token_mixer.proj": ("proj",)},
+    {"token_mixer.pwconv1": ("pwconv1",), "token_mixer.dwconv": (), "token_mixer.pwconv2": ("pwconv2",)},
+)
+_MODULATION: tuple[Layers, ...] = ({"modulation.f": ("f",), "modulation.h": ("h",), "modulation.proj": ("proj",)},)
+_GATED: tuple[Layers, ...] = ({"fc1": ("fc1",), "conv": (), "fc2": ("fc2",)},)
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,11 @@ ARCHITECTURES = (
         (_ATTENTION, _MLP),
     ),
     Architecture("MLP-Mixer", r"blocks", (_TOKENS, _CHANNELS)),
-    Architecture("ConvNeXt", r"stages\.\d+\.blocks", (_DEPTHWISE, _MLP)),
+    Architecture("ConvNeXt", r"stages\.\d+\.blocks", ((_DEPTHWISE,), _MLP)),
+    Architecture("EdgeNeXt", r"stages\.\d+\.blocks", ((_DEPTHWISE, _CROSS_COVARIANCE), _MLP)),
+    Architecture("MetaFormer", r"stages\.\d+\.blocks", (_TOKEN_MIXER, _MLP)),
+    Architecture("FocalNet", r"layers\.\d+\.blocks", (_MODULATION, _MLP)),
+    Architecture("MambaOut", r"stages\.\d+\.blocks", (_GATED,)),
 )
 _ANY_STAGE = "|".join(architecture.stages for architecture in ARCHITECTURES)
 
@@ -124,7 +136,7 @@ def architecture_of(model: nn.Module) -> Architecture:
                 return architecture
             lacking[architecture.name] = missing
     if not lacking:
-        raise ValueError(f"{type(model).__name__} has no blocks of linear layers that PreLoRA knows (prelora models)")
+        raise ValueError(f"{type(model).__name__} has no blocks that PreLoRA knows (prelora models)")
     closest = min(lacking, key=lambda name: len(lacking[name]))
     raise ValueError(
         f"{type(model).__name__} has no {lacking[closest][0]} as a {closest} has it, nor what stands for it in another form "

@@ -45,6 +45,9 @@ ATTENTION, MLP, SWIGLU = "query key value proj", "fc1 fc2", "fc1_g fc1_x fc2"
 EVA = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 SWIN = {"patch_size": 2, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4}
 CONVNEXT = {"patch_size": 2, "depths": (1, 1, 2, 1), "dims": (8, 12, 16, 24)}
+EDGENEXT = {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32), "heads": (2, 2, 2, 2)}
+MAMBAOUT = {"depths": (1, 1, 2, 1), "dims": (8, 12, 16, 32)}
+PVT = {"depths": (1, 1, 2, 1), "embed_dims": (8, 12, 16, 24), "num_heads": (1, 2, 2, 2)}
 TINY: dict[str, tuple[str, int, dict[str, Any], str, int]] = {
     "ViT": ("vit_tiny_patch16_224", 32, TINY_VIT | {"patch_size": 8}, f"{ATTENTION} {MLP}", 3),
     "registers": ("vit_small_patch14_reg4_dinov2", 32, TINY_VIT | {"patch_size": 8}, f"{ATTENTION} {MLP}", 3),
@@ -68,6 +71,11 @@ TINY: dict[str, tuple[str, int, dict[str, Any], str, int]] = {
     "ConvNeXt of 1 x 1": ("convnext_atto", 32, CONVNEXT, MLP, 5),
     "ConvNeXt V2 of 1 x 1": ("convnextv2_atto", 32, CONVNEXT, MLP, 5),
     "ConvNeXt _hnf": ("convnext_tiny_hnf", 32, CONVNEXT, MLP, 5),
+    "EdgeNeXt": ("edgenext_xx_small", 64, EDGENEXT, f"{MLP} {ATTENTION}", 5),
+    "CAFormer": ("caformer_s18", 32, {}, f"pwconv1 pwconv2 {MLP} {ATTENTION}", 18),
+    "FocalNet": ("focalnet_tiny_srf", 32, {}, f"f h proj {MLP}", 12),
+    "MambaOut": ("mambaout_femto", 32, MAMBAOUT, MLP, 5),
+    "PVT v2": ("pvt_v2_b0", 64, PVT, f"{ATTENTION} {MLP}", 5),
 }
 """By what is tried: a model's name, size of images, options, and its families and number of blocks."""
 
@@ -158,7 +166,9 @@ def test_norms_are_those_of_the_layers_slices(kind):
     norms, rows = target_norms(model, targets), {}
     for target in targets:
         weight = model.get_submodule(target.stored_in).weight.detach().double().numpy()
-        shares = {"qkv": ["query", "key", "value"], "qk": ["query", "key"]}.get(target.stored_in.rsplit(".", 1)[1], [])
+        shares = {"qkv": ["query", "key", "value"], "qk": ["query", "key"], "kv": ["key", "value"]}.get(
+            target.stored_in.rsplit(".", 1)[1], []
+        )
         part = np.split(weight, len(shares))[shares.index(target.family)] if shares else weight
         assert norms[target.name] == pytest.approx(np.sqrt((part**2).sum()), rel=1e-4)
         rows[target.stored_in] = rows.get(target.stored_in, 0) + len(part)
@@ -251,7 +261,7 @@ def test_the_residual_stream_is_bf16_from_the_first_block_of_each_stage_on(kind)
     assert formats == [torch.bfloat16] * len(stages_of(model))
 
 
-@pytest.mark.parametrize("kind", ["Swin", "NesT", "PiT", "EVA-02"])
+@pytest.mark.parametrize("kind", ["Swin", "NesT", "PiT", "EVA-02", "PVT v2"])
 def test_subsets_and_masks_of_equal_scales_agree(kind):
     mask = model_of(kind, drop_path=0.25, drop_path_rule="uniform").train()
     subset = copy.deepcopy(mask)
