@@ -56,7 +56,7 @@ Address = Annotated[str, AfterValidator(_check_address)]
 
 class ModelSettings(Section):
     name: str = "vit_small_patch16_224"
-    """A Vision Transformer's, an MLP-Mixer's or a ConvNeXt's name in timm; `prelora models` tells which are known."""
+    """Name in timm of a model, such as a Vision Transformer or a ConvNeXt; `prelora models` tells which are known."""
     image_size: Count = 224
     """Side of the square image that the model takes, in pixels."""
     drop_path: Share = 0.0
@@ -184,8 +184,8 @@ class TrainSettings(Section):
     beside them, and goes into checkpoints: `prelora export --ema`. Null keeps none."""
     precision: Literal["auto", "fp64", "fp32", "bf16", "fp8"] = "auto"
     """Number format of the products; auto is bf16 on GPUs and fp32 on CPUs. fp8 is e4m3 from phase `train.fp8_from` on,
-    for the blocks' outputs and the gradients of their inputs, and bf16 for all else. What trains is float32 (fp64:
-    float64)."""
+    for what the blocks' linear layers put out and the gradients of what they take, and bf16 for all else, convolutions
+    among it. What trains is float32 (fp64: float64)."""
     fp8_from: Phase = Phase.LORA
     """First phase whose products are e4m3 where `train.precision` is fp8. A fork may differ from its trunk in it, as in
     fp8 or bf16, unless one of them is e4m3 in phase full."""

@@ -54,11 +54,11 @@ def check_model(settings: Settings) -> list[Target]:
         _try_phase(model, settings, format_, Phase.FULL)
         for step in settings.train.resolution:
             _try_size(model, settings, format_, step.image_size)
-        if by_weight := [target for target in targets if target.linear not in called]:
+        if by_weight := [target for target in targets if target.stored_in not in called]:
             families = ", ".join(dict.fromkeys(target.family for target in by_weight))
             raise UserError(
-                f"model.name = {settings.model.name!r} is not allowed: it uses {by_weight[0].linear} by its weight alone, so "
-                f"no adapter can be put on it; leave {families} out of method.targets"
+                f"model.name = {settings.model.name!r} is not allowed: it uses {by_weight[0].stored_in} by its weight alone, "
+                f"so no adapter can be put on it; leave {families} out of method.targets"
             )
         if method.enabled:
             inject(model, targets, ranks, method.scaling)
@@ -86,7 +86,7 @@ def _without_values() -> Iterator[None]:
 def _calls(model: nn.Module, targets: list[Target]) -> set[str]:
     """Names of the targets' layers, each of which comes in once it is called."""
     called: set[str] = set()
-    for name in {target.linear for target in targets}:
+    for name in {target.stored_in for target in targets}:
         model.get_submodule(name).register_forward_hook(lambda *_, name=name: called.add(name))
     return called
 

@@ -24,15 +24,16 @@ class Ema:
         self._update = get_ema_multi_avg_fn(decay)
         self._weights: list[torch.Tensor] = []
         self._adapters: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]] = []
-        """Rows of the average, B, A and s of W + s B A."""
+        """Rows of the average as a matrix, B, A and s of W + s B A."""
 
     def follow(self, model: nn.Module) -> None:
         """Averages from now on the weights of `model`, with adapters or without."""
         own = {name: tensor for name, tensor in model.named_parameters() if not is_adapter_parameter(name)}
         self._weights = [own[name] for name in self._parameters]
         self._adapters = [
-            (self._parameters[f"{name}.weight"][start:stop], layer.lora_B[family], layer.lora_A[family], layer.scaling)
+            (average[start:stop].view(stop - start, -1), layer.lora_B[family], layer.lora_A[family], layer.scaling)
             for name, layer in lora_layers(model).items()
+            for average in (self._parameters[f"{name}.weight"],)
             for family, (start, stop) in layer.rows.items()
         ]
 

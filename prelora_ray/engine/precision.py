@@ -15,8 +15,8 @@ from prelora_ray.engine.model import gelu_mlps
 from prelora_ray.errors import UserError
 from prelora_ray.kernels.fp8 import MULTIPLE, Fp8FrozenLinear
 from prelora_ray.kernels.fp8_trained import Fp8TrainedLinear
-from prelora_ray.kernels.merged import FrozenLinear, HeldProduct, merged_linear
-from prelora_ray.method.adapters import LoraLinear, Product, lora_layers
+from prelora_ray.kernels.merged import FrozenLinear, HeldProduct, merged_product
+from prelora_ray.method.adapters import LoraLayer, LoraLinear, Product, lora_layers
 from prelora_ray.method.architecture import stages_of
 from prelora_ray.method.phases import Phase
 
@@ -55,8 +55,8 @@ def autocast(format_: Format, device: torch.device) -> AbstractContextManager[An
     return torch.autocast(device.type, torch.bfloat16) if format_ in ("bf16", "fp8") else nullcontext()
 
 
-def use_products(model: nn.Module, format_: Format, adapters: Literal["plain", "merged"]) -> list[LoraLinear | Fp8Linear]:
-    """Has the linear layers of the blocks computed as the settings say.
+def use_products(model: nn.Module, format_: Format, adapters: Literal["plain", "merged"]) -> list[LoraLayer | Fp8Linear]:
+    """Has the layers of the blocks computed as the settings say.
 
     Returns those that want a `refresh` before each forward.
     """
@@ -65,9 +65,9 @@ def use_products(model: nn.Module, format_: Format, adapters: Literal["plain", "
     widths: dict[torch.Size, int] = {}
     for layer in layers:
         width = math.ceil(layer.rank / MULTIPLE) * MULTIPLE
-        widths[layer.weight.shape] = max(width, widths.get(layer.weight.shape, 0))
+        widths[layer.matrix.shape] = max(width, widths.get(layer.matrix.shape, 0))
     for layer in layers:
-        layer.product = _product(layer, format_, adapters, widths[layer.weight.shape])
+        layer.product = _product(layer, format_, adapters, widths[layer.matrix.shape])
     if format_ == "fp8":
         for stage in stages_of(model):
             _stand_in(stage)
@@ -94,19 +94,19 @@ def stand_back(model: nn.Module) -> None:
 
 
 def _fits_fp8(layer: nn.Linear | LoraLinear) -> bool:
-    return layer.in_features % MULTIPLE == 0 and layer.out_features % MULTIPLE == 0
+    return all(side % MULTIPLE == 0 for side in layer.weight.shape)
 
 
-def _product(layer: LoraLinear, format_: Format, adapters: Literal["plain", "merged"], width: int) -> Product | None:
+def _product(layer: LoraLayer, format_: Format, adapters: Literal["plain", "merged"], width: int) -> Product | None:
     if adapters == "plain" and format_ != "fp8":
         return None
     dtype = {"fp64": torch.float64, "fp32": torch.float32}.get(format_, torch.bfloat16)
-    is_fp8, trains = format_ == "fp8" and _fits_fp8(layer), layer.weight.requires_grad
-    if trains:
-        return Fp8TrainedLinear(layer.weight) if is_fp8 else partial(merged_linear, dtype=dtype)
-    if is_fp8:
-        return Fp8FrozenLinear(layer.weight, layer.bias, width)
-    return FrozenLinear(layer.weight, layer.bias, width, dtype)
+    trains = layer.weight.requires_grad
+    if format_ == "fp8" and isinstance(layer, LoraLinear) and _fits_fp8(layer):
+        return Fp8TrainedLinear(layer.weight) if trains else Fp8FrozenLinear(layer.weight, layer.bias, width)
+    if not layer.is_linear:
+        return partial(merged_product, dtype=dtype, compute=layer.compute)
+    return partial(merged_product, dtype=dtype) if trains else FrozenLinear(layer.matrix, layer.bias, width, dtype)
 
 
 def keep_residual_in_bf16(model: nn.Module) -> None:

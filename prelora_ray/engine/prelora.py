@@ -18,7 +18,7 @@ from prelora_ray.engine.optim import adapter_rate_scale
 from prelora_ray.engine.precision import check_precision, stand_back, use_products
 from prelora_ray.errors import UserError
 from prelora_ray.method.adapters import (
-    LoraLinear,
+    LoraLayer,
     inject,
     is_adapter_parameter,
     merged_state_dict,
@@ -95,7 +95,7 @@ class PreLoRA:
         self.schedule = phase_schedule(self.method, ramp_epochs, [target.name for target in self.targets])
         self._adapter_steps = 0
         """Optimizer steps since the switch."""
-        self._holding: list[LoraLinear | Fp8Linear] = []
+        self._holding: list[LoraLayer | Fp8Linear] = []
         """Layers that hold what they compute with."""
         self._is_stale = False
         """Whether weights have changed since."""

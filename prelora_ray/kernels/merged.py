@@ -19,6 +19,7 @@ different ranks then compute alike, so that one compiled block of fixed sizes se
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 
 
-def merged_linear(
+def merged_product(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -34,20 +35,21 @@ def merged_linear(
     b: torch.Tensor,
     scaling: float,
     dtype: torch.dtype,
+    compute: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor] = F.linear,
 ) -> torch.Tensor:
     """x (..., in) to x (W + s B A)' + bias, (..., out) in `dtype`, the number format of the product.
 
     For a `weight` (out, in) that trains: the gradients of `a` (rank, in) and `b` (out, rank) follow from its own, which
-    is taken over the rows of x once.
+    is taken over the rows of x once. `compute`: what the layer makes of x, a weight and a bias, such as a convolution.
     """
     with torch.autocast(x.device.type, enabled=False):
         merged = merge(weight, a, b, scaling).to(dtype)
-        return F.linear(x.to(dtype), merged, None if bias is None else bias.to(dtype))
+        return compute(x.to(dtype), merged, None if bias is None else bias.to(dtype))
 
 
 def merge(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
-    """W + s B A, (out, in); W itself where the rank is 0."""
-    return torch.addmm(weight, b, a, alpha=scaling) if len(a) else weight
+    """W + s B A in the shape of W, with A and B as matrices; W itself where the rank is 0."""
+    return torch.addmm(weight.flatten(1), b, a, alpha=scaling).view_as(weight) if len(a) else weight
 
 
 class HeldProduct(nn.Module, ABC):
@@ -77,7 +79,7 @@ class HeldProduct(nn.Module, ABC):
         b: torch.Tensor,
         scaling: float,
     ) -> torch.Tensor:
-        """As `merged_linear`; of what is held only gradients matter: the values are those of the last `refresh`."""
+        """As `merged_product`; of what is held only gradients matter: the values are those of the last `refresh`."""
 
 
 class FrozenProduct(HeldProduct):

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from torch import nn
 
 Layers = dict[str, tuple[str, ...]]
-"""Layers by their names in a block, and the families of the weights in each, from its first row on: linear layers, and
-convolutions, which have none and get no adapter."""
+"""Layers by their names in a block, and the families of the weights in each, from its first row on: linear layers and
+convolutions. A convolution without families gets no adapter."""
 
 _ATTENTION: tuple[Layers, ...] = (
     {"attn.qkv": ("query", "key", "value"), "attn.proj": ("proj",)},
     {"attn.q_proj": ("query",), "attn.k_proj": ("key",), "attn.v_proj": ("value",), "attn.proj": ("proj",)},
     {"attn.qk": ("query", "key"), "attn.v": ("value",), "attn.proj": ("proj",)},
+    {"attn.q": ("query",), "attn.kv": ("key", "value"), "attn.proj": ("proj",)},
 )
 _MLP: tuple[Layers, ...] = (
     {"mlp.fc1": ("fc1",), "mlp.fc2": ("fc2",)},
@@ -27,8 +28,15 @@ _TOKENS: tuple[Layers, ...] = (
     {"linear_tokens": ("tokens",)},
     {"mlp_channels.gate.proj": ("tokens",)},
 )
-_DEPTHWISE: tuple[Layers, ...] = ({"conv_dw": ()},)
 _CHANNELS: tuple[Layers, ...] = ({"mlp_channels.fc1": ("channels_fc1",), "mlp_channels.fc2": ("channels_fc2",)},)
+_DEPTHWISE: Layers = {"conv_dw": ()}
+_CROSS_COVARIANCE: Layers = {"xca.qkv": ("query", "key", "value"), "xca.proj": ("proj",)}
+_TOKEN_MIXER: tuple[Layers, ...] = (
+    {"token_mixer.qkv": ("query", "key", "value"), "token_mixer.proj": ("proj",)},
+    {"token_mixer.pwconv1": ("pwconv1",), "token_mixer.dwconv": (), "token_mixer.pwconv2": ("pwconv2",)},
+)
+_MODULATION: tuple[Layers, ...] = ({"modulation.f": ("f",), "modulation.h": ("h",), "modulation.proj": ("proj",)},)
+_GATED: tuple[Layers, ...] = ({"fc1": ("fc1",), "conv": (), "fc2": ("fc2",)},)
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,11 @@ ARCHITECTURES = (
         (_ATTENTION, _MLP),
     ),
     Architecture("MLP-Mixer", r"blocks", (_TOKENS, _CHANNELS)),
-    Architecture("ConvNeXt", r"stages\.\d+\.blocks", (_DEPTHWISE, _MLP)),
+    Architecture("ConvNeXt", r"stages\.\d+\.blocks", ((_DEPTHWISE,), _MLP)),
+    Architecture("EdgeNeXt", r"stages\.\d+\.blocks", ((_DEPTHWISE, _CROSS_COVARIANCE), _MLP)),
+    Architecture("MetaFormer", r"stages\.\d+\.blocks", (_TOKEN_MIXER, _MLP)),
+    Architecture("FocalNet", r"layers\.\d+\.blocks", (_MODULATION, _MLP)),
+    Architecture("MambaOut", r"stages\.\d+\.blocks", (_GATED,)),
 )
 _ANY_STAGE = "|".join(architecture.stages for architecture in ARCHITECTURES)
 
@@ -72,11 +84,12 @@ class Target:
     family: str
     layer: int
     """Number of the block, counted from 0 through all stages."""
-    linear: str
-    """Name of the linear layer that stores the weight, such as ``blocks.3.attn.qkv``."""
+    stored_in: str
+    """Name of the layer that stores the weight, such as ``blocks.3.attn.qkv``."""
     start: int
     stop: int
     in_features: int
+    """Columns of the matrix: of a convolution, input channels times height and width of the kernel."""
 
     @property
     def out_features(self) -> int:
@@ -95,11 +108,12 @@ def find_targets(model: nn.Module, families: Iterable[str] | None = None) -> lis
     targets = []
     for layer, (name, form) in enumerate(_forms(model, architecture_of(model)).items()):
         for path, held in form.items():
-            linear, parent = f"{name}.{path}", f"{name}.{path}".rpartition(".")[0]
-            out_features, in_features = model.get_parameter(f"{linear}.weight").shape
+            stored_in, parent = f"{name}.{path}", f"{name}.{path}".rpartition(".")[0]
+            out_features, in_features = model.get_parameter(f"{stored_in}.weight").flatten(1).shape
             rows = out_features // len(held)
             for i, family in enumerate(held):
-                targets.append(Target(f"{parent}.{family}", family, layer, linear, i * rows, (i + 1) * rows, in_features))
+                span = i * rows, (i + 1) * rows
+                targets.append(Target(f"{parent}.{family}", family, layer, stored_in, *span, in_features))
     has = dict.fromkeys(target.family for target in targets)
     wanted = list(has if families is None else families)
     if unknown := [family for family in wanted if family not in has]:
@@ -122,7 +136,7 @@ def architecture_of(model: nn.Module) -> Architecture:
                 return architecture
             lacking[architecture.name] = missing
     if not lacking:
-        raise ValueError(f"{type(model).__name__} has no blocks of linear layers that PreLoRA knows (prelora models)")
+        raise ValueError(f"{type(model).__name__} has no blocks that PreLoRA knows (prelora models)")
     closest = min(lacking, key=lambda name: len(lacking[name]))
     raise ValueError(
         f"{type(model).__name__} has no {lacking[closest][0]} as a {closest} has it, nor what stands for it in another form "
@@ -152,11 +166,20 @@ def _fitting(block: nn.Module, part: tuple[Layers, ...]) -> Iterator[Layers]:
 
 def _fits(block: nn.Module, form: Layers) -> bool:
     modules = dict(block.named_modules())
-    if not all(isinstance(modules.get(path), nn.Linear if held else nn.Conv2d) for path, held in form.items()):
-        return False
+    for path, held in form.items():
+        if not (takes_adapter(modules.get(path)) if held else isinstance(modules.get(path), nn.Conv2d)):
+            return False
     shapes = {path: block.get_parameter(f"{path}.weight").shape for path in form}
     *_, last = shapes.values()
     return all(len(held) <= 1 or shapes[path][0] == len(held) * last[1] for path, held in form.items())
+
+
+def takes_adapter(layer: nn.Module | None) -> bool:
+    """Whether a layer is linear, or a convolution that PEFT has an adapter for: over all channels, not dilated, and
+    with zeros around the image. A class of its own may not apply its weight as it is."""
+    if type(layer) is nn.Conv2d:
+        return layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
+    return isinstance(layer, nn.Linear)
 
 
 def stages_of(model: nn.Module) -> list[nn.Sequential | nn.ModuleList]:

@@ -126,7 +126,7 @@ class PhaseSchedule:
 def freeze_parameters(model: nn.Module, targets: Sequence[Target], freeze: FreezeScope) -> None:
     """Freezes what phase lora no longer trains.
 
-    ``adapted``: the weights and biases of the target modules' linear layers (a fused qkv as a whole), those
+    ``adapted``: the weights and biases of the target modules' layers (a fused qkv as a whole), those
     included that got no adapter because they hardly changed. ``all_but_head``: everything but the adapters and the
     head. ``prefix``: as ``adapted``, and everything in front of the first block that has an adapter, so that
     the backward stops there.
@@ -135,9 +135,9 @@ def freeze_parameters(model: nn.Module, targets: Sequence[Target], freeze: Freez
     """
     adapted = lora_layers(model)
     assert adapted, "phase lora begins with adapters in place"
-    for name in {target.linear for target in targets}:
-        linear = model.get_submodule(name)
-        for parameter in (linear.weight, linear.bias):
+    for name in {target.stored_in for target in targets}:
+        layer = model.get_submodule(name)
+        for parameter in (layer.weight, layer.bias):
             if parameter is not None:
                 parameter.requires_grad_(False)
     if freeze == "all_but_head":
@@ -148,7 +148,7 @@ def freeze_parameters(model: nn.Module, targets: Sequence[Target], freeze: Freez
             if not is_adapter_parameter(name) and name not in head:
                 parameter.requires_grad_(False)
     elif freeze == "prefix":
-        for parameter in parameters_in_front(model, min(target.layer for target in targets if target.linear in adapted)):
+        for parameter in parameters_in_front(model, min(target.layer for target in targets if target.stored_in in adapted)):
             parameter.requires_grad_(False)
 
 

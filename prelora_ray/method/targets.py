@@ -13,13 +13,13 @@ from prelora_ray.method.architecture import Target
 
 def target_weight(model: nn.Module, target: Target) -> torch.Tensor:
     """Weight (out_features, in_features) that the module applies: W, or W + s B A where it has an adapter."""
-    linear: Any = model.get_submodule(target.linear)
-    weight: torch.Tensor = linear.weight[target.start : target.stop]
-    return weight + linear.delta(target.family) if _is_adapted(model, target) else weight
+    layer: Any = model.get_submodule(target.stored_in)
+    weight: torch.Tensor = layer.weight[target.start : target.stop].flatten(1)
+    return weight + layer.delta(target.family) if _is_adapted(model, target) else weight
 
 
 def _is_adapted(model: nn.Module, target: Target) -> bool:
-    return target.family in getattr(model.get_submodule(target.linear), "lora_A", ())
+    return target.family in getattr(model.get_submodule(target.stored_in), "lora_A", ())
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ class ForwardSize:
 
     flops: float
     outputs: int
-    """Numbers that linear layers put out, as what a backward needs of a forward grows with them."""
+    """Numbers that linear layers and convolutions put out, as what a backward needs of a forward grows with them."""
 
 
 def forward_size(settings: ModelSettings, num_classes: int) -> ForwardSize:
@@ -38,7 +38,7 @@ def forward_size(settings: ModelSettings, num_classes: int) -> ForwardSize:
     with torch.device("meta"):
         model = create_model(settings, num_classes, seed=0)
         for module in model.modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
                 module.register_forward_hook(count)
         with FlopCounterMode(display=False) as counter:
             model(torch.empty(1, *settings.input_shape))

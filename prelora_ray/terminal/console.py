@@ -101,7 +101,7 @@ def architectures_table() -> Table:
 def _form(form: Layers) -> str:
     """`attn.qkv (query, key, value), attn.proj`: layers, and the families in each that its name does not tell."""
     told = {path: ", ".join(held) or "no adapter" for path, held in form.items()}
-    return ", ".join(path if path.endswith(f".{families}") else f"{path} ({families})" for path, families in told.items())
+    return ", ".join(path if path.split(".")[-1] == families else f"{path} ({families})" for path, families in told.items())
 
 
 def runs_table(storage: str, runs: Sequence[RunState]) -> Table:

@@ -211,7 +211,7 @@ def test_what_cannot_be_is_told():
     ):
         with pytest.raises(UserError, match=told):
             Loop(**wrong)
-    with pytest.raises(UserError, match="Linear has no blocks of linear layers"):
+    with pytest.raises(UserError, match="Linear has no blocks that PreLoRA knows"):
         PreLoRA(nn.Linear(2, 2))
     with pytest.raises(UserError, match=r"method\.rank_pattern: .* exactly one must match"):
         Loop(rank_pattern={"query": 2, ".*": 4})

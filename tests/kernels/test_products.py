@@ -12,7 +12,7 @@ from prelora_ray.engine.model import compile_blocks, create_model
 from prelora_ray.engine.precision import use_products
 from prelora_ray.kernels.fp8 import Adapter, Fp8FrozenLinear, fp8_mlp
 from prelora_ray.kernels.fp8_trained import Fp8TrainedLinear, fp8_trained_mlp
-from prelora_ray.kernels.merged import FrozenLinear, merged_linear
+from prelora_ray.kernels.merged import FrozenLinear, merged_product
 from prelora_ray.kernels.passes import (
     gelu_quantize,
     gelu_quantize_backward,
@@ -22,7 +22,7 @@ from prelora_ray.kernels.passes import (
 )
 from prelora_ray.kernels.rows import quantize
 from prelora_ray.method.adapters import inject, lora_layers
-from prelora_ray.method.architecture import find_targets
+from prelora_ray.method.architecture import Target, find_targets
 from prelora_ray.method.phases import freeze_parameters
 from prelora_ray.torchvision_ops import make_importable
 from tests.runs import TINY_VIT
@@ -62,7 +62,7 @@ def product(t: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     """The layer's output: merged where the weight trains, else by the frozen form in `dtype`."""
     arguments = t["weight"], t["bias"], t["a"], t["b"], SCALING
     if t["weight"].requires_grad:
-        return trained(t)(t["x"], *arguments) if dtype == E4M3 else merged_linear(t["x"], *arguments, dtype)
+        return trained(t)(t["x"], *arguments) if dtype == E4M3 else merged_product(t["x"], *arguments, dtype)
     held = t["weight"], t["bias"], math.ceil(len(t["a"]) / 16) * 16 + 16  # room to spare
     form = Fp8FrozenLinear(*held) if dtype == E4M3 else FrozenLinear(*held, dtype)
     form.refresh(t["weight"], t["a"], t["b"], SCALING)
@@ -103,6 +103,90 @@ def test_merged_product_against_float64(dtype, tolerance, frozen, rows, rank):
         if t[name].grad is not None:
             assert t[name].grad.dtype == torch.float32
             assert error(t[name].grad, expected[name]) < tolerance, name
+
+
+class ConvolutionalBlock(nn.Module):
+    """One convolution, and two families of its rows that get an adapter."""
+
+    def __init__(self, **form) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(6, 8, **form)
+        self.families = {"first": (0, 3), "rest": (3, 8)}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x)
+
+
+def model_of_convolutions(form: dict[str, int], ranks: list[dict[str, int]]) -> nn.Module:
+    """A model whose blocks are such, with adapters of these ranks."""
+    torch.manual_seed(4)
+    model = nn.Module()
+    model.blocks = nn.Sequential(*(ConvolutionalBlock(**form) for _ in ranks))
+    for layer, of_block in enumerate(ranks):
+        conv = model.blocks[layer].conv
+        targets = [
+            Target(f"blocks.{layer}.{family}", family, layer, f"blocks.{layer}.conv", *rows, conv.weight[0].numel())
+            for family, rows in model.blocks[layer].families.items()
+        ]
+        inject(model, targets, {f"blocks.{layer}.{family}": rank for family, rank in of_block.items()}, SCALING)
+        for b in model.blocks[layer].conv.lora_B.values():
+            nn.init.normal_(b)
+    return model.to(DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("format_", "tolerance"), [("fp64", 1e-12), ("fp32", 1e-5), ("bf16", 1e-2), ("fp8", 1e-2)], ids=lambda value: str(value)
+)
+@pytest.mark.parametrize("frozen", [False, True], ids=["warmup", "lora"])
+@pytest.mark.parametrize(
+    "form",
+    [{"kernel_size": 1}, {"kernel_size": 1, "stride": 2, "bias": False}, {"kernel_size": 3, "stride": 2, "padding": 1}],
+    ids=["1 x 1", "1 x 1 stride 2", "3 x 3"],
+)
+def test_merged_convolution_against_float64(form, frozen, format_, tolerance):
+    """Also in fp8, which has no convolutions, so that they are those of bf16."""
+    model = model_of_convolutions(form, [{"first": 2, "rest": 3}])
+    model.double() if format_ == "fp64" else model.float()
+    layer = model.blocks[0].conv
+    if frozen:
+        for parameter in (layer.weight, layer.bias):
+            if parameter is not None:
+                parameter.requires_grad_(False)
+    exact = copy.deepcopy(layer).double()
+    for held in use_products(model, format_, "merged"):
+        held.refresh()
+    assert isinstance(layer.product, FrozenLinear) == (frozen and form == {"kernel_size": 1})
+    x = torch.randn(5, 6, 7, 7, device=DEVICE, dtype=layer.weight.dtype, requires_grad=True)
+    exact_x = x.detach().double().requires_grad_()
+    y, expected = layer(x), exact(exact_x)
+    dy = torch.randn_like(expected)
+    y.backward(dy.to(y.dtype))
+    expected.backward(dy)
+    assert y.dtype == {"fp64": torch.float64, "fp32": torch.float32}.get(format_, torch.bfloat16)
+    assert error(y, expected.detach()) < tolerance
+    assert error(x.grad, exact_x.grad) < tolerance
+    for (name, parameter), (_, reference) in zip(layer.named_parameters(), exact.named_parameters(), strict=True):
+        assert (parameter.grad is None) == (frozen and "lora_" not in name)
+        assert parameter.grad is None or error(parameter.grad, reference.grad) < tolerance, name
+
+
+@pytest.mark.parametrize("form", [{"kernel_size": 1}, {"kernel_size": 3, "padding": 1}], ids=["1 x 1", "3 x 3"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["warmup", "lora"])
+def test_convolutions_of_different_ranks_compile_once(form, frozen):
+    model = model_of_convolutions(form, [{"first": 2, "rest": 4}, {"first": 3, "rest": 3}, {"first": 2, "rest": 5}])
+    for block in model.blocks:
+        for parameter in (block.conv.weight, block.conv.bias):
+            parameter.requires_grad_(not frozen)
+    x = torch.randn(5, 6, 7, 7, device=DEVICE)
+    expected = [block(x) for block in model.blocks]
+    for held in use_products(model, "fp32", "merged"):
+        held.refresh()
+    torch._dynamo.utils.counters.clear()
+    compile_blocks(model, backend="aot_eager")
+    for block, each in zip(model.blocks, expected, strict=True):
+        assert error(block(x), each.detach().double()) < 1e-5
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
@@ -359,7 +443,7 @@ def test_fp8_computes_frozen_layers_without_adapters_too(vit, images):
     for held in use_products(vit, "fp8", "merged"):
         held.refresh()
     forms = [module for module in vit.modules() if isinstance(module, Fp8FrozenLinear)]
-    assert len(forms) == len({target.linear for target in targets})
+    assert len(forms) == len({target.stored_in for target in targets})
     logits, exact = vit(images), plain(images.double())
     logits.square().sum().backward()
     exact.square().sum().backward()

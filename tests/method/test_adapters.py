@@ -1,6 +1,7 @@
 """Adapters against timm (nothing changes at the switch) and PEFT (same outputs, same files)."""
 
 import copy
+import itertools
 import json
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import peft
 import pytest
 import safetensors.torch
 import torch
+from torch import nn
 
 from prelora_ray.method.adapters import (
     inject,
@@ -17,7 +19,8 @@ from prelora_ray.method.adapters import (
     peft_config,
     peft_state_dict,
 )
-from prelora_ray.method.architecture import find_targets
+from prelora_ray.method.architecture import Target, find_targets
+from prelora_ray.method.targets import target_norms
 
 
 def mixed_ranks(targets):
@@ -147,3 +150,71 @@ def test_gradients_reach_the_adapters_alone_where_the_base_is_frozen(adapted, im
 def test_refused(vit, ranks, message):
     with pytest.raises(ValueError, match=message):
         inject(vit, find_targets(vit), ranks)
+
+
+CONVOLUTIONS = {
+    "3 x 3": {"kernel_size": 3, "stride": 2, "padding": 1},
+    "1 x 1": {"kernel_size": 1},
+    "1 x 1, stride 2": {"kernel_size": 1, "stride": 2, "bias": False},
+    "1 x 5": {"kernel_size": (1, 5), "padding": "same"},
+}
+
+
+@pytest.fixture(params=CONVOLUTIONS)
+def convolution(request) -> tuple[nn.Module, nn.Module, list[Target]]:
+    """A model with a convolution behind a linear layer, and the same one with adapters that do something, on the first
+    and the last three of its eight rows."""
+    torch.manual_seed(1)
+    plain = nn.Sequential(nn.Linear(9, 9), nn.Conv2d(6, 8, **CONVOLUTIONS[request.param])).eval()
+    columns = plain[1].weight[0].numel()
+    targets = [Target("1.first", "first", 0, "1", 0, 3, columns), Target("1.last", "last", 0, "1", 5, 8, columns)]
+    adapted = copy.deepcopy(plain)
+    inject(adapted, targets, {"1.first": 2, "1.last": 3}, scaling=0.5, seed=3)
+    for b in adapted[1].lora_B.values():
+        nn.init.normal_(b)
+    return plain, adapted, targets
+
+
+def merged_by_hand(layer: nn.Module) -> torch.Tensor:
+    """Number by number, in float64."""
+    weight = layer.weight.detach().double()
+    positions = list(itertools.product(*map(range, weight.shape[1:])))
+    for family, start in (("first", 0), ("last", 5)):
+        a, b = layer.lora_A[family].detach().double(), layer.lora_B[family].detach().double()
+        for row, (column, position) in itertools.product(range(3), enumerate(positions)):
+            weight[start + row, *position] += 0.5 * b[row] @ a[:, column]
+    return weight
+
+
+def test_a_convolution_against_float64_by_hand(convolution):
+    plain, adapted, targets = convolution
+    x, merged, exact = torch.randn(2, 6, 9, 9), merged_by_hand(adapted[1]), copy.deepcopy(plain[1]).double()
+    exact.weight.data = merged
+    assert (adapted[1](x) - plain[1](x)).abs().max() > 0.1, "the adapters do something"
+    torch.testing.assert_close(adapted[1](x).double(), exact(x.double()), rtol=0, atol=1e-5)
+    torch.testing.assert_close(merged_state_dict(adapted)["1.weight"].double(), merged, rtol=0, atol=1e-6)
+    norms = target_norms(adapted, targets)
+    assert norms["1.first"] == pytest.approx(merged[:3].square().sum().sqrt().item(), rel=1e-6)
+    assert norms["1.last"] == pytest.approx(merged[5:].square().sum().sqrt().item(), rel=1e-6)
+
+
+def test_peft_takes_a_convolutions_adapters_and_so_do_we(convolution, tmp_path: Path):
+    plain, adapted, targets = convolution
+    x, saved = torch.randn(2, 6, 9, 9), {name: t.contiguous() for name, t in peft_state_dict(adapted).items()}
+    assert [tuple(tensor.shape) for tensor in saved.values()] == [(5, *plain[1].weight.shape[1:]), (8, 5, 1, 1)]
+    safetensors.torch.save_file(saved, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(peft_config(adapted)))
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path).eval()
+    torch.testing.assert_close(loaded(x), adapted(x), rtol=0, atol=1e-5)
+    merged = loaded.merge_and_unload()[1].weight
+    torch.testing.assert_close(merged, merged_state_dict(adapted)["1.weight"], rtol=0, atol=1e-6)
+    inject(plain, targets, {"1.first": 2, "1.last": 3}, scaling=0.5)
+    load_peft_state_dict(plain, saved)
+    assert torch.equal(plain(x), adapted(x))
+
+
+def test_a_convolutions_largest_rank_is_its_matrix_smaller_side(convolution):
+    plain, _, targets = convolution
+    smaller = min(3, plain[1].weight[0].numel())
+    with pytest.raises(ValueError, match=rf"rank 4 of '1\.last' is not allowed: its weight is 3 x \d+, .* at most {smaller}"):
+        inject(plain, targets, {"1.last": 4})

@@ -16,6 +16,7 @@ from torch import nn
 from prelora_ray.config_file import parse_settings
 from prelora_ray.engine.check import check_model
 from prelora_ray.engine.drop_path import compute_subsets, draw_drop_path, drop_path_modules, set_drop_path
+from prelora_ray.engine.ema import Ema
 from prelora_ray.engine.model import compile_blocks, create_model, timm_model
 from prelora_ray.engine.precision import autocast, keep_residual_in_bf16, use_products
 from prelora_ray.engine.state import TrainState
@@ -38,10 +39,15 @@ from tests.runs import TINY_VIT, assert_same_bits
 
 make_importable()
 
+from timm.layers import StdConv2d  # noqa: E402
+
 ATTENTION, MLP, SWIGLU = "query key value proj", "fc1 fc2", "fc1_g fc1_x fc2"
 EVA = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 SWIN = {"patch_size": 2, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4}
 CONVNEXT = {"patch_size": 2, "depths": (1, 1, 2, 1), "dims": (8, 12, 16, 24)}
+EDGENEXT = {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32), "heads": (2, 2, 2, 2)}
+MAMBAOUT = {"depths": (1, 1, 2, 1), "dims": (8, 12, 16, 32)}
+PVT = {"depths": (1, 1, 2, 1), "embed_dims": (8, 12, 16, 24), "num_heads": (1, 2, 2, 2)}
 TINY: dict[str, tuple[str, int, dict[str, Any], str, int]] = {
     "ViT": ("vit_tiny_patch16_224", 32, TINY_VIT | {"patch_size": 8}, f"{ATTENTION} {MLP}", 3),
     "registers": ("vit_small_patch14_reg4_dinov2", 32, TINY_VIT | {"patch_size": 8}, f"{ATTENTION} {MLP}", 3),
@@ -62,6 +68,14 @@ TINY: dict[str, tuple[str, int, dict[str, Any], str, int]] = {
     "gMLP": ("gmlp_ti16_224", 32, {}, "tokens channels_fc1 channels_fc2", 30),
     "ConvNeXt": ("convnext_tiny", 32, CONVNEXT, MLP, 5),
     "ConvNeXt V2": ("convnextv2_tiny", 32, CONVNEXT, MLP, 5),
+    "ConvNeXt of 1 x 1": ("convnext_atto", 32, CONVNEXT, MLP, 5),
+    "ConvNeXt V2 of 1 x 1": ("convnextv2_atto", 32, CONVNEXT, MLP, 5),
+    "ConvNeXt _hnf": ("convnext_tiny_hnf", 32, CONVNEXT, MLP, 5),
+    "EdgeNeXt": ("edgenext_xx_small", 64, EDGENEXT, f"{MLP} {ATTENTION}", 5),
+    "CAFormer": ("caformer_s18", 32, {}, f"pwconv1 pwconv2 {MLP} {ATTENTION}", 18),
+    "FocalNet": ("focalnet_tiny_srf", 32, {}, f"f h proj {MLP}", 12),
+    "MambaOut": ("mambaout_femto", 32, MAMBAOUT, MLP, 5),
+    "PVT v2": ("pvt_v2_b0", 64, PVT, f"{ATTENTION} {MLP}", 5),
 }
 """By what is tried: a model's name, size of images, options, and its families and number of blocks."""
 
@@ -151,11 +165,13 @@ def test_norms_are_those_of_the_layers_slices(kind):
     targets = find_targets(model)
     norms, rows = target_norms(model, targets), {}
     for target in targets:
-        weight = model.get_submodule(target.linear).weight.detach().double().numpy()
-        shares = {"qkv": ["query", "key", "value"], "qk": ["query", "key"]}.get(target.linear.rsplit(".", 1)[1], [])
+        weight = model.get_submodule(target.stored_in).weight.detach().double().numpy()
+        shares = {"qkv": ["query", "key", "value"], "qk": ["query", "key"], "kv": ["key", "value"]}.get(
+            target.stored_in.rsplit(".", 1)[1], []
+        )
         part = np.split(weight, len(shares))[shares.index(target.family)] if shares else weight
         assert norms[target.name] == pytest.approx(np.sqrt((part**2).sum()), rel=1e-4)
-        rows[target.linear] = rows.get(target.linear, 0) + len(part)
+        rows[target.stored_in] = rows.get(target.stored_in, 0) + len(part)
     assert all(len(model.get_submodule(linear).weight) == count for linear, count in rows.items())
 
 
@@ -193,7 +209,7 @@ def test_convolutions_take_images_that_grow():
 
 @pytest.mark.parametrize("train", [{}, {"precision": "fp8", "fp8_from": "full", "residual": "bf16"}], ids=["fp32", "fp8"])
 @pytest.mark.parametrize("phase", Phase)
-@pytest.mark.parametrize("kind", ["Swin", "SwiGLU", "Mixer", "ConvNeXt"])
+@pytest.mark.parametrize("kind", ["Swin", "SwiGLU", "Mixer", "ConvNeXt", "ConvNeXt of 1 x 1"])
 def test_a_run_goes_on_from_a_checkpoint_with_the_same_bits(tmp_path, kind, phase, train):
     """Through the files, in every phase, with what stands in for the blocks' layers in place."""
     run = parse_settings(content(kind, train=train))
@@ -221,6 +237,18 @@ def test_a_run_goes_on_from_a_checkpoint_with_the_same_bits(tmp_path, kind, phas
     assert_same_bits(resumed.snapshot([], holds_base=False), state.snapshot([], holds_base=False))
 
 
+def test_an_average_takes_in_merged_weights(kind):
+    """A tenth of them, at a step."""
+    model = model_of(kind)
+    average = Ema(copy.deepcopy(model), decay=0.9)
+    begin = {name: tensor.clone() for name, tensor in average.tensors().items()}
+    adapt(model, find_targets(model))
+    average.follow(model)
+    average.update()
+    for name, tensor in merged_state_dict(model).items():
+        torch.testing.assert_close(average.tensors()[name], 0.9 * begin[name] + 0.1 * tensor, rtol=0, atol=1e-5)
+
+
 def test_the_residual_stream_is_bf16_from_the_first_block_of_each_stage_on(kind):
     """Also where timm's model goes through a list of blocks, which is never called itself."""
     model = model_of(kind)
@@ -233,7 +261,7 @@ def test_the_residual_stream_is_bf16_from_the_first_block_of_each_stage_on(kind)
     assert formats == [torch.bfloat16] * len(stages_of(model))
 
 
-@pytest.mark.parametrize("kind", ["Swin", "NesT", "PiT", "EVA-02"])
+@pytest.mark.parametrize("kind", ["Swin", "NesT", "PiT", "EVA-02", "PVT v2"])
 def test_subsets_and_masks_of_equal_scales_agree(kind):
     mask = model_of(kind, drop_path=0.25, drop_path_rule="uniform").train()
     subset = copy.deepcopy(mask)
@@ -248,7 +276,12 @@ def test_subsets_and_masks_of_equal_scales_agree(kind):
 
 @pytest.mark.parametrize(
     ("kind", "format_"),
-    [("Mixer", "fp8"), ("EVA-02", "fp32"), pytest.param("ConvNeXt", "fp8", marks=pytest.mark.slow)],
+    [
+        ("Mixer", "fp8"),
+        ("EVA-02", "fp32"),
+        ("ConvNeXt of 1 x 1", "fp8"),
+        pytest.param("ConvNeXt", "fp8", marks=pytest.mark.slow),
+    ],
 )
 def test_compiled_blocks_compute_the_same(kind, format_):
     model = model_of(kind)
@@ -275,11 +308,6 @@ def test_compiled_blocks_compute_the_same(kind, format_):
         ),
         (
             "ConvNeXt",
-            {"model": {"options": CONVNEXT | {"conv_mlp": True}}},
-            r"ConvNeXt has no stages\.0\.blocks\.0\.mlp\.fc1 as",
-        ),
-        (
-            "ConvNeXt",
             {"model": {"drop_path_form": "subset"}},
             r"model\.drop_path_form = 'subset' is not allowed: a ConvNeXtBlock",
         ),
@@ -302,6 +330,23 @@ def test_what_a_model_cannot_do_is_refused(kind, sections, message):
     with pytest.raises(ValueError, match=message) as error:
         check_model(parse_settings(content(kind, **sections)))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(8, 32, 1, groups=4),
+        nn.Conv2d(8, 32, 3, padding=2, dilation=2),
+        nn.Conv2d(8, 32, 3, padding=1, padding_mode="reflect"),
+        StdConv2d(8, 32, 1),
+    ],
+    ids=["groups", "dilated", "reflected", "standardized"],
+)
+def test_a_convolution_that_peft_has_no_adapter_for_is_none_of_the_method(layer):
+    model = model_of("ConvNeXt of 1 x 1")
+    model.stages[0].blocks[0].mlp.fc1 = layer
+    with pytest.raises(ValueError, match=r"ConvNeXt has no stages\.0\.blocks\.0\.mlp\.fc1 as a ConvNeXt has it"):
+        find_targets(model)
 
 
 def test_each_architecture_is_tried():

@@ -20,7 +20,7 @@ def test_names_and_slices(vit):
     ]
     assert len(targets) == 18
     assert [(t.start, t.stop) for t in targets[:3]] == [(0, 16), (16, 32), (32, 48)]
-    assert {t.linear for t in targets[:3]} == {"blocks.0.attn.qkv"}
+    assert {t.stored_in for t in targets[:3]} == {"blocks.0.attn.qkv"}
     assert [t.family for t in find_targets(vit, ("fc1", "query"))] == ["query", "fc1"] * 3
 
 
@@ -75,10 +75,10 @@ def test_norms_with_adapters_are_those_of_the_merged_weights(vit):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("resnet18", "ResNet has no blocks of linear layers that PreLoRA knows"),
+        ("resnet18", "ResNet has no blocks that PreLoRA knows"),
         ("vitamin_small_224", r"has no blocks\.0\.mlp\.fc1 as a Vision Transformer has it, nor what stands for it"),
         ("gcvit_xxtiny", r"stages\.0\.blocks\.1\.attn\.qkv as a"),  # two thirds of the rows: the query is not its own
-        ("pvt_v2_b0", r"stages\.0\.blocks\.0\.attn\.qkv as a Vision Transformer in stages has it"),
+        ("poolformer_s12", r"stages\.0\.blocks\.0\.attn\.qkv as a Vision Transformer in stages has it"),
     ],
 )
 def test_other_models_are_refused(name, message):
