@@ -105,7 +105,14 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("missing", "arguments", "needs", "extra"), CASES.values(), ids=CASES)
+QUICK = {"report", "sweep"}
+"""The cases that stand for the others in `make test`: each takes a process that imports all else."""
+
+
+@pytest.mark.parametrize(
+    ("missing", "arguments", "needs", "extra"),
+    [pytest.param(*case, id=name, marks=[] if name in QUICK else [pytest.mark.slow]) for name, case in CASES.items()],
+)
 def test_a_command_says_in_a_sentence_what_to_install(missing: str, arguments: list[str], needs: str, extra: str):
     told = prelora_without(missing, *arguments)
     assert told.stderr == f"prelora: {needs}: pip install 'prelora-ray[{extra}]'\n"

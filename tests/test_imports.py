@@ -119,7 +119,7 @@ MAY_IMPORT = {
 """Lower layers first; what each may import, itself included."""
 LAYERS = list(MAY_IMPORT)
 METHOD_LIBRARIES = {
-    *("torch", "functools", "hashlib", "itertools", "math", "re"),
+    *("torch", "abc", "functools", "hashlib", "itertools", "math", "re"),
     *("collections", "dataclasses", "enum", "typing", "__future__"),
 }
 

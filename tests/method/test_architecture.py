@@ -209,7 +209,10 @@ def test_convolutions_take_images_that_grow():
 
 @pytest.mark.parametrize("train", [{}, {"precision": "fp8", "fp8_from": "full", "residual": "bf16"}], ids=["fp32", "fp8"])
 @pytest.mark.parametrize("phase", Phase)
-@pytest.mark.parametrize("kind", ["Swin", "SwiGLU", "Mixer", "ConvNeXt", "ConvNeXt of 1 x 1"])
+@pytest.mark.parametrize(
+    "kind",
+    ["Swin", "SwiGLU", "ConvNeXt of 1 x 1", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("Mixer", "ConvNeXt"))],
+)
 def test_a_run_goes_on_from_a_checkpoint_with_the_same_bits(tmp_path, kind, phase, train):
     """Through the files, in every phase, with what stands in for the blocks' layers in place."""
     run = parse_settings(content(kind, train=train))
@@ -279,8 +282,8 @@ def test_subsets_and_masks_of_equal_scales_agree(kind):
     [
         ("Mixer", "fp8"),
         ("EVA-02", "fp32"),
-        ("ConvNeXt of 1 x 1", "fp8"),
         pytest.param("ConvNeXt", "fp8", marks=pytest.mark.slow),
+        pytest.param("ConvNeXt of 1 x 1", "fp8", marks=pytest.mark.slow),
     ],
 )
 def test_compiled_blocks_compute_the_same(kind, format_):
