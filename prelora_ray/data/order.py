@@ -76,7 +76,7 @@ class Order:
     def epoch(self, epoch: int, cells: Sequence[int]) -> Ids:
         """Sample ids of `cells`, consecutive ones, in the order of one epoch: those of all cells are (num_rows,).
 
-        Holds these, and a buffer: what comes behind them is not shuffled, and what comes in front not kept.
+        Takes memory for these ids and for one buffer. What comes in front of them is drawn too, and not kept.
         """
         first, last = self._first_row(cells[0]), self._first_row(cells[-1] + 1)
         if self.seed is None:
@@ -119,10 +119,9 @@ class Order:
         `ids` is ``epoch(n, cells)``. The i-th of `cells` fills the slots from ``i * cell`` on, so that a
         sample keeps its place in its cell.
         """
-        slots = np.full(num_slots, -1)
+        slots, begin = np.full(num_slots, -1), self._first_row(cells[0])
         for i, cell in enumerate(cells):
             start, stop = self.cell_span(batch, cell)
-            begin = self._first_row(cells[0])
             slots[i * self.cell : i * self.cell + stop - start] = ids[start - begin : stop - begin]
         return slots
 

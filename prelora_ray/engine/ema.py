@@ -31,9 +31,11 @@ class Ema:
         own = {name: tensor for name, tensor in model.named_parameters() if not is_adapter_parameter(name)}
         self._weights = [own[name] for name in self._parameters]
         self._adapters = [
-            (average[start:stop].view(stop - start, -1), layer.lora_B[family], layer.lora_A[family], layer.scaling)
+            (
+                self._parameters[f"{name}.weight"].view(layer.matrix.shape)[start:stop],
+                *(layer.lora_B[family], layer.lora_A[family], layer.scaling),
+            )
             for name, layer in lora_layers(model).items()
-            for average in (self._parameters[f"{name}.weight"],)
             for family, (start, stop) in layer.rows.items()
         ]
 

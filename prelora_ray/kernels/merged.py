@@ -1,4 +1,4 @@
-"""A linear layer with low-rank adapters as one product.
+"""A linear layer, or a convolution, with low-rank adapters as one product.
 
 With W (out, in), A (rank, in) and B (out, rank) the layer applies W + s B A. The sum is taken in the parameters' own
 format and rounded once to that of the product: rounding W first would hide a small s B A.
@@ -40,7 +40,8 @@ def merged_product(
     """x (..., in) to x (W + s B A)' + bias, (..., out) in `dtype`, the number format of the product.
 
     For a `weight` (out, in) that trains: the gradients of `a` (rank, in) and `b` (out, rank) follow from its own, which
-    is taken over the rows of x once. `compute`: what the layer makes of x, a weight and a bias, such as a convolution.
+    is taken over the rows of x once. With a `compute` of x, a weight and a bias it is a convolution's, frozen ones
+    included: x (n, channels, height, width), and W + s B A in the shape of `weight`.
     """
     with torch.autocast(x.device.type, enabled=False):
         merged = merge(weight, a, b, scaling).to(dtype)

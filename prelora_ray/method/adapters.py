@@ -41,7 +41,7 @@ class LoraLayer(nn.Module, ABC):
     family: ``blocks.0.attn.qkv.lora_A.query`` is (rank, in_features).
     """
 
-    channels: ClassVar[int]
+    channel_dim: ClassVar[int]
     """The dimension of what it puts out that has an entry for each row of its weight."""
     compute: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
     """What a layer like it makes of x with a weight and a bias."""
@@ -76,12 +76,12 @@ class LoraLayer(nn.Module, ABC):
         updates, end = [], 0
         for family, (start, stop) in self.rows.items():
             if start > end:
-                updates.append(torch.zeros_like(y.narrow(self.channels, end, start - end)))
+                updates.append(torch.zeros_like(y.narrow(self.channel_dim, end, start - end)))
             updates.append(self.adapt(x, self.lora_A[family], self.lora_B[family]) * self.scaling)
             end = stop
         if end < len(self.weight):
-            updates.append(torch.zeros_like(y.narrow(self.channels, end, len(self.weight) - end)))
-        return y + (updates[0] if len(updates) == 1 else torch.cat(updates, dim=self.channels))
+            updates.append(torch.zeros_like(y.narrow(self.channel_dim, end, len(self.weight) - end)))
+        return y + (updates[0] if len(updates) == 1 else torch.cat(updates, dim=self.channel_dim))
 
     @property
     def matrix(self) -> torch.Tensor:
@@ -111,16 +111,16 @@ class LoraLayer(nn.Module, ABC):
     @torch.no_grad()
     def merged_weight(self) -> torch.Tensor:
         """W + s B A, in the weight's own shape."""
-        weight = self.weight.clone()
+        matrix = self.matrix.clone()
         for family, (start, stop) in self.rows.items():
-            weight.view(len(weight), -1)[start:stop] += self.delta(family)
-        return weight
+            matrix[start:stop] += self.delta(family)
+        return matrix.view_as(self.weight)
 
 
 class LoraLinear(LoraLayer):
     """x (..., in_features) to (..., out_features)."""
 
-    channels = -1
+    channel_dim = -1
     compute = staticmethod(F.linear)
     is_linear = True
 
@@ -131,7 +131,7 @@ class LoraLinear(LoraLayer):
 class LoraConv2d(LoraLayer):
     """x (n, in, height, width) to (n, out, height, width), by a convolution that `takes_adapter`."""
 
-    channels = 1
+    channel_dim = 1
 
     def __init__(self, layer: nn.Conv2d, targets: Sequence[Target], ranks: Mapping[str, int], scaling: float) -> None:
         super().__init__(layer, targets, ranks, scaling)

@@ -17,6 +17,7 @@ _ATTENTION: tuple[Layers, ...] = (
     {"attn.qkv": ("query", "key", "value"), "attn.proj": ("proj",)},
     {"attn.q_proj": ("query",), "attn.k_proj": ("key",), "attn.v_proj": ("value",), "attn.proj": ("proj",)},
     {"attn.qk": ("query", "key"), "attn.v": ("value",), "attn.proj": ("proj",)},
+    {"attn.q": ("query",), "attn.kv": ("key", "value"), "attn.sr": ("sr",), "attn.proj": ("proj",)},
     {"attn.q": ("query",), "attn.kv": ("key", "value"), "attn.proj": ("proj",)},
 )
 _MLP: tuple[Layers, ...] = (

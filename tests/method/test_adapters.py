@@ -213,8 +213,9 @@ def test_peft_takes_a_convolutions_adapters_and_so_do_we(convolution, tmp_path: 
     assert torch.equal(plain(x), adapted(x))
 
 
-def test_a_convolutions_largest_rank_is_its_matrix_smaller_side(convolution):
-    plain, _, targets = convolution
-    smaller = min(3, plain[1].weight[0].numel())
-    with pytest.raises(ValueError, match=rf"rank 4 of '1\.last' is not allowed: its weight is 3 x \d+, .* at most {smaller}"):
-        inject(plain, targets, {"1.last": 4})
+@pytest.mark.parametrize(("kernel", "columns", "largest"), [(1, 6, 6), (3, 54, 8)])
+def test_a_convolutions_largest_rank_is_its_matrix_smaller_side(kernel, columns, largest):
+    plain, target = nn.Sequential(nn.Conv2d(6, 8, kernel)), Target("0", "all", 0, "0", 0, 8, columns)
+    message = rf"rank 9 of '0' is not allowed: its weight is 8 x {columns}, .* at most {largest}"
+    with pytest.raises(ValueError, match=message):
+        inject(plain, [target], {"0": 9})

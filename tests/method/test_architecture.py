@@ -75,7 +75,7 @@ TINY: dict[str, tuple[str, int, dict[str, Any], str, int]] = {
     "CAFormer": ("caformer_s18", 32, {}, f"pwconv1 pwconv2 {MLP} {ATTENTION}", 18),
     "FocalNet": ("focalnet_tiny_srf", 32, {}, f"f h proj {MLP}", 12),
     "MambaOut": ("mambaout_femto", 32, MAMBAOUT, MLP, 5),
-    "PVT v2": ("pvt_v2_b0", 64, PVT, f"{ATTENTION} {MLP}", 5),
+    "PVT v2": ("pvt_v2_b0", 64, PVT, f"query key value sr proj {MLP}", 5),
 }
 """By what is tried: a model's name, size of images, options, and its families and number of blocks."""
 
