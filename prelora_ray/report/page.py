@@ -140,7 +140,7 @@ def _sweep_sections(sweep: dict[str, Any], runs: list[ReportedRun]) -> list[Sect
 
 
 def _diagnosis(run: ReportedRun) -> str:
-    """Green is a run alone that has finished, switched, and shows nothing."""
+    """Green is a whole run alone that has finished, switched, and shows nothing."""
     of = f"<b>{escape(run.name)}</b>: "
     found = [*run.state.remarks, *(event.message for event in run.events_of(Diagnosis))]
     told = [("finding", message) for message in found]
@@ -149,6 +149,8 @@ def _diagnosis(run: ReportedRun) -> str:
         told = [("open", progress), *(("open", message) for message in run.state.so_far), *told]
     elif not run.settings.method.enabled:
         told.append(("open", "full training, as method.enabled is false; the failure signatures are of runs that switch"))
+    elif run.settings.data.max_batches is not None:
+        told.append(("open", "a few batches an epoch, as data.max_batches is set; the failure signatures are of whole runs"))
     elif not found:
         told.append(("healthy", "none of the failure signatures shows"))
     return "".join(f"<p class='{kind}'>{of}{escape(message)}.</p>" for kind, message in told)

@@ -221,16 +221,22 @@ def records_of_an_epoch(name: str = "run", **records: Any) -> ReportedRun:
 
 
 @pytest.mark.parametrize(
-    ("state", "method", "signatures", "told"),
+    ("state", "sections", "signatures", "told"),
     [
         (Remarks("finished", True, ()), {}, [], [("healthy", "none of the failure signatures shows")]),
         (Remarks("finished", True, ("no switch: why",)), {}, [], [("finding", "no switch: why")]),
         (Remarks("finished", True, ()), {}, ["early switch: so"], [("finding", "early switch: so")]),
         (
             Remarks("finished", True, ()),
-            {"enabled": False},
+            {"method": {"enabled": False}},
             [],
             [("open", "full training, as method.enabled is false; the failure signatures are of runs that switch")],
+        ),
+        (
+            Remarks("finished", True, ()),
+            {"data": {"path": "data", "max_batches": 4}},
+            [],
+            [("open", "a few batches an epoch, as data.max_batches is set; the failure signatures are of whole runs")],
         ),
         (
             Remarks("stopped after 3 of 9 epochs", False, ()),
@@ -250,9 +256,9 @@ def records_of_an_epoch(name: str = "run", **records: Any) -> ReportedRun:
         ),
     ],
 )
-def test_green_is_a_run_alone_that_finished_and_shows_nothing(state, method, signatures, told):
+def test_green_is_a_whole_run_alone_that_finished_and_shows_nothing(state, sections, signatures, told):
     events = [event("diagnosis", signature="early_switch", value=1.0, limit=0.0, message=text) for text in signatures]
-    settings = parse_settings({"name": "run", "data": {"path": "data"}, "method": method})
+    settings = parse_settings({"name": "run", "data": {"path": "data"}, **sections})
     page = _diagnosis(records_of_an_epoch(settings=settings, state=state, events=events))
     assert re.findall(r"<p class='(\w+)'><b>run</b>: (.*?)\.</p>", page) == told
 
