@@ -221,6 +221,7 @@ def test_an_error_of_the_program_itself_comes_out_with_its_traceback(tmp_path):
     assert result.stderr.endswith("ValueError: invalid literal for int() with base 10: 'seven'\n")
 
 
+@pytest.mark.slow
 def test_no_room_for_the_workers_is_told_once_ray_has_started(tmp_path, monkeypatch):
     """And the token that Ray has made by then is its owner's alone."""
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -18,7 +18,7 @@ import pytest
 
 from prelora_ray.records import NormsLine
 from prelora_ray.run_folder import RunFolder
-from tests.command import ROOT, prelora_without
+from tests.command import ROOT, prelora_here, prelora_without
 from tests.lines import norms_line
 
 PACKAGE = ROOT / "prelora_ray"
@@ -120,6 +120,7 @@ def test_a_command_says_in_a_sentence_what_to_install(missing: str, arguments: l
     assert missing in extras()[extra]
 
 
+@pytest.mark.slow
 def test_a_map_without_a_picture_needs_no_plotly(tmp_path: Path):
     RunFolder(tmp_path).write_records(NormsLine, [norms_line(epoch, {"blocks.0.mlp.fc1": 1.0}) for epoch in range(9)])
     told = prelora_without("plotly", "replay", str(tmp_path / "norms.jsonl"), "--tau", "0.5,1", "--json")
@@ -130,9 +131,12 @@ def test_a_map_without_a_picture_needs_no_plotly(tmp_path: Path):
 @pytest.mark.parametrize(
     ("form", "marker", "library"), [("onnx", "model.onnx", "onnxruntime"), ("peft", "adapter_config.json", "peft")]
 )
-def test_a_form_of_an_export_says_what_reads_it(tmp_path: Path, form: str, marker: str, library: str):
+def test_a_form_of_an_export_says_what_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, marker: str, library: str
+):
     (tmp_path / marker).touch()
-    told = prelora_without(library, "predict", str(tmp_path), "cat.png")
+    monkeypatch.setitem(sys.modules, library, None)
+    told = prelora_here("predict", str(tmp_path), "cat.png")
     assert told.stderr == f"prelora: {tmp_path / marker} needs {library}: pip install 'prelora-ray[{form}]'\n"
     assert (told.returncode, told.stdout) == (2, "")
     assert library in extras()[form]

@@ -14,6 +14,7 @@ NOTEBOOK = Path(__file__).parents[1] / "examples" / "digits.ipynb"
 PHASES = ["full"] * 5 + ["warmup"] * 2 + ["lora"] * 3
 
 
+@pytest.mark.slow
 def test_it_runs_learns_and_draws(monkeypatch):
     """It is kept without what it shows, which only running it brings."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

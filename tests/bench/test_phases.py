@@ -47,6 +47,7 @@ def test_lora_exchanges_what_trains(result):
     assert lora["gradient_bytes"] < 0.5 * result["rows"][0]["gradient_bytes"]
 
 
+@pytest.mark.slow
 def test_a_model_without_a_size_of_images_is_measured():
     size = ("--model", "convnext_tiny", "--image-size", "32", "--batch", "2", "--steps", "1")
     done = prelora_here("bench", "phases", *size, "--row", "timm eager", "--row", "prelora bf16 lora", "--json")

@@ -14,6 +14,7 @@ from tests.command import ROOT
 from tests.runs import SWITCH
 
 
+@pytest.mark.slow
 def test_a_run_and_its_fork_have_the_losses_of_a_run_under_ray(undisturbed, tmp_path):
     folder = RunFolder.of(undisturbed(1))
     plan = {

@@ -108,7 +108,7 @@ def grown(growing: Settings, ray_cluster: None) -> Cells:
 @pytest.mark.parametrize(
     ("places", "size", "padding", "policy"),
     [
-        ([("train", 0), ("train", 1)], 4, 1, None),
+        pytest.param([("train", 0), ("train", 1)], 4, 1, None, marks=pytest.mark.slow),
         ([("train", 2)], 6, 2, "rand-m5-inc1"),
         ([("val", 1), ("train", 3), ("val", 3)], 8, 2, None),
     ],

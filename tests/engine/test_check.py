@@ -34,6 +34,7 @@ def run(options: dict | None = None, **sections: dict) -> Settings:
     return parse_settings({"name": "run", **content})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "size", "freeze"),
     [

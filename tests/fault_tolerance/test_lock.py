@@ -91,7 +91,7 @@ def compete(folders: list[RunFolder], barrier: Any, got_in: Any) -> None:
             barrier.wait(60)
 
 
-@pytest.mark.parametrize("left_behind", [None, "dead", "silent"])
+@pytest.mark.parametrize("left_behind", ["silent", *(pytest.param(kind, marks=pytest.mark.slow) for kind in (None, "dead"))])
 def test_of_many_that_start_at_once_one_gets_in(tmp_path, left_behind):
     """Also where all see that the driver before them has died, or hear nothing of it."""
     folders = [SlowFolder(tmp_path / str(n)) for n in range(ROUNDS)]

@@ -169,10 +169,14 @@ def snippets(page: Path) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
+QUICK = {("warmup", "."), ("lora", "adapter"), ("lora", "onnx")}
+"""Cards that stand for all in `make test`: each takes processes that import all anew."""
+
+
 @pytest.mark.parametrize(
     ("phase", "folder"),
     [
-        pytest.param(phase, folder, marks=[] if (folder == ".") == (phase != "lora") else pytest.mark.slow)
+        pytest.param(phase, folder, marks=[] if (phase, folder) in QUICK else pytest.mark.slow)
         for phase in CHANNELS
         for folder in (".", "timm", "adapter", "onnx")
     ],
@@ -239,11 +243,9 @@ def test_an_export_leaves_out_a_form_whose_library_is_missing(runs, tmp_path, mo
     ("phase", "form"),
     [
         ("lora", "run"),
-        ("lora", "timm"),
-        ("lora", "adapter"),
-        ("lora", "onnx"),
-        ("warmup", "checkpoint"),
         ("warmup", "export"),
+        *(pytest.param("lora", form, marks=pytest.mark.slow) for form in ("timm", "adapter", "onnx")),
+        pytest.param("warmup", "checkpoint", marks=pytest.mark.slow),
     ],
 )
 def test_evaluation_against_scikit_learns_own_arrays(runs, exports, digits, validation, phase, form):

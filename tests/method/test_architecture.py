@@ -78,6 +78,8 @@ TINY: dict[str, tuple[str, int, dict[str, Any], str, int]] = {
     "PVT v2": ("pvt_v2_b0", 64, PVT, f"query key value sr proj {MLP}", 5),
 }
 """By what is tried: a model's name, size of images, options, and its families and number of blocks."""
+QUICK = {"ViT", "EVA-02", "Swin", "Mixer", "ConvNeXt of 1 x 1", "PVT v2"}
+"""Those that stand for all in `make test`: each takes another way through the code."""
 
 
 def content(kind: str, /, **sections: dict[str, Any]) -> dict[str, Any]:
@@ -120,7 +122,7 @@ def assert_close(logits: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4 * max(1, expected.abs().max().item()))
 
 
-@pytest.fixture(params=TINY)
+@pytest.fixture(params=[pytest.param(kind, marks=[] if kind in QUICK else pytest.mark.slow) for kind in TINY])
 def kind(request) -> str:
     return request.param
 
@@ -211,7 +213,7 @@ def test_convolutions_take_images_that_grow():
 @pytest.mark.parametrize("phase", Phase)
 @pytest.mark.parametrize(
     "kind",
-    ["Swin", "SwiGLU", "ConvNeXt of 1 x 1", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("Mixer", "ConvNeXt"))],
+    ["ConvNeXt of 1 x 1", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("Swin", "SwiGLU", "Mixer", "ConvNeXt"))],
 )
 def test_a_run_goes_on_from_a_checkpoint_with_the_same_bits(tmp_path, kind, phase, train):
     """Through the files, in every phase, with what stands in for the blocks' layers in place."""
@@ -280,8 +282,8 @@ def test_subsets_and_masks_of_equal_scales_agree(kind):
 @pytest.mark.parametrize(
     ("kind", "format_"),
     [
-        ("Mixer", "fp8"),
         ("EVA-02", "fp32"),
+        pytest.param("Mixer", "fp8", marks=pytest.mark.slow),
         pytest.param("ConvNeXt", "fp8", marks=pytest.mark.slow),
         pytest.param("ConvNeXt of 1 x 1", "fp8", marks=pytest.mark.slow),
     ],

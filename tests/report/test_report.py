@@ -71,14 +71,19 @@ def test_every_figure_of_a_run_is_drawn(undisturbed, tmp_path):
     assert re.search(r"switched after epoch 3 of 7, with 3\d\.\d% of the learning rate&#x27;s sum left", page)
 
 
-def test_runs_side_by_side_tell_what_differs(undisturbed, tmp_path):
-    runs = [str(RunFolder.of(undisturbed(workers))) for workers in (1, 2)]
-    assert differing_settings(read_runs(runs)) == {"workers.min": [1, 2], "workers.max": [1, 2]}
-    names = write_report(runs, str(tmp_path / "report.html"))
-    assert names.count("learning") == 1 and "ranks-plain-1-fp32" in names
+@pytest.fixture
+def two_runs(undisturbed, disturbed) -> list[str]:
+    return [str(RunFolder.of(run)) for run in (undisturbed(2), disturbed.run)]
+
+
+def test_runs_side_by_side_tell_what_differs(two_runs, tmp_path):
+    differing = {"train.precision": ["fp32", "auto"], "workers.cpus": [0.5, 2.0], "checkpoint.every_steps": [None, 4]}
+    assert differing_settings(read_runs(two_runs)) == differing
+    names = write_report(two_runs, str(tmp_path / "report.html"))
+    assert names.count("learning") == 1 and "ranks-plain-2-fp32" in names
     document = opened(tmp_path / "report.html")
     assert set(drawn(document)) == set(names)
-    assert "<td>workers.min</td><td>1</td><td>2</td>" in document
+    assert "<td>workers.cpus</td><td>0.5</td><td>2.0</td>" in document
 
 
 def test_pictures_over_tau_and_zeta(tmp_path):
@@ -99,7 +104,7 @@ def test_a_plan_is_drawn_beside_runs_that_never_switch(tmp_path):
 
 
 def test_names_are_text_and_not_markup(undisturbed, tmp_path):
-    source = Path(RunFolder.of(undisturbed(1)).path)
+    source = Path(RunFolder.of(undisturbed(2)).path)
     shutil.copytree(source, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "ray"))
     found = event("diagnosis", signature="early_switch", value=1.0, limit=0.0, message="<script>alert(1)</script>")
     LineWriter(RunFolder(tmp_path / "run"), "events.jsonl").write(**to_json(found))
@@ -123,9 +128,8 @@ def test_names_are_as_short_as_tells_them_apart(paths, names):
     assert short_names(paths) == names
 
 
-def test_two_runs_of_one_name_are_told_apart(undisturbed, tmp_path, monkeypatch):
-    for user, workers in (("a", 1), ("b", 2)):
-        source = Path(RunFolder.of(undisturbed(workers)).path)
+def test_two_runs_of_one_name_are_told_apart(two_runs, tmp_path, monkeypatch):
+    for user, source in zip(("a", "b"), two_runs, strict=True):
         shutil.copytree(source, tmp_path / user / "run", ignore=shutil.ignore_patterns("checkpoints", "ray"))
     monkeypatch.chdir(tmp_path / "a")
     paths = ["run", "../b/run", str(tmp_path / "a" / "run")]
@@ -148,11 +152,11 @@ def test_runs_whose_names_are_markup_are_shown_by_them():
         assert names == {"plain", escape(MARKUP)}
 
 
-def test_runs_in_folders_whose_names_are_markup(undisturbed, tmp_path):
+def test_runs_in_folders_whose_names_are_markup(two_runs, tmp_path):
     """The name of a figure's place in the page is one of a run too."""
     folders = [tmp_path / name for name in ("plain", MARKUP.replace("/", "-"))]
-    for workers, folder in enumerate(folders, 1):
-        shutil.copytree(RunFolder.of(undisturbed(workers)).path, folder, ignore=shutil.ignore_patterns("checkpoints", "ray"))
+    for source, folder in zip(two_runs, folders, strict=True):
+        shutil.copytree(source, folder, ignore=shutil.ignore_patterns("checkpoints", "ray"))
     write_report([str(folder) for folder in folders], str(tmp_path / "report.html"))
     page = (tmp_path / "report.html").read_text()
     assert "<script>alert(1)" not in page and "<a href" not in page.split("<body>")[1]
@@ -267,7 +271,7 @@ def test_reports_may_share_what_draws_them(undisturbed, tmp_path):
     (tmp_path / "a b").mkdir()
     pages = [tmp_path / "one.html", tmp_path / "a b" / "two.html"]
     for page in pages:
-        write_report([str(RunFolder.of(undisturbed(1)))], str(page), plotly=str(tmp_path / "its plotly.js"))
+        write_report([str(RunFolder.of(undisturbed(2)))], str(page), plotly=str(tmp_path / "its plotly.js"))
         assert page.stat().st_size < 300_000
         assert drawn(opened(page))["speed"] == 5
 

@@ -23,9 +23,9 @@ GRID: dict[str, dict[str, Any]] = {
     "never": {"tau": 0},
     "like the recipe": {},
     "alike": {"tau": 500},
-    "diverging": {"windows": 5, "warmup_epochs": 0, "adapter_learning_rate_scale": 1e30},
 }
 """Settings of the sweep, by what they are for."""
+DIVERGING = {"windows": 5, "warmup_epochs": 0, "adapter_learning_rate_scale": 1e30}
 
 
 @dataclass
@@ -50,7 +50,7 @@ def load(digits, tmp_path):
 @pytest.fixture(scope="session")
 def grid(digits, tmp_path_factory) -> Grid:
     folder = tmp_path_factory.mktemp("sweep")
-    return Grid(folder, run(load_over_recipe(digits, folder, name="grid", settings=listed(GRID))))
+    return Grid(folder, run(load_over_recipe(digits, folder, name="grid", settings=listed(GRID.values()))))
 
 
 @pytest.fixture(scope="session")
@@ -70,13 +70,13 @@ def controlled(grid, digits, tmp_path_factory) -> tuple[Plan, dict[str, Any]]:
         run_folder = RunFolder(folder / "grid" / grid.entry(name)["trial"])
         lines = run_folder.epochs()
         run_folder.write_records(EpochLine, [replace(line, seconds=1.0 if line.phase == "lora" else 10.0) for line in lines])
-    plan = load_over_recipe(digits, folder, name="grid", settings=listed(["like the recipe"]), controls={"full": "all"})
+    plan = load_over_recipe(digits, folder, name="grid", settings=listed([{}]), controls={"full": "all"})
     return plan, run(plan)
 
 
-def listed(names) -> list[dict[str, Any]]:
-    """Settings of the grid, as a sweep's file has them."""
-    settings = [{**BASE, "rank_pattern": None, **GRID[name]} for name in names]
+def listed(methods) -> list[dict[str, Any]]:
+    """Settings, which say what they have instead of `BASE`, as a sweep's file has them."""
+    settings = [{**BASE, "rank_pattern": None, **method} for method in methods]
     return [{f"method.{key}": value for key, value in setting.items()} for setting in settings]
 
 

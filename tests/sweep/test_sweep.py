@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from prelora_ray.sweep.settings import Plan, SweepSettings, keys_without_effect,
 from tests.chaos.site import wait_for
 from tests.lines import epoch_line, norms_line
 from tests.runs import assert_same_bits, final, last
-from tests.sweep.conftest import GRID, listed, load_over_recipe, run
+from tests.sweep.conftest import DIVERGING, GRID, listed, load_over_recipe, run
 
 SWEEPS = Path(__file__).parents[2] / "jobs" / "sweeps"
 STALE_ADDRESS = Path("/tmp/ray/ray_current_cluster")
@@ -50,31 +51,37 @@ def test_settings_that_agree_are_one_run_with_the_bits_of_a_straight_one(grid, u
     """The straight run's on Ray Train alone; tests/sweep/test_fork.py compares what else the trial has."""
     assert grid.entry("never")["trial"] == "trunk"
     assert grid.entry("like the recipe")["trial"] == grid.entry("alike")["trial"]
-    assert grid.result["trials"] == len(GRID) - 2
+    assert [entry["ended"] for entry in grid.result["settings"]] == ["finished"] * len(GRID)
+    assert grid.result["trials"] == len(GRID) - 2  # the trunk, and one for two that agree
     assert grid.result["controls"] == []
     assert_same_bits(last(grid.run("like the recipe")), final(undisturbed(1)))
 
 
 def test_a_sweep_that_is_done_trains_nothing_again(grid, digits):
-    names = [name for name in GRID if name != "diverging"]  # which is tried again
-    files = [Path(grid.run(name).path, "epochs.jsonl") for name in names]
+    files = [Path(grid.run(name).path, "epochs.jsonl") for name in GRID]
     before = [file.read_bytes() for file in files]
-    again = run(load_over_recipe(digits, grid.folder, name="grid", settings=listed(names)))
-    assert again["settings"] == [grid.entry(name) for name in names]
+    again = run(load_over_recipe(digits, grid.folder, name="grid", settings=listed(GRID.values())))
+    assert again["settings"] == grid.result["settings"]
     assert [file.read_bytes() for file in files] == before
 
 
-def test_a_trial_that_fails_is_told_and_leaves_the_others_alone(grid):
+@pytest.mark.slow
+def test_a_trial_that_fails_is_told_and_leaves_the_others_alone(grid, digits, tmp_path):
     """It fails for good the first time that its loss is not finite, without another attempt.
 
     Without warmup it freezes where it forks.
     """
-    assert [grid.entry(name)["ended"] for name in GRID] == ["finished"] * (len(GRID) - 1) + ["failed"]
-    message = grid.entry("diverging")["message"]
-    assert re.search(r"the loss is not finite at step \d+ .*phase lora; the last good checkpoint is .*/\d{5}-", message)
-    events = grid.run("diverging").read_lines("events.jsonl")
-    assert (events[-1]["event"], events[-1]["message"]) == ("run_failed", message)
-    (switch,), (freeze,) = (RunRecords(grid.run("diverging")).events_of(kind) for kind in (Switch, Freeze))
+    folder = shutil.copytree(grid.folder, tmp_path, dirs_exist_ok=True)
+    result = run(load_over_recipe(digits, folder, name="grid", settings=listed([DIVERGING, {}])))
+    failed, finished = result["settings"]
+    assert (failed["ended"], finished) == ("failed", grid.entry("like the recipe"))
+    diverged = RunFolder(Path(result["path"], failed["trial"]))
+    assert re.search(
+        r"the loss is not finite at step \d+ .*phase lora; the last good checkpoint is .*/\d{5}-", failed["message"]
+    )
+    events = diverged.read_lines("events.jsonl")
+    assert (events[-1]["event"], events[-1]["message"]) == ("run_failed", failed["message"])
+    (switch,), (freeze,) = (RunRecords(diverged).events_of(kind) for kind in (Switch, Freeze))
     assert switch.switch_epoch == freeze.freeze_epoch == 5
     assert "restart" not in [line["event"] for line in events]
 

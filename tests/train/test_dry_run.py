@@ -46,7 +46,7 @@ def test_a_new_run_whose_images_are_not_prepared_yet(tmp_path):
 
 
 def test_a_run_that_is_there_already(undisturbed, tmp_path):
-    run = undisturbed(1)
+    run = undisturbed(2)
     there = RunFolder(shutil.copytree(RunFolder.of(run).path, tmp_path / run.name))
     moved = run.model_copy(update={"storage": str(tmp_path)})
     before = content(tmp_path)

@@ -194,7 +194,7 @@ def test_one_run_through_all_phases(undisturbed):
 
 
 def test_replaying_the_record_gives_the_runs_own_switch_and_ranks(undisturbed):
-    folder = RunFolder.of(undisturbed(1))
+    folder = RunFolder.of(undisturbed(2))
     record = read_record(str(folder))
     result = replay(record, record.method, record.ramp_epochs)
     assert result.switch_epoch == folder.read_json("result.json")["switch_epoch"] == SWITCH
@@ -205,7 +205,7 @@ def test_replaying_the_record_gives_the_runs_own_switch_and_ranks(undisturbed):
 
 def test_lora_checkpoint_is_what_it_says(undisturbed):
     """Frozen weights are those of the freeze; the checkpoint's parts make up the model that the run ended with."""
-    run = undisturbed(1)
+    run = undisturbed(2)
     checkpoints = Checkpoints(RunFolder.of(run))
     end, freeze = final(run), checkpoints.load(f"{FREEZE:05d}-000000")
     folder = Path(checkpoints.folder.path)
@@ -255,15 +255,16 @@ def assert_close(one: Settings, other: Settings) -> None:
 
 
 def test_a_finished_run_is_not_run_again(undisturbed):
-    run = undisturbed(1)
+    run = undisturbed(2)
     before = Path(RunFolder.of(run).path, "epochs.jsonl").read_bytes()
     assert train(run)["switch_epoch"] == SWITCH
     assert Path(RunFolder.of(run).path, "epochs.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_run_whose_result_found_no_room_is_finished_by_the_same_command(undisturbed, storage):
     """It trains nothing again, as the last checkpoint is there."""
-    run = undisturbed(1)
+    run = undisturbed(2)
     again = run.model_copy(update={"name": "without-a-result"})
     shutil.copytree(RunFolder.of(run).path, RunFolder.of(again).path)
     folder = RunFolder.of(again)
@@ -286,18 +287,18 @@ def test_what_would_end_with_its_job_is_refused_before_it_is_made(tmp_path, insi
 
 
 def test_resuming_with_other_settings_is_refused(undisturbed, digits, storage):
-    run = undisturbed(1)
-    other = settings(digits, storage, run.name, 1, train={"learning_rate": 0.5})
+    run = undisturbed(2)
+    other = settings(digits, storage, run.name, 2, train={"learning_rate": 0.5})
     with pytest.raises(ValueError, match=r"train\.learning_rate = 0\.5 is not allowed: run .* was begun with 0\.001"):
         train(other)
 
 
 def test_more_epochs_are_refused_with_the_way_to_train_on(undisturbed, digits, storage):
-    run = undisturbed(1)
-    longer = settings(digits, storage, run.name, 1, train={"epochs": EPOCHS + 5})
+    run = undisturbed(2)
+    longer = settings(digits, storage, run.name, 2, train={"epochs": EPOCHS + 5})
     with pytest.raises(ValueError, match=r"train\.epochs = 12 is not allowed: .* with 7, .*--set model\.init_from="):
         train(longer)
-    shorter = settings(digits, storage, run.name, 1, train={"epochs": EPOCHS - 1})
+    shorter = settings(digits, storage, run.name, 2, train={"epochs": EPOCHS - 1})
     with pytest.raises(ValueError, match=r"train\.epochs = 6 is not allowed: .* with 7; resume it with that, or give"):
         train(shorter)
 
@@ -338,7 +339,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_the_last_good_checkpoint(di
 
 def test_config_holds_every_key_and_reads_back(undisturbed):
     """`workers.gpu` is there as what `auto` came to, without which a resume might come to something else."""
-    run = undisturbed(1)
+    run = undisturbed(2)
     read = RunFolder.of(run).read_settings()
     assert run.workers.gpu == "auto" and read.workers.gpu is False
     assert read == run.model_copy(update={"workers": run.workers.model_copy(update={"gpu": False})})

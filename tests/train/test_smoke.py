@@ -68,6 +68,7 @@ def test_a_recipe_that_is_none_is_told(tmp_path):
         smoke_run(str(tmp_path / "none.yaml"), [])
 
 
+@pytest.mark.slow
 def test_a_smoke_run_sees_a_few_batches_in_each_phase(digits: Path, storage: Path):
     small = {"data.path": str(digits), "model.options": json.dumps(TINY_VIT), "method.r_min": 2, "method.r_max": 8}
     small |= {"workers.max": 1}
