@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import ray
 
 from prelora_ray.errors import UserError, one_line
-from prelora_ray.fault_tolerance.ray_private import JobConfig, keep_token_private
+from prelora_ray.fault_tolerance.ray_private import JobConfig, in_process_groups_of_their_own, keep_token_private
 
 
 @contextmanager
@@ -28,13 +28,14 @@ def ray_session(*, debug: bool = False) -> Iterator[bool]:
     address = os.environ.get("RAY_ADDRESS") or "local"
     keep_token_private()
     try:
-        ray.init(
-            address=address,
-            job_config=JobConfig(),
-            log_to_driver=debug,
-            logging_level=logging.INFO if debug else logging.ERROR,
-            **({"include_dashboard": False} if address == "local" else {}),
-        )
+        with in_process_groups_of_their_own():
+            ray.init(
+                address=address,
+                job_config=JobConfig(),
+                log_to_driver=debug,
+                logging_level=logging.INFO if debug else logging.ERROR,
+                **({"include_dashboard": False} if address == "local" else {}),
+            )
     except ValueError as error:
         raise UserError(f"RAY_ADDRESS = {address!r} is not allowed: {one_line(error)}") from None
     keep_token_private()

@@ -18,6 +18,7 @@ import typer
 from prelora_ray.cli import app
 from prelora_ray.config import with_absolute_paths
 from prelora_ray.config_file import load_settings
+from prelora_ray.fault_tolerance.end import read_end
 from prelora_ray.fault_tolerance.ray_private import keep_token_private
 from prelora_ray.method.convergence import percent_change
 from prelora_ray.records import Starting
@@ -298,18 +299,19 @@ def tiny_run(tmp_path: Path) -> list[str]:
     return ["train", "jobs/configs/digits.yaml", "--storage", str(tmp_path), "--name", "run", "--json", *sets]
 
 
-def interrupt(tmp_path: Path, signum: int) -> tuple[int, str, str, list[str]]:
-    """Sends a signal to the driver once two epochs are done; returns exit status, standard output and error, and the
-    steps of its start."""
-    command = [*COMMAND, *tiny_run(tmp_path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+def interrupt(tmp_path: Path, signum: int, *more: str) -> tuple[int, str, str, list[str]]:
+    """Sends a signal to the driver's process group, as a terminal and `timeout` do, once two epochs are done; returns
+    exit status, standard output and error, and the steps of its start."""
+    command = [*COMMAND, *tiny_run(tmp_path), *more]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, text=True, cwd=ROOT, start_new_session=True, **streams)
     epochs, folder, steps = tmp_path / "run" / "epochs.jsonl", RunFolder(tmp_path / "run"), [""]
     while not (epochs.exists() and len(epochs.read_text().splitlines()) >= 2):
         assert process.poll() is None, process.communicate()
         if isinstance(place := folder.read_place(), Starting) and place.doing != steps[-1]:
             steps.append(place.doing)
         time.sleep(0.02)
-    os.kill(process.pid, signum)
+    os.killpg(process.pid, signum)
     stdout, stderr = process.communicate(timeout=60)
     return process.returncode, stdout, stderr, steps[1:]
 
@@ -326,6 +328,17 @@ def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path):
     told = [line for line in stderr.splitlines() if line.startswith("starting: ")]
     assert told[0] == "starting: start Ray" and "starting: place the workers" in told
     assert not (tmp_path / "run" / "starting.json").exists()
+
+
+@pytest.mark.slow
+def test_sigterm_for_its_whole_process_group_leaves_ray_to_it(tmp_path):
+    """As `timeout` sends it."""
+    status, stdout, stderr, _ = interrupt(tmp_path, signal.SIGTERM, "--set", "train.epochs=99")
+    assert (status, stdout) == (130, "")
+    *_, last = stderr.splitlines()
+    assert last.startswith("prelora: stopped; the same command goes on from epoch ")
+    end = read_end(RunFolder(tmp_path / "run"))
+    assert end is not None and end.end == "stop"
 
 
 @pytest.mark.slow

@@ -9,17 +9,19 @@ reserved. Nor does Ray remove an actor that was registered by a process that die
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import site
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.job_config
 import ray.train.torch
+from ray._private import services
 from ray._raylet import ActorID, PlacementGroupID
 from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
@@ -64,6 +66,21 @@ class JobConfig(ray.job_config.JobConfig):
             places.append(package)
         self._py_driver_sys_path = list(dict.fromkeys(places))
         return super()._get_proto_job_config()
+
+
+@contextlib.contextmanager
+def in_process_groups_of_their_own() -> Iterator[None]:
+    """What Ray starts on this machine in the block is not of the driver's process group.
+
+    A signal to that group, as `timeout`, a terminal or a process manager sends it, is for the driver, which saves and
+    then ends Ray. Where the driver dies, Ray's processes still end with it.
+    """
+    popen = services.ConsolePopen
+    services.ConsolePopen = functools.partial(popen, process_group=0)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = popen
 
 
 class TorchTrainer(ray.train.torch.TorchTrainer):
