@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -37,6 +38,21 @@ class Snapshot:
     @property
     def name(self) -> str:
         return checkpoint_name(self.state["epoch"], self.state["batch"])
+
+    def with_each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Snapshot:
+        """The same with each tensor as `change` returns it, which is called in an order that the names alone decide."""
+
+        def changed(tensors: Tensors) -> Tensors:
+            return {name: change(tensors[name]) for name in sorted(tensors)}
+
+        return replace(
+            self,
+            model=changed(self.model),
+            optimizer={name: changed(self.optimizer[name]) for name in sorted(self.optimizer)},
+            base=changed(self.base),
+            adapter=changed(self.adapter),
+            ema=changed(self.ema),
+        )
 
 
 def checkpoint_name(epoch: int, batch: int) -> str:

@@ -135,7 +135,7 @@ class Checkpoints:
         return [name for name in self.folder.list_folders() if _NAME.fullmatch(name)]
 
     def load(self, name: str) -> Snapshot:
-        """Reads a checkpoint.
+        """Reads a checkpoint, one file after the other: no more than the largest is in memory twice.
 
         Raises DamagedCheckpointError where a file is missing or is not what its manifest says, OtherSchemaError where
         another version of this program wrote it, and OSError where it cannot be read: then it may still be whole.
@@ -144,18 +144,24 @@ class Checkpoints:
         try:
             manifest = _read_manifest(folder)
             _check_schema(name, manifest)
-            files = {file: _verified(folder, file, entry) for file, entry in manifest["files"].items()}
-            base = _verified(self.folder, BASE, manifest["base"]) if manifest["base"] else None
-            adapter, ema = files.get("adapter/adapter_model.safetensors"), files.get("ema.safetensors")
+            files, base = manifest["files"], manifest["base"]
+
+            def read(file: str) -> bytes:
+                return _verified(folder, file, files[file])
+
+            def tensors(file: str) -> Tensors:
+                return safetensors.torch.load(read(file))
+
+            is_adapted = "adapter/adapter_model.safetensors" in files
             checkpoint = Snapshot(
-                state=json.loads(files["state.json"]),
-                model=safetensors.torch.load(files["model.safetensors"]),
-                optimizer=_by_parameter(safetensors.torch.load(files["optimizer.safetensors"])),
-                base=safetensors.torch.load(base) if base else {},
-                refers_to_base=base is not None,
-                adapter=safetensors.torch.load(adapter) if adapter else {},
-                adapter_config=json.loads(files["adapter/adapter_config.json"]) if adapter else None,
-                ema=safetensors.torch.load(ema) if ema else {},
+                state=json.loads(read("state.json")),
+                model=tensors("model.safetensors"),
+                optimizer=_by_parameter(tensors("optimizer.safetensors")),
+                base=safetensors.torch.load(_verified(self.folder, BASE, base)) if base else {},
+                refers_to_base=bool(base),
+                adapter=tensors("adapter/adapter_model.safetensors") if is_adapted else {},
+                adapter_config=json.loads(read("adapter/adapter_config.json")) if is_adapted else None,
+                ema=tensors("ema.safetensors") if "ema.safetensors" in files else {},
                 val_top1=manifest["val_top1"],
             )
         except OtherSchemaError:

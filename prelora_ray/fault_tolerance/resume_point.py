@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import cast
 
+import torch
+
+from prelora_ray.engine.agreement import from_rank_0, snapshot_from_rank_0
 from prelora_ray.engine.snapshot import Snapshot
 from prelora_ray.fault_tolerance.checkpoint import Checkpoints
 from prelora_ray.fault_tolerance.lock import holder
@@ -29,6 +33,18 @@ class ResumePoint:
     """Steps that the previous attempt had done, by its progress.json."""
     world_size: int | None
     """Workers of the previous attempt."""
+
+
+def resume_together(
+    folder: RunFolder, checkpoints: Checkpoints, rank: int, device: torch.device
+) -> tuple[ResumePoint, Snapshot | None]:
+    """Where the attempt begins, and the checkpoint that is there, as rank 0 finds them, on every worker.
+
+    Rank 0 alone reads and verifies, however many workers there are; the others get the tensors from it.
+    `device`: the worker's.
+    """
+    point, checkpoint = find_resume_point(folder, checkpoints) if rank == 0 else (None, None)
+    return cast(ResumePoint, from_rank_0(point)), snapshot_from_rank_0(checkpoint, device)
 
 
 def find_resume_point(folder: RunFolder, checkpoints: Checkpoints) -> tuple[ResumePoint, Snapshot | None]:

@@ -14,7 +14,6 @@ from prelora_ray.data.batch import Batch
 from prelora_ray.data.manifest import read_manifest
 from prelora_ray.engine.agreement import agreed, from_rank_0
 from prelora_ray.engine.micro_batch import FoundSizes
-from prelora_ray.engine.snapshot import Snapshot
 from prelora_ray.engine.state import TrainState
 from prelora_ray.engine.step import TrainStep
 from prelora_ray.fault_tolerance.checkpoint import Checkpoints
@@ -23,7 +22,7 @@ from prelora_ray.fault_tolerance.end import EndKind, remove_end
 from prelora_ray.fault_tolerance.lock import CLAIM
 from prelora_ray.fault_tolerance.notices import STOP_FILE, Notices, room_to_grow
 from prelora_ray.fault_tolerance.ray_private import remove_unborn_actors
-from prelora_ray.fault_tolerance.resume_point import ResumePoint, find_resume_point
+from prelora_ray.fault_tolerance.resume_point import resume_together
 from prelora_ray.fault_tolerance.watchdog import OUTAGE_PATIENCE, Watchdog
 from prelora_ray.method.phases import Decision, Phase
 from prelora_ray.method.targets import target_norms
@@ -62,12 +61,14 @@ class WorkerAttempt:
             lambda: self.watchdog.beat(patiently=True),
         )
         checkpoints = Checkpoints(self.folder)
-        point, checkpoint = _resume(self.folder, checkpoints, self.rank)
+        device = ray.train.torch.get_device()
+        if self.rank == 0:
+            _clear(self.folder, checkpoints)
+        point, checkpoint = resume_together(self.folder, checkpoints, self.rank, device)
         if self.rank == 0:
             self.folder.write_starting("build the model")
         manifest = read_manifest(Storage(settings.data.path))
         self.plan = stream_plan(settings, manifest, self.rank, world_size)
-        device = ray.train.torch.get_device()
         batches = self.plan.orders["train"].num_batches
         source = settings.model.init_from if checkpoint is None and self.rank == 0 else None  # DDP hands on rank 0's weights
         initial = None if source is None else initial_weights(source)
@@ -270,20 +271,13 @@ def _reached(folder: RunFolder) -> RunFolder:
     return folder
 
 
-def _resume(folder: RunFolder, checkpoints: Checkpoints, rank: int) -> tuple[ResumePoint, Snapshot | None]:
-    """Where the attempt begins, as rank 0 finds it and tells the others, and the checkpoint that is there."""
-    found = checkpoint = None
-    if rank == 0:
-        remove_unborn_actors()  # before any worker streams
-        remove_end(folder)  # the one of an attempt before, in the same fit
-        with contextlib.suppress(OSError):  # it only takes up room
-            folder.remove_unfinished(but=(CLAIM, STOP_FILE))  # which the driver may be writing
-            checkpoints.remove_unfinished()
-        found, checkpoint = find_resume_point(folder, checkpoints)
-    point = cast(ResumePoint, from_rank_0(found))
-    if rank != 0 and point.checkpoint is not None:
-        checkpoint = checkpoints.load(point.checkpoint)
-    return point, checkpoint
+def _clear(folder: RunFolder, checkpoints: Checkpoints) -> None:
+    """Removes what the attempt before has left that is of no more use. Rank 0's."""
+    remove_unborn_actors()  # before any worker streams
+    remove_end(folder)  # of an attempt in the same fit
+    with contextlib.suppress(OSError):  # it only takes up room
+        folder.remove_unfinished(but=(CLAIM, STOP_FILE))  # which the driver may be writing
+        checkpoints.remove_unfinished()
 
 
 def _own_sums(sums: list[list[float]], rank: int, world_size: int) -> tuple[float, float]:
