@@ -185,10 +185,10 @@ def parse_lines(content: bytes) -> list[dict[str, Any]]:
 
 
 class Appender:
-    """Appends to one file of a run folder.
+    """Appends to one file of a run folder, without ever waiting for the storage.
 
-    On a disk what is appended is there once `append` returns. On a full disk it waits in memory for room; so does the
-    file's creation. Object stores cannot append: there it gathers in a local file, which `flush` uploads whole. One
+    On a disk a thread writes what is appended at once; on a full one it waits in memory for room, and so does the
+    file's creation. Object stores cannot append: there it gathers in memory, and `flush` uploads the file whole. One
     thread may append while another flushes.
     """
 
@@ -196,7 +196,12 @@ class Appender:
         self._folder = folder
         self._name = name
         self._file: IO[bytes] | None = None
+        self._writing = threading.Lock()
+        """Held by the thread that writes, which may take long."""
         self._lock = threading.Lock()
+        """Held for a moment, for what follows."""
+        self._has_writer = False
+        """Whether a thread of its own writes what is appended."""
         self._pending = b"" if folder.is_local or not folder.exists(name) else folder.read_bytes(name)
         self._num_bytes = 0
         """Bytes in the file."""
@@ -206,31 +211,45 @@ class Appender:
     def append(self, content: bytes) -> None:
         with self._lock:
             self._pending += content
-            self._drain()
+            begins = self._folder.is_local and not self._has_writer
+            self._has_writer |= begins
+        if begins:
+            threading.Thread(target=self._write_beside, daemon=True).start()
 
     def flush(self) -> bool:
         """Returns whether all that was appended so far is stored; where it is not, the next flush tries again."""
-        with self._lock:
-            self._drain()
-            if self._pending or self._folder.is_local:
-                return not self._pending
-            num_bytes = self._num_bytes
-        if num_bytes != self._uploaded:
-            assert self._file is not None
-            with contextlib.suppress(OSError):
-                self._folder.write_bytes(self._name, os.pread(self._file.fileno(), num_bytes, 0))
-                self._uploaded = num_bytes
-        return num_bytes == self._uploaded
+        with self._writing:
+            has_all = self._drain()
+            if not has_all or self._folder.is_local:
+                return has_all
+            if self._num_bytes != self._uploaded:
+                assert self._file is not None
+                with contextlib.suppress(OSError):
+                    self._folder.write_bytes(self._name, os.pread(self._file.fileno(), self._num_bytes, 0))
+                    self._uploaded = self._num_bytes
+            return self._num_bytes == self._uploaded
 
-    def _drain(self) -> None:
-        """Writes as much as there is room for."""
+    def _write_beside(self) -> None:
+        while True:
+            with self._writing:
+                has_room = self._drain()
+            with self._lock:
+                if not has_room or not self._pending:
+                    self._has_writer = False
+                    return
+
+    def _drain(self) -> bool:
+        """Writes as much as there is room for; returns whether that is all that was pending at the last look."""
         with contextlib.suppress(OSError):
             if self._file is None:
                 self._file = self._open()
-            while self._pending:
-                written = self._file.write(self._pending)
-                self._pending = self._pending[written:]
+            while content := self._pending:
+                written = self._file.write(content)
+                with self._lock:
+                    self._pending = self._pending[written:]
                 self._num_bytes += written
+            return True
+        return False
 
     def _open(self) -> IO[bytes]:
         if not self._folder.is_local:
@@ -248,7 +267,8 @@ class LineWriter(Appender):
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
-                self._pending = b"\n" + self._pending
+                with self._lock:
+                    self._pending = b"\n" + self._pending
         return file
 
     def write(self, **line: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -29,7 +30,7 @@ from prelora_ray.torchvision_ops import make_importable
 from prelora_ray.train.run import train
 from tests import prometheus
 from tests.chaos.site import wait_for
-from tests.disk import Disk
+from tests.disk import Disk, HangingDisk
 from tests.disturbed import EACH_PHASE, Disturbed, train_disturbed
 from tests.prometheus import Prometheus
 from tests.proxy import Proxy, s3_server
@@ -107,6 +108,20 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("mounting a file system takes root")
     yield Disk(path)
+    subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+@pytest.fixture
+def hanging_disk(tmp_path: Path) -> Iterator[HangingDisk]:
+    """A small file system of its own, which a test can have hang."""
+    image, path = tmp_path / "image", tmp_path / "disk"
+    path.mkdir()
+    with image.open("wb") as file:
+        file.truncate(2**25)
+    for command in (["mkfs.ext4", "-q", str(image)], ["mount", "-o", "loop", str(image), str(path)]):
+        if shutil.which(command[0]) is None or subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("mounting a file's file system takes root and a loop device")
+    yield HangingDisk(path)
     subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 

@@ -1,10 +1,12 @@
-"""A file system that is full."""
+"""File systems that are full, or that do not answer."""
 
 from __future__ import annotations
 
 import contextlib
 import shutil
+import subprocess
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -41,3 +43,25 @@ class Disk:
         with contextlib.suppress(OSError):
             while inodes:
                 (self._fillers / str(len(list(self._fillers.iterdir())))).touch()
+
+
+class HangingDisk:
+    """A small file system on which, while it hangs, whoever writes waits, as on a share whose server is silent."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @contextlib.contextmanager
+    def hangs(self) -> Iterator[None]:
+        """For the time of a block, and no longer than 20 s: else a test whose own thread waits would do so for ever."""
+        subprocess.run(["fsfreeze", "--freeze", str(self.path)], check=True)
+        guard = threading.Timer(20.0, self._thaw)
+        guard.start()
+        try:
+            yield
+        finally:
+            guard.cancel()
+            self._thaw()
+
+    def _thaw(self) -> None:
+        subprocess.run(["fsfreeze", "--unfreeze", str(self.path)], capture_output=True, check=False)

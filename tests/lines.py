@@ -5,6 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from prelora_ray.records import EVENTS, EpochLine, Event, NormsLine, Progress
+from prelora_ray.run_folder import LineWriter
+from prelora_ray.storage import Storage
+
+
+def write_lines(folder: Storage, name: str, *lines: dict[str, Any]) -> None:
+    """Appends lines to a file of a run folder, as a run does."""
+    writer = LineWriter(folder, name)
+    for line in lines:
+        writer.write(**line)
+    assert writer.flush()
 
 
 def epoch_line(epoch: int, **content: Any) -> EpochLine:

@@ -10,10 +10,10 @@ import pytest
 from prelora_ray.config_file import parse_settings
 from prelora_ray.fault_tolerance.checkpoint import Checkpoints
 from prelora_ray.records import to_json
-from prelora_ray.run_folder import LineWriter, RunFolder
+from prelora_ray.run_folder import RunFolder
 from tests.command import prelora_here
 from tests.fault_tolerance.test_checkpoint import checkpoint
-from tests.lines import epoch_line
+from tests.lines import epoch_line, write_lines
 
 NEWEST = "checkpoints/00002-000000"
 
@@ -23,8 +23,7 @@ def run(tmp_path: Path) -> Path:
     folder = RunFolder(tmp_path)
     folder.write_settings(parse_settings({"name": "run", "data": {"path": "data"}}))
     folder.write_json("data.json", {"classes": ["cat", "dog"]})
-    for attempt in (0, 1):
-        LineWriter(folder, "epochs.jsonl").write(**to_json(epoch_line(attempt)))
+    write_lines(folder, "epochs.jsonl", *(to_json(epoch_line(attempt)) for attempt in (0, 1)))
     for epoch in (1, 2):
         Checkpoints(folder).save(checkpoint(epoch))
     return tmp_path

@@ -5,15 +5,16 @@ import yaml
 
 from prelora_ray.config import without_effect
 from prelora_ray.config_file import parse_settings
-from prelora_ray.run_folder import LineWriter, RunFolder, parse_lines
+from prelora_ray.run_folder import RunFolder, parse_lines
 from prelora_ray.storage import Storage
+from tests.lines import write_lines
 
 
 def test_lines_survive_a_writer_that_was_killed(tmp_path):
     path = tmp_path / "events.jsonl"
     path.write_bytes(b'{"attempt": 0, "event": "a"}\n{"attempt": 0, "ev')
     folder = RunFolder(tmp_path)
-    LineWriter(folder, "events.jsonl").write(attempt=1, event="b")
+    write_lines(folder, "events.jsonl", {"attempt": 1, "event": "b"})
     assert [line["event"] for line in folder.read_lines("events.jsonl")] == ["a", "b"]
 
 
@@ -26,9 +27,7 @@ def test_a_damaged_line_takes_no_other_with_it(damage):
 
 def test_a_line_torn_behind_an_inner_brace_stays_by_itself(tmp_path):
     (tmp_path / "norms.jsonl").write_bytes(b'{"epoch": 0, "norms": {"a": 1}')
-    writer = LineWriter(RunFolder(tmp_path), "norms.jsonl")
-    writer.write(epoch=1)
-    writer.write(epoch=2)
+    write_lines(RunFolder(tmp_path), "norms.jsonl", {"epoch": 1}, {"epoch": 2})
     assert RunFolder(tmp_path).read_lines("norms.jsonl") == [{"epoch": 1}, {"epoch": 2}]
 
 
@@ -58,7 +57,7 @@ def test_a_result_that_lacks_a_key_is_told(tmp_path):
 
 
 def test_infinite_numbers_become_null(tmp_path):
-    LineWriter(Storage(tmp_path), "w.jsonl").write(change={"query": float("inf"), "key": 1 / 3}, list=[float("nan")])
+    write_lines(Storage(tmp_path), "w.jsonl", {"change": {"query": float("inf"), "key": 1 / 3}, "list": [float("nan")]})
     text = (tmp_path / "w.jsonl").read_text()
     assert json.loads(text) == {"change": {"query": None, "key": 1 / 3}, "list": [None]}
 

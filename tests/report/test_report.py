@@ -18,9 +18,9 @@ from prelora_ray.records import EpochLine, Event, to_json
 from prelora_ray.report import figures
 from prelora_ray.report.page import _diagnosis, write_plan, write_report, write_switch_map
 from prelora_ray.report.records import ReportedRun, differing_settings, read_runs, short_names
-from prelora_ray.run_folder import LineWriter, RunFolder
+from prelora_ray.run_folder import RunFolder
 from prelora_ray.summaries import table_summaries
-from tests.lines import epoch_line, event
+from tests.lines import epoch_line, event, write_lines
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 
@@ -107,7 +107,7 @@ def test_names_are_text_and_not_markup(undisturbed, tmp_path):
     source = Path(RunFolder.of(undisturbed(2)).path)
     shutil.copytree(source, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "ray"))
     found = event("diagnosis", signature="early_switch", value=1.0, limit=0.0, message="<script>alert(1)</script>")
-    LineWriter(RunFolder(tmp_path / "run"), "events.jsonl").write(**to_json(found))
+    write_lines(RunFolder(tmp_path / "run"), "events.jsonl", to_json(found))
     write_report([str(tmp_path / "run")], str(tmp_path / "report.html"))
     page = (tmp_path / "report.html").read_text()
     assert "<script>alert(1)" not in page
@@ -281,8 +281,8 @@ def test_on_a_phone_nothing_is_wider_than_the_screen_and_no_label_lies_over_anot
     source = Path(RunFolder.of(undisturbed(2)).path)
     shutil.copytree(source, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "ray"))
     marks = [event("restart", epoch, cause="failure", world_size=2) for epoch in (4, 4, 5)]
-    for mark in [*marks, event("resize", 5, world_size=3, before=2)]:
-        LineWriter(RunFolder(tmp_path / "run"), "events.jsonl").write(**to_json(mark))
+    marks.append(event("resize", 5, world_size=3, before=2))
+    write_lines(RunFolder(tmp_path / "run"), "events.jsonl", *(to_json(mark) for mark in marks))
     write_report([str(tmp_path / "run")], str(tmp_path / "report.html"))
     page = (tmp_path / "report.html").read_text()
     measured = page.replace("<body>", "<body style='width: 360px; margin: 0; padding: 0'>").replace(
