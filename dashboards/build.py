@@ -162,6 +162,33 @@ def run() -> dashboard.Dashboard:
                     unit="watt",
                 ),
             ],
+            "Slow workers": [
+                _panel(
+                    "Waiting for data by worker",
+                    "Share of the worker's time.",
+                    [(f"sum by (worker) (rate(prelora_data_wait_seconds_total{of}[$__rate_interval]))", "{{worker}}")],
+                    unit="percentunit",
+                ),
+                _panel(
+                    "Computing by worker",
+                    "Share of the worker's time: what it waits neither for data nor for gradients.",
+                    [
+                        (
+                            f"sum by (worker) (rate(prelora_step_seconds_sum{of}[$__rate_interval])"
+                            f" - rate(prelora_data_wait_seconds_total{of}[$__rate_interval])"
+                            f" - rate(prelora_exchange_seconds_total{of}[$__rate_interval]))",
+                            "{{worker}}",
+                        )
+                    ],
+                    unit="percentunit",
+                ),
+                _panel(
+                    "Waiting for gradients by worker",
+                    "Share of the worker's time. Who lies below the others holds them up; where all are high, the network.",
+                    [(f"sum by (worker) (rate(prelora_exchange_seconds_total{of}[$__rate_interval]))", "{{worker}}")],
+                    unit="percentunit",
+                ),
+            ],
             "What happened": [
                 _panel("Workers", "The group's size.", [(f"prelora_world_size{of}", "workers")], unit="short"),
                 _panel(

@@ -17,6 +17,7 @@ END = "<!-- Written by hand again. -->\n"
 JSON_TYPES = {
     **{"int": "integer", "float": "number", "str": "string", "bool": "boolean", "None": "`null`"},
     **{"dict[str, str]": "object of strings", "dict[str, float]": "object of numbers", "dict[str, int]": "object of integers"},
+    "dict[str, list[float]]": "object of lists of numbers",
     "dict[str, float | None]": "object of numbers, each may be `null`,",
 }
 _MODULE = ast.parse(inspect.getsource(records))

@@ -91,6 +91,9 @@ class EpochLine:
     """Time that this attempt spent on the epoch, with validation."""
     data_wait_seconds: float
     """Part of `train_seconds` in which rank 0 waited for data."""
+    worker_seconds: dict[str, list[float]] | None = None
+    """`train_seconds` of every worker, by rank: `data`, waiting for a batch; `exchange`, waiting for the mean of all
+    gradients behind its own backward pass; `compute`, the rest. Who holds up the others waits least in `exchange`."""
     peak_memory_bytes: int
     """Most memory of rank 0: on a GPU allocated since the phase was built, on a CPU ever held by the process."""
     trainable_parameters: int

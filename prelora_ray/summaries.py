@@ -6,7 +6,7 @@ import itertools
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from prelora_ray.records import BEGINNINGS, EpochLine, Event
 
@@ -167,6 +167,48 @@ def _startup_seconds(lines: Sequence[EpochLine]) -> float | None:
     rate = in_steady_state(lines, of_worker)
     others = [line for line in lines if line not in steady]
     return sum(max(0.0, line.train_seconds * (1 - of_worker(line) / rate)) for line in others)
+
+
+_SLOW_SHARE = 0.15
+"""Of its time that a worker has to wait less for gradients than the others in the median, to be called slow."""
+_SLOW_EXCHANGE = 0.3
+"""Share of its time that even the worker that waits least waits for gradients, where the network is called slow."""
+_TELLING_SECONDS = 60.0
+"""Of training, over less of which nothing is told."""
+
+
+@dataclass(frozen=True)
+class Slowness:
+    """What holds up the workers of a run, in shares of their time of training."""
+
+    worker: int | None
+    """Rank of the one that the others wait for; None where they all wait for the network."""
+    cause: Literal["data", "compute", "exchange"]
+    share: float
+    """What the cause takes of that worker's time; of the network, of the time of the worker that waits least for it."""
+    others: float | None
+    """What it takes of the others', in the median; None of the network."""
+
+
+def slowness(epochs: Sequence[EpochLine]) -> Slowness | None:
+    """None where no worker is slow, or too little is known: of the newest attempt and phase, after its first epoch."""
+    last = epochs[-1] if epochs else None
+    lines = [line for line in epochs if last and (line.attempt, line.phase) == (last.attempt, last.phase)][1:]
+    known = [line.worker_seconds for line in lines if line.worker_seconds is not None]
+    if not known or sum(line.train_seconds for line in lines) < _TELLING_SECONDS or len(known[0]["data"]) == 1:
+        return None
+    sums = {kind: [sum(of_worker) for of_worker in zip(*(of[kind] for of in known), strict=True)] for kind in known[0]}
+    wholes = [sum(parts) for parts in zip(*sums.values(), strict=True)]
+    shares = {kind: [part / whole for part, whole in zip(sums[kind], wholes, strict=True)] for kind in sums}
+    worker = min(range(len(wholes)), key=shares["exchange"].__getitem__)
+    others = {kind: statistics.median(of_all[:worker] + of_all[worker + 1 :]) for kind, of_all in shares.items()}
+    if others["exchange"] - shares["exchange"][worker] > _SLOW_SHARE:
+        excess = {kind: shares[kind][worker] - others[kind] for kind in ("data", "compute")}
+        cause: Literal["data", "compute"] = "data" if excess["data"] > excess["compute"] else "compute"
+        return Slowness(worker, cause, shares[cause][worker], others[cause])
+    if min(shares["exchange"]) > _SLOW_EXCHANGE:
+        return Slowness(None, "exchange", min(shares["exchange"]), None)
+    return None
 
 
 def restarts(events: Iterable[Event]) -> int:

@@ -28,6 +28,7 @@ from prelora_ray.data.prepare import plan as plan_tasks
 from prelora_ray.data.prepare_settings import PrepareSettings
 from prelora_ray.data.sources import Item, Source
 from prelora_ray.data.sources.folder import FileReader
+from prelora_ray.engine.exchange import ExchangeClock
 from prelora_ray.engine.state import TrainState
 from prelora_ray.engine.step import TrainStep
 from prelora_ray.method.phases import Phase
@@ -101,8 +102,8 @@ def step(plan: StreamPlan) -> Callable[[], object]:
 
 def end_of_epoch(plan: StreamPlan) -> Callable[[], object]:
     """What is counted at the end of an epoch, with a loop that has taken all batches."""
-    state = cast(Any, SimpleNamespace(phases=SimpleNamespace(phase=Phase.FULL), batch=0))
-    meter = EpochMeter(state, plan, cast(Any, SimpleNamespace(wait_seconds=0.0)))
+    state = cast(Any, SimpleNamespace(phases=SimpleNamespace(phase=Phase.FULL), batch=0, device=torch.device("cpu")))
+    meter = EpochMeter(state, plan, cast(Any, SimpleNamespace(wait_seconds=0.0)), ExchangeClock(state.device))
     return lambda: meter.end_training(1.0, 1)
 
 

@@ -1,8 +1,11 @@
-"""How data-parallel workers exchange their gradients: in which buckets, and in which number format."""
+"""How data-parallel workers exchange their gradients: in which buckets and number format, and how long they wait."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -50,6 +53,48 @@ class Exchange:
         if hook is not None:  # a lambda: DDP refuses postponed annotations, and on CPUs torch's bf16 hook by its name
             network.register_comm_hook(None, lambda group, bucket: hook(group, bucket))
         return network
+
+
+class ExchangeClock:
+    """Measures what of the exchange no computation hides: from the end of a worker's own backward pass until it has the
+    mean of all workers' gradients.
+
+    That is the network's time, and the wait for whoever comes last, who waits least. Nothing waits for the device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._is_cuda = device.type == "cuda"
+        self._seconds = 0.0
+        self._begin: Any = None
+        self._pending: deque[tuple[Any, Any]] = deque()
+
+    @property
+    def seconds(self) -> float:
+        """Over all steps that the device has done, which on a GPU may be some behind."""
+        while self._pending and (not self._is_cuda or self._pending[0][1].query()):
+            begin, end = self._pending.popleft()
+            self._seconds += begin.elapsed_time(end) / 1000 if self._is_cuda else end - begin
+        return self._seconds
+
+    @contextmanager
+    def watching(self, loss: torch.Tensor) -> Iterator[None]:
+        """For the time of the backward pass of `loss`, in which DDP exchanges."""
+        engine = torch.autograd.Variable._execution_engine
+        # What is queued as the pass begins is called at its end, before what DDP queues later: the wait for buckets.
+        loss.register_hook(lambda _: engine.queue_callback(self._backward_ends))
+        yield
+        self._pending.append((self._begin, self._now()))
+
+    def _backward_ends(self) -> None:
+        self._begin = self._now()
+
+    def _now(self) -> Any:
+        """The time where the device's stream is, or on a CPU the time."""
+        if not self._is_cuda:
+            return time.monotonic()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 def align_gradients(model: nn.Module) -> None:

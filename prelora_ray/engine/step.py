@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from prelora_ray.data.batch import Batch, StreamPlan, to_device
 from prelora_ray.engine.cuda_graph import CudaGraph, Inputs
 from prelora_ray.engine.drop_path import draw_drop_path, set_drop_path
+from prelora_ray.engine.exchange import ExchangeClock
 from prelora_ray.engine.micro_batch import FoundSizes, find_micro_batch, micro_batch_sizes
 from prelora_ray.engine.optim import set_learning_rate
 from prelora_ray.engine.state import TrainState
@@ -41,6 +42,7 @@ class TrainStep:
         self.task = Classification(state.settings, len(plan.manifest.classes), state.dtype)
         self._sums = torch.zeros(2, dtype=torch.float64, device=state.device)
         self._bad_step = torch.full((), -1, device=state.device)
+        self.exchange_clock = ExchangeClock(state.device)
         self.found_sizes: FoundSizes = {}
         """What `search` found."""
         self.begin_epoch()
@@ -144,11 +146,13 @@ class TrainStep:
         for start in starts:
             micro = slice(start, start + starts.step)
             set_drop_path(state.drop_path, None if drop_path is None else drop_path[:, micro])
-            waits = isinstance(state.network, DistributedDataParallel) and not (exchanges and start == starts[-1])
-            with state.network.no_sync() if waits else nullcontext():  # type: ignore[operator]
+            is_parallel, is_last = isinstance(state.network, DistributedDataParallel), exchanges and start == starts[-1]
+            with state.network.no_sync() if is_parallel and not is_last else nullcontext():  # type: ignore[operator]
                 of_slots = {name: tensor[micro] for name, tensor in inputs.items() if name not in _OF_STEP}
                 loss, count = self.task.loss(self._forward(state.network), of_slots)
-                (loss * inputs["scale"]).backward()
+                part = loss * inputs["scale"]
+                with self.exchange_clock.watching(part) if is_parallel and is_last else nullcontext():
+                    part.backward()
             sums += torch.stack([loss.detach(), count])
         set_drop_path(state.drop_path, None)
         return sums
@@ -172,11 +176,7 @@ class TrainStep:
 
     def worker_sums(self) -> list[list[float]]:
         """Loss sum and images since the epoch's begin of every worker, by rank; all workers call it together."""
-        if self.state.world_size == 1:
-            return [self._sums.tolist()]
-        gathered = [torch.empty_like(self._sums) for _ in range(self.state.world_size)]
-        dist.all_gather(gathered, self._sums)
-        return [sums.tolist() for sums in gathered]
+        return all_gather(self._sums)
 
     def epoch_sums(self) -> tuple[float, int]:
         """Sum of the training losses since `begin_epoch` and number of images, over all workers."""
@@ -219,6 +219,15 @@ class TrainStep:
         if limit is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         return norm
+
+
+def all_gather(values: torch.Tensor) -> list[list[float]]:
+    """The values of every worker, by rank; all workers call it together."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [values.tolist()]
+    gathered = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, values)
+    return [of_one.tolist() for of_one in gathered]
 
 
 def all_reduce(sums: torch.Tensor) -> torch.Tensor:

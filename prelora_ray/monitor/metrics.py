@@ -44,6 +44,12 @@ class WorkerMetrics(_Metrics):
             registry=self.registry,
         )
         self.data_wait_seconds = self._counter("data_wait_seconds", "Time spent waiting for the next batch.", labels)
+        self.exchange_seconds = self._counter(
+            "exchange_seconds",
+            "Time spent waiting for the mean of all workers' gradients, behind the worker's own backward pass; who holds up "
+            "the others waits least.",
+            labels,
+        )
         self.mfu = self._gauge("mfu_ratio", "Share of the GPU's peak that the model's own operations make use of.", labels)
         self.gpu_utilization = self._gauge("gpu_utilization_ratio", "Share of the time in which a kernel ran.", ["worker"])
         self.gpu_power = self._gauge("gpu_power_watts", "Power that the GPU draws.", ["worker"])

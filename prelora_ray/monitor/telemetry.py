@@ -41,6 +41,7 @@ class WorkerTelemetry:
         self._forward_flops = functools.cache(
             functools.partial(forward_flops, settings.model, num_classes, cell=settings.data.cell)
         )
+        self._exchanged = 0.0
         self._metrics = WorkerMetrics()
         self._client = Client(self._labels[0], str(rank), self._metrics, enabled=settings.monitor.enabled)
 
@@ -57,14 +58,20 @@ class WorkerTelemetry:
         self._images = self._metrics.images.labels(*labels)
         self._steps = self._metrics.step_seconds.labels(*labels)
         self._wait = self._metrics.data_wait_seconds.labels(*labels)
+        self._exchange = self._metrics.exchange_seconds.labels(*labels)
 
-    def step(self, images: int, waited: float) -> None:
-        """A step on so many images has ended. `waited`: seconds of waiting for data since the epoch's begin."""
+    def step(self, images: int, waited: float, exchanged: float) -> None:
+        """A step on so many images has ended.
+
+        `waited`: seconds of waiting for data since the epoch's begin. `exchanged`: those of waiting for gradients since
+        the attempt's.
+        """
         now = time.monotonic()
         self._images.inc(images)
         self._steps.observe(now - self._last)
         self._wait.inc(waited - self._waited)
-        self._last, self._waited = now, waited
+        self._exchange.inc(exchanged - self._exchanged)
+        self._last, self._waited, self._exchanged = now, waited, exchanged
         self._recent.append((now, self._recent[-1][1] + images))
         while len(self._recent) > 2 and now - self._recent[1][0] >= _RATE_SECONDS:
             self._recent.popleft()

@@ -8,6 +8,7 @@ from prelora_ray.fault_tolerance.end import read_end
 from prelora_ray.recorded.replay import Record, Replay, replay, why_no_switch
 from prelora_ray.recorded.run import RunRecords
 from prelora_ray.records import Freeze, Switch
+from prelora_ray.summaries import slowness
 from prelora_ray.words import counted
 
 _LITTLE = 3.0
@@ -29,7 +30,7 @@ class Remarks:
 
 def remarks_on(run: RunRecords) -> Remarks:
     """Raises UserError where the folder holds no run."""
-    remarks = [_not_frozen(run), _turning_point(run), _hardly_learned(run)]
+    remarks = [_not_frozen(run), _turning_point(run), _hardly_learned(run), _slow(run)]
     so_far = []
     if (why := _no_switch(run)) is not None:
         if run.is_finished:
@@ -98,4 +99,21 @@ def _hardly_learned(run: RunRecords) -> str | None:
     return (
         f"hardly learned: top-1 is {last.val_top1:.1%}, and guessing among {counted(run.num_classes, 'class', 'classes')} "
         f"comes to {chance:.1%}; try another train.learning_rate, a longer train.ramp_epochs, or weaker augment settings"
+    )
+
+
+def _slow(run: RunRecords) -> str | None:
+    """Which worker holds up the others, and why, or that the network does."""
+    found = slowness(run.epochs)
+    if found is None:
+        return None
+    if found.worker is None:
+        return (
+            f"slow exchange of gradients: every worker waits for it {found.share:.0%} of the time and more; try "
+            "train.gradient_exchange: bf16, larger batches, or a faster network"
+        )
+    what = "waiting for data" if found.cause == "data" else "computing"
+    return (
+        f"slow worker: the others wait for worker {found.worker}, which is {what} {found.share:.0%} of the time, "
+        f"and they are {found.others:.0%}"
     )

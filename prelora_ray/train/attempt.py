@@ -102,7 +102,7 @@ class WorkerAttempt:
             self.watchdog.beat(patiently=True)  # the first step of a size compiles
             if self.state.compiles:
                 self._doing = f"compile for {counted(self.state.image_size, 'pixel')}"
-        self._meter = EpochMeter(self.state, self.plan, self.stream)
+        self._meter = EpochMeter(self.state, self.plan, self.stream, self._train_step.exchange_clock)
         self._telemetry.begin_epoch(self._meter.phase, self.state.image_size)
         self._recorder.epoch_begins()
         self._shows_images = self._recorder.wants_images(self.state.image_size)
@@ -125,7 +125,8 @@ class WorkerAttempt:
             self._find_micro_batch(batch)
         self._train_step.train(batch)
         self.state.batch += 1
-        self._telemetry.step(int((batch.labels >= 0).sum()), self._meter.wait_seconds)
+        exchanged = self._train_step.exchange_clock.seconds
+        self._telemetry.step(int((batch.labels >= 0).sum()), self._meter.wait_seconds, exchanged)
         if self.state.batch % _CHECK_STEPS == 0:
             self._train_step.check_finite()
         if self._recorder.progress_is_due():

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 import torch
 
 from prelora_ray.data.batch import StreamPlan
+from prelora_ray.engine.exchange import ExchangeClock
 from prelora_ray.engine.state import TrainState
+from prelora_ray.engine.step import all_gather
 from prelora_ray.method.phases import count_parameters
 from prelora_ray.records import EpochLine
 from prelora_ray.tasks.classification import Evaluation
@@ -19,14 +21,16 @@ from prelora_ray.train.batch_stream import BatchStream
 class EpochMeter:
     """Measures one epoch of one attempt, which may begin inside it. Validation counts in `seconds` alone."""
 
-    def __init__(self, state: TrainState, plan: StreamPlan, stream: BatchStream) -> None:
+    def __init__(self, state: TrainState, plan: StreamPlan, stream: BatchStream, clock: ExchangeClock) -> None:
         self.phase = state.phases.phase
         """What the epoch is trained in."""
         self._state = state
         self._plan = plan
         self._stream = stream
         self._first_batch = state.batch
+        self._clock = clock
         self._waited = stream.wait_seconds
+        self._exchanged = clock.seconds
         self._start = time.monotonic()
 
     @property
@@ -40,10 +44,17 @@ class EpochMeter:
         return images / (time.monotonic() - self._start)
 
     def end_training(self, loss: float, images: int) -> float:
-        """All batches are trained. `loss`, `images`: sums over all workers and the epoch. Returns the mean loss."""
+        """All batches are trained. `loss`, `images`: sums over all workers and the epoch. Returns the mean loss.
+
+        All workers call it together.
+        """
         self._loss, self._images = loss / images, images
         self._train_seconds = time.monotonic() - self._start
         self._train_wait_seconds = self.wait_seconds
+        exchange = self._clock.seconds - self._exchanged
+        own = self.wait_seconds, max(0.0, self._train_seconds - self.wait_seconds - exchange), exchange
+        of_all = all_gather(torch.tensor(own, dtype=torch.float64, device=self._state.device))
+        self._worker_seconds = dict(zip(("data", "compute", "exchange"), map(list, zip(*of_all, strict=True)), strict=True))
         self._images_here = self._plan.orders["train"].rows_from(self._first_batch)
         return self._loss
 
@@ -67,6 +78,7 @@ class EpochMeter:
             train_seconds=self._train_seconds,
             seconds=time.monotonic() - self._start,
             data_wait_seconds=self._train_wait_seconds,
+            worker_seconds=self._worker_seconds,
             peak_memory_bytes=_peak_memory_bytes(state.device),
             trainable_parameters=trainable,
             parameters=parameters,

@@ -176,4 +176,4 @@ def test_every_name_is_one_that_is_exported():
     page = (ROOT.parent / "docs" / "metrics.md").read_text()
     for title, expression in panels():
         for name in re.findall(r"prelora_\w+", expression):
-            assert f"`{name.removesuffix('_bucket')}`" in page, title
+            assert f"`{re.sub('_(bucket|sum)$', '', name)}`" in page, title

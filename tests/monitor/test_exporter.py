@@ -192,7 +192,7 @@ def test_the_rates_of_a_phase_that_is_over_are_gone(tmp_path):
 
     for phase, images in ((Phase.FULL, 12), (Phase.LORA, 24)):
         telemetry.begin_epoch(phase, 8)
-        telemetry.step(images, waited=0.0)
+        telemetry.step(images, waited=0.0, exchanged=0.0)
         telemetry.send()
         assert of_phases("prelora_images_per_second").keys() == {phase}
     telemetry.end()

@@ -152,3 +152,16 @@ def test_a_switch_on_a_turning_point_is_told(tmp_path, grows, shrinks):
     told = [remark for remark in remarks_of(folder).remarks if "turning point" in remark]
     assert told == ([own.note] if grows > 0 > shrinks else [])
     assert own.note is None or "norms of query grow and norms of fc1 shrink" in own.note
+
+
+def test_what_holds_up_the_workers_is_named(tmp_path):
+    folder = folder_of(tmp_path, 3)
+    of_worker = {"data": [0.0, 0.0, 30.0], "compute": [60.0, 60.0, 60.0], "exchange": [40.0, 40.0, 10.0]}
+    for seconds, told in (
+        (of_worker, "slow worker: the others wait for worker 2, which is waiting for data 30% of the time, and they are 0%"),
+        (of_worker | {"exchange": [40.0, 40.0, 60.0]}, "slow exchange of gradients: every worker waits for it 40% of the time"),
+        (of_worker | {"exchange": [9.0, 9.0, 9.0]}, None),
+    ):
+        lines = [epoch_line(epoch, val_top1=0.9, train_seconds=100.0, worker_seconds=seconds) for epoch in range(3)]
+        folder.write_records(EpochLine, lines)
+        assert [remark.startswith(told or "?") for remark in remarks_of(folder).remarks] == ([True] if told else [])
