@@ -510,21 +510,43 @@ def runs(
 
 @app.command()
 def doctor(
-    path: Annotated[str, typer.Argument(help="A prepared folder, or a run folder.")],
+    path: Annotated[
+        str | None,
+        typer.Argument(help="A prepared folder, or a run folder; with --cluster, a folder or bucket that all nodes must see."),
+    ] = None,
+    cluster: Annotated[
+        bool, typer.Option("--cluster", help="Look at the nodes of the Ray that RAY_ADDRESS names instead.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Look for damage: are checksums right, can every image, record and checkpoint be read? Exit status 1 if not."""
-    from prelora_ray.doctor import examine
+    """Look for damage: are checksums right, can every image, record and checkpoint be read? Exit status 1 if not.
+
+    With --cluster: have all nodes the same versions, clocks that agree, memory, open files, and the shared folder?
+    """
     from prelora_ray.terminal import console
 
-    with console.progress("looked at") as show:
-        findings = examine(path, show)
+    if cluster:
+        from prelora_ray.cluster_doctor import examine_cluster
+        from prelora_ray.ray_session import ray_session
+
+        with ray_session(debug=_debug):
+            nodes, findings = examine_cluster(path)
+        content = {"path": path, "nodes": [asdict(node) for node in nodes], "findings": findings}
+        looked_at = counted(len(nodes), "node")
+    elif path is None:
+        raise UserError("prelora doctor needs a prepared folder or a run folder, or --cluster")
+    else:
+        from prelora_ray.doctor import examine
+
+        with console.progress("looked at") as show:
+            findings = examine(path, show)
+        content, looked_at = {"path": path, "findings": findings}, path
     if as_json:
-        print_json({"path": path, "findings": findings})
+        print_json(content)
     else:
         for finding in findings:
             console.out.print(finding)
-        console.out.print(f"{path}: {counted(len(findings), 'finding') if findings else 'no findings'}")
+        console.out.print(f"{looked_at}: {counted(len(findings), 'finding') if findings else 'no findings'}")
     if findings:
         raise typer.Exit(1)
 

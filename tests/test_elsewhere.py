@@ -21,7 +21,7 @@ from tests.command import COMMAND
 from tests.runs import TINY_VIT
 
 RAY = str(Path(sys.executable).parent / "ray")
-ON_A_NODE_WITHOUT_IT = 'mount -t tmpfs none "$0" && exec "$@"'
+ON_A_NODE_WITHOUT_IT = 'mount -t tmpfs none "$0" && ulimit -n 2000 && exec "$@"'
 RECIPE = f"""
 data: {{path: data, source: digits, batch_size: 96, cell: 12, crop_ratio: 1.0, decoders: 1}}
 model: {{name: vit_tiny_patch16_224, image_size: 8, options: {json.dumps(TINY_VIT)}}}
@@ -93,6 +93,21 @@ def test_relative_paths_are_those_of_the_driver_and_so_are_libraries(place: Path
     refused = command("evaluate", "runs/tiny", "../share/prepared")
     assert (refused.returncode, refused.stdout) == (2, ""), refused.stderr
     assert f"{str(place / 'share' / 'prepared')!r} is not there on node " in refused.stderr
+
+
+def test_the_doctor_names_the_node_that_is_not_as_it_should_be(place: Path, command: Command):
+    """It lacks the share, and may open few files; the folder `here` it sees."""
+    told = command("doctor", "--cluster", "../share", "--json")
+    assert told.returncode == 1, told.stderr
+    content = json.loads(told.stdout)
+    assert len(content["nodes"]) == 2
+    (wrong,) = [node["name"] for node in content["nodes"] if node["open_files"] == 2000]
+    few, unseen = content["findings"]
+    assert few == f"{wrong}: a process may open 2000 files; allow 4096 (ulimit -n)"
+    share = place / "share"
+    assert unseen.startswith(f"{wrong}: it does not read what was written into {str(share)!r} (FileNotFoundError); mount it")
+    assert not [path for path in share.iterdir() if path.name.startswith(".seen-")]
+    assert command("doctor", "--cluster", "../here").stdout.splitlines()[1:] == ["2 nodes: 1 finding"]
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,7 @@ MAY_IMPORT = {
         *("report", "method/architecture.py", "recorded", "run_folder.py", "records.py", "summaries.py", "words.py"),
         *("config.py", "storage.py", "errors.py"),
     },
+    "cluster_doctor.py": {"storage.py", "errors.py", "words.py"},
     "doctor.py": {"fault_tolerance", "data", "run_folder.py", "records.py", "errors.py"},
     "bench": {
         *("bench", "ray_session.py", "train", "fault_tolerance", "monitor", "engine", "method", "data"),
@@ -102,6 +103,7 @@ MAY_IMPORT = {
             "json_output.py",
             "options.py",
             "bench",
+            "cluster_doctor.py",
             "doctor.py",
             "report",
             "plan",
