@@ -1,0 +1,46 @@
+#!/bin/bash
+# A run on Slurm: a Ray cluster over the job's nodes for the time of the run. docs/operations.md has the commands:
+#   sbatch --nodes=8 jobs/slurm.sh jobs/configs/imagenet_vit_large.yaml --storage /mnt/shared/runs
+# Takes what `prelora train` takes. Submit it from a checkout whose environment is activated, on a share.
+#SBATCH --job-name=prelora
+#SBATCH --ntasks-per-node=1
+#SBATCH --exclusive
+#SBATCH --gpus-per-node=8
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@180
+set -eu
+
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
+RAY_AUTH_TOKEN=$(od -An -tx1 -N32 /dev/urandom | tr -d ' \n') # a new one for each cluster
+export RAY_ADDRESS=$(hostname):${RAY_PORT:-6379}
+ray_start=(ray start --num-cpus="${SLURM_CPUS_ON_NODE:?run it by sbatch}" --disable-usage-stats --block)
+
+# This shell runs on the job's first node.
+srun --overlap --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" \
+    "${ray_start[@]}" --head --port="${RAY_ADDRESS#*:}" --include-dashboard=false --temp-dir="/tmp/ray-$SLURM_JOB_ID" &
+head=$!
+if ((SLURM_JOB_NUM_NODES > 1)); then
+    others=$((SLURM_JOB_NUM_NODES - 1))
+    until ray status > /dev/null 2>&1; do sleep 1; done
+    srun --overlap --nodes=$others --ntasks=$others --exclude="$SLURMD_NODENAME" "${ray_start[@]}" --address="$RAY_ADDRESS" &
+fi
+for _ in {1..60}; do # a run begins without a node that does not come
+    nodes=$(ray status 2> /dev/null | grep -c ' node_' || true)
+    ((nodes >= SLURM_JOB_NUM_NODES)) && break || sleep 2
+done
+
+prelora train "$@" &
+run=$!
+goes_on=false is_cancelled=false
+trap 'goes_on=true; kill -TERM $run' USR1     # the time is nearly up, or another job takes the nodes
+trap 'is_cancelled=true; kill -TERM $run' TERM # scancel
+while kill -0 $run 2> /dev/null; do wait $run || true; done # a signal ends a wait
+status=0
+wait $run || status=$?
+kill -0 $head 2> /dev/null || goes_on=true # another job takes the nodes, which Ray was told alone
+if $goes_on && ! $is_cancelled && ((status != 0)); then
+    scontrol requeue "$SLURM_JOB_ID" # the same command resumes the run
+fi
+exit $status
