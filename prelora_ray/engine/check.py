@@ -13,6 +13,7 @@ from torch import nn
 from torch._subclasses import fake_tensor
 
 from prelora_ray.config import ModelSettings, Settings
+from prelora_ray.engine.batch_norm import cell_norms
 from prelora_ray.engine.drop_path import compute_subsets, drop_path_modules, set_drop_path
 from prelora_ray.engine.model import create_model
 from prelora_ray.engine.optim import build_optimizer
@@ -38,6 +39,11 @@ def check_model(settings: Settings) -> list[Target]:
     format_ = phase_format(settings.train.precision, fp8_from=Phase.LORA, phase=Phase.FULL, device=torch.device("cuda"))
     with torch.device("meta"):
         model = create_model(settings.model, _CLASSES, seed=0, any_size=bool(settings.train.resolution))
+    if settings.data.cell == 1 and cell_norms(model):
+        raise UserError(
+            f"data.cell = 1 is not allowed with model.name = {settings.model.name!r}: it has batch norm, whose statistics are "
+            "those of a cell's images, so it must be larger"
+        )
     model.to(torch.float64 if format_ == "fp64" else torch.float32)
     try:
         targets = find_targets(model, method.targets)

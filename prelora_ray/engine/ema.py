@@ -6,13 +6,15 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from prelora_ray.engine.batch_norm import running_statistics
 from prelora_ray.method.adapters import is_adapter_parameter, lora_layers
 
 
 class Ema:
     """An exponential moving average of a run's merged weights: of W before the switch, and of W + s B A after it.
 
-    The mean of merged weights is not what the means of W, B and A would make. It needs no adapters of its own: at the
+    The mean of merged weights is not what the means of W, B and A would make. The running statistics of batch norm are
+    averaged as the weights are, so that both are of the same steps. It needs no adapters of its own: at the
     switch and at the freeze nothing becomes of it, and it is a plain timm model throughout.
     """
 
@@ -29,7 +31,7 @@ class Ema:
     def follow(self, model: nn.Module) -> None:
         """Averages from now on the weights of `model`, with adapters or without."""
         own = {name: tensor for name, tensor in model.named_parameters() if not is_adapter_parameter(name)}
-        self._weights = [own[name] for name in self._parameters]
+        self._weights = [*(own[name] for name in self._parameters), *running_statistics(model)]
         self._adapters = [
             (
                 self._parameters[f"{name}.weight"].view(layer.matrix.shape)[start:stop],
@@ -45,7 +47,7 @@ class Ema:
 
         Works in place and waits for nothing, so that it can be part of a CUDA graph, and makes no merged weight.
         """
-        self._update(list(self._parameters.values()), self._weights, 0)
+        self._update([*self._parameters.values(), *running_statistics(self.model)], self._weights, 0)
         for average, b, a, scaling in self._adapters:
             average.addmm_(b, a, alpha=(1 - self._decay) * scaling)
 

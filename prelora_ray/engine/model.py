@@ -1,4 +1,4 @@
-"""The timm model of a run: made, and freed of generators whose state a restart would lose."""
+"""The timm model of a run: made, and freed of what would depend on workers or restarts."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from prelora_ray.config import ModelSettings
+from prelora_ray.engine.batch_norm import use_cells
 from prelora_ray.engine.drop_path import KeyedDropPath, drop_uniformly
 from prelora_ray.errors import UserError, one_line
 from prelora_ray.kernels.merged import HeldProduct
@@ -35,7 +36,7 @@ def create_model(settings: ModelSettings, num_classes: int, seed: int, *, any_si
 
     Raises UserError where timm knows no such model or refuses an option, and where the model would
     draw from a generator in training, as dropout does: stochastic depth is the regulariser that can
-    be keyed by sample.
+    be keyed by sample; and where it has batch norm over other things than images.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -61,11 +62,10 @@ def create_model(settings: ModelSettings, num_classes: int, seed: int, *, any_si
                 f"model.options of {settings.name!r} turn on dropout in {name}, which no restart could repeat: "
                 "use model.drop_path instead"
             )
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
-            raise UserError(
-                f"model.name = {settings.name!r} is not allowed: {name} is a batch norm, whose statistics "
-                "depend on the number of workers"
-            )
+    try:
+        use_cells(model)
+    except ValueError as error:
+        raise UserError(f"model.name = {settings.name!r} is not allowed: {error}") from None
     if settings.drop_path_rule == "uniform" and settings.drop_path > 0:
         try:
             drop_uniformly(model, settings.drop_path)

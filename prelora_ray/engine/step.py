@@ -131,6 +131,7 @@ class TrainStep:
         self._bad_step.copy_(torch.where((self._bad_step < 0) & ~norm.isfinite(), inputs["step"], self._bad_step))
         state.optimizer.step()
         state.optimizer.zero_grad()
+        state.batch_norm.update(self.plan.cells, self.plan.orders["train"].num_cells)
         if state.ema is not None:
             state.ema.update()
 
@@ -143,11 +144,17 @@ class TrainStep:
         state.refresh()
         sums = torch.zeros_like(self._sums)
         drop_path = inputs.get("drop_path")
+        filled = (inputs["labels"] >= 0).view(-1, self.plan.orders["train"].cell)
+        state.batch_norm.begin()
         for start in starts:
             micro = slice(start, start + starts.step)
             set_drop_path(state.drop_path, None if drop_path is None else drop_path[:, micro])
+            cells = filled[start // filled.shape[1] :][: starts.step // filled.shape[1]]
             is_parallel, is_last = isinstance(state.network, DistributedDataParallel), exchanges and start == starts[-1]
-            with state.network.no_sync() if is_parallel and not is_last else nullcontext():  # type: ignore[operator]
+            with (
+                state.network.no_sync() if is_parallel and not is_last else nullcontext(),  # type: ignore[operator]
+                state.batch_norm.learning(cells),
+            ):
                 of_slots = {name: tensor[micro] for name, tensor in inputs.items() if name not in _OF_STEP}
                 loss, count = self.task.loss(self._forward(state.network), of_slots)
                 part = loss * inputs["scale"]

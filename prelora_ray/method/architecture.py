@@ -37,6 +37,11 @@ _TOKEN_MIXER: tuple[Layers, ...] = (
     {"token_mixer.pwconv1": ("pwconv1",), "token_mixer.dwconv": (), "token_mixer.pwconv2": ("pwconv2",)},
 )
 _MODULATION: tuple[Layers, ...] = ({"modulation.f": ("f",), "modulation.h": ("h",), "modulation.proj": ("proj",)},)
+_RESIDUAL: tuple[Layers, ...] = (
+    {"conv1": ("conv1",), "conv2": ("conv2",), "conv3": ("conv3",)},
+    {"conv1": ("conv1",), "conv2": (), "conv3": ("conv3",)},
+    {"conv1": ("conv1",), "conv2": ("conv2",)},
+)
 _GATED: tuple[Layers, ...] = ({"fc1": ("fc1",), "conv": (), "fc2": ("fc2",)},)
 
 
@@ -65,6 +70,7 @@ ARCHITECTURES = (
     Architecture("MetaFormer", r"stages\.\d+\.blocks", (_TOKEN_MIXER, _MLP)),
     Architecture("FocalNet", r"layers\.\d+\.blocks", (_MODULATION, _MLP)),
     Architecture("MambaOut", r"stages\.\d+\.blocks", (_GATED,)),
+    Architecture("ResNet", r"layer\d+|stages\.\d+\.blocks", (_RESIDUAL,)),
 )
 _ANY_STAGE = "|".join(architecture.stages for architecture in ARCHITECTURES)
 
@@ -211,7 +217,7 @@ def family_of(name: str) -> str:
 
 def layers_of(names: Iterable[str]) -> dict[str, int]:
     """Which block each module is in, from 0 through all stages, by the names of modules of all blocks, in order."""
-    blocks = {name: re.findall(r"\.(\d+)", name) for name in names}
+    blocks = {name: re.findall(r"(?:\.|\blayer)(\d+)", name) for name in names}
     numbers = {block: layer for layer, block in enumerate(dict.fromkeys(map(tuple, blocks.values())))}
     return {name: numbers[tuple(block)] for name, block in blocks.items()}
 
