@@ -66,9 +66,9 @@ class ModelSettings(Section):
     drop_path_form: Literal["mask", "subset"] = "mask"
     """How it is left out: computed and masked, for each image by chance; or not computed, for a fixed number of each
     cell's images, drawn, which saves its time."""
-    batch_norm_in_lora: Annotated[Literal["training", "frozen"], Acts("switch")] = "training"
-    """Batch norm in phase lora, of models that have it: as before, by the statistics of each cell, which the running
-    ones follow; or by the running statistics as they are at the freeze."""
+    batch_norm_in_lora: Annotated[Literal["frozen", "training"], Acts("switch")] = "frozen"
+    """Batch norm in phase lora, of models that have it: by the running statistics as they are at the freeze; or as
+    before, by the statistics of each cell, which the running ones follow."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of `timm.create_model`, such as `patch_size` or `depth`; `in_chans: 1` takes images as grey
     values."""

@@ -48,6 +48,8 @@ CONVNEXT = {"patch_size": 2, "depths": (1, 1, 2, 1), "dims": (8, 12, 16, 24)}
 EDGENEXT = {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32), "heads": (2, 2, 2, 2)}
 MAMBAOUT = {"depths": (1, 1, 2, 1), "dims": (8, 12, 16, 32)}
 PVT = {"depths": (1, 1, 2, 1), "embed_dims": (8, 12, 16, 24), "num_heads": (1, 2, 2, 2)}
+RESNET = {"layers": (1, 1, 2, 1), "channels": (4, 6, 8, 10), "stem_type": "deep", "stem_width": 4}
+RESNET_V2 = {"layers": (1, 1, 2, 1), "channels": (16, 24, 32, 40), "stem_chs": 8}
 TINY: dict[str, tuple[str, int, dict[str, Any], str, int]] = {
     "ViT": ("vit_tiny_patch16_224", 32, TINY_VIT | {"patch_size": 8}, f"{ATTENTION} {MLP}", 3),
     "registers": ("vit_small_patch14_reg4_dinov2", 32, TINY_VIT | {"patch_size": 8}, f"{ATTENTION} {MLP}", 3),
@@ -75,10 +77,14 @@ TINY: dict[str, tuple[str, int, dict[str, Any], str, int]] = {
     "CAFormer": ("caformer_s18", 32, {}, f"pwconv1 pwconv2 {MLP} {ATTENTION}", 18),
     "FocalNet": ("focalnet_tiny_srf", 32, {}, f"f h proj {MLP}", 12),
     "MambaOut": ("mambaout_femto", 32, MAMBAOUT, MLP, 5),
+    "ResNet": ("resnet50", 32, RESNET, "conv1 conv2 conv3", 5),
+    "ResNet of two layers": ("resnet18", 32, RESNET, "conv1 conv2", 5),
+    "ResNeXt": ("resnext50_32x4d", 32, RESNET | {"channels": (16, 16, 16, 32)}, "conv1 conv3", 5),
+    "ResNet v2": ("resnetv2_50", 32, RESNET_V2, "conv1 conv2 conv3", 5),
     "PVT v2": ("pvt_v2_b0", 64, PVT, f"query key value sr proj {MLP}", 5),
 }
 """By what is tried: a model's name, size of images, options, and its families and number of blocks."""
-QUICK = {"ViT", "EVA-02", "Swin", "Mixer", "ConvNeXt of 1 x 1", "PVT v2"}
+QUICK = {"ViT", "EVA-02", "Swin", "Mixer", "ConvNeXt of 1 x 1", "PVT v2", "ResNet"}
 """Those that stand for all in `make test`: each takes another way through the code."""
 
 
@@ -251,7 +257,8 @@ def test_an_average_takes_in_merged_weights(kind):
     average.follow(model)
     average.update()
     for name, tensor in merged_state_dict(model).items():
-        torch.testing.assert_close(average.tensors()[name], 0.9 * begin[name] + 0.1 * tensor, rtol=0, atol=1e-5)
+        expected = (0.9 * begin[name] + 0.1 * tensor).to(tensor.dtype)
+        torch.testing.assert_close(average.tensors()[name], expected, rtol=0, atol=1e-5)
 
 
 def test_the_residual_stream_is_bf16_from_the_first_block_of_each_stage_on(kind):
@@ -315,6 +322,11 @@ def test_compiled_blocks_compute_the_same(kind, format_):
             "ConvNeXt",
             {"model": {"drop_path_form": "subset"}},
             r"model\.drop_path_form = 'subset' is not allowed: a ConvNeXtBlock",
+        ),
+        (
+            "ResNet",
+            {"model": {"drop_path_form": "subset"}},
+            r"model\.drop_path_form = 'subset' is not allowed: a Bottleneck is made of conv1, bn1",
         ),
         ("SwiGLU", {"method": {"targets": ["fc1"]}}, r"has no target 'fc1': .* fc1_g, fc1_x, fc2$"),
         ("Mixer", {"method": {"r_max": 8}}, r"method\.r_max = 8 is not allowed: the model's smallest weight has rank 4"),
