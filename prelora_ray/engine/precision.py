@@ -15,8 +15,8 @@ from prelora_ray.engine.model import gelu_mlps
 from prelora_ray.errors import UserError
 from prelora_ray.kernels.fp8 import MULTIPLE, Fp8FrozenLinear
 from prelora_ray.kernels.fp8_trained import Fp8TrainedLinear
-from prelora_ray.kernels.merged import FrozenLinear, HeldProduct, merged_product
-from prelora_ray.method.adapters import LoraLayer, LoraLinear, Product, lora_layers
+from prelora_ray.kernels.merged import FrozenConvolution, FrozenLinear, HeldProduct, merged_product
+from prelora_ray.method.adapters import LoraConv2d, LoraLayer, LoraLinear, Product, lora_layers
 from prelora_ray.method.architecture import stages_of
 from prelora_ray.method.phases import Phase
 
@@ -104,8 +104,10 @@ def _product(layer: LoraLayer, format_: Format, adapters: Literal["plain", "merg
     trains = layer.weight.requires_grad
     if format_ == "fp8" and isinstance(layer, LoraLinear) and _fits_fp8(layer):
         return Fp8TrainedLinear(layer.weight) if trains else Fp8FrozenLinear(layer.weight, layer.bias, width)
-    if not layer.is_linear:
-        return partial(merged_product, dtype=dtype, compute=layer.compute)
+    if isinstance(layer, LoraConv2d) and not layer.is_linear:
+        if trains or isinstance(layer.padding, str) or not FrozenConvolution.saves(layer.weight, width):
+            return partial(merged_product, dtype=dtype, compute=layer.compute)
+        return FrozenConvolution(layer.weight, layer.bias, width, dtype, layer.stride, layer.padding)
     return partial(merged_product, dtype=dtype) if trains else FrozenLinear(layer.matrix, layer.bias, width, dtype)
 
 

@@ -90,9 +90,9 @@ class Fp8FrozenLinear(FrozenProduct):
         forward, backward = torch.cat([merged, a]), torch.cat([merged, b], dim=1).t()
         self.operands.fill(F.pad(forward, (0, 0, 0, spare)), F.pad(backward, (0, 0, 0, spare)))
 
-    def multiply(self, rows: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
-        y: torch.Tensor = _Product.apply(rows, a, b, self.packed, scaling)
-        return y
+    def multiply(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
+        y: torch.Tensor = _Product.apply(x.reshape(-1, x.shape[-1]), a, b, self.packed, scaling)
+        return y.view(*x.shape[:-1], -1)
 
 
 def scaled_product(x: Operand, w: Operand, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -14,6 +14,12 @@ no activation is read a second time for them:
 
 M has room for `width` rows of A and columns of B, of which those beyond the rank stay zero. Layers of one shape and
 different ranks then compute alike, so that one compiled block of fixed sizes serves them all.
+
+With * for a convolution in the layer's own form a frozen one that is not of 1 x 1 is
+
+    y = x * (W + s B A)     dB = s dy' (x * A)     dA = s the gradient of A where (dy B) is that of x * A
+
+whose two small convolutions have `width` channels in place of the `out` that the gradient of W takes.
 """
 
 from __future__ import annotations
@@ -91,8 +97,8 @@ class FrozenProduct(HeldProduct):
         self.width = width
 
     @abstractmethod
-    def multiply(self, rows: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
-        """(rows, in) to (rows, out), with gradients for all three, `a` (width, in) and `b` (out, width)."""
+    def multiply(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
+        """What the layer puts out, with gradients for all three, `a` (width, in) and `b` (out, width)."""
 
     def forward(
         self,
@@ -104,7 +110,7 @@ class FrozenProduct(HeldProduct):
         scaling: float,
     ) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            return self.multiply(x.reshape(-1, x.shape[-1]), *self.padded(a, b), scaling).view(*x.shape[:-1], -1)
+            return self.multiply(x, *self.padded(a, b), scaling)
 
     def padded(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A (rank, in) and B (out, rank) with zeros up to the width."""
@@ -132,8 +138,46 @@ class FrozenLinear(FrozenProduct):
         self.matrix[:out_features, in_features : in_features + rank] = b
         self.matrix[out_features : out_features + rank, :in_features] = a
 
-    def multiply(self, rows: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
-        y: torch.Tensor = _Product.apply(rows.to(self.matrix.dtype), a, b, self.matrix, self.bias, scaling)
+    def multiply(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1]).to(self.matrix.dtype)
+        y: torch.Tensor = _Product.apply(rows, a, b, self.matrix, self.bias, scaling)
+        return y.view(*x.shape[:-1], -1)
+
+
+Pair = tuple[int, ...]
+"""Of height and width."""
+
+
+class FrozenConvolution(FrozenProduct):
+    """x (n, channels, height, width) to what the layer's convolution makes of it, in the number format `dtype`.
+
+    Holds W + s B A, and never takes the gradient of W. What it saves for the backward is x alone: x * A is computed
+    there.
+    """
+
+    matrix: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, width: int, dtype: torch.dtype, stride: Pair, padding: Pair
+    ) -> None:
+        """`weight`: (out, channels, height, width)."""
+        super().__init__(width)
+        self.register_buffer("matrix", torch.zeros_like(weight, dtype=dtype), persistent=False)
+        self.register_buffer("bias", None if bias is None else bias.detach().to(dtype), persistent=False)
+        self.form = stride, padding
+
+    @staticmethod
+    def saves(weight: torch.Tensor, width: int) -> bool:
+        """Whether it takes fewer operations than the gradient of a `weight`, (out, channels, height, width), does."""
+        out_features, in_features = weight.flatten(1).shape
+        return 2 * width * (in_features + out_features) < in_features * out_features
+
+    def pack(self, merged: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+        self.matrix.copy_(merged.view_as(self.matrix))
+
+    def multiply(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
+        y: torch.Tensor = _Convolution.apply(x.to(self.matrix.dtype), a, b, self.matrix, self.bias, scaling, *self.form)
         return y
 
 
@@ -170,3 +214,52 @@ class _Product(torch.autograd.Function):
         da = (both[:, in_features:].t() @ x).to(ctx.dtype) * ctx.scaling
         db = (dy.t() @ xa).to(ctx.dtype) * ctx.scaling
         return both[:, :in_features], da, db, None, None, None
+
+
+class _Convolution(torch.autograd.Function):
+    """y, with gradients for x, A and B, as matrices; the value of y is that of `matrix` alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        matrix: torch.Tensor,
+        bias: torch.Tensor | None,
+        scaling: float,
+        stride: Pair,
+        padding: Pair,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, a, b, matrix)
+        ctx.scaling, ctx.form = scaling, (stride, padding)
+        return F.conv2d(x, matrix, bias, stride, padding)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (dy,) = grads
+        x, a, b, matrix = ctx.saved_tensors
+        first, second = a.to(x.dtype).view(-1, *matrix.shape[1:]), b.to(x.dtype)[:, :, None, None]
+        xa = F.conv2d(x, first, None, *ctx.form)
+        dyb = F.conv2d(dy, second.transpose(0, 1))
+        dx = _gradient(dy, x, matrix, *ctx.form, of_weight=False) if ctx.needs_input_grad[0] else None
+        da = _gradient(dyb, x, first, *ctx.form, of_weight=True).flatten(1).to(a.dtype) * ctx.scaling
+        db = _gradient(dy, xa, second, of_weight=True).flatten(1).to(b.dtype) * ctx.scaling
+        return dx, da, db, None, None, None, None, None
+
+
+def _gradient(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    *,
+    of_weight: bool,
+) -> torch.Tensor:
+    """Of a convolution's weight, or of its x."""
+    mask = [not of_weight, of_weight, False]
+    form = stride, padding, (1, 1), False, (0, 0), 1  # neither dilated nor transposed, over all channels
+    gradients = torch.ops.aten.convolution_backward(dy, x, weight, None, *form, mask)
+    gradient: torch.Tensor = gradients[of_weight]
+    return gradient

@@ -135,6 +135,7 @@ class LoraConv2d(LoraLayer):
 
     def __init__(self, layer: nn.Conv2d, targets: Sequence[Target], ranks: Mapping[str, int], scaling: float) -> None:
         super().__init__(layer, targets, ranks, scaling)
+        self.stride, self.padding = layer.stride, layer.padding
         self.compute = partial(F.conv2d, stride=layer.stride, padding=layer.padding)
         self.is_linear = (layer.kernel_size, layer.stride, layer.padding) == ((1, 1), (1, 1), (0, 0))
 

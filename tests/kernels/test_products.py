@@ -6,13 +6,14 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from prelora_ray.config import ModelSettings
 from prelora_ray.engine.model import compile_blocks, create_model
 from prelora_ray.engine.precision import use_products
 from prelora_ray.kernels.fp8 import Adapter, Fp8FrozenLinear, fp8_mlp
 from prelora_ray.kernels.fp8_trained import Fp8TrainedLinear, fp8_trained_mlp
-from prelora_ray.kernels.merged import FrozenLinear, merged_product
+from prelora_ray.kernels.merged import FrozenConvolution, FrozenLinear, merged_product
 from prelora_ray.kernels.passes import (
     gelu_quantize,
     gelu_quantize_backward,
@@ -105,13 +106,17 @@ def test_merged_product_against_float64(dtype, tolerance, frozen, rows, rank):
             assert error(t[name].grad, expected[name]) < tolerance, name
 
 
+WIDE = {"channels": (48, 40), "kernel_size": 3, "padding": 1}
+"""A convolution whose gradient of W is worth sparing at a width of 16."""
+
+
 class ConvolutionalBlock(nn.Module):
     """One convolution, and two families of its rows that get an adapter."""
 
-    def __init__(self, **form) -> None:
+    def __init__(self, channels: tuple[int, int] = (6, 8), **form) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(6, 8, **form)
-        self.families = {"first": (0, 3), "rest": (3, 8)}
+        self.conv = nn.Conv2d(*channels, **form)
+        self.families = {"first": (0, 3), "rest": (3, channels[1])}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.conv(x)
@@ -140,8 +145,14 @@ def model_of_convolutions(form: dict[str, int], ranks: list[dict[str, int]]) -> 
 @pytest.mark.parametrize("frozen", [False, True], ids=["warmup", "lora"])
 @pytest.mark.parametrize(
     "form",
-    [{"kernel_size": 1}, {"kernel_size": 1, "stride": 2, "bias": False}, {"kernel_size": 3, "stride": 2, "padding": 1}],
-    ids=["1 x 1", "1 x 1 stride 2", "3 x 3"],
+    [
+        {"kernel_size": 1},
+        {"kernel_size": 1, "stride": 2, "bias": False},
+        {"kernel_size": 3, "stride": 2, "padding": 1},
+        WIDE,
+        {"channels": (48, 40), "kernel_size": (3, 4), "stride": (2, 1), "padding": (0, 2), "bias": False},
+    ],
+    ids=["1 x 1", "1 x 1 stride 2", "3 x 3", "wide 3 x 3", "wide 3 x 4"],
 )
 def test_merged_convolution_against_float64(form, frozen, format_, tolerance):
     """Also in fp8, which has no convolutions, so that they are those of bf16."""
@@ -156,7 +167,8 @@ def test_merged_convolution_against_float64(form, frozen, format_, tolerance):
     for held in use_products(model, format_, "merged"):
         held.refresh()
     assert isinstance(layer.product, FrozenLinear) == (frozen and form == {"kernel_size": 1})
-    x = torch.randn(5, 6, 7, 7, device=DEVICE, dtype=layer.weight.dtype, requires_grad=True)
+    assert isinstance(layer.product, FrozenConvolution) == (frozen and "channels" in form)
+    x = torch.randn(5, layer.weight.shape[1], 7, 7, device=DEVICE, dtype=layer.weight.dtype, requires_grad=True)
     exact_x = x.detach().double().requires_grad_()
     y, expected = layer(x), exact(exact_x)
     dy = torch.randn_like(expected)
@@ -170,14 +182,14 @@ def test_merged_convolution_against_float64(form, frozen, format_, tolerance):
         assert parameter.grad is None or error(parameter.grad, reference.grad) < tolerance, name
 
 
-@pytest.mark.parametrize("form", [{"kernel_size": 1}, {"kernel_size": 3, "padding": 1}], ids=["1 x 1", "3 x 3"])
+@pytest.mark.parametrize("form", [{"kernel_size": 1}, {"kernel_size": 3, "padding": 1}, WIDE], ids=["1 x 1", "3 x 3", "wide"])
 @pytest.mark.parametrize("frozen", [False, True], ids=["warmup", "lora"])
 def test_convolutions_of_different_ranks_compile_once(form, frozen):
     model = model_of_convolutions(form, [{"first": 2, "rest": 4}, {"first": 3, "rest": 3}, {"first": 2, "rest": 5}])
     for block in model.blocks:
         for parameter in (block.conv.weight, block.conv.bias):
             parameter.requires_grad_(not frozen)
-    x = torch.randn(5, 6, 7, 7, device=DEVICE)
+    x = torch.randn(5, model.blocks[0].conv.weight.shape[1], 7, 7, device=DEVICE)
     expected = [block(x) for block in model.blocks]
     for held in use_products(model, "fp32", "merged"):
         held.refresh()
@@ -187,6 +199,28 @@ def test_convolutions_of_different_ranks_compile_once(form, frozen):
         assert error(block(x), each.detach().double()) < 1e-5
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_a_frozen_convolution_spares_the_gradient_of_its_weight_and_saves_no_more():
+    """By torch's count of operations, forward and backward: two convolutions and four of the adapters' width, two of
+    them of 1 x 1, in place of three. Beside x it saves nothing that has pixels."""
+    model = model_of_convolutions(WIDE, [{"first": 2, "rest": 4}])
+    layer = model.blocks[0].conv
+    x = torch.randn(5, 48, 7, 7, device=DEVICE, requires_grad=True)
+    one, of_a, of_b = 2 * 5 * 49 * 48 * 9 * 40, 2 * 5 * 49 * 48 * 9 * 16, 2 * 5 * 49 * 16 * 40
+    for is_frozen, expected in ((False, 3 * one), (True, 2 * one + 2 * of_a + 2 * of_b)):
+        layer.weight.requires_grad_(not is_frozen)
+        layer.bias.requires_grad_(not is_frozen)
+        for held in use_products(model, "fp32", "merged"):
+            held.refresh()
+        saved: list[torch.Tensor] = []
+        with FlopCounterMode(display=False) as counter:
+            with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+                y = layer(x)
+            y.sum().backward()
+        count = counter.get_flop_counts()["Global"]
+        assert sum(n for operation, n in count.items() if "conv" in str(operation)) == expected
+        assert [t.shape for t in saved if t.ndim == 4 and t.shape != layer.weight.shape] == [x.shape]
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
