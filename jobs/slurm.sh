@@ -14,6 +14,7 @@ set -eu
 
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
 RAY_AUTH_TOKEN=$(od -An -tx1 -N32 /dev/urandom | tr -d ' \n') # a new one for each cluster
+export RAY_raylet_start_wait_time_s=120 # Ray's own 30 s are few where all nodes read one share at once
 export RAY_ADDRESS=$(hostname):${RAY_PORT:-6379}
 ray_start=(ray start --num-cpus="${SLURM_CPUS_ON_NODE:?run it by sbatch}" --disable-usage-stats --block)
 
