@@ -14,7 +14,6 @@ set -eu
 
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
 RAY_AUTH_TOKEN=$(od -An -tx1 -N32 /dev/urandom | tr -d ' \n') # a new one for each cluster
-export RAY_raylet_start_wait_time_s=120 # Ray's own 30 s are few where all nodes read one share at once
 export RAY_ADDRESS=$(hostname):${RAY_PORT:-6379}
 ray_start=(ray start --num-cpus="${SLURM_CPUS_ON_NODE:?run it by sbatch}" --disable-usage-stats --block)
 
@@ -24,8 +23,10 @@ srun --overlap --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" \
 head=$!
 if ((SLURM_JOB_NUM_NODES > 1)); then
     others=$((SLURM_JOB_NUM_NODES - 1))
-    until ray status > /dev/null 2>&1; do sleep 1; done
-    srun --overlap --nodes=$others --ntasks=$others --exclude="$SLURMD_NODENAME" "${ray_start[@]}" --address="$RAY_ADDRESS" &
+    until ray status > /dev/null 2>&1; do kill -0 $head || exit 1; sleep 1; done
+    # Ray gives a node 30 s to start, which are few where all of them read one share at once.
+    srun --overlap --nodes=$others --ntasks=$others --exclude="$SLURMD_NODENAME" \
+        bash -c 'for _ in 1 2 3; do "$@" && break; done' start "${ray_start[@]}" --address="$RAY_ADDRESS" &
 fi
 for _ in {1..60}; do # a run begins without a node that does not come
     nodes=$(ray status 2> /dev/null | grep -c ' node_' || true)
