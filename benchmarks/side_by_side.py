@@ -37,6 +37,7 @@ from prelora_ray.config import Settings
 from prelora_ray.config_file import load_settings
 from prelora_ray.data.augment import Augmentation, Augmenter, Pixels
 from prelora_ray.data.batch import Batch, StreamPlan
+from prelora_ray.data.image_rows import COLUMNS, ImageRows
 from prelora_ray.data.manifest import Split, read_manifest
 from prelora_ray.data.rows import RowReader
 from prelora_ray.engine.snapshot import Snapshot
@@ -77,11 +78,13 @@ class Run:
 
     def is_trunk(self, after: int, seed: int) -> bool:
         """Whether a fork of the seed may leave it after so many epochs."""
-        return self.after < after <= self.until and not self.settings.method.enabled and self.plan.seed == seed
+        return self.after < after <= self.until and not self.settings.method.enabled and self.settings.train.seed == seed
 
     def key(self, split: Split, epoch: int) -> Key:
         numbered = epoch if split == "train" else 0  # validation is the same each time
-        return Key(self.plan.seed, split, numbered, self.plan.augmentation_of(split, epoch), self.plan.crop_ratio)
+        rows = self.plan.rows
+        assert isinstance(rows, ImageRows)
+        return Key(rows.seed, split, numbered, rows.augmentation_of(split, epoch), rows.crop_ratio)
 
 
 class Images:
@@ -91,11 +94,12 @@ class Images:
         self.labels = {}
         manifest = read_manifest(Storage(path))
         for split in ("train", "val"):
-            reader, ids = RowReader(path, tuple(manifest.splits[split])), np.arange(runs[0].plan.orders[split].num_rows)
+            ids = np.arange(runs[0].plan.orders[split].num_rows)
+            reader = RowReader(path, tuple(manifest.splits[split]), COLUMNS)
             reader.expect(ids)
-            encoded, labels = reader.take(ids)
-            _encoded[split] = encoded.to_pylist()
-            self.labels[split] = torch.from_numpy(labels.to_numpy().copy())
+            columns = reader.take(ids)
+            _encoded[split] = columns["image"].to_pylist()
+            self.labels[split] = torch.from_numpy(columns["label"].to_numpy().copy())
         epochs = [(run, epoch) for run in runs for epoch in range(run.after, run.until)]
         for key in dict.fromkeys(run.key(split, epoch) for run, epoch in epochs for split in ("train", "val")):
             shape = len(_encoded[key.split]), key.augmentation.image_size, key.augmentation.image_size, 3
@@ -114,7 +118,7 @@ class Images:
         for batch in range(order.num_batches):
             ids = order.slots(drawn, batch, run.plan.cells, run.plan.num_slots)
             labels = torch.where(torch.from_numpy(ids) >= 0, self.labels[split][ids], -1)
-            yield Batch(split, epoch, batch, torch.from_numpy(_pixels[key][ids]), labels, ids)
+            yield Batch(split, epoch, batch, {"images": torch.from_numpy(_pixels[key][ids]), "labels": labels}, ids)
 
     def close(self) -> None:
         self._decoders.shutdown(cancel_futures=True)

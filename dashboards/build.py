@@ -22,6 +22,7 @@ SOURCE = DataSourceRef(type_val="prometheus", uid="${source}")
 HERE = Path(__file__).parent / "grafana"
 _WORKER = "{{run}} {{worker}}"
 _OPERATOR = "{{operator}}"
+_TOP1 = "Of the last validation; of text, the share of masked tokens that are guessed right."
 
 
 def run() -> dashboard.Dashboard:
@@ -57,7 +58,9 @@ def run() -> dashboard.Dashboard:
                     [(f"prelora_remaining_seconds{of}", "left")],
                     unit="s",
                 ),
-                _tile("Top-1", "Of the last validation.", [(f"prelora_val_top1_ratio{of}", "top-1")], unit="percentunit"),
+                _tile(
+                    "Top-1", _TOP1, [(f"prelora_val_top1_ratio{of} or prelora_val_accuracy_ratio{of}", "")], unit="percentunit"
+                ),
                 _tile(
                     "Norm change, of tau",
                     "The largest of all families over the threshold: under 100 % the newest step counts as converged.",
@@ -74,8 +77,14 @@ def run() -> dashboard.Dashboard:
                 ),
             ],
             "Learning": [
-                _panel("Training loss", "Mean of the epoch so far.", [(f"prelora_loss{of}", "loss")]),
-                _panel("Top-1", "Of the last validation.", [(f"prelora_val_top1_ratio{of}", "top-1")], unit="percentunit"),
+                _panel(
+                    "Loss",
+                    "Mean of the epoch so far, and of the last validation; perplexity is e to the power of it.",
+                    [(f"prelora_loss{of}", "training"), (f"prelora_val_loss{of}", "validation")],
+                ),
+                _panel(
+                    "Top-1", _TOP1, [(f"prelora_val_top1_ratio{of} or prelora_val_accuracy_ratio{of}", "")], unit="percentunit"
+                ),
                 _panel("Learning rate", "Of the base.", [(f"prelora_learning_rate{of}", "learning rate")], unit="sci"),
                 _panel(
                     "Trainable parameters",
@@ -226,7 +235,12 @@ def fleet() -> dashboard.Dashboard:
             "Runs": [
                 _panel("Completed epochs", "By run.", [(f"prelora_epoch{of}", "{{run}}")], unit="short"),
                 _panel("Training loss", "By run.", [(f"prelora_loss{of}", "{{run}}")]),
-                _panel("Top-1", "By run.", [(f"prelora_val_top1_ratio{of}", "{{run}}")], unit="percentunit"),
+                _panel(
+                    "Top-1",
+                    f"By run. {_TOP1}",
+                    [(f"prelora_val_top1_ratio{of} or prelora_val_accuracy_ratio{of}", "{{run}}")],
+                    unit="percentunit",
+                ),
                 _panel("Workers", "By run.", [(f"prelora_world_size{of}", "{{run}}")], unit="short"),
             ],
             "Use": [

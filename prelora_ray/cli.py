@@ -211,14 +211,18 @@ def sweep(
 @options_of(PrepareSettings)
 def prepare(
     source: Annotated[
-        str, typer.Argument(help="`digits`; a folder of images, tars, Parquet or IDX files; or one tar, Parquet file or table.")
+        str,
+        typer.Argument(
+            help="`digits` or `pydoc`; a folder of images, tars, Parquet, IDX or text files; or one tar, table or such file."
+        ),
     ],
-    out: Annotated[str, typer.Argument(help="Folder that the prepared images go into.")],
+    out: Annotated[str, typer.Argument(help="Folder that the prepared images or text go into.")],
     *,
+    task: Annotated[Literal["classification", "mlm"], typer.Option(help="A recipe's task: mlm takes text.")] = "classification",
     as_json: Json = False,
     settings: PrepareSettings,
 ) -> None:
-    """Turn images into the Parquet files that training streams."""
+    """Turn images, or with --task mlm text, into the Parquet files that training streams."""
     from prelora_ray.config import absolute_source
     from prelora_ray.data.prepare import prepare as run
     from prelora_ray.nodes import check_seen_by_all_nodes
@@ -229,9 +233,9 @@ def prepare(
     start = time.monotonic()
     place, folder = absolute_source(source), absolute(out)
     check_out_folder(folder)
-    with ray_session(debug=_debug), console.progress("images") as show:
+    with ray_session(debug=_debug), console.progress("text" if task == "mlm" else "images") as show:
         check_seen_by_all_nodes([place], [folder])
-        manifest = run(place, folder, settings, show)
+        manifest = run(place, folder, settings, show, task=task)
     content = {
         "train": manifest.num_images("train"),
         "val": manifest.num_images("val"),
@@ -245,9 +249,11 @@ def prepare(
         return
     for line in console.prepared(manifest):
         console.out.print(line)
+    sample, of = "image", counted(len(manifest.classes), "class", "classes")
+    if manifest.text is not None:
+        sample, of = "sequence", counted(manifest.text.sequence_length, "token")
     console.out.print(
-        f"{content['train']:,} training and {counted(manifest.num_images('val'), 'validation image')} of "
-        f"{counted(len(manifest.classes), 'class', 'classes')} in {out}, "
+        f"{content['train']:,} training and {counted(manifest.num_images('val'), f'validation {sample}')} of {of} in {out}, "
         f"{content['seconds']:.1f} s"
     )
 
@@ -265,20 +271,23 @@ def evaluate(
 
     report = prelora_ray.evaluate(source, data, debug=_debug)
     result = report.evaluation
+    if report.confusion is None and (classes or confusion):
+        raise UserError(
+            f"--{'classes' if classes else 'confusion'} is not allowed: {source!r} takes text, which has no classes"
+        )
     if as_json:
         content: dict[str, Any] = asdict(result)
         if classes:
             content["class_top1"] = dict(zip(report.classes, report.class_top1, strict=True))
         if confusion:
-            content["confusion"] = report.confusion.tolist()
+            content["confusion"] = report.confusion.tolist()  # type: ignore[union-attr]
         print_json(content)
         return
     if classes:
         console.out.print(console.classes_table(report))
     if confusion:
         console.out.print(console.confusion_table(report))
-    told = counted(result.images, "image")
-    console.out.print(f"top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, loss {result.loss:.4f} over {told}")
+    console.out.print(result.told)
 
 
 @app.command()
@@ -312,18 +321,18 @@ def export(
     ema: Annotated[bool, typer.Option("--ema", help="Export the averaged weights of train.ema instead.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Export a run's model for timm, PEFT and ONNX, each loaded back and compared with the run's own."""
+    """Export a run's model for timm, PEFT and ONNX, or transformers, each loaded and compared with the run's own."""
     from prelora_ray.terminal import console
 
     exported = prelora_ray.export(source, out, data, ema=ema)
     if as_json:
-        paths = {form: f"{out.rstrip('/')}/{form}" if form in exported.forms else None for form in ("timm", "adapter", "onnx")}
+        forms = ("transformers", "adapter") if "transformers" in exported.forms else ("timm", "adapter", "onnx")
+        paths = {form: f"{out.rstrip('/')}/{form}" if form in exported.forms else None for form in forms}
         print_json({**paths, "max_abs_diff": max(exported.max_abs_diff.values()), "images": exported.images})
         return
     for form, difference in exported.max_abs_diff.items():
-        console.out.print(
-            f"{out.rstrip('/')}/{form}: logits differ by at most {difference:.2g} over {counted(exported.images, 'real image')}"
-        )
+        over = counted(exported.images, "real sequence" if "transformers" in exported.forms else "real image")
+        console.out.print(f"{out.rstrip('/')}/{form}: logits differ by at most {difference:.2g} over {over}")
     console.out.print(f"{out.rstrip('/')}/README.md is the model's card, with code that runs each")
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self, get_args, get_origin
 from pydantic import AfterValidator, Field, model_validator
 
 from prelora_ray.data.augment_settings import AugmentSettings, Policy
+from prelora_ray.data.prepare_settings import NAMED_SOURCES, PrepareSettings
 from prelora_ray.method.convergence import NormStatistic, first_verdict
 from prelora_ray.method.phases import FreezeScope, Phase
 from prelora_ray.method.ranks import PATTERN_RANKS, Normalize, is_pattern_rank, rank_choices
@@ -52,11 +53,24 @@ def _check_address(path: str) -> str:
 
 Address = Annotated[str, AfterValidator(_check_address)]
 """A path or a bucket's URI."""
+Task = Literal["classification", "mlm"]
+_FOR_IMAGES = "|".join(
+    [
+        r"augment\..*",
+        r"train\.(resolution|layer_decay)",
+        r"data\.(mean|std|crop_ratio)",
+        r"model\.(image_size|drop_path|drop_path_.*|batch_norm_in_lora)",
+    ]
+)
+"""Keys that say nothing to text."""
+TEXT_MODELS = ("bert",)
+"""Models of transformers, which take tokens; all others are timm's."""
 
 
 class ModelSettings(Section):
     name: str = "vit_small_patch16_224"
-    """Name in timm of a model, such as a Vision Transformer or a ConvNeXt; `prelora models` tells which are known."""
+    """Name in timm of a model, such as a Vision Transformer or a ConvNeXt; `prelora models` tells which are known. Of
+    text it is `bert`, which transformers makes."""
     image_size: Count = 224
     """Side of the square image that the model takes, in pixels."""
     drop_path: Share = 0.0
@@ -71,13 +85,14 @@ class ModelSettings(Section):
     before, by the statistics of each cell, which the running ones follow."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of `timm.create_model`, such as `patch_size` or `depth`; `in_chans: 1` takes images as grey
-    values."""
+    values. Of `bert` those of `transformers.BertConfig`, such as `hidden_size`, with dropout off."""
     init_from: Address | None = None
     """What the run starts from, for fine-tuning: a timm checkpoint, an export, another run or one of its checkpoints,
     whose adapters are merged; a path or an address in a bucket. A head of another number of classes is begun anew.
     Null draws the weights."""
     num_classes: Annotated[Count | None, Acts("never")] = None
-    """Classes that the data must have, which a plan goes by until they are prepared; null takes those of the data."""
+    """Classes, or tokens of the vocabulary, that the data must have, which a plan goes by until they are prepared; null
+    takes those of the data."""
     allow_download: Annotated[bool, Acts("never")] = False
     """Whether a name that fetches from a hub, such as `hf-hub:...`, may be used."""
 
@@ -95,6 +110,10 @@ class ModelSettings(Section):
         return self
 
     @property
+    def takes_text(self) -> bool:
+        return self.name in TEXT_MODELS
+
+    @property
     def channels(self) -> int:
         """Channels of the images that the model takes: 3, or 1, which is their grey value."""
         channels: int = self.options.get("in_chans", 3)
@@ -110,11 +129,14 @@ class DataSettings(Section):
     path: Annotated[Address, Acts("never")]
     """The prepared folder."""
     source: Annotated[Address | None, Acts("never")] = None
-    """What to prepare into `path` on first use: `digits`, or whatever `prelora prepare` takes."""
+    """What to prepare into `path` on first use: `digits`, `pydoc`, or whatever `prelora prepare` takes."""
+    prepare: Annotated[PrepareSettings, Acts("never")] = PrepareSettings()
+    """How `source` is prepared: the options of `prelora prepare`, with an underscore for a dash."""
     batch_size: Count = 1024
-    """Images in a global batch, over all workers."""
+    """Images, or sequences of text, in a global batch, over all workers."""
     cell: Count = 16
-    """Images in a cell, a group that is never split between workers or micro-batches; images are mixed inside it."""
+    """Images or sequences in a cell, a group that is never split between workers or micro-batches; images are mixed
+    inside it."""
     shuffle_row_groups: Count = 16
     """Row groups whose rows are shuffled together."""
     decoders: Annotated[Count | Literal["auto"], Acts("never")] = "auto"
@@ -371,6 +393,8 @@ class Settings(Section):
     """Name of the run and of its folder; the same name again resumes it. Default: the file's own."""
     storage: Annotated[Address, Acts("never")] = "runs"
     """Folder, file share or bucket that holds the run folders."""
+    task: Task = "classification"
+    """What is trained: image classification; or masked language modelling (docs: text.md), of `model.name: bert`."""
     audit_samples: Annotated[bool, Acts("never")] = False
     """Whether every worker records the samples of every batch."""
     model: ModelSettings = ModelSettings()
@@ -381,6 +405,11 @@ class Settings(Section):
     workers: Annotated[WorkerSettings, Acts("never")] = WorkerSettings()
     checkpoint: Annotated[CheckpointSettings, Acts("never")] = CheckpointSettings()
     monitor: Annotated[MonitorSettings, Acts("never")] = MonitorSettings()
+
+    @property
+    def sample(self) -> str:
+        """What a sample of the task is called."""
+        return "sequence" if self.model.takes_text else "image"
 
     def resolution_step(self, epoch: int) -> ResolutionStep | None:
         """The step of `train.resolution` that an epoch (from 0) is in; None behind the last."""
@@ -460,7 +489,24 @@ class Settings(Section):
                 f"{train.schedule_epochs - train.ramp_epochs} are left behind the ramp"
             )
         self._check_resolution()
+        self._check_task()
         return self
+
+    def _check_task(self) -> None:
+        """Refuses what says nothing to the task, but as it is by default: a run's own config.yaml holds every key."""
+        if self.model.takes_text != (self.task == "mlm"):
+            takes = f"it trains {' or '.join(TEXT_MODELS)}" if self.task == "mlm" else "set task: mlm"
+            raise ValueError(f"model.name = {self.model.name!r} is not allowed with task = {self.task!r}: {takes}")
+        told = f"is not allowed with task = {self.task!r}: it is for {'images' if self.task == 'mlm' else 'text'} alone"
+        for key in self.data.prepare.of_other_tasks(self.task):
+            raise ValueError(f"data.prepare.{key} = {getattr(self.data.prepare, key)!r} {told}")
+        if self.task == "mlm":
+            values, defaults = flat(self), flat(Settings(name="default", data=DataSettings(path="none")))
+            for key in values:
+                if re.fullmatch(_FOR_IMAGES, key) and values[key] != defaults[key]:
+                    raise ValueError(f"{key} = {values[key]!r} {told}")
+            if self.train.precision == "fp8":
+                raise ValueError("train.precision = 'fp8' is not allowed with task = 'mlm': use bf16")
 
     def _check_resolution(self) -> None:
         train, before = self.train, 0
@@ -492,8 +538,8 @@ def with_absolute_paths(settings: Settings) -> Settings:
 
 
 def absolute_source(source: str) -> str:
-    """As `absolute`, for what `prelora prepare` takes; `digits` is a word and no path."""
-    return source if source == "digits" else absolute(source)
+    """As `absolute`, for what `prelora prepare` takes; `digits` and `pydoc` are words and no paths."""
+    return source if source in NAMED_SOURCES else absolute(source)
 
 
 def acts(key: str) -> Literal["always", "switch", "never"]:

@@ -19,7 +19,7 @@ from prelora_ray.data.augment import Augmentation, Augmenter
 from prelora_ray.data.encode import encode
 from prelora_ray.data.manifest import is_prepared, read_manifest
 from prelora_ray.data.prepare import UNREADABLE, check_storage_answered, open_for, plan
-from prelora_ray.data.prepare_settings import PrepareSettings
+from prelora_ray.data.prepare_settings import NAMED_SOURCES, PrepareSettings
 from prelora_ray.data.rows import read_encoded
 from prelora_ray.errors import UserError
 from prelora_ray.storage import Storage, absolute, check_local, check_out_folder
@@ -85,7 +85,7 @@ def write_recipe(file: str, data: str, on_progress: Callable[[int, int], None] =
     parse_settings({"name": path.stem, "data": {"path": data}})  # raises, before any image is read
     if path.exists():
         raise UserError(f"{file} is there already: give a new file")
-    is_ready = data != "digits" and is_prepared(Storage(data))
+    is_ready = data not in NAMED_SOURCES and is_prepared(Storage(data))
     folder = data if is_ready else f"data/{path.stem}"
     images = read_prepared(data) if is_ready else read_source(data, folder, on_progress)
     text = compose(file, folder, None if is_ready else data, images)
@@ -97,6 +97,8 @@ def write_recipe(file: str, data: str, on_progress: Callable[[int, int], None] =
 def read_prepared(data: str) -> Images:
     """Raises UserError where the folder is not whole, or has no training images."""
     manifest = read_manifest(Storage(data))
+    if manifest.text is not None:
+        raise UserError(f"{data!r} holds text, and a first recipe is for images: begin with jobs/configs/text.yaml")
     if not manifest.num_images("train"):
         raise UserError(f"{data!r} has no training images")
     encoded = read_encoded(data, manifest.splits["train"], _SAMPLE)

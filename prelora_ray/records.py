@@ -70,19 +70,26 @@ class EpochLine:
     phase: str
     """What trained in it: `full`, `warmup` or `lora`."""
     image_size: int | None = None
-    """Side of the images that it trained on, in pixels; validation is at `model.image_size`."""
+    """Side of the images that it trained on, in pixels; validation is at `model.image_size`. `null` for text."""
     loss: float
     """Mean training loss over the epoch's images."""
     val_loss: float | None
-    """Loss over the validation images; `null` where the epoch was not validated."""
+    """Loss over the validation images, or per masked token; `null` where the epoch was not validated."""
     val_top1: float | None
-    """Top-1 accuracy in 0..1; `null` where the epoch was not validated."""
+    """Top-1 accuracy in 0..1; `null` where the epoch was not validated, or the task is another than classification."""
     val_top5: float | None
-    """Top-5 accuracy in 0..1; `null` where the epoch was not validated."""
+    """Top-5 accuracy in 0..1; `null` as `val_top1`."""
+    val_accuracy: float | None = None
+    """Share of the masked tokens that are guessed right, in 0..1; `null` where it was not validated, or `task` is not
+    `mlm`."""
+    val_perplexity: float | None = None
+    """e to the power of `val_loss`; `null` as `val_accuracy`."""
     ema_top1: float | None = None
-    """Top-1 accuracy of the averaged weights (`train.ema`); `null` without them, or where it was not validated."""
+    """Top-1 accuracy of the averaged weights (`train.ema`); `null` without them, or as `val_top1`."""
+    ema_perplexity: float | None = None
+    """Perplexity of the averaged weights; `null` without them, or as `val_accuracy`."""
     images_per_second: float
-    """Images that this attempt trained on in the epoch, of all workers, over `train_seconds`."""
+    """Images, or sequences of text, that this attempt trained on in the epoch, of all workers, over `train_seconds`."""
     images: int
     """Images of the epoch, also those that an earlier attempt trained on."""
     train_seconds: float
@@ -147,9 +154,9 @@ class Starting:
     time: float
     """When that began, in seconds since 1970."""
     doing: str
-    """`start Ray`, `prepare the images`, `place the workers`, `build the model`, `read the first images`, and
-    `compile`, or `take a first step` where nothing is compiled; the last one also where a phase begins. Where images
-    grow, `compile for 24 pixels`."""
+    """`start Ray`, `prepare the images` or `the text`, `place the workers`, `build the model`, `read the first images`
+    or `sequences`, and `compile`, or `take a first step` where nothing is compiled; the last one also where a phase
+    begins. Where images grow, `compile for 24 pixels`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,11 +172,21 @@ class Result:
     freeze_epoch: int | None
     """Completed epochs when phase lora began; `null` where it never did."""
     val_top1: float | None
-    """Top-1 accuracy of the last validation, in 0..1."""
+    """Top-1 accuracy of the last validation, in 0..1; `null` where the task is another than classification."""
     best_val_top1: float | None
     """The highest of all validations."""
     ema_top1: float | None = None
     """Top-1 accuracy of the averaged weights (`train.ema`) at the last validation; `null` without them."""
+    val_loss: float | None = None
+    """Loss per masked token at the last validation; as all that follow, `null` where `task` is not `mlm`."""
+    val_accuracy: float | None = None
+    """Share of the masked tokens that are guessed right, in 0..1."""
+    val_perplexity: float | None = None
+    """e to the power of `val_loss`."""
+    best_val_perplexity: float | None = None
+    """The lowest of all validations."""
+    ema_perplexity: float | None = None
+    """Perplexity of the averaged weights at the last validation; `null` without them."""
     images_per_second: dict[str, float]
     """In the steady state, by phase: in the median epoch of those that begin no phase, size of images or attempt."""
     peak_memory_bytes: dict[str, int]

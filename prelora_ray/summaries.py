@@ -1,4 +1,4 @@
-"""What is computed from a run's lines: its phases summed up, its speeds, its times and its accuracy."""
+"""What is computed from a run's lines: its phases summed up, its speeds and its times."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
+from prelora_ray.measures import MEASURED, last_value
 from prelora_ray.records import BEGINNINGS, EpochLine, Event
 
 Size = TypeVar("Size")
@@ -21,8 +22,8 @@ class PhaseSummary:
     epochs: int
     loss: float
     """Of the last epoch."""
-    val_top1: float | None
-    """The last one; None where no epoch was validated."""
+    measures: dict[str, float | None]
+    """What its epochs were validated by, by the field of their lines: the last of each; None where there is none."""
     images_per_second: float
     """In the steady state."""
     against_full: float | None
@@ -125,7 +126,7 @@ def _summary(
         phase=phase,
         epochs=len(lines),
         loss=lines[-1].loss,
-        val_top1=last_top1(lines),
+        measures={key: last_value(lines, key) for key in MEASURED},
         images_per_second=_rate(stages, stages, lambda line: line.images_per_second),
         against_full=_against_full(stages, {size: stage for (name, size), stage in full.items() if name == "full"}),
         startup_seconds=sum(startups) if startups else None,
@@ -227,26 +228,6 @@ def seconds_of_run(events: Iterable[Event]) -> float:
 def reservations(events: Iterable[Event]) -> list[dict[str, str]]:
     """What Ray Train has reserved for each attempt that recorded it."""
     return [event.reservation for event in events if isinstance(event, BEGINNINGS) and event.reservation]
-
-
-def top1s(epochs: Iterable[EpochLine]) -> list[float]:
-    """Top-1 of the epochs that were validated."""
-    return [line.val_top1 for line in epochs if line.val_top1 is not None]
-
-
-def last_top1(epochs: Iterable[EpochLine]) -> float | None:
-    """None where no epoch was validated."""
-    return next(reversed(top1s(epochs)), None)
-
-
-def last_ema_top1(epochs: Sequence[EpochLine]) -> float | None:
-    """Of the averaged weights; None where they were not validated."""
-    return next((line.ema_top1 for line in reversed(epochs) if line.ema_top1 is not None), None)
-
-
-def best_top1(epochs: Iterable[EpochLine]) -> float | None:
-    """None where no epoch was validated."""
-    return max(top1s(epochs), default=None)
 
 
 _PACE_EPOCHS = 5

@@ -26,11 +26,6 @@ def in_percent(value: float | None, digits: int = 1) -> str:
     return "-" if value is None else f"{100 * value:.{digits}f}"
 
 
-def accuracy(last: float | None, best: float | None) -> str:
-    """`top-1 97.5% (best 98.1%)`, of shares in 0..1."""
-    return "top-1 -" if last is None else f"top-1 {percent(last)} (best {percent(best)})"
-
-
 def modules_by_rank(counts: Mapping[int, int]) -> str:
     """`18 modules of rank 4, 1 module of rank 8`."""
     return ", ".join(f"{counted(count, 'module')} of rank {rank}" for rank, count in counts.items())

@@ -29,7 +29,7 @@ DEVELOPING = {"dev", "docs"}
 NEED_AN_EXTRA = {
     *("prelora_ray.report.figures", "prelora_ray.report.page"),
     *("prelora_ray.monitor.mlflow_run", "prelora_ray.monitor.wandb_run"),
-    *("prelora_ray.integrations.lightning", "prelora_ray.integrations.transformers"),
+    *("prelora_ray.integrations.lightning", "prelora_ray.integrations.transformers", "prelora_ray.engine.text_model"),
 }
 """What is imported only once it is known that its extra is there, or by whoever has it."""
 

@@ -23,6 +23,6 @@ def test_a_name_is_a_recipe_anywhere_unless_there_is_such_a_file(tmp_path, monke
     (tmp_path / "digits").write_text("{name: own, data: {path: x}}")
     assert load_settings("digits").name == "own"
     with pytest.raises(
-        UserError, match=r"^\./digitz is no file: give the path of a recipe, or the name of one of ours: cifar10, "
+        UserError, match=r"^\./digitz is no file: give the path of a recipe, or the name of one of ours: bert_base, "
     ):
         load_settings("./digitz")

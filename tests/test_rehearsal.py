@@ -95,7 +95,8 @@ def step(plan: StreamPlan) -> Callable[[], object]:
     )
     state = TrainState(settings, 1000, plan.orders["train"].num_batches, torch.device("cpu"), world_size=1)
     slots = plan.num_slots
-    batch = Batch("train", 0, 0, torch.zeros(slots, 8, 8, 3, dtype=torch.uint8), torch.zeros(slots).long(), np.arange(slots))
+    tensors = {"images": torch.zeros(slots, 8, 8, 3, dtype=torch.uint8), "labels": torch.zeros(slots).long()}
+    batch = Batch("train", 0, 0, tensors, np.arange(slots))
     train_step = TrainStep(state, plan)
     return lambda: train_step._inputs(batch)
 
@@ -104,7 +105,7 @@ def end_of_epoch(plan: StreamPlan) -> Callable[[], object]:
     """What is counted at the end of an epoch, with a loop that has taken all batches."""
     state = cast(Any, SimpleNamespace(phases=SimpleNamespace(phase=Phase.FULL), batch=0, device=torch.device("cpu")))
     meter = EpochMeter(state, plan, cast(Any, SimpleNamespace(wait_seconds=0.0)), ExchangeClock(state.device))
-    return lambda: meter.end_training(1.0, 1)
+    return lambda: meter.end_training(1.0, 1, 1)
 
 
 @pytest.mark.parametrize("part", [step, end_of_epoch])
@@ -124,7 +125,7 @@ def test_an_epochs_first_block_comes_before_its_slots_are_laid_out(imagenet):
     order = imagenet.orders["train"]
     blocks = stream._read(imagenet, [Pass("train", epoch) for epoch in range(2)])
     reads = {read: calls(lambda: next(blocks)) for read in ("first", "second")}
-    rows = imagenet.batches_per_block(imagenet.augmentation.image_size) * imagenet.num_slots
+    rows = imagenet.batches_per_block(imagenet.rows.row_bytes("train", 0)) * imagenet.num_slots
     assert reads["second"] < 20 * rows
     assert reads["first"] - reads["second"] < 1.5 * len(order.row_groups)
     assert walks(imagenet) <= 2

@@ -29,8 +29,8 @@ def test_a_phase_is_summed_over_its_epochs():
     ]
     full, lora = phase_summaries(lines).values()
     assert (full.phase, full.epochs, full.seconds, full.data_wait_fraction) == ("full", 3, 16, 0.25)
-    assert (full.val_top1, full.peak_memory_bytes, full.trainable_fraction) == (0.25, 9, 1)
-    assert (lora.phase, lora.loss, lora.val_top1, lora.trainable_fraction) == ("lora", 0.5, None, 0.25)
+    assert (full.measures["val_top1"], full.peak_memory_bytes, full.trainable_fraction) == (0.25, 9, 1)
+    assert (lora.phase, lora.loss, lora.measures["val_top1"], lora.trainable_fraction) == ("lora", 0.5, None, 0.25)
 
 
 def test_a_phases_speed_is_that_behind_its_start():

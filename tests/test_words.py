@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from prelora_ray.words import accuracy, ago, counted, modules_by_rank
+from prelora_ray.words import ago, counted, modules_by_rank
 
 
 def test_one_is_not_several():
@@ -16,7 +16,3 @@ def test_one_is_not_several():
 @pytest.mark.parametrize(("seconds", "told"), [(-1, "0 s"), (59, "59 s"), (90, "2 min"), (7200, "2 h"), (3 * 86400, "3 days")])
 def test_how_long_ago_is_told_in_one_unit(seconds: float, told: str):
     assert ago(seconds) == f"{told} ago"
-
-
-def test_an_accuracy_that_is_not_known_is_told_as_that():
-    assert (accuracy(0.5, 0.625), accuracy(None, None)) == ("top-1 50.0% (best 62.5%)", "top-1 -")

@@ -23,6 +23,7 @@ from prelora_ray.config import Settings
 from prelora_ray.config_file import parse_settings
 from prelora_ray.data.augment import Augmenter
 from prelora_ray.data.batch import Pass
+from prelora_ray.data.image_rows import ImageRows
 from prelora_ray.data.manifest import Manifest, read_manifest
 from prelora_ray.data.prepare import prepare
 from prelora_ray.data.prepare_settings import PrepareSettings
@@ -95,7 +96,7 @@ def _stream_rate(path: str, options: Options) -> float:
     plan = stream_plan(settings, manifest, rank=0, world_size=1)
     passes = [Pass("train", epoch) for epoch in range(options.passes)]
     batches = stream_batches(plan, passes, options.cores)
-    return _rate((int((batch.labels >= 0).sum()) for batch in batches), options)
+    return _rate((batch.count for batch in batches), options)
 
 
 def _pool_rate(path: str, options: Options) -> float:
@@ -112,8 +113,9 @@ _augment_one: Callable[[bytes, int, int], Any]
 
 def _start_pool(settings: Settings, manifest: Manifest) -> None:
     global _augment_one
-    plan = stream_plan(settings, manifest, rank=0, world_size=1)
-    _augment_one = Augmenter(plan.augmentation, plan.seed, plan.crop_ratio).train
+    rows = stream_plan(settings, manifest, rank=0, world_size=1).rows
+    assert isinstance(rows, ImageRows)
+    _augment_one = Augmenter(rows.augmentation, rows.seed, rows.crop_ratio).train
 
 
 def _augment(task: tuple[int, bytes]) -> int:

@@ -46,7 +46,7 @@ class OwnRun:
         self._train_step = TrainStep(self.state, plan)
         size, slots = settings.model.image_size, plan.num_slots
         images, labels = torch.randint(256, (slots, size, size, 3), dtype=torch.uint8), torch.randint(NUM_CLASSES, (slots,))
-        self._batch = Batch("train", 0, 0, images, labels, np.arange(slots))
+        self._batch = Batch("train", 0, 0, {"images": images, "labels": labels}, np.arange(slots))
         first = first_share * len(blocks_of(self.state.model))
         self._ranks = _deal_ranks([target.name for target in self.state.targets if target.layer >= first])
 

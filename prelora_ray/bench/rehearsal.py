@@ -53,9 +53,9 @@ def _shards(split: str, images: int, rows: int = 2048, group: int = 31) -> tuple
 class NoImages(stream.RowReader):
     """Row groups of rows that hold nothing."""
 
-    def _read(self, group: int) -> tuple[pa.Array, pa.Array]:
+    def _read(self, group: int) -> dict[str, pa.Array]:
         rows = int(self._start[group + 1] - self._start[group])
-        return pa.array([b""] * rows, pa.large_binary()), pa.array([0] * rows, pa.int64())
+        return {"image": pa.array([b""] * rows, pa.large_binary()), "label": pa.array([0] * rows, pa.int64())}
 
 
 def seconds(call: Callable[[], object]) -> float:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from prelora_ray.data.augment import Augmentation
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
 from prelora_ray.data.manifest import Manifest, Split
 from prelora_ray.data.order import Ids, Order, max_worker_cells, worker_cells
 
@@ -21,12 +24,15 @@ class Batch:
     split: Split
     epoch: int
     batch: int
-    images: torch.Tensor
-    """(n, size, size, 3), uint8, of the size that the epoch trains on."""
-    labels: torch.Tensor
-    """(n,), int64, -1 where a slot is empty."""
+    tensors: dict[str, torch.Tensor]
+    """By name, what decoders have made of the rows; n is the first dimension of each."""
     ids: Ids
     """(n,): sample ids, -1 where a slot is empty."""
+
+    @property
+    def count(self) -> int:
+        """Samples in it."""
+        return int((self.ids >= 0).sum())
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -36,6 +42,31 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device)
 
 
+Columns = dict[str, pa.DataType]
+"""What is read of each row: columns by name, and what they are read as."""
+Arrays = dict[str, NDArray[np.generic]]
+"""By name, arrays with a row for each slot."""
+Decoder = Callable[[Split, int, Ids, Mapping[str, pa.Array]], Arrays]
+"""Takes split, epoch, sample ids (n,), -1 where a slot is empty, and the columns of the filled slots, in order."""
+
+
+class Rows(Protocol):
+    """What the rows of a prepared folder are, and what decoders make of them: `image_rows.py`, `token_rows.py`."""
+
+    @property
+    def columns(self) -> Columns: ...
+    def row_bytes(self, split: Split, epoch: int) -> int:
+        """Bytes of a decoded row in an epoch."""
+
+    @property
+    def all_row_bytes(self) -> set[int]:
+        """Those of all epochs."""
+
+    def decoder(self) -> Decoder:
+        """Made once in each decoder's process. All that it draws follows from (seed, epoch, sample); it raises
+        UndecodableError for a row that is not what `prepare` has stored."""
+
+
 @dataclass(frozen=True)
 class StreamPlan:
     """What a worker streams: everything that the read task and the decoders need, and nothing that is open."""
@@ -43,14 +74,9 @@ class StreamPlan:
     path: str
     manifest: Manifest
     orders: dict[Split, Order]
-    augmentation: Augmentation
-    """Of evaluation, and of training where the epoch has none of its own."""
-    seed: int
-    crop_ratio: float
+    rows: Rows
     rank: int
     world_size: int
-    training_augmentations: Mapping[int, Augmentation] = field(default_factory=dict)
-    """By epoch, where training has another one than evaluation."""
 
     @property
     def _order(self) -> Order:
@@ -66,18 +92,9 @@ class StreamPlan:
     def num_slots(self) -> int:
         return max_worker_cells(self.world_size, self._order.num_cells) * self._order.cell
 
-    @property
-    def augmentations(self) -> set[Augmentation]:
-        """All that any epoch takes."""
-        return {self.augmentation, *self.training_augmentations.values()}
-
-    def augmentation_of(self, split: Split, epoch: int) -> Augmentation:
-        """What an epoch takes, whose images have this one's size."""
-        return self.training_augmentations.get(epoch, self.augmentation) if split == "train" else self.augmentation
-
-    def batches_per_block(self, image_size: int) -> int:
-        """A block costs tens of milliseconds on its way, so small images travel several batches to a block."""
-        rows = min(2048, max(128, 6_400_000 // image_size**2))
+    def batches_per_block(self, row_bytes: int) -> int:
+        """A block costs tens of milliseconds on its way, so small rows travel several batches to a block."""
+        rows = min(2048, max(128, 19_200_000 // row_bytes))
         return max(1, rows // self.num_slots)
 
 

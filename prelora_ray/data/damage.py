@@ -20,6 +20,14 @@ class DamagedDataError(WorkError):
     """A shard is not what its manifest says, or a stored image cannot be decoded. Its text names shard and row."""
 
 
+class UndecodableError(Exception):
+    """A row of a shard cannot be decoded."""
+
+    def __init__(self, sample: int, reason: str) -> None:
+        super().__init__(reason)
+        self.sample = sample
+
+
 def check_shard(folder: Storage, shard: Shard, content: bytes) -> None:
     """Raises DamagedDataError where the content of a shard is not what its manifest says."""
     if len(content) != shard.num_bytes:

@@ -24,6 +24,10 @@ class Draw(IntEnum):
     """(epoch, batch, cell): masks of the residual branches."""
     PREPARE = 4
     """(): order of the rows in a prepared folder, and the split."""
+    MASK = 5
+    """(epoch, sample): which tokens are masked, and what stands in for them."""
+    FIXED_MASK = 6
+    """(sample): the same of validation, without a seed."""
 
 
 def generator(seed: int, draw: Draw, *key: int) -> np.random.Generator:

@@ -1,10 +1,14 @@
-"""What a prepared folder is: Parquet files of encoded images, and a manifest written last.
+"""What a prepared folder is: Parquet files of encoded images, or of tokens, and a manifest written last.
 
     OUT/manifest.json
     OUT/train-00000.parquet ...   columns: image (encoded bytes), label (int64), source (where it came from)
     OUT/val-00000.parquet ...
     OUT/parts/train-00000.json ...   what each Parquet file was made from, for a job that goes on
     OUT/bad.json                     unreadable images, where there are any
+
+Text has one column, tokens (a sequence of int32 of fixed length), and beside it
+
+    OUT/tokenizer.json               the tokenizer, as the library `tokenizers` writes it
 
 A folder without a manifest is unfinished, and nothing trains on it.
 """
@@ -20,9 +24,10 @@ from prelora_ray.errors import UserError
 from prelora_ray.storage import Storage
 from prelora_ray.words import counted
 
-SCHEMA_VERSION = 2
-_READABLE = (1, 2)
-"""1 has no counts."""
+SCHEMA_VERSION = 3
+_OF_IMAGES = 2
+_READABLE = (1, 2, 3)
+"""1 has no counts; 3 is of text."""
 Split = Literal["train", "val"]
 
 
@@ -54,7 +59,7 @@ class Counts:
     seen: int
     """Files, members or rows of the source."""
     classes: dict[Split, tuple[int, ...]]
-    """Stored images of each class."""
+    """Stored images of each class; of text, of one class, documents or parts of them."""
     skipped: tuple[Skipped, ...]
     in_both: int
     """Validation images that are among the training images too, by their bytes."""
@@ -63,16 +68,31 @@ class Counts:
 
 
 @dataclass(frozen=True)
+class TextFormat:
+    """What sequences of tokens are."""
+
+    sequence_length: int
+    special: tuple[int, ...]
+    """Tokens that begin a sequence and end a document, and others that no text has: they are never masked."""
+    mask: int
+    """The token that stands in for a masked one."""
+
+
+@dataclass(frozen=True)
 class Manifest:
     classes: tuple[str, ...]
-    """Class names; a label is an index into them."""
+    """Class names; a label is an index into them. Of text, the tokenizer's vocabulary, which is what is told apart."""
     splits: dict[Split, tuple[Shard, ...]]
     bad: int
     """Source images that were skipped."""
     settings: dict[str, Any]
     """What the folder was prepared with."""
     counts: Counts | None = None
-    """None in a folder of an older version."""
+    """None in a folder of an older version, and of text."""
+    task: str = "classification"
+    """What it is for: a recipe's `task`."""
+    text: TextFormat | None = None
+    """None of images."""
 
     def row_groups(self, split: Split) -> tuple[int, ...]:
         """Rows of each row group of a split, in file order."""
@@ -89,7 +109,12 @@ class Manifest:
 
 
 def write_manifest(folder: Storage, manifest: Manifest) -> None:
-    folder.write_json("manifest.json", {"schema": SCHEMA_VERSION, **asdict(manifest)})
+    content = asdict(manifest)
+    schema = SCHEMA_VERSION
+    if manifest.text is None:
+        del content["task"], content["text"]
+        schema = _OF_IMAGES
+    folder.write_json("manifest.json", {"schema": schema, **content})
 
 
 def is_prepared(folder: Storage) -> bool:
@@ -137,9 +162,11 @@ def _manifest(content: dict[str, Any]) -> Manifest:
         split: tuple(Shard(**{**shard, "row_groups": tuple(shard["row_groups"])}) for shard in shards)
         for split, shards in content["splits"].items()
     }
-    counts = content.pop("counts", None)
+    counts, text = content.pop("counts", None), content.pop("text", None)
     return Manifest(
-        **{**content, "classes": tuple(content["classes"]), "splits": splits}, counts=counts and _read_counts(counts)
+        **{**content, "classes": tuple(content["classes"]), "splits": splits},
+        counts=counts and _read_counts(counts),
+        text=text and TextFormat(**{**text, "special": tuple(text["special"])}),
     )
 
 

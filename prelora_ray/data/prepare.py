@@ -12,38 +12,31 @@ import errno
 import hashlib
 import io
 import json
-import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
-import ray.data
 from numpy.typing import NDArray
 
 from prelora_ray.data.draws import Draw, generator
 from prelora_ray.data.encode import BadImageError, encode, is_other_file
-from prelora_ray.data.manifest import SCHEMA_VERSION, Counts, Manifest, Shard, Skipped, Split, is_prepared, write_manifest
+from prelora_ray.data.manifest import Counts, Manifest, Shard, Skipped, Split, write_manifest
 from prelora_ray.data.prepare_settings import PrepareSettings
+from prelora_ray.data.prepare_text import prepare_text
+from prelora_ray.data.shards import PARTS, PrepareError, check_is_ours, part_of, remove_stale, run_tasks, shuffled
 from prelora_ray.data.sources import Columns, Item, Reader, Source, Splits, open_source
 from prelora_ray.data.sources.source import ending
-from prelora_ray.data.stream import quiet_data_context
-from prelora_ray.errors import UserError, WorkError, one_line
+from prelora_ray.errors import UserError, one_line
 from prelora_ray.storage import Storage
 from prelora_ray.words import counted
 
-_SHARDS_PER_BUFFER = 8
 _DIGEST_BYTES = 8
+_SHARD_VERSION = 2
+"""Of what a shard is made of and how."""
 _EXAMPLES = 3
-_PARTS = "parts"
-
-
-class PrepareError(WorkError):
-    """The source could be read, but too much of it is unusable."""
 
 
 def prepare(
@@ -51,26 +44,34 @@ def prepare(
     out: str,
     settings: PrepareSettings | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    task: str = "classification",
 ) -> Manifest:
     """Prepares `source` into folder `out` and returns its manifest. Needs a running Ray.
 
-    `on_progress` is called with the images done and their total.
+    `on_progress` is called with the images done and their total. `task` is a recipe's: `mlm` prepares text, as
+    `prepare_text` does.
 
     Raises UserError for an invalid source; PrepareError where more than ``settings.max_bad`` of the images cannot be
     read, more than ``settings.max_overlap`` of the validation images are among the training images too, or a class is
     left without a training image.
     """
     settings = settings or PrepareSettings()
+    for key in settings.of_other_tasks(task):
+        value, what = getattr(settings, key), "text" if task == "mlm" else "images"
+        raise UserError(f"--{key.replace('_', '-')} {value} is not allowed with --task {task}, which prepares {what}")
+    if task == "mlm":
+        return prepare_text(source, out, settings, on_progress)
     folder = Storage(out)
     opened = open_for(source, out, settings)
     tasks = plan(opened, folder.uri, settings)
-    (folder / _PARTS).make()
+    (folder / PARTS).make()
     folder.remove_file("manifest.json")  # shards may change from here on
-    written = _run(tasks, on_progress)
+    written = run_tasks(tasks, on_progress)
     copies = frozenset(val.name for val, _ in _in_both(tasks, written)) if "val" not in opened.items else frozenset()
     if copies:  # what is held out must not be trained on: copies of training images train too
         tasks = plan(opened, folder.uri, settings, copies)
-        written = _run(tasks, on_progress)
+        written = run_tasks(tasks, on_progress)
     bad = [(task.items[i].name, reason) for task, made in zip(tasks, written, strict=True) for i, reason in made.bad]
     folder.remove_file("bad.json")
     if bad:
@@ -91,7 +92,7 @@ def prepare(
         settings={"source": source, **settings.model_dump()},
         counts=_count(source, opened, tasks, written, settings, len(copies)),
     )
-    _remove_stale(folder, {task.file for task in tasks})
+    remove_stale(folder, {task.file for task in tasks})
     write_manifest(folder, manifest)
     return manifest
 
@@ -99,18 +100,9 @@ def prepare(
 def open_for(source: str, out: str, settings: PrepareSettings) -> Source:
     """A source as it is prepared into folder `out`. Raises UserError where either will not do. Writes nothing."""
     folder = Storage(out)
-    _check_is_ours(folder, source)
+    check_is_ours(folder, source)
     splits = Splits(settings.train_split, settings.val_split)
     return open_source(source, splits, Columns(settings.image_column, settings.label_column), folder.path)
-
-
-def _check_is_ours(folder: Storage, source: str) -> None:
-    """Raises UserError for an output folder that holds anything but what an earlier `prepare` has written."""
-    if source != "digits" and os.path.realpath(Storage(source).path) == os.path.realpath(folder.path):
-        raise UserError(f"{folder.uri!r} is the source itself: give another folder for the prepared images")
-    files = [name for name in (*folder.list_files(), *folder.list_folders()) if not name.startswith(".")]
-    if files and _PARTS not in folder.list_folders() and not is_prepared(folder):
-        raise UserError(f"{folder.uri!r} holds {files[0]!r}: give a new folder, or one that `prepare` has written")
 
 
 def plan(source: Source, out: str, settings: PrepareSettings, train_too: frozenset[str] = frozenset()) -> list[ShardTask]:
@@ -125,23 +117,6 @@ def plan(source: Source, out: str, settings: PrepareSettings, train_too: frozens
             name = f"{split}-{i // settings.shard_rows:05d}.parquet"
             tasks.append(ShardTask(source.reader, split, out, name, tuple(items[i : i + settings.shard_rows]), settings))
     return tasks
-
-
-def _run(tasks: list[ShardTask], on_progress: Callable[[int, int], None]) -> list[_Written]:
-    """Runs all tasks on Ray's CPUs; returns what each has written, in their order."""
-    quiet_data_context()
-    references = [ray.put(task) for task in tasks]
-    sizes = [len(task.items) for task in tasks]
-    written: dict[int, _Written] = {}
-    done = 0
-    shards = ray.data.range(len(tasks), override_num_blocks=len(tasks))
-    run: Callable[[dict[str, Any]], dict[str, Any]]
-    run = lambda row: {"id": row["id"], "written": ray.get(references[row["id"]]).run()}  # noqa: E731
-    for row in shards.map(run).iter_rows():
-        written[row["id"]] = row["written"]
-        done += sizes[row["id"]]
-        on_progress(done, sum(sizes))
-    return [written[i] for i in range(len(tasks))]
 
 
 def _split(source: Source, settings: PrepareSettings, train_too: frozenset[str]) -> dict[Split, list[Item]]:
@@ -162,24 +137,7 @@ def _split(source: Source, settings: PrepareSettings, train_too: frozenset[str])
             raise UserError(
                 f"--val-fraction {settings.val_fraction} leaves no images to {'validate with' if train else 'train on'}"
             )
-    return {"train": _shuffle(train, rng, settings), "val": _shuffle(val, rng, settings)}
-
-
-def _shuffle(items: list[Item], rng: np.random.Generator, settings: PrepareSettings) -> list[Item]:
-    """Items in random order. Those of a source that is read in blocks are shuffled inside a buffer of random blocks,
-    so that a shard needs few of them: a block is read some `_SHARDS_PER_BUFFER` times and not once a shard."""
-    blocks: dict[int, list[Item]] = {}
-    for item in items:
-        blocks.setdefault(-1 if item.block is None else item.block, []).append(item)
-    shuffled: list[Item] = []
-    buffer: list[Item] = []
-    order = [list(blocks.values())[i] for i in rng.permutation(len(blocks))]
-    for i, block in enumerate(order):
-        buffer += block
-        if i + 1 == len(order) or len(buffer) >= _SHARDS_PER_BUFFER * settings.shard_rows:
-            shuffled += [buffer[j] for j in rng.permutation(len(buffer))]
-            buffer = []
-    return shuffled
+    return {"train": shuffled(train, rng, settings.shard_rows), "val": shuffled(val, rng, settings.shard_rows)}
 
 
 def _count(
@@ -262,19 +220,6 @@ def _examples(pairs: list[tuple[Item, Item]], tell: Callable[[Item], str]) -> st
     return ", ".join([*told, "..."] if len(pairs) > _EXAMPLES else told)
 
 
-def _remove_stale(folder: Storage, shards: set[str]) -> None:
-    """Removes what an earlier job with other settings has left."""
-    for part in (folder / _PARTS).list_files():
-        name = part.removesuffix(".json") + ".parquet"
-        if name not in shards:
-            folder.remove_file(name)
-            (folder / _PARTS).remove_file(part)
-
-
-def _part(shard: str) -> str:
-    return shard.removesuffix(".parquet") + ".json"
-
-
 @dataclass(frozen=True)
 class _Written:
     """What a task has made of its items."""
@@ -340,7 +285,7 @@ class ShardTask:
         shard = Shard(self.file, groups, len(content), hashlib.sha256(content).hexdigest())
         written = _Written(shard, tuple(bad), tuple(other), b"".join(digests))
         part = {"fingerprint": fingerprint, **asdict(written), "digests": written.digests.hex()}
-        (folder / _PARTS).write_json(_part(self.file), part)
+        (folder / PARTS).write_json(part_of(self.file), part)
         return written
 
     def _parquet(self, rows: list[tuple[bytes, int, str]]) -> tuple[bytes, tuple[int, ...]]:
@@ -357,14 +302,14 @@ class ShardTask:
 
     def _fingerprint(self) -> str:
         """Changes with anything that the shard is made from."""
-        content = [SCHEMA_VERSION, repr(self.reader), repr(self.items), repr(self.settings.model_dump())]
+        content = [_SHARD_VERSION, repr(self.reader), repr(self.items), repr(self.settings.of_images())]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _read_part(folder: Storage, file: str, fingerprint: str) -> _Written | None:
     """What a task of this fingerprint has written; None where its shard is not there, or not whole."""
     try:
-        content = (folder / _PARTS).read_json(_part(file))
+        content = (folder / PARTS).read_json(part_of(file))
         shard = Shard(**{**content["shard"], "row_groups": tuple(content["shard"]["row_groups"])})
         bad = tuple((int(i), str(reason)) for i, reason in content["bad"])
         written = _Written(shard, bad, tuple(content["other"]), bytes.fromhex(content["digests"]))

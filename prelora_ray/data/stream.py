@@ -1,9 +1,9 @@
 """Ray Data: read, decode, augment and batch, in the order that `order.py` lays down.
 
 Each worker builds one pipeline per attempt, from its position to the end of the run: one lazy read
-task walks the order and yields the encoded images of this worker's slice of each global batch, a pool
-of decoder actors on the worker's node turns them into uint8 pixels. With a single read task, Ray Data's
-`preserve_order` keeps the batches in order; resuming skips by arithmetic and decodes nothing.
+task walks the order and yields the stored rows of this worker's slice of each global batch, a pool
+of decoder actors on the worker's node turns them into what a model takes (`StreamPlan.rows`). With a single
+read task, Ray Data's `preserve_order` keeps the batches in order; resuming skips by arithmetic and decodes nothing.
 Validation batches travel in the same pipeline, after the training batches of their epoch, so an
 epoch boundary starts nothing anew.
 """
@@ -21,9 +21,8 @@ import ray
 import ray.data
 from ray.data.block import BlockMetadata
 
-from prelora_ray.data.augment import Augmenter, Pixels, undecodable
 from prelora_ray.data.batch import Batch, Pass, StreamPlan
-from prelora_ray.data.damage import DamagedDataError, damaged_image
+from prelora_ray.data.damage import DamagedDataError, UndecodableError, damaged_image
 from prelora_ray.data.manifest import Split
 from prelora_ray.data.rows import RowReader
 from prelora_ray.storage import Storage
@@ -33,6 +32,8 @@ if TYPE_CHECKING:
 
 _LEAST_STORE_BYTES = 256 * 2**20
 _RELEASE_SECONDS = 5.0
+_OF_BLOCK = {"is_train", "epoch", "first_batch", "ids", "slots"}
+"""Columns of a block that are not the rows'."""
 
 
 def stream_batches(plan: StreamPlan, schedule: Sequence[Pass], decoders: int) -> Iterator[Batch]:
@@ -78,7 +79,8 @@ def stream_batches(plan: StreamPlan, schedule: Sequence[Pass], decoders: int) ->
         for i in range(len(block["ids"])):
             ids = block["ids"][i].numpy()
             batch = int(block["first_batch"]) + i
-            yield Batch(split, int(block["epoch"]), batch, block["images"][i], block["labels"][i], ids)
+            tensors = {name: column[i] for name, column in block.items() if name not in _OF_BLOCK}
+            yield Batch(split, int(block["epoch"]), batch, tensors, ids)
 
 
 def _store_bytes(plan: StreamPlan, decoders: int) -> int:
@@ -87,8 +89,7 @@ def _store_bytes(plan: StreamPlan, decoders: int) -> int:
     Of the decoders' half, Ray Data keeps one half for running tasks and one for blocks that wait. With twice a block
     for each decoder in either, no decoder waits for room.
     """
-    sizes = [augmentation.image_size for augmentation in plan.augmentations]
-    block = max(plan.batches_per_block(size) * plan.num_slots * size**2 * 3 for size in sizes)
+    block = max(plan.batches_per_block(size) * plan.num_slots * size for size in plan.rows.all_row_bytes)
     return max(_LEAST_STORE_BYTES, 8 * decoders * block)
 
 
@@ -102,7 +103,7 @@ def quiet_data_context() -> ray.data.DataContext:
 
 
 class _Slices(ray.data.Datasource):
-    """This worker's slice of every global batch, encoded: one lazy read task, one row a block."""
+    """This worker's slice of every global batch, as it is stored: one lazy read task, one row a block."""
 
     def __init__(self, plan: StreamPlan, schedule: Sequence[Pass]) -> None:
         self._plan = plan
@@ -125,34 +126,33 @@ def _read(plan: StreamPlan, schedule: Sequence[Pass]) -> Iterator[pa.Table]:
 
 
 def _read_slices(plan: StreamPlan, schedule: Sequence[Pass]) -> Iterator[pa.Table]:
-    readers = {split: RowReader(plan.path, plan.manifest.splits[split]) for split in plan.orders}
+    readers = {split: RowReader(plan.path, plan.manifest.splits[split], plan.rows.columns) for split in plan.orders}
     for split, epoch, first_batch in schedule:
         order, reader = plan.orders[split], readers[split]
         ids = order.epoch(epoch, plan.cells)
         reader.expect(order.ids_from(ids, first_batch, plan.cells))
-        batches_per_block = plan.batches_per_block(plan.augmentation_of(split, epoch).image_size)
+        batches_per_block = plan.batches_per_block(plan.rows.row_bytes(split, epoch))
         for first in range(first_batch, order.num_batches, batches_per_block):
             batches = range(first, min(first + batches_per_block, order.num_batches))
             slots = np.stack([order.slots(ids, batch, plan.cells, plan.num_slots) for batch in batches])
-            images, labels = reader.take(slots[slots >= 0])
+            columns = reader.take(slots[slots >= 0])
             yield pa.table(
                 {
                     "is_train": [split == "train"],
                     "epoch": [epoch],
                     "first_batch": [first],
                     "slots": pa.array([slots.ravel()], pa.list_(pa.int64())),
-                    "labels": pa.array([labels], pa.list_(pa.int64())),
-                    "images": pa.LargeListArray.from_arrays([0, len(images)], images),
+                    **{name: pa.LargeListArray.from_arrays([0, len(column)], column) for name, column in columns.items()},
                 }
             )
 
 
 class _Decode:
-    """Encoded images of one block to padded pixel arrays."""
+    """Stored rows of one block to padded arrays."""
 
     def __init__(self, plan: StreamPlan) -> None:
         os.nice(10)  # a training loop on the same cores goes first; decoding takes what it leaves
-        self._augmenters = {each: Augmenter(each, plan.seed, plan.crop_ratio) for each in plan.augmentations}
+        self._decode = plan.rows.decoder()
         self._plan = plan
         self._num_slots = plan.num_slots
 
@@ -167,33 +167,18 @@ class _Decode:
     def _decoded(self, block: pa.Table) -> dict[str, Any]:
         is_train, epoch = block["is_train"][0].as_py(), block["epoch"][0].as_py()
         split: Split = "train" if is_train else "val"
-        augmenter = self._augmenters[self._plan.augmentation_of(split, epoch)]
-        size = augmenter.augmentation.image_size
         ids = block["slots"].combine_chunks().flatten().to_numpy()
-        encoded = block["images"].combine_chunks().flatten()
-        filled = np.flatnonzero(ids >= 0)
-        labels = np.full(len(ids), -1)
-        labels[filled] = block["labels"].combine_chunks().flatten().to_numpy()
-        images = np.zeros((len(ids), size, size, 3), np.uint8)
-        for slot, content in zip(filled, encoded, strict=True):
-            images[slot] = self._pixels(augmenter, split, epoch, int(ids[slot]), content.as_py())
-        shape = (1, -1, self._num_slots)
+        columns = {name: block[name].combine_chunks().flatten() for name in self._plan.rows.columns}
+        try:
+            arrays = self._decode(split, epoch, ids, columns)
+        except UndecodableError as error:
+            shards = self._plan.manifest.splits[split]
+            raise damaged_image(Storage(self._plan.path), shards, error.sample, str(error)) from None
+        batches = {name: array.reshape(1, -1, self._num_slots, *array.shape[1:]) for name, array in arrays.items()}
         return {
             "is_train": np.array([is_train]),
             "epoch": np.array([epoch]),
             "first_batch": np.array([block["first_batch"][0].as_py()]),
-            "ids": ids.reshape(shape),
-            "labels": labels.reshape(shape),
-            "images": images.reshape(*shape, *images.shape[1:]),
+            "ids": ids.reshape(1, -1, self._num_slots),
+            **batches,
         }
-
-    def _pixels(self, augmenter: Augmenter, split: Split, epoch: int, sample: int, encoded: bytes) -> Pixels:
-        try:
-            if split == "train":
-                return augmenter.train(encoded, epoch, sample)
-            return augmenter.evaluate(encoded)
-        except Exception:
-            if (reason := undecodable(encoded)) is None:
-                raise
-            shards = self._plan.manifest.splits[split]
-            raise damaged_image(Storage(self._plan.path), shards, sample, reason) from None

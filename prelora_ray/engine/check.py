@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses import fake_tensor
 
-from prelora_ray.config import ModelSettings, Settings
+from prelora_ray.config import Settings
 from prelora_ray.engine.batch_norm import cell_norms
 from prelora_ray.engine.drop_path import compute_subsets, drop_path_modules, set_drop_path
-from prelora_ray.engine.model import create_model
+from prelora_ray.engine.model import create_model, example_inputs
 from prelora_ray.engine.optim import build_optimizer
 from prelora_ray.engine.precision import Format, autocast, keep_residual_in_bf16, phase_format, use_products
 from prelora_ray.errors import UserError, one_line
@@ -24,7 +24,7 @@ from prelora_ray.method.architecture import Target, find_targets
 from prelora_ray.method.phases import Phase, freeze_parameters
 from prelora_ray.schedule import largest_ranks
 
-_IMAGES, _CLASSES = 2, 10
+_SAMPLES, _CLASSES = 2, 10
 
 
 def check_model(settings: Settings) -> list[Target]:
@@ -52,6 +52,8 @@ def check_model(settings: Settings) -> list[Target]:
     ranks = largest_ranks(method, targets)
     with _without_values():
         model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))  # on a CPU: autocast needs a device
+        if settings.model.takes_text:
+            model.tie_weights()  # type: ignore[operator]  # they came apart
         if settings.train.residual == "bf16":
             keep_residual_in_bf16(model)
         if settings.model.drop_path_form == "subset":
@@ -100,17 +102,20 @@ def _calls(model: nn.Module, targets: list[Target]) -> set[str]:
 def _try_phase(model: nn.Module, settings: Settings, format_: Format, phase: Phase) -> None:
     """What a phase does to a model: a step, an evaluation, a checkpoint."""
     asked = settings.model
-    told = f"model.name = {asked.name!r} is not allowed with image_size {asked.image_size} and options {asked.options}"
+    size = "" if asked.takes_text else f"image_size {asked.image_size} and "
+    told = f"model.name = {asked.name!r} is not allowed with {size}options {asked.options}"
     try:
         for layer in use_products(model, format_, settings.train.adapters):
             layer.refresh()
         branches = drop_path_modules(model)
-        set_drop_path(branches, torch.ones(len(branches), _IMAGES))
-        images = example_images(settings.model, next(model.parameters()).dtype)
-        with autocast(format_, images.device):
-            outputs = [model.train()(images), model.eval()(images)]
-        if all(_are_logits(output) for output in outputs):
-            F.cross_entropy(outputs[0].double(), torch.zeros(_IMAGES, dtype=torch.long)).backward()
+        set_drop_path(branches, torch.ones(len(branches), _SAMPLES))
+        inputs = example_inputs(asked, model, _SAMPLES, next(model.parameters()).dtype)
+        expected = (*inputs.shape, _CLASSES) if asked.takes_text else (_SAMPLES, _CLASSES)
+        with autocast(format_, inputs.device):
+            outputs = [model.train()(inputs), model.eval()(inputs)]
+        if all(_is_shaped(output, expected) for output in outputs):
+            logits = outputs[0].double().flatten(0, -2)
+            F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long)).backward()
             build_optimizer(model, settings)
             if phase is not Phase.FULL:
                 peft_config(model)
@@ -118,9 +123,9 @@ def _try_phase(model: nn.Module, settings: Settings, format_: Format, phase: Pha
     except Exception as error:  # whatever a model that was made for other things raises
         raise UserError(f"{told}: phase {phase} fails with {type(error).__name__}: {one_line(error)}") from error
     for output in outputs:
-        if not _are_logits(output):
+        if not _is_shaped(output, expected):
             raise UserError(
-                f"{told}: of {_IMAGES} images it must make {(_IMAGES, _CLASSES)} logits for {_CLASSES} classes, and makes "
+                f"{told}: of {_SAMPLES} {settings.sample}s it must make {expected} logits for {_CLASSES} classes, and makes "
                 f"{tuple(output.shape) if isinstance(output, torch.Tensor) else f'a {type(output).__name__}'}"
             )
     idle = [name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None]
@@ -131,21 +136,17 @@ def _try_phase(model: nn.Module, settings: Settings, format_: Format, phase: Pha
 
 def _try_size(model: nn.Module, settings: Settings, format_: Format, image_size: int) -> None:
     """Training images of a size that is not the model's own."""
-    images = example_images(settings.model.model_copy(update={"image_size": image_size}), next(model.parameters()).dtype)
+    resized = settings.model.model_copy(update={"image_size": image_size})
+    images = example_inputs(resized, model, _SAMPLES, next(model.parameters()).dtype)
     told = f"train.resolution.image_size = {image_size} is not allowed with model.name = {settings.model.name!r}"
     try:
         with autocast(format_, images.device):
             outputs = model.train()(images)
     except Exception as error:  # whatever a model that was made for one size raises
         raise UserError(f"{told}: {type(error).__name__}: {one_line(error)}") from error
-    if not _are_logits(outputs):
+    if not _is_shaped(outputs, (_SAMPLES, _CLASSES)):
         raise UserError(f"{told}: of such images it makes no row of logits each")
 
 
-def example_images(settings: ModelSettings, dtype: torch.dtype) -> torch.Tensor:
-    """Two images as the model takes them."""
-    return torch.zeros(_IMAGES, *settings.input_shape, dtype=dtype)
-
-
-def _are_logits(output: Any) -> bool:
-    return isinstance(output, torch.Tensor) and output.shape == (_IMAGES, _CLASSES)
+def _is_shaped(output: Any, shape: tuple[int, ...]) -> bool:
+    return isinstance(output, torch.Tensor) and output.shape == shape

@@ -6,8 +6,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from prelora_ray.config import ModelSettings
+from prelora_ray.data.token_rows import masked_tokens
 from prelora_ray.engine.drop_path import compute_subsets, drop_path_modules, set_drop_path
-from prelora_ray.engine.model import create_model
+from prelora_ray.engine.model import create_model, example_inputs
 from prelora_ray.method.phases import Phase
 
 _PEAK_FLOPS = {
@@ -29,7 +30,8 @@ def peak_flops(name: str) -> float | None:
 
 
 def forward_flops(settings: ModelSettings, num_classes: int, image_size: int | None = None, cell: int | None = None) -> float:
-    """Operations of one image's forward through the model without adapters; by default of one of `model.image_size`.
+    """Operations of one sample's forward through the model without adapters; by default of an image of
+    `model.image_size`, and always of a sequence of the model's full length.
 
     With `cell`, slots in a cell, it is one in training, without what `model.drop_path_form: subset` does not compute.
     """
@@ -42,7 +44,10 @@ def forward_flops(settings: ModelSettings, num_classes: int, image_size: int | N
             compute_subsets(model, cell)
             modules = drop_path_modules(model)
             set_drop_path(modules, torch.ones(len(modules), cell))
-        model.train()(torch.empty(images, settings.channels, size, size))
+        resized = settings.model_copy(update={"image_size": size})
+        inputs = example_inputs(resized, model, images, torch.float32)
+        masked = (torch.zeros(images, masked_tokens(inputs.shape[1]), dtype=torch.long),) if settings.takes_text else ()
+        model.train()(inputs, *masked)
     return float(counter.get_total_flops()) / images
 
 

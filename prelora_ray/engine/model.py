@@ -1,4 +1,4 @@
-"""The timm model of a run: made, and freed of what would depend on workers or restarts."""
+"""The model of a run, timm's or BERT: made, and freed of what would depend on workers or restarts."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from prelora_ray.config import ModelSettings
 from prelora_ray.engine.batch_norm import use_cells
 from prelora_ray.engine.drop_path import KeyedDropPath, drop_uniformly
 from prelora_ray.errors import UserError, one_line
+from prelora_ray.extras import check_installed
 from prelora_ray.kernels.merged import HeldProduct
 from prelora_ray.method.adapters import lora_layers
 from prelora_ray.method.architecture import blocks_of
@@ -28,13 +29,13 @@ _ANY_SIZE = "dynamic_img_size"
 
 
 def create_model(settings: ModelSettings, num_classes: int, seed: int, *, any_size: bool = False) -> nn.Module:
-    """A model of timm with freshly drawn weights, float32, on the CPU.
+    """A model with freshly drawn weights, float32, on the CPU: timm's, or transformers' BERT.
 
     With `any_size` it takes images of other sizes too, for which timm interpolates the positions in each forward, in
     float32. Its parameters are the same, and so are the logits of images of `image_size`. A model that timm makes
     without a size of images is the same either way.
 
-    Raises UserError where timm knows no such model or refuses an option, and where the model would
+    Raises UserError where timm or transformers knows no such model or refuses an option, and where the model would
     draw from a generator in training, as dropout does: stochastic depth is the regulariser that can
     be keyed by sample; and where it has batch norm over other things than images.
     """
@@ -42,13 +43,20 @@ def create_model(settings: ModelSettings, num_classes: int, seed: int, *, any_si
         torch.manual_seed(seed)
         try:
             sizes = {_ANY_SIZE: True} if any_size else {}
-            model = timm_model(settings, num_classes, drop_path_rate=settings.drop_path, **sizes)
+            if settings.takes_text:
+                model = text_model(settings, num_classes)
+            else:
+                model = timm_model(settings, num_classes, drop_path_rate=settings.drop_path, **sizes)
+        except UserError:
+            raise
         except Exception as error:  # timm raises RuntimeError, TypeError, AssertionError and more
             if any_size and _ANY_SIZE in str(error):
                 raise UserError(
                     f"train.resolution is not allowed with model.name = {settings.name!r}, which timm makes for images of one "
                     f"size alone: {type(error).__name__}: {one_line(error)}"
                 ) from error
+            if settings.takes_text:
+                raise UserError(f"model.options = {settings.options} is not allowed: {one_line(error)}") from error
             raise UserError(
                 f"model.name = {settings.name!r} is not allowed with image_size {settings.image_size} and options "
                 f"{settings.options}: timm says {type(error).__name__}: {' '.join(str(error).split())}"
@@ -58,9 +66,9 @@ def create_model(settings: ModelSettings, num_classes: int, seed: int, *, any_si
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, KeyedDropPath(module.drop_prob))
         elif isinstance(module, PatchDropout) or (isinstance(module, nn.Dropout) and module.p > 0):
+            instead = "leave it out" if settings.takes_text else "use model.drop_path instead"
             raise UserError(
-                f"model.options of {settings.name!r} turn on dropout in {name}, which no restart could repeat: "
-                "use model.drop_path instead"
+                f"model.options of {settings.name!r} turn on dropout in {name}, which no restart could repeat: {instead}"
             )
     try:
         use_cells(model)
@@ -72,6 +80,15 @@ def create_model(settings: ModelSettings, num_classes: int, seed: int, *, any_si
         except ValueError as error:
             raise UserError(f"model.drop_path_rule = 'uniform' is not allowed: {error}") from None
     return model
+
+
+def text_model(settings: ModelSettings, vocabulary: int) -> nn.Module:
+    """transformers' own model, freshly drawn. Raises UserError where transformers is not installed, and ValueError for
+    options that it refuses."""
+    check_installed(f"model.name = {settings.name!r}", "text", "transformers")
+    from prelora_ray.engine.text_model import bert  # an extra, which takes seconds to import
+
+    return bert(copy.deepcopy(settings.options), vocabulary)
 
 
 def timm_model(settings: ModelSettings, num_classes: int, **options: Any) -> nn.Module:
@@ -88,6 +105,34 @@ def timm_model(settings: ModelSettings, num_classes: int, **options: Any) -> nn.
             raise
         model = make(**own | {key: value for key, value in options.items() if key != _ANY_SIZE})  # it asks for no size
     return model
+
+
+def example_inputs(
+    settings: ModelSettings, model: nn.Module, n: int, dtype: torch.dtype, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """What a model takes, on the CPU: n images, or n sequences of tokens of the model's full length.
+
+    They are zeros; with `generator` they are drawn, from a normal distribution or from the whole vocabulary.
+    """
+    if settings.takes_text:
+        config: Any = model.config
+        shape = n, config.max_position_embeddings
+        if generator is None:
+            return torch.zeros(shape, dtype=torch.long)
+        return torch.randint(config.vocab_size, shape, generator=generator)
+    if generator is None:
+        return torch.zeros(n, *settings.input_shape, dtype=dtype)
+    return torch.randn(n, *settings.input_shape, generator=generator).to(dtype)
+
+
+def check_length(model: nn.Module, data: str, sequence_length: int) -> None:
+    """Raises UserError where sequences of the prepared folder `data` are longer than a text model takes them."""
+    config: Any = model.config
+    if sequence_length > config.max_position_embeddings:
+        raise UserError(
+            f"model.options.max_position_embeddings = {config.max_position_embeddings} is not allowed: sequences in {data!r} "
+            f"have {sequence_length} tokens"
+        )
 
 
 def compile_blocks(model: nn.Module, backend: str = "inductor", *, any_size: bool = False) -> None:

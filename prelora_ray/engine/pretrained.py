@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import posixpath
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -58,12 +59,18 @@ def load_pretrained(model: nn.Module, tensors: dict[str, torch.Tensor], path: st
     told += [
         f"{counted(len(names), 'tensor')} {what}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
         for what, names in (
-            ("of the model not in it, begun anew", sorted(own.keys() - tensors.keys())),
+            ("of the model not in it, begun anew", sorted(own.keys() - tensors.keys() - _shared(own, fitting))),
             ("in it not the model's, left out", sorted(tensors.keys() - own.keys())),
         )
         if names
     ]
     return [f"{path}: {sentence}" for sentence in told]
+
+
+def _shared(own: dict[str, torch.Tensor], loaded: Iterable[str]) -> set[str]:
+    """Names of the model's tensors that are the same as loaded ones, such as a head's that are the embeddings'."""
+    known = {own[name].data_ptr() for name in loaded}
+    return {name for name, tensor in own.items() if tensor.data_ptr() in known}
 
 
 def _adapt_channels(tensors: dict[str, torch.Tensor], own: dict[str, torch.Tensor], name: str) -> str | None:

@@ -32,8 +32,9 @@ class Snapshot:
     adapter_config: dict[str, Any] | None = None
     ema: Tensors = field(default_factory=dict)
     """Averaged weights, merged, by timm's names; empty where the run averages none."""
-    val_top1: float | None = None
-    """Accuracy of the epoch that it ends, where it ends one that was validated."""
+    score: float | None = None
+    """How good the epoch is that it ends, the higher the better: top-1, or what else runs of the task are compared by.
+    None where it ends none that was validated."""
 
     @property
     def name(self) -> str:

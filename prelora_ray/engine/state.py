@@ -14,7 +14,7 @@ from prelora_ray.engine.batch_norm import CellStatistics
 from prelora_ray.engine.drop_path import compute_subsets, drop_path_modules
 from prelora_ray.engine.ema import Ema
 from prelora_ray.engine.exchange import Exchange, align_gradients
-from prelora_ray.engine.model import compile_blocks, create_model
+from prelora_ray.engine.model import compile_blocks, create_model, example_inputs
 from prelora_ray.engine.optim import OptimizerState, build_optimizer, optimizer_state
 from prelora_ray.engine.precision import Format, autocast, keep_residual_in_bf16, phase_format, stand_back, use_products
 from prelora_ray.engine.prelora import PreLoRA
@@ -87,7 +87,6 @@ class TrainState:
         """Epochs done."""
         self.batch = 0
         """Global batches done in the epoch after."""
-        self.best_val_top1 = 0.0
         self.fork: Decision | None = None
         """The change of phase that the checkpoint of a trunk has yet to go through, where a fork begins with one."""
         self.logit_change: float | None = None
@@ -187,7 +186,7 @@ class TrainState:
         for layer in self._holding:
             layer.refresh()
 
-    def snapshot(self, sums: list[list[float]], *, holds_base: bool, val_top1: float | None = None) -> Snapshot:
+    def snapshot(self, sums: list[list[float]], *, holds_base: bool, score: float | None = None) -> Snapshot:
         """What rank 0 saves: copies on the device, which training does not change any more.
 
         `sums`: the epoch's sums so far of every worker, empty at an epoch's end. `holds_base`: whether the run
@@ -200,7 +199,6 @@ class TrainState:
             state={
                 "epoch": self.epoch,
                 "batch": self.batch,
-                "best_val_top1": self.best_val_top1,
                 "phases": self.phases.state_dict(),
                 "sums": sums,
                 "fork": False,
@@ -212,7 +210,7 @@ class TrainState:
             adapter=_copied(adapter),
             adapter_config=peft_config(self.model) if switched else None,
             ema=_copied(self.ema.tensors()) if self.ema is not None else {},
-            val_top1=val_top1,
+            score=score,
         )
 
     def snapshot_bytes(self) -> int:
@@ -237,7 +235,6 @@ class TrainState:
     def _load(self, checkpoint: Snapshot) -> None:
         """Position, phase and weights of a checkpoint."""
         self.epoch, self.batch = checkpoint.state["epoch"], checkpoint.state["batch"]
-        self.best_val_top1 = checkpoint.state["best_val_top1"]
         self.phases.load_state_dict(checkpoint.state["phases"])
         _load_weights(self.model, self.settings, checkpoint)
         is_frozen = self.phases.phase is Phase.LORA
@@ -283,21 +280,22 @@ class TrainState:
         if self.world_size == 1:
             return
         self.network = self.exchange.wrap(self.model, self.device)
-        image = torch.zeros(1, *self.settings.model.input_shape, device=self.device, dtype=self.dtype)
+        example = example_inputs(self.settings.model, self.model, 1, self.dtype).to(self.device)
         self.network.train()
-        with torch.compiler.set_stance("force_eager"), self.autocast():  # or one image would be compiled by itself
-            logits = self.network(image)
+        with torch.compiler.set_stance("force_eager"), self.autocast():  # or one sample would be compiled by itself
+            logits = self.network(example)
         (logits.sum() * 0).backward()
         self.optimizer.zero_grad()
 
     @torch.no_grad()
     def _probe(self, format_: Format) -> torch.Tensor:
-        """Logits of two fixed images in a number format, computed without compiling anything for them."""
-        images = torch.randn(2, *self.settings.model.input_shape, generator=torch.Generator().manual_seed(0))
+        """Logits of two fixed samples in a number format, computed without compiling anything for them."""
+        drawn = torch.Generator().manual_seed(0)
+        examples = example_inputs(self.settings.model, self.model, 2, self.dtype, drawn).to(self.device)
         self.model.eval()
         self.refresh()
         with torch.compiler.set_stance("force_eager"), autocast(format_, self.device):
-            logits: torch.Tensor = self.model(images.to(self.device, self.dtype))
+            logits: torch.Tensor = self.model(examples)
         return logits.to(self.dtype)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 
 import numpy as np
@@ -21,11 +21,12 @@ from prelora_ray.engine.micro_batch import FoundSizes, find_micro_batch, micro_b
 from prelora_ray.engine.optim import set_learning_rate
 from prelora_ray.engine.state import TrainState
 from prelora_ray.method.phases import Phase
-from prelora_ray.tasks.classification import Classification, Evaluation, Evaluator
+from prelora_ray.tasks.chosen import TASKS
+from prelora_ray.tasks.task import Evaluation, Forward
 
 _SHOWN = 36
 """Images, about so many of which `shown_images` shows."""
-_OF_STEP = {"scale", "step", "drop_path"}
+_OF_STEP = {"scale", "step", "filled", "drop_path"}
 """Inputs that are a step's own; the task's have a row for each slot."""
 
 
@@ -39,7 +40,7 @@ class TrainStep:
     def __init__(self, state: TrainState, plan: StreamPlan) -> None:
         self.state = state
         self.plan = plan
-        self.task = Classification(state.settings, len(plan.manifest.classes), state.dtype)
+        self.task = TASKS[state.settings.task](state.settings, plan.manifest, state.dtype)
         self._sums = torch.zeros(2, dtype=torch.float64, device=state.device)
         self._bad_step = torch.full((), -1, device=state.device)
         self.exchange_clock = ExchangeClock(state.device)
@@ -116,13 +117,18 @@ class TrainStep:
         inputs = {
             **self.task.draw(batch, self.plan.cells, order.cell),
             # DDP takes the mean over workers, so that is undone.
-            "scale": torch.tensor(state.world_size / order.batch_size(batch.batch), dtype=state.dtype),
+            "scale": torch.tensor(state.world_size / self._count(batch), dtype=state.dtype),
             "step": torch.tensor(state.step),
+            "filled": torch.from_numpy(batch.ids >= 0),
         }
         if state.drop_path:
             key = (state.settings.train.seed, batch.epoch, batch.batch, self.plan.cells, order.cell)
             inputs["drop_path"] = draw_drop_path(state.drop_path, *key, len(batch.ids)).float()
         return inputs
+
+    def _count(self, batch: Batch) -> int:
+        """What the loss of a global batch is the mean over."""
+        return self.plan.orders["train"].batch_size(batch.batch) * self.task.counts_per_sample
 
     def _step(self, inputs: Inputs) -> None:
         state = self.state
@@ -136,7 +142,7 @@ class TrainStep:
             state.ema.update()
 
     def _add_gradients(self, inputs: Inputs, starts: range, *, exchanges: bool) -> torch.Tensor:
-        """Takes the micro-batches that begin at `starts` through the model and back; sums of their losses and images.
+        """Takes the micro-batches that begin at `starts` through the model and back; sums of their losses and counts.
 
         `exchanges`: whether workers exchange their gradients, after the last of them.
         """
@@ -144,7 +150,7 @@ class TrainStep:
         state.refresh()
         sums = torch.zeros_like(self._sums)
         drop_path = inputs.get("drop_path")
-        filled = (inputs["labels"] >= 0).view(-1, self.plan.orders["train"].cell)
+        filled = inputs["filled"].view(-1, self.plan.orders["train"].cell)
         state.batch_norm.begin()
         for start in starts:
             micro = slice(start, start + starts.step)
@@ -177,43 +183,38 @@ class TrainStep:
             )
 
     def local_loss(self) -> float:
-        """Mean training loss of this worker's images since `begin_epoch`; waits for the device."""
+        """Mean training loss of this worker since `begin_epoch`; waits for the device."""
         loss, count = self._sums.tolist()
         return float(loss / count) if count else 0.0
 
     def worker_sums(self) -> list[list[float]]:
-        """Loss sum and images since the epoch's begin of every worker, by rank; all workers call it together."""
+        """Loss sum and count since the epoch's begin of every worker, by rank; all workers call it together."""
         return all_gather(self._sums)
 
     def epoch_sums(self) -> tuple[float, int]:
-        """Sum of the training losses since `begin_epoch` and number of images, over all workers."""
+        """Sum of the training losses since `begin_epoch` and their count, over all workers."""
         loss, count = all_reduce(self._sums).tolist()
         return loss, int(count)
 
     def evaluate(self, batches: Iterable[Batch]) -> list[Evaluation]:
-        """Accuracy and loss over all workers' slices, every image counted once: of the model, and of its average."""
+        """Measures over all workers' slices, every sample counted once: of the model, and of its average."""
         state = self.state
         state.model.eval()
         state.refresh()
         networks = [state.model, *([state.ema.model] if state.ema is not None else [])]
-        evaluators = [Evaluator(self.task.num_classes, state.device) for _ in networks]
+        evaluators = [self.task.evaluator(state.device) for _ in networks]
         runs = [
-            evaluator.run(self._prediction(network), own, self.micro_batch)
+            evaluator.run(self._forward(network), own, self.micro_batch)
             for evaluator, network, own in zip(evaluators, networks, itertools.tee(batches, len(networks)), strict=True)
         ]
         for _ in zip(*runs, strict=True):  # batch by batch, so that no more than one is held
             pass
         return [evaluator.result(all_reduce(evaluator.sums)) for evaluator in evaluators]
 
-    def _prediction(self, network: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-        """uint8 images to logits."""
-        forward = self._forward(network)
-        return lambda images: forward(self.task.normalize(images))
-
-    def _forward(self, network: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-        def forward(images: torch.Tensor) -> torch.Tensor:
+    def _forward(self, network: nn.Module) -> Forward:
+        def forward(*inputs: torch.Tensor) -> torch.Tensor:
             with self.state.autocast():
-                outputs: torch.Tensor = network(images)
+                outputs: torch.Tensor = network(*inputs)
             return outputs
 
         return forward

@@ -6,7 +6,7 @@
       optimizer.safetensors the optimizer's state by parameter name
       ema.safetensors       with `train.ema`, the averaged weights, merged, by timm's names
       state.json            position, phases, the test's windows, whether a change of phase is still to come (a fork)
-      manifest.json         size and SHA-256 of every file above, and of the base that it refers to; phase and top-1
+      manifest.json         size and SHA-256 of every file above, and of the base that it refers to; phase and score
     checkpoints/base.safetensors    what phase lora has frozen, stored once
 
 The name is the position: epochs done, and batches done in the next epoch. A checkpoint that was found damaged is set
@@ -55,8 +55,8 @@ class Retention:
         """Names that stay, of `about`: what `Checkpoints.about` tells of all committed ones, oldest first."""
         names = list(about)
         stay = set(names[-self.keep :])
-        validated = [name for name in names if about[name]["val_top1"] is not None]
-        stay |= {max(validated, key=lambda name: about[name]["val_top1"])} if validated else set()
+        validated = [name for name in names if about[name]["score"] is not None]
+        stay |= {max(validated, key=lambda name: about[name]["score"])} if validated else set()
         for name, after in itertools.pairwise(names):
             if about[name]["phase"] != about[after]["phase"]:
                 stay |= {name, after}
@@ -112,7 +112,7 @@ class Checkpoints:
                 "epoch": checkpoint.state["epoch"],
                 "batch": checkpoint.state["batch"],
                 "phase": checkpoint.state["phases"]["phase"],
-                "val_top1": checkpoint.val_top1,
+                "score": checkpoint.score,
             },
         )
 
@@ -162,7 +162,7 @@ class Checkpoints:
                 adapter=tensors("adapter/adapter_model.safetensors") if is_adapted else {},
                 adapter_config=json.loads(read("adapter/adapter_config.json")) if is_adapted else None,
                 ema=tensors("ema.safetensors") if "ema.safetensors" in files else {},
-                val_top1=manifest["val_top1"],
+                score=_score(manifest),
             )
         except OtherSchemaError:
             raise
@@ -197,13 +197,14 @@ class Checkpoints:
         self.folder.rename_folder(name, f"{name}.damaged")
 
     def about(self) -> dict[str, dict[str, Any]]:
-        """Schema, position, phase and accuracy of every committed checkpoint with a readable manifest, oldest first."""
+        """Schema, position, phase and score of every committed checkpoint with a readable manifest, oldest first."""
         found = {}
         for name in self.names():
             if name not in self._about:
                 try:
                     manifest = _read_manifest(self.folder / name)
-                    self._about[name] = {key: manifest[key] for key in ("schema", "epoch", "batch", "phase", "val_top1")}
+                    place = {key: manifest[key] for key in ("schema", "epoch", "batch", "phase")}
+                    self._about[name] = {**place, "score": _score(manifest)}
                 except (FileNotFoundError, *_UNREADABLE):
                     continue
             found[name] = self._about[name]
@@ -235,6 +236,12 @@ class OtherSchemaError(UserError):
 def _read_manifest(folder: Storage) -> dict[str, Any]:
     manifest: dict[str, Any] = patiently(lambda: folder.read_json("manifest.json"))
     return manifest
+
+
+def _score(manifest: dict[str, Any]) -> float | None:
+    """In what an earlier version wrote it is top-1, by that name. Raises KeyError where there is none."""
+    score: float | None = manifest["score"] if "score" in manifest else manifest["val_top1"]
+    return score
 
 
 def _check_schema(name: str, manifest: dict[str, Any]) -> None:

@@ -14,12 +14,15 @@ import safetensors.torch
 import torch
 
 from prelora_ray.data.manifest import read_manifest
-from prelora_ray.data.rows import read_encoded
-from prelora_ray.engine.model import timm_model
+from prelora_ray.data.rows import read_encoded, read_tokens
+from prelora_ray.data.tokenizer import FILE as TOKENIZER
+from prelora_ray.data.tokenizer import read_tokenizer
+from prelora_ray.engine.model import create_model, timm_model
 from prelora_ray.engine.prelora import save_adapter
 from prelora_ray.errors import UserError, WorkError
 from prelora_ray.extras import check_installed
 from prelora_ray.inference.card import write_cards
+from prelora_ray.inference.fit import check_fits
 from prelora_ray.inference.load import RunModel, TrainedModel, load_run_model, load_trained
 from prelora_ray.method.adapters import base_state_dict, lora_layers, merged_state_dict
 from prelora_ray.storage import Storage, check_out_folder
@@ -32,6 +35,7 @@ from timm.models import save_for_hf  # noqa: E402
 TOLERANCE = 1e-4
 """Largest difference of a logit between the run's own model and an exported one, in float32."""
 _IMAGES = 64
+_SEQUENCES = 8
 _NEEDS = {"adapter": ("peft", "peft"), "onnx": ("onnx", "onnx", "onnxruntime", "onnxscript")}
 """An extra and its modules, by form; a form without them is left out."""
 logger = logging.getLogger(__name__)
@@ -45,11 +49,12 @@ class ExportError(WorkError):
 class Exported:
     path: str
     forms: tuple[str, ...]
-    """The folders inside `path`: `timm`, `onnx`, and `adapter` once the run has adapters; less what was left out."""
+    """The folders inside `path`: `timm`, `onnx`, and `adapter` once the run has adapters; less what was left out. Of
+    text `transformers` and `adapter`."""
     max_abs_diff: dict[str, float]
     """Largest difference of a logit by form."""
     images: int
-    """Real images over which the forms were compared."""
+    """Real images, or sequences of text, over which the forms were compared."""
 
 
 def export(source: str, out: str, data: str | None = None, *, ema: bool = False) -> Exported:
@@ -69,29 +74,30 @@ def export(source: str, out: str, data: str | None = None, *, ema: bool = False)
         raise UserError(f"{out!r} is not empty: name a new folder")
     run = load_run_model(source, ema=ema)
     takes_adapter = bool(lora_layers(run.module)) and _can_make("adapter")
-    takes_onnx = _can_make("onnx")
-    images = _real_images(run, data or run.settings.data.path)
+    takes_onnx = run.preprocessing is not None and _can_make("onnx")
+    samples = _real_samples(run, data or run.settings.data.path)
+    whole, write = ("timm", _write_timm) if run.preprocessing is not None else ("transformers", _write_transformers)
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory, "export")
-        _write_timm(run, root / "timm", merged_state_dict(run.module))
+        write(run, root / whole, merged_state_dict(run.module))
         if takes_adapter:
-            _write_timm(run, root / "adapter" / "base", base_state_dict(run.module))
+            write(run, root / "adapter" / "base", base_state_dict(run.module))
             save_adapter(run.module, root / "adapter")
         if takes_onnx:
-            _write_onnx(run, root / "onnx", root / "timm", images[:2])
+            _write_onnx(run, root / "onnx", root / "timm", samples[:2])
         forms = tuple(sorted(path.name for path in root.iterdir() if path.is_dir()))
-        differences = {form: _difference(run, load_trained(str(root / form)), images) for form in forms}
+        differences = {form: _difference(run, load_trained(str(root / form)), samples) for form in forms}
         worst = max(differences, key=lambda form: differences[form])
         if not differences[worst] <= TOLERANCE:
             raise ExportError(f"the {worst} form differs from the run's model by {differences[worst]:.3g} in a logit")
-        write_cards(run, root, differences, len(images))
+        write_cards(run, root, differences, len(samples))
         if target.is_local:
             Path(target.path).parent.mkdir(parents=True, exist_ok=True)
             # Without the files' modes: safetensors makes its own readable to their owner alone.
             shutil.copytree(root, target.path, dirs_exist_ok=True, copy_function=shutil.copyfile)
         else:
             pyarrow.fs.copy_files(str(root), target.path, destination_filesystem=target.filesystem)
-    return Exported(out, forms, differences, len(images))
+    return Exported(out, forms, differences, len(samples))
 
 
 def _can_make(form: str) -> bool:
@@ -104,14 +110,29 @@ def _can_make(form: str) -> bool:
     return True
 
 
-def _real_images(run: RunModel, path: str) -> torch.Tensor:
-    """The first validation images, normalised, (n, channels, size, size)."""
-    return run.preprocessing.read(read_encoded(path, read_manifest(Storage(path)).splits["val"], _IMAGES))
+def _real_samples(run: RunModel, path: str) -> torch.Tensor:
+    """The first validation images, normalised, (n, channels, size, size); or sequences of tokens, (n, length)."""
+    manifest = read_manifest(Storage(path))
+    if run.preprocessing is None or manifest.text is not None:
+        check_fits(str(run.folder), run, path, manifest)
+    if run.preprocessing is not None:
+        return run.preprocessing.read(read_encoded(path, manifest.splits["val"], _IMAGES))
+    return torch.from_numpy(read_tokens(path, manifest, _SEQUENCES)).long()
 
 
 @torch.no_grad()
-def _difference(run: RunModel, exported: TrainedModel, images: torch.Tensor) -> float:
-    return float((run.module(images) - exported.module(images)).abs().max())
+def _difference(run: RunModel, exported: TrainedModel, samples: torch.Tensor) -> float:
+    return float((run.module(samples) - exported.module(samples)).abs().max())
+
+
+def _write_transformers(run: RunModel, path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """A folder as transformers writes it, with the tokenizer."""
+    from prelora_ray.engine.text_model import save_pretrained  # an extra, which takes seconds to import
+
+    model = create_model(run.settings.model, len(run.classes), seed=0)
+    model.load_state_dict(tensors)
+    data = Storage(run.settings.data.path)
+    save_pretrained(model, path, read_tokenizer(data.file(TOKENIZER), f"{data}/{TOKENIZER}"))
 
 
 def _write_timm(run: RunModel, path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -119,6 +140,7 @@ def _write_timm(run: RunModel, path: Path, tensors: dict[str, torch.Tensor]) -> 
     model = timm_model(run.settings.model, len(run.classes))
     model.load_state_dict(tensors)
     prepared, settings = run.preprocessing, run.settings
+    assert prepared is not None, "of images"
     save_for_hf(
         model,
         str(path),

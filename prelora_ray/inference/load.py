@@ -6,13 +6,15 @@ An export is a folder of three forms, each of which is a trained model by itself
     adapter/   adapter_config.json, adapter_model.safetensors  the adapters in PEFT's layout, once a run has them,
                base/ with config.json, model.safetensors       and the timm model that they go on
     onnx/      config.json, model.onnx                         the merged model; input `pixels`, output `logits`
+
+Of text the merged model is in transformers/, as transformers and its tokenizers write it, and so is base/.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast, overload
 
@@ -20,6 +22,8 @@ import torch
 from torch import nn
 
 from prelora_ray.config import Settings
+from prelora_ray.data.tokenizer import FILE as TOKENIZER
+from prelora_ray.data.tokenizer import read_tokenizer, vocabulary_of
 from prelora_ray.engine.snapshot import Snapshot
 from prelora_ray.engine.state import restore_model
 from prelora_ray.errors import UserError, one_line
@@ -30,16 +34,24 @@ from prelora_ray.inference.preprocessing import Preprocessing
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
 
-_LIBRARY = {"adapter": ("peft", "peft"), "onnx": ("onnx", "onnxruntime")}
+_LIBRARY = {"adapter": ("peft", "peft"), "onnx": ("onnx", "onnxruntime"), "transformers": ("text", "transformers")}
 """The extra and the module that a form is loaded with."""
+_MARKERS = {
+    "timm": "model.safetensors",
+    "transformers": "model.safetensors",
+    "adapter": "adapter_config.json",
+    "onnx": "model.onnx",
+}
 
 
 @dataclass(frozen=True)
 class TrainedModel:
     module: nn.Module
-    """Normalised float32 images (n, channels, image_size, image_size) to logits (n, classes), in evaluation mode."""
+    """Normalised float32 images (n, channels, image_size, image_size) to logits (n, classes), or tokens (n, length),
+    int64, to logits (n, length, classes), in evaluation mode."""
     classes: tuple[str, ...]
-    preprocessing: Preprocessing
+    preprocessing: Preprocessing | None
+    """None of a model that takes text."""
     data: str | None
     """The prepared folder that it was trained on, where that is known."""
 
@@ -54,6 +66,8 @@ class TrainedModel:
         Files are read as `prepare` with its defaults and evaluation read them. Computes where the module is. Raises
         UserError, before anything is computed, where one is no image that can be read.
         """
+        if self.preprocessing is None:
+            raise UserError("predict is for images, and this model takes text: its export runs in transformers")
         is_one = is_image(images)
         given = cast("Sequence[Image]", [images] if is_one else images)
         found = predict(self.module, self.classes, self.preprocessing, given, top)
@@ -83,12 +97,11 @@ def load_trained(source: str) -> TrainedModel:
     if not folder.is_local:
         raise UserError(f"{source!r} is no run folder or checkpoint; copy an exported model to a disk first")
     path = Path(folder.path)
-    for kind, load in {"timm": _load_timm, "adapter": _load_adapter, "onnx": _load_onnx}.items():
-        marker = {"timm": "model.safetensors", "adapter": "adapter_config.json", "onnx": "model.onnx"}[kind]
+    for kind, load in _FORMS.items():
         for at in (path / kind, path):
-            if (at / marker).exists():
+            if (at / _MARKERS[kind]).exists() and _takes_text(at) == (kind == "transformers"):
                 if kind in _LIBRARY:
-                    check_installed(str(at / marker), *_LIBRARY[kind])
+                    check_installed(str(at / _MARKERS[kind]), *_LIBRARY[kind])
                 try:
                     return load(at)
                 except Exception as error:  # whatever a damaged or foreign file makes a reader raise
@@ -128,7 +141,9 @@ def _run_model(folder: RunFolder, settings: Settings, checkpoint: Snapshot, *, e
         raise UserError(
             f"{folder}: config.yaml or data.json does not fit checkpoint {checkpoint.name}: {one_line(error)[:200]}"
         ) from None
-    preprocessing = Preprocessing(settings.model.image_size, *settings.normalization, data.crop_ratio)
+    preprocessing = None
+    if not settings.model.takes_text:
+        preprocessing = Preprocessing(settings.model.image_size, *settings.normalization, data.crop_ratio)
     return RunModel(model, classes, preprocessing, data.path, settings, folder, checkpoint.name, is_ema=ema)
 
 
@@ -140,11 +155,25 @@ def _load_timm(path: Path) -> TrainedModel:
 
 
 def _load_adapter(path: Path) -> TrainedModel:
-    import timm
     from peft import PeftModel
 
-    base = timm.create_model(f"local-dir:{path / 'base'}", pretrained=True)
-    return TrainedModel(PeftModel.from_pretrained(base, str(path)).eval(), *_description(path / "base"), data=None)
+    base = (_load_transformers if _takes_text(path / "base") else _load_timm)(path / "base")
+    return replace(base, module=PeftModel.from_pretrained(base.module, str(path)).eval())
+
+
+def _load_transformers(path: Path) -> TrainedModel:
+    from prelora_ray.engine.text_model import Bert  # an extra, which takes seconds to import
+
+    tokenizer = read_tokenizer(str(path / TOKENIZER), f"{path}/{TOKENIZER}")
+    return TrainedModel(Bert.from_pretrained(path).eval(), vocabulary_of(tokenizer), preprocessing=None, data=None)
+
+
+def _takes_text(path: Path) -> bool:
+    """Whether a form is of text: transformers' description of a model says what it calls itself."""
+    try:
+        return "model_type" in json.loads((path / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
 
 
 def _load_onnx(path: Path) -> TrainedModel:
@@ -173,3 +202,6 @@ class OnnxModel(nn.Module):
             self._session = onnxruntime.InferenceSession(self.path, providers=["CPUExecutionProvider"])
         (logits,) = self._session.run(["logits"], {"pixels": images.cpu().numpy()})
         return torch.from_numpy(logits).to(images.device)
+
+
+_FORMS = {"timm": _load_timm, "transformers": _load_transformers, "adapter": _load_adapter, "onnx": _load_onnx}

@@ -1,4 +1,4 @@
-"""What timm calls the parts of its models. Nothing else of the project takes a name apart."""
+"""What timm and transformers call the parts of their models. Nothing else of the project takes a name apart."""
 
 from __future__ import annotations
 
@@ -42,6 +42,12 @@ _RESIDUAL: tuple[Layers, ...] = (
     {"conv1": ("conv1",), "conv2": (), "conv3": ("conv3",)},
     {"conv1": ("conv1",), "conv2": ("conv2",)},
 )
+_BERT_ATTENTION: Layers = {
+    "attention.self.query": ("query",),
+    "attention.self.key": ("key",),
+    "attention.self.value": ("value",),
+    "attention.output.dense": ("proj",),
+}
 _GATED: tuple[Layers, ...] = ({"fc1": ("fc1",), "conv": (), "fc2": ("fc2",)},)
 
 
@@ -71,6 +77,11 @@ ARCHITECTURES = (
     Architecture("FocalNet", r"layers\.\d+\.blocks", (_MODULATION, _MLP)),
     Architecture("MambaOut", r"stages\.\d+\.blocks", (_GATED,)),
     Architecture("ResNet", r"layer\d+|stages\.\d+\.blocks", (_RESIDUAL,)),
+    Architecture(
+        "BERT",
+        r"bert\.encoder\.layer",
+        ((_BERT_ATTENTION,), ({"intermediate.dense": ("fc1",), "output.dense": ("fc2",)},)),
+    ),
 )
 _ANY_STAGE = "|".join(architecture.stages for architecture in ARCHITECTURES)
 

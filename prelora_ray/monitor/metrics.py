@@ -75,6 +75,11 @@ class RunMetrics(_Metrics):
         self.threshold = self._gauge("threshold_percent", "Thresholds of the test.", ["kind"])
         self.adapter_rank = self._gauge("adapter_rank", "Rank of a module's adapter.", ["module"])
         self.val_top1 = self._gauge("val_top1_ratio", "Top-1 accuracy of the last validation, 0 to 1.")
+        self.val_accuracy = self._gauge(
+            "val_accuracy_ratio", "Share of masked tokens guessed right in the last validation, 0 to 1."
+        )
+        self.val_perplexity = self._gauge("val_perplexity", "Perplexity of masked tokens in the last validation.")
+        self.val_loss = self._gauge("val_loss", "Loss of the last validation.")
         self.world_size = self._gauge("world_size", "Workers of the group.")
         self.restarts = self._counter("restarts", "Times that the group was started again, by cause.", ["cause"])
         self.checkpoint_seconds = self._gauge("checkpoint_seconds", "Duration of the last save, from snapshot to commit.")

@@ -15,13 +15,15 @@ from prelora_ray.records import EpochLine, WindowLine
 Pixels = npt.NDArray[np.uint8]
 Scalars = dict[str, float]
 
-TOP1 = "accuracy/val_top1"
 _FROM_EPOCHS = {
     "loss/train": "loss",
     "loss/val": "val_loss",
-    TOP1: "val_top1",
+    "accuracy/val_top1": "val_top1",
     "accuracy/val_top5": "val_top5",
     "accuracy/ema_top1": "ema_top1",
+    "accuracy/val_accuracy": "val_accuracy",
+    "loss/val_perplexity": "val_perplexity",
+    "loss/ema_perplexity": "ema_perplexity",
     "speed/images_per_second": "images_per_second",
     "speed/epoch_seconds": "seconds",
     "speed/data_wait_seconds": "data_wait_seconds",
@@ -33,6 +35,11 @@ _FROM_EPOCHS = {
 }
 """Scalars, by the fields of an EpochLine that hold them."""
 _BORDER = 2
+
+
+def tag_of(key: str) -> str:
+    """The scalar that a field of an EpochLine is shown as."""
+    return next(tag for tag, field in _FROM_EPOCHS.items() if field == key)
 
 
 def epoch_scalars(line: EpochLine) -> Scalars:

@@ -146,8 +146,9 @@ class RunTelemetry:
         self._metrics.loss.labels(self._run).set(line.loss)
         self._metrics.learning_rate.labels(self._run).set(line.learning_rate)
         self._metrics.trainable_parameters.labels(self._run).set(line.trainable_parameters)
-        if line.val_top1 is not None:
-            self._metrics.val_top1.labels(self._run).set(line.val_top1)
+        for key in ("val_top1", "val_accuracy", "val_perplexity", "val_loss"):
+            if (value := getattr(line, key)) is not None:
+                getattr(self._metrics, key).labels(self._run).set(value)
         self._client.send(self._world_size)
 
     def window(self, line: WindowLine) -> None:

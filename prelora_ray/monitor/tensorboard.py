@@ -11,7 +11,8 @@ from tensorboardX.record_writer import masked_crc32c
 from tensorboardX.summary import hparams, image, text
 
 from prelora_ray.config import Settings, flat
-from prelora_ray.monitor.scalars import TOP1, Pixels, Scalars, settings_in_words
+from prelora_ray.measures import measures_of
+from prelora_ray.monitor.scalars import Pixels, Scalars, settings_in_words, tag_of
 from prelora_ray.run_folder import Appender, RunFolder
 
 FOLDER = "tensorboard"
@@ -50,7 +51,7 @@ class TensorBoardLog:
         rows = [f"| `{key}` | {value.replace('|', chr(92) + '|')} |" for key, value in words.items()]
         self._summary(0, text("settings", "\n".join(["| key | value |", "| --- | --- |", *rows])))
         told = {key: value if isinstance(value, (int, float)) else words[key] for key, value in flat(settings).items()}
-        experiment, begin, _ = hparams(told, {TOP1: 0})
+        experiment, begin, _ = hparams(told, {tag_of(measures_of(settings.task)[0].key): 0})
         self._summary(0, experiment)
         self._summary(0, begin)
 

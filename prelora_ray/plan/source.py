@@ -54,8 +54,8 @@ def read_source(path: str, overrides: Sequence[str], images: int | None) -> Sour
     """
     folder = RunFolder(path)
     if folder.exists("config.yaml"):
-        return _read_run(folder, folder.read_settings(overrides), images)
-    settings = load_settings(path, overrides)
+        return _read_run(folder, _of_images(folder.read_settings(overrides)), images)
+    settings = _of_images(load_settings(path, overrides))
     found, num_classes, notes = _count_images(settings, images)
     if settings.data.max_batches is not None:
         found = min(found, settings.data.max_batches * settings.data.batch_size)
@@ -66,6 +66,13 @@ def read_source(path: str, overrides: Sequence[str], images: int | None) -> Sour
         notes.append(f"ranks of {method.r_min} to {method.r_max} are dealt out evenly, as the rule's are known at the switch")
     switch_epoch = method.switch_epoch if method.enabled else None
     return Source(settings, found, num_classes, settings.workers.max, switch_epoch, None, {}, tuple(notes))
+
+
+def _of_images(settings: Settings) -> Settings:
+    """Raises UserError for text, of which nothing was measured to plan by."""
+    if settings.model.takes_text:
+        raise UserError(f"task = {settings.task!r} is not allowed in a plan, which goes by measured steps of models of images")
+    return settings
 
 
 def workload(settings: Settings, epoch: int, phase: Phase) -> Workload:

@@ -9,10 +9,11 @@ from typing import Literal
 from prelora_ray.errors import UserError, one_line
 from prelora_ray.fault_tolerance.end import read_end
 from prelora_ray.fault_tolerance.lock import is_held
+from prelora_ray.measures import last_value, measures_of
 from prelora_ray.recorded.run import RunRecords
 from prelora_ray.records import Progress, Starting
 from prelora_ray.run_folder import RunFolder
-from prelora_ray.summaries import last_top1, restarts
+from prelora_ray.summaries import restarts
 
 State = Literal["finished", "training", "starting", "stopped", "failed", "interrupted", "damaged"]
 
@@ -37,6 +38,12 @@ class RunState:
     """When it last wrote where it is, in seconds since 1970."""
     message: str | None = None
     """What it does before it trains, why it failed, or what is damaged."""
+    task: str = "classification"
+    """As its recipe names it: which of its measures it has."""
+    val_loss: float | None = None
+    """Of the last validation, per masked token, as the two that follow."""
+    val_accuracy: float | None = None
+    val_perplexity: float | None = None
 
 
 def list_runs(storage: str) -> list[RunState]:
@@ -67,7 +74,8 @@ def _read(name: str, folder: RunFolder) -> RunState:
         phase=run.events[-1].phase if run.events else None,
         epoch=run.completed,
         epochs=run.settings.train.epochs,
-        val_top1=last_top1(run.epochs),
+        task=run.settings.task,
+        **{measure.key: last_value(run.epochs, measure.key) for measure in measures_of(run.settings.task)},
         restarts=restarts(run.events),
         time=max(times, default=None),
         message=message,

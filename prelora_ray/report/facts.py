@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from prelora_ray.measures import best_value, last_value, measure_named, measures_of
 from prelora_ray.records import BEGINNINGS, Freeze, Switch
 from prelora_ray.report.records import ReportedRun
-from prelora_ray.summaries import best_top1, last_top1, phase_summaries, restarts, seconds_of_run
-from prelora_ray.words import accuracy, counted, number, percent
+from prelora_ray.summaries import phase_summaries, restarts, seconds_of_run
+from prelora_ray.words import counted, number
 
 
 def facts(runs: list[ReportedRun]) -> tuple[list[str], list[list[str]]]:
@@ -21,17 +22,16 @@ def sweep_facts(sweep: dict[str, Any], runs: list[ReportedRun]) -> tuple[list[st
     """The same of a sweep in one column. `runs`: its own, the trunk first; without them less is known."""
     entries = [*sweep["settings"], *sweep["controls"]]
     ended = Counter({entry["trial"]: entry.get("ended", "finished") or "not run" for entry in entries}.values())
-    best = max(
-        (entry for entry in [sweep["full"], *entries] if entry.get("ended", "finished") == "finished"),
-        key=lambda entry: entry["val_top1"] or 0,
-    )
+    measure = measure_named(sweep["measure"])
+    finished = [entry for entry in [sweep["full"], *entries] if entry.get("ended", "finished") == "finished"]
+    best = max(finished, key=lambda entry: measure.rank(entry[measure.key]))
     rows = [["state", ", ".join(f"{counted(count, 'run')} {how}" for how, count in ended.items())]]
     if runs:
         seconds = sum(seconds_of_run(event for event in run.events if event.attempt >= 0) for run in runs)
         own = sum(line.attempt >= 0 for run in runs for line in run.epochs)
         rows.append(["duration", f"{_took(seconds)} for {counted(own, 'epoch')}, of all runs together"])
         rows += [["model", _model(runs[0])], ["hardware", _hardware(runs[0])]]
-    told = f"top-1 {percent(best['val_top1'])} by {best['trial']}, at {number(best['cost'])} {sweep['unit']}"
+    told = f"{measure.title} {measure.told(best[measure.key])} by {best['trial']}, at {number(best['cost'])} {sweep['unit']}"
     return ["", "sweep"], [*rows, ["best result", told]]
 
 
@@ -54,7 +54,8 @@ def _model(run: ReportedRun) -> str:
     model = run.settings.model
     parameters = run.epochs[0].parameters
     told = f"{parameters / 1e6:,.1f} million" if parameters >= 1e6 else f"{parameters:,}"
-    return f"{model.name} of {told} parameters, images of {model.image_size} px"
+    takes = "text" if model.takes_text else f"images of {model.image_size} px"
+    return f"{model.name} of {told} parameters, {takes}"
 
 
 def _hardware(run: ReportedRun) -> str:
@@ -66,7 +67,11 @@ def _hardware(run: ReportedRun) -> str:
 
 def _result(run: ReportedRun) -> str:
     switch, freeze = run.last_of(Switch), run.last_of(Freeze)
-    told = [] if (top1 := last_top1(run.epochs)) is None else [accuracy(top1, best_top1(run.epochs))]
+    first, *others = measures_of(run.settings.task)
+    told = []
+    if (last := last_value(run.epochs, first.key)) is not None:
+        told.append(first.told_with_best(last, best_value(run.epochs, first)))
+        told += [f"{measure.title} {measure.told(last_value(run.epochs, measure.key))}" for measure in others]
     told.append("no switch" if switch is None else f"switch after epoch {switch.switch_epoch}")
     if freeze is not None:
         told.append(f"freeze after epoch {freeze.freeze_epoch}")

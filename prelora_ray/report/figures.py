@@ -9,6 +9,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from prelora_ray.measures import Measure, measure_named, measures_of
 from prelora_ray.method.architecture import family_of, layers_of
 from prelora_ray.records import EpochLine, Resize
 from prelora_ray.report.records import ReportedRun
@@ -29,21 +30,32 @@ _NEAR = 0.05
 
 
 def learning(runs: Sequence[ReportedRun]) -> go.Figure:
-    """Loss and top-1 over the epochs."""
-    figure = _panels(["loss", "top-1, %", "learning rate"])
+    """Loss, the other measures and the learning rate over the epochs."""
+    tasks = dict.fromkeys(run.settings.task for run in runs)
+    measures = [measure for task in tasks for measure in measures_of(task) if measure.key != "val_loss"]
+    figure = _panels(["loss", *(measure.column for measure in measures), "learning rate"])
+    last = len(measures) + 2
     for index, run in enumerate(runs):
         of = f"{escape(run.name)}: " if len(runs) > 1 else ""
         losses, val_losses = [line.loss for line in run.epochs], [line.val_loss for line in run.epochs]
-        top1 = [None if line.val_top1 is None else line.val_top1 * 100 for line in run.epochs]
-        averaged = [None if line.ema_top1 is None else line.ema_top1 * 100 for line in run.epochs]
         rates = [line.learning_rate for line in run.epochs]
         _line(figure, 1, run.done, losses, f"{of}training", index)
         _line(figure, 1, run.done, val_losses, f"{of}validation", index, opacity=0.55, markers=True)
-        _line(figure, 2, run.done, top1, f"{of}top-1", index, legend=False)
-        if any(value is not None for value in averaged):
-            _line(figure, 2, run.done, averaged, f"{of}top-1 of averaged weights", index, opacity=0.55, legend=False)
-        _line(figure, 3, run.done, rates, f"{of}learning rate", index, legend=False)
-    return _with_marks(figure, runs, 3)
+        for row, measure in enumerate(measures, 2):
+            fields = {measure.key: "", measure.averaged: " of averaged weights"}
+            for field, what in fields.items():
+                values = [_value(line, field, measure) for line in run.epochs]
+                if field == measure.key or any(value is not None for value in values):
+                    opacity = 0.55 if what else 1.0
+                    _line(figure, row, run.done, values, f"{of}{measure.title}{what}", index, legend=False, opacity=opacity)
+        _line(figure, last, run.done, rates, f"{of}learning rate", index, legend=False)
+    return _with_marks(figure, runs, last)
+
+
+def _value(line: EpochLine, field: str | None, measure: Measure) -> float | None:
+    """A field of a measure, in percent where it is a share; None where the line has none."""
+    value: float | None = getattr(line, field or "", None)
+    return 100 * value if value is not None and measure.is_share else value
 
 
 def convergence(run: ReportedRun) -> go.Figure:
@@ -116,24 +128,26 @@ def speed(runs: Sequence[ReportedRun]) -> go.Figure:
 
 
 def pareto(sweep: dict[str, Any]) -> go.Figure:
-    """Top-1 against cost, every setting of a sweep, with the Pareto front, full training and the other controls."""
+    """What runs are compared by, such as top-1, against cost: every setting of a sweep, with the Pareto front, full
+    training and the other controls."""
     figure = go.Figure(layout=_layout(height=480))
+    measure = measure_named(sweep["measure"])
     settings, controls = (
-        [entry for entry in sweep[kind] if entry["val_top1"] is not None] for kind in ("settings", "controls")
+        [entry for entry in sweep[kind] if entry[measure.key] is not None] for kind in ("settings", "controls")
     )
     told = [", ".join(f"{key.removeprefix('method.')} {value}" for key, value in e["setting"].items()) for e in settings]
     unit = escape(sweep["unit"])
-    _scatter(figure, settings, told, "settings", COLORS[0], "circle", "markers", unit)
+    _scatter(figure, settings, told, "settings", COLORS[0], "circle", "markers", unit, measure)
     by_trial = {entry["trial"]: entry for entry in [*settings, *controls, sweep["full"]]}
     front = [by_trial[trial] for trial in sweep["pareto"]]
-    _scatter(figure, front, sweep["pareto"], "Pareto front", COLORS[1], "diamond", "lines+markers", unit)
-    _scatter(figure, [sweep["full"]], ["full training"], "full training", COLORS[2], "star", "markers", unit)
+    _scatter(figure, front, sweep["pareto"], "Pareto front", COLORS[1], "diamond", "lines+markers", unit, measure)
+    _scatter(figure, [sweep["full"]], ["full training"], "full training", COLORS[2], "star", "markers", unit, measure)
     for kind, name, symbol in (("full", "full training, ended sooner", "star-open"), ("rank 1", "rank 1", "circle-open")):
         own = [entry for entry in controls if entry["setting"]["control"] == kind]
         if own:
-            _scatter(figure, own, [entry["trial"] for entry in own], name, COLORS[2], symbol, "markers", unit)
+            _scatter(figure, own, [entry["trial"] for entry in own], name, COLORS[2], symbol, "markers", unit, measure)
     figure.update_xaxes(title=f"cost of a straight run, {unit}")
-    figure.update_yaxes(title="top-1, %")
+    figure.update_yaxes(title=measure.column)
     return figure
 
 
@@ -202,18 +216,27 @@ def plan(by_switch: list[float], levels: dict[str, float], break_even: int | Non
 
 
 def _scatter(
-    figure: go.Figure, entries: list[dict[str, Any]], text: list[str], name: str, color: str, symbol: str, mode: str, unit: str
+    figure: go.Figure,
+    entries: list[dict[str, Any]],
+    text: list[str],
+    name: str,
+    color: str,
+    symbol: str,
+    mode: str,
+    unit: str,
+    measure: Measure,
 ) -> None:
+    scale, sign = (100, " %") if measure.is_share else (1, "")
     figure.add_trace(
         go.Scatter(
             x=[entry["cost"] for entry in entries],
-            y=[100 * entry["val_top1"] for entry in entries],
+            y=[scale * entry[measure.key] for entry in entries],
             text=[escape(line) for line in text],
             name=name,
             mode=mode,
             marker={"color": color, "symbol": symbol, "size": 10},
             line={"color": color, "dash": "dot"},
-            hovertemplate=f"%{{text}}<br>%{{x:.3g}} {unit}, top-1 %{{y:.2f}} %<extra></extra>",
+            hovertemplate=f"%{{text}}<br>%{{x:.3g}} {unit}, {measure.title} %{{y:.2f}}{sign}<extra></extra>",
         )
     )
 

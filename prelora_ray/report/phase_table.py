@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prelora_ray.measures import measures_of
 from prelora_ray.recorded.run import RunRecords
 from prelora_ray.summaries import table_summaries
 from prelora_ray.words import in_percent, number
@@ -12,13 +13,14 @@ def phase_rows(run: RunRecords) -> list[dict[str, str]]:
 
     Memory is told of GPUs alone, as `summaries.memory_note` says.
     """
+    measures = measures_of(run.settings.task)
     return [
         {
             "phase": name,
             "epochs": str(summary.epochs),
             "loss": number(summary.loss),
-            "top-1, %": in_percent(summary.val_top1, 2),
-            "images/s": f"{summary.images_per_second:,.0f}",
+            **{measure.column: measure.cell(summary.measures[measure.key]) for measure in measures},
+            f"{run.settings.sample}s/s": f"{summary.images_per_second:,.0f}",
             "against full": "-" if summary.against_full is None else f"{summary.against_full:.2f}",
             "start-up, s": "-" if summary.startup_seconds is None else f"{summary.startup_seconds:,.1f}",
             "waits, %": in_percent(summary.data_wait_fraction),

@@ -87,7 +87,9 @@ def runs_of_sweep(path: str, sweep: dict[str, Any]) -> list[ReportedRun]:
 
 
 def _with_keys_of_now(sweep: dict[str, Any]) -> dict[str, Any]:
-    """A sweep that an earlier version wrote: without controls, its front by index, its cost by worker on CPUs too."""
+    """A sweep that an earlier version wrote: without its measure, which is top-1; or without controls, its front by
+    index, its cost by worker on CPUs too."""
+    sweep = {"measure": "val_top1", **sweep}
     if "unit" in sweep:
         return sweep
     keys = {"gpu_hours": "cost", "naive_gpu_hours": "naive_cost"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from prelora_ray.measures import measure_named
 from prelora_ray.words import counted, in_percent, number
 
 
@@ -13,11 +14,12 @@ def sweep_table(sweep: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     `*` marks the Pareto front of them all. `rate left` is the share of the learning rate's sum at the switch; `full, %`
     and `rank 1, %` are what the controls of a setting come to.
     """
-    keys = list(sweep["settings"][0]["setting"])
-    controls = {"full_control": "full, %"}
+    keys, measure = list(sweep["settings"][0]["setting"]), measure_named(sweep["measure"])
+    percent = ", %" if measure.is_share else ""
+    controls = {"full_control": f"full{percent}"}
     if any(entry.get("rank_1_control") for entry in sweep["settings"]):
-        controls["rank_1_control"] = "rank 1, %"
-    top1 = {trial: in_percent(value, 2) for trial, value in _of_controls(sweep).items()}
+        controls["rank_1_control"] = f"rank 1{percent}"
+    values = {trial: measure.cell(value) for trial, value in _of_controls(sweep).items()}
 
     def row(first: list[str], switch: str, trains: str, entry: dict[str, Any]) -> list[str]:
         ended = entry.get("ended", "finished")
@@ -27,8 +29,8 @@ def sweep_table(sweep: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             in_percent(entry.get("rate_left")),
             trains,
             number(entry["cost"]),
-            in_percent(entry["val_top1"], 2),
-            *(top1.get(entry.get(key) or "", "") for key in controls),
+            measure.cell(entry[measure.key]),
+            *(values.get(entry.get(key) or "", "") for key in controls),
             "*" if entry["trial"] in sweep["pareto"] else "" if ended == "finished" else ended or "not run",
             ", ".join(signature.replace("_", " ") for signature in entry.get("diagnosis", [])),
             entry["trial"] if entry.get("message") is None else f"{entry['trial']}: {entry['message']}",
@@ -42,20 +44,22 @@ def sweep_table(sweep: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             rows.append(row([f"full, to {entry['setting']['train.epochs']}", *rest], "-", "100.0", entry))
         else:
             rows.append(row([kind, *rest], str(entry["switch_epoch"]), in_percent(entry["trainable_fraction"]), entry))
-    for entry in sorted(sweep["settings"], key=lambda entry: (entry["ended"] != "finished", -(entry["val_top1"] or 0))):
+    best_first = lambda entry: (entry["ended"] != "finished", -measure.rank(entry[measure.key]))  # noqa: E731
+    for entry in sorted(sweep["settings"], key=best_first):
         switch = "never" if entry["switch_epoch"] is None else str(entry["switch_epoch"])
         rows.append(
             row([_value(entry["setting"][key]) for key in keys], switch, in_percent(entry["trainable_fraction"]), entry)
         )
     names = [key.removeprefix("method.") for key in keys]
-    told = ["switch", "rate left, %", "trains, %", sweep["unit"], "top-1, %", *controls.values(), "", "diagnosis", "run"]
+    told = ["switch", "rate left, %", "trains, %", sweep["unit"], measure.column, *controls.values(), "", "diagnosis", "run"]
     return [*names, *told], rows
 
 
 def _of_controls(sweep: dict[str, Any]) -> dict[str, float]:
-    """Top-1 by run of the trunk and of the controls that have ended: one that has not begins with its trunk's."""
+    """What the trunk and the controls that have ended come to, by run: one that has not begins with its trunk's."""
+    key = sweep["measure"]
     ended = [entry for entry in sweep["controls"] if entry.get("ended", "finished") == "finished"]
-    return {entry["trial"]: entry["val_top1"] for entry in [sweep["full"], *ended] if entry["val_top1"] is not None}
+    return {entry["trial"]: entry[key] for entry in [sweep["full"], *ended] if entry[key] is not None}
 
 
 def told_of_cost(sweep: dict[str, Any]) -> str:
@@ -69,12 +73,13 @@ def told_of_cost(sweep: dict[str, Any]) -> str:
 
 def told_of_controls(sweep: dict[str, Any]) -> str | None:
     """How runs did against full training of equal cost, in a sentence; None where none has such a control."""
-    top1 = _of_controls(sweep)
-    runs = {entry["trial"]: entry for entry in sweep["settings"] if entry.get("full_control") in top1}
+    values, measure = _of_controls(sweep), measure_named(sweep["measure"])
+    runs = {entry["trial"]: entry for entry in sweep["settings"] if entry.get("full_control") in values}
     if not runs:
         return None
-    better = sum(entry["val_top1"] > top1[entry["full_control"]] for entry in runs.values())
-    return f"{better} of {counted(len(runs), 'run ends', 'runs end')} above full training that costs as much"
+    better = sum(measure.rank(run[measure.key]) > measure.rank(values[run["full_control"]]) for run in runs.values())
+    than = "below" if measure.lower_is_better else "above"
+    return f"{better} of {counted(len(runs), 'run ends', 'runs end')} {than} full training that costs as much"
 
 
 def _value(value: Any) -> str:

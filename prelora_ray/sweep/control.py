@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from prelora_ray.measures import Measure
 from prelora_ray.recorded.replay import Record
 from prelora_ray.sweep.cost import Prices, pareto_front
 from prelora_ray.sweep.outcome import outcome
@@ -23,7 +24,7 @@ def name_controls(plan: Plan, entries: list[Entry], trunk: Record, prices: Price
     wanted = plan.sweep.controls
     controls: dict[str, Candidate] = {}
     switched = [entry for entry in entries if entry["ended"] == "finished" and entry["switch_epoch"] is not None]
-    front = on_front(switched)
+    front = on_front(plan.measure, switched)
     costs = {after: full_training_costs(plan, prices, after) for after in {entry["switch_epoch"] for entry in switched}}
     for entry in entries:
         entry |= {"full_control": None, "rank_1_control": None}
@@ -56,9 +57,9 @@ def full_training_of_cost(costs: Mapping[int, float], after: int, cost: float) -
     return None if end == max(costs) else {"control": "full", "train.bend.after": after, "train.epochs": end}
 
 
-def on_front(entries: list[Entry]) -> list[str]:
+def on_front(measure: Measure, entries: list[Entry]) -> list[str]:
     """The runs of the Pareto front of finished ones, the cheapest first."""
-    return [entries[i]["trial"] for i in pareto_front((entry["val_top1"], entry["cost"]) for entry in entries)]
+    return [entries[i]["trial"] for i in pareto_front((measure.rank(entry[measure.key]), entry["cost"]) for entry in entries)]
 
 
 def _of_rank_1(candidate: Candidate) -> Candidate:

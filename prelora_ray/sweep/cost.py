@@ -71,7 +71,7 @@ def unit_of(workers: WorkerSettings) -> tuple[str, float]:
 
 
 def pareto_front(points: Iterable[tuple[float, float]]) -> list[int]:
-    """Indices of the (accuracy, cost) pairs on the Pareto front, the cheapest first."""
+    """Indices of the (score, cost) pairs on the Pareto front, the cheapest first."""
     front: list[int] = []
     best = float("-inf")
     points = list(points)

@@ -7,11 +7,12 @@ import json
 from typing import Any, Literal
 
 from prelora_ray.config import Settings
+from prelora_ray.measures import last_value, measures_of
 from prelora_ray.recorded.replay import Record, read_record
 from prelora_ray.recorded.run import RunRecords
 from prelora_ray.records import Diagnosis
 from prelora_ray.run_folder import RunFolder
-from prelora_ray.summaries import last_top1, phase_summaries
+from prelora_ray.summaries import phase_summaries
 from prelora_ray.sweep.control import Entry, name_controls, on_front
 from prelora_ray.sweep.cost import Prices
 from prelora_ray.sweep.outcome import outcome
@@ -60,7 +61,8 @@ def summarize_sweep(plan: Plan) -> dict[str, Any]:
         "full": full,
         "settings": entries,
         "controls": controls,
-        "pareto": on_front([full, *finished]),
+        "measure": plan.measure.key,
+        "pareto": on_front(plan.measure, [full, *finished]),
         "smallest_warmup": _smallest_warmup([entry for entry in entries if entry["ended"] == "finished"]),
         "trials": len(trials),
         "cost": sum(prices.own(RunFolder(plan.folder) / name) for name in sorted(trained)),
@@ -105,7 +107,7 @@ def _of_run(folder: RunFolder, settings: Settings, prices: Prices) -> dict[str, 
     lora = phase_summaries(run.epochs).get("lora")
     return {
         "epochs": len(run.epochs),
-        "val_top1": last_top1(run.epochs),
+        (key := measures_of(settings.task)[0].key): last_value(run.epochs, key),
         "cost": prices.straight(run.epochs, settings) if run.epochs else None,
         "diagnosis": [event.signature for event in run.events_of(Diagnosis)],
         "trainable_fraction": lora.trainable_fraction if lora else None,

@@ -21,6 +21,7 @@ from prelora_ray.errors import InterruptedRunError, WorkError, one_line
 from prelora_ray.extras import check_installed
 from prelora_ray.fault_tolerance.lock import HeldRunError
 from prelora_ray.fault_tolerance.ray_private import let_trials_be_stopped, release, release_groups_of_dead_actors
+from prelora_ray.measures import Measure
 from prelora_ray.ray_session import ray_session
 from prelora_ray.recorded.replay import read_record
 from prelora_ray.run_folder import RunFolder
@@ -30,7 +31,7 @@ from prelora_ray.sweep.cost import Prices
 from prelora_ray.sweep.fork import fork
 from prelora_ray.sweep.outcome import outcome
 from prelora_ray.sweep.result import is_finished, read_notes, summarize_sweep, write_note
-from prelora_ray.sweep.settings import Candidate, Plan, Range, SweepSettings, keys_without_effect
+from prelora_ray.sweep.settings import Candidate, Plan, Range, keys_without_effect
 from prelora_ray.train.run import train
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,6 @@ _TRIAL_CPUS = 0.01
 """What a trial's own process asks for; its workers ask for theirs."""
 _POLL_SECONDS = 2.0
 """Between polls whether another trial is done with the run that both stand for."""
-_MODES = {"val_top1": "max", "cost": "min"}
 
 
 def sweep(plan: Plan, watch: Callable[[Settings], AbstractContextManager[None]], *, debug: bool = False) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def _search(plan: Plan, earlier: list[dict[str, Any]]) -> None:
     sweep = plan.sweep
     if sweep.search == "optuna":
         space = {key: _dimension(values) for key, values in sweep.space.items()}
-        return _tune(plan, space, _asha(plan), _optuna(sweep, earlier), sweep.num_settings)
+        return _tune(plan, space, _asha(plan), _optuna(plan, earlier), sweep.num_settings)
     trunk = read_record(str(RunFolder.of(plan.trunk)))
     distinct = {outcome(plan, candidate, trunk).trial: candidate for candidate in reversed(plan.candidates())}
     if sweep.asha is None:  # which would have to hear of finished runs too
@@ -124,16 +124,21 @@ def _dimension(values: list[Any] | Range) -> Any:
     return (tune.loguniform if values.log else tune.uniform)(values.min, values.max)
 
 
-def _optuna(sweep: SweepSettings, earlier: list[dict[str, Any]]) -> OptunaSearch:
+def _optuna(plan: Plan, earlier: list[dict[str, Any]]) -> OptunaSearch:
     """Earlier candidates come first: their runs are there, so a search that goes on learns from them at once."""
-    modes = [_MODES[metric] for metric in sweep.objectives]
+    sweep, objectives = plan.sweep, plan.objectives
+    modes = [_mode(plan.measure) if objective == plan.measure.key else "min" for objective in objectives]
     seed = sweep.seed + len(earlier)  # what is drawn after them is not to be what was drawn before
     if len(modes) == 1:
-        return OptunaSearch(metric=sweep.objectives[0], mode=modes[0], points_to_evaluate=earlier, seed=seed)
+        return OptunaSearch(metric=objectives[0], mode=modes[0], points_to_evaluate=earlier, seed=seed)
     import optuna  # an extra
 
     sampler = optuna.samplers.NSGAIISampler(seed=seed)
-    return OptunaSearch(metric=list(sweep.objectives), mode=modes, points_to_evaluate=earlier, sampler=sampler)
+    return OptunaSearch(metric=list(objectives), mode=modes, points_to_evaluate=earlier, sampler=sampler)
+
+
+def _mode(measure: Measure) -> str:
+    return "min" if measure.lower_is_better else "max"
 
 
 def _asha(plan: Plan) -> ASHAScheduler | None:
@@ -141,8 +146,8 @@ def _asha(plan: Plan) -> ASHAScheduler | None:
         return None
     return ASHAScheduler(
         time_attr="epochs_done",
-        metric="val_top1",
-        mode="max",
+        metric=plan.measure.key,
+        mode=_mode(plan.measure),
         max_t=plan.trunk.train.epochs + 1,  # it stops a trial that reports so many
         grace_period=plan.sweep.asha.grace_epochs,
         reduction_factor=plan.sweep.asha.reduction_factor,
@@ -184,12 +189,12 @@ def _train_or_go_on(plan: Plan, candidate: Candidate, *, was_stopped: bool) -> N
         _once_free(lambda: fork(trunk, settings))
         for line in run.epochs():  # trained before: the scheduler is to know
             if line.attempt >= 0:
-                tune.report(_heard(line.epoch, line.phase, line.val_top1))
+                tune.report(_heard(line.epoch, line.phase, plan.measure, getattr(line, plan.measure.key)))
     if was_stopped:
         return
-    _once_free(lambda: train(settings, callbacks=[_Report()]))
+    _once_free(lambda: train(settings, callbacks=[_Report(plan.measure)]))
     lines = run.epochs()
-    heard = _heard(lines[-1].epoch, lines[-1].phase, lines[-1].val_top1)
+    heard = _heard(lines[-1].epoch, lines[-1].phase, plan.measure, getattr(lines[-1], plan.measure.key))
     tune.report({**heard, "cost": Prices.of(trunk).straight(lines, settings), "finished": True})
 
 
@@ -206,15 +211,19 @@ def _once_free(work: Callable[[], object]) -> None:
 class _Report(TuneReportCallback):
     """Tells Tune of each epoch what it needs."""
 
+    def __init__(self, measure: Measure) -> None:
+        super().__init__()
+        self._measure = measure
+
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        heard = _heard(metrics[0]["epoch"], metrics[0]["phase"], metrics[0]["val_top1"])
+        heard = _heard(metrics[0]["epoch"], metrics[0]["phase"], self._measure, metrics[0][self._measure.key])
         super().after_report(run_context, [heard], None)
 
 
-def _heard(epoch: int, phase: str, val_top1: float | None) -> dict[str, Any]:
+def _heard(epoch: int, phase: str, measure: Measure, value: float | None) -> dict[str, Any]:
     """What Tune compares: it wants every objective at every report, also where it is not known."""
-    top1 = math.nan if val_top1 is None else val_top1
-    return {"epochs_done": epoch + 1, "phase": phase, "val_top1": top1, "cost": math.nan}
+    known = math.nan if value is None else value
+    return {"epochs_done": epoch + 1, "phase": phase, measure.key: known, "cost": math.nan}
 
 
 class _Ends(tune.Callback):
@@ -252,7 +261,8 @@ class _Ends(tune.Callback):
             note = write_note(self._plan, candidate, message="its process died")
         if ended == "stopped":
             self._reserved += reservations((RunFolder(self._plan.folder) / name).events())
-        top1 = trial.last_result.get("val_top1") if trial.last_result else None
-        told = note["message"] or ("no top-1 yet" if top1 is None else f"top-1 {top1:.1%}")
+        measure = self._plan.measure
+        value = trial.last_result.get(measure.key) if trial.last_result else None
+        told = note["message"] or (f"no {measure.title} yet" if value is None else f"{measure.title} {measure.told(value)}")
         self._done += 1
         logger.info("trial %d: %s %s, %s", self._done, name, ended or "interrupted", told)

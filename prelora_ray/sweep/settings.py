@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from prelora_ray.config import Address, BendSettings, FolderName, MethodSettings, Settings, acts, with_absolute_paths
 from prelora_ray.config_file import parse_section, parse_settings, read_named, set_key
 from prelora_ray.errors import UserError
+from prelora_ray.measures import measures_of
 from prelora_ray.section import Count, Section, Share, Whole
 
 Candidate = dict[str, Any]
@@ -106,8 +107,11 @@ class SweepSettings(Section):
     """All combinations; so many drawn ones; or Optuna's choice: TPE for one objective, NSGA-II for two."""
     num_settings: Count = 20
     """Settings that `random` and `optuna` try."""
-    objectives: Annotated[tuple[Literal["val_top1", "cost"], ...], Field(min_length=1, max_length=2)] = ("val_top1",)
-    """What is to be best: the final top-1, and the cost of a straight run."""
+    objectives: (
+        Annotated[tuple[Literal["val_top1", "val_perplexity", "cost"], ...], Field(min_length=1, max_length=2)] | None
+    ) = None
+    """What is to be best: what runs of the recipe's task are compared by, the final top-1 or perplexity, and the cost
+    of a straight run; null is the first of them alone."""
     asha: AshaSettings | None = None
     """Stops trials that fall behind (one objective only); null lets all run to their end."""
     controls: ControlSettings = ControlSettings()
@@ -137,12 +141,13 @@ class SweepSettings(Section):
                 raise ValueError(f"space.{key} = [] is not allowed: give at least one value")
         if self.trunk_only and self.search == "optuna":
             raise ValueError("search = 'optuna' is not allowed with trunk_only: it chooses by what trials come to")
-        if self.asha and len(self.objectives) > 1:
+        objectives = self.objectives or ()
+        if self.asha and len(objectives) > 1:
             raise ValueError("asha is not allowed with two objectives: it ranks trials by one")
-        if self.asha and self.objectives == ("cost",):
+        if self.asha and objectives == ("cost",):
             raise ValueError("asha is not allowed with objective cost: a trial's cost is known from the start")
-        if len(set(self.objectives)) < len(self.objectives):
-            raise ValueError(f"objectives = {list(self.objectives)} is not allowed: one stands twice")
+        if len(set(objectives)) < len(objectives):
+            raise ValueError(f"objectives = {list(objectives)} is not allowed: one stands twice")
         return self
 
     @property
@@ -185,6 +190,14 @@ class Plan:
         self._content = base.model_dump(mode="json", exclude_unset=True)  # what nobody set is no key without effect
         self._method = self._content.get("method", {})
         self.folder = f"{base.storage.rstrip('/')}/{sweep.name}"
+        self.measure = measures_of(base.task)[0]
+        """What runs are compared by."""
+        self.objectives: tuple[str, ...] = sweep.objectives or (self.measure.key,)
+        if other := set(self.objectives) - {self.measure.key, "cost"}:
+            raise UserError(
+                f"objectives = {list(self.objectives)} is not allowed: runs of task {base.task!r} are compared by "
+                f"{self.measure.key}, and have no {other.pop()}"
+            )
         if base.train.bend is not None:
             raise UserError("train.bend is not allowed in a sweep: the forks of its controls bend the schedule of its trunk")
         for candidate in self.candidates():

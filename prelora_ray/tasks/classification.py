@@ -2,53 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from prelora_ray.config import Settings
-from prelora_ray.data.batch import Batch, to_device
+from prelora_ray.data.augment import Augmentation
+from prelora_ray.data.batch import Batch
+from prelora_ray.data.image_rows import ImageRows
+from prelora_ray.data.manifest import Manifest
 from prelora_ray.data.mixing import MixPlan, denormalize, mix, normalize, plan_mixing, soft_targets
-
-Inputs = dict[str, torch.Tensor]
-"""By name, tensors with a row for each slot."""
-Forward = Callable[[torch.Tensor], torch.Tensor]
-"""Normalised images (n, channels, height, width) to logits (n, num_classes)."""
+from prelora_ray.tasks.task import Evaluation, Evaluator, Forward, Inputs, Task
+from prelora_ray.words import counted
 
 
-class Classification:
-    """What a run's batches mean to a model that makes logits."""
+class Classification(Task):
+    """`forward` takes normalised images (n, channels, height, width) to logits (n, num_classes)."""
 
-    def __init__(self, settings: Settings, num_classes: int, dtype: torch.dtype) -> None:
-        """`dtype`: of images and targets."""
-        self.num_classes = num_classes
+    counts_per_sample = 1
+    shows_images = True
+
+    def __init__(self, settings: Settings, manifest: Manifest, dtype: torch.dtype) -> None:
+        self.num_classes = len(manifest.classes)
         self._augment = settings.augment
         self._seed = settings.train.seed
         self._normalization = settings.normalization
         self._dtype = dtype
 
-    def draw(self, batch: Batch, cells: Sequence[int], cell: int) -> Inputs:
-        """All that a batch's loss depends on but the model, on the CPU: its cells' tensors and what is drawn for each.
+    @staticmethod
+    def rows(settings: Settings, manifest: Manifest) -> ImageRows:
+        data = settings.data
+        augmentation = Augmentation(settings.model.image_size, data.mean, data.std, settings.augment)
+        of_epochs = {
+            epoch: Augmentation(step.image_size, data.mean, data.std, settings.augment_at(step))
+            for epoch in range(settings.train.epochs)
+            if (step := settings.resolution_step(epoch)) is not None
+        }
+        return ImageRows(augmentation, settings.train.seed, data.crop_ratio, of_epochs)
 
-        `cells`: their numbers in the global batch, with `cell` slots each.
-        """
-        inputs = {"images": batch.images, "labels": batch.labels}
+    def draw(self, batch: Batch, cells: Sequence[int], cell: int) -> Inputs:
+        """Adds the plan of Mixup and CutMix, by (seed, epoch, batch, cell)."""
+        inputs = dict(batch.tensors)
         if self._augment.mixes:
             key = (self._seed, batch.epoch, batch.batch, cells, cell)
-            inputs |= vars(plan_mixing(self._augment, *key, batch.ids, batch.images.shape[1]))
+            inputs |= vars(plan_mixing(self._augment, *key, batch.ids, inputs["images"].shape[1]))
         return inputs
 
     def loss(self, forward: Forward, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sum of the losses of whole cells on the device, and how many images they are; empty slots count nothing."""
+        """Cross entropy against soft targets, and the images."""
         images, targets = self._mixed(inputs)
         losses = -(targets * F.log_softmax(forward(images).to(targets.dtype), dim=-1)).sum(-1)
         filled = inputs["labels"] >= 0
         return torch.where(filled, losses, 0).sum(), filled.sum()
 
     def shown(self, inputs: Inputs) -> torch.Tensor:
-        """The images that `loss` takes of whole cells, to look at: uint8 (n, height, width, channels)."""
         return denormalize(self._mixed(inputs)[0], *self._normalization)
 
     def _mixed(self, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,39 +72,46 @@ class Classification:
         """uint8 (n, height, width, 3) as the model takes them."""
         return normalize(images, *self._normalization, self._dtype)
 
+    def evaluator(self, device: torch.device) -> ImageEvaluator:
+        return ImageEvaluator(self.num_classes, device, self.normalize)
+
 
 @dataclass(frozen=True)
-class Evaluation:
-    loss: float
-    """Mean cross entropy."""
+class ImageEvaluation(Evaluation):
+    """`loss` is the mean cross entropy."""
+
     top1: float
     """In 0..1."""
     top5: float
     images: int
 
+    @property
+    def told(self) -> str:
+        over = counted(self.images, "image")
+        return f"top-1 {self.top1:.2%}, top-5 {self.top5:.2%}, loss {self.loss:.4f} over {over}"
 
-class Evaluator:
-    """Sums over batches, kept on the device until they are asked for."""
 
-    def __init__(self, num_classes: int, device: torch.device, *, counts_confusion: bool = False) -> None:
-        """`counts_confusion`: whether `confusion` is counted, which takes num_classes squared numbers."""
+class ImageEvaluator(Evaluator):
+    """Sums: losses, best guesses that are right, best five with the right one, images."""
+
+    def __init__(
+        self,
+        num_classes: int,
+        device: torch.device,
+        normalize: Callable[[torch.Tensor], torch.Tensor],
+        *,
+        counts_confusion: bool = False,
+    ) -> None:
+        """`normalize`: from uint8 images (n, height, width, 3) to what the model takes. `counts_confusion`: whether
+        `confusion` is counted, which takes num_classes squared numbers."""
+        super().__init__(4, device)
         self.num_classes = num_classes
-        self.device = device
-        self.sums = torch.zeros(4, dtype=torch.float64, device=device)
-        """Of this worker: losses, best guesses that are right, best five with the right one, images."""
+        self._normalize = normalize
         self._confusion = torch.zeros(num_classes**2, dtype=torch.int64, device=device) if counts_confusion else None
 
-    @torch.no_grad()
-    def run(self, predict: Callable[[torch.Tensor], torch.Tensor], batches: Iterable[Batch], micro_batch: int) -> Iterator[int]:
-        """Takes `predict` (uint8 images on the device to logits) through all batches; yields the images of each."""
-        for batch in batches:
-            for start in range(0, len(batch.ids), micro_batch):
-                micro = slice(start, start + micro_batch)
-                self.add(predict(to_device(batch.images[micro], self.device)), to_device(batch.labels[micro], self.device))
-            yield int((batch.ids >= 0).sum())
-
-    def add(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """Counts `logits` (n, num_classes) against `labels` (n,); a label of -1 is an empty slot."""
+    def add(self, forward: Forward, tensors: Mapping[str, torch.Tensor]) -> None:
+        """A label of -1 is an empty slot."""
+        logits, labels = forward(self._normalize(tensors["images"])), tensors["labels"]
         filled = labels >= 0
         logits = logits if logits.dtype == torch.float64 else logits.float()
         losses = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
@@ -106,10 +122,9 @@ class Evaluator:
             cells = torch.where(filled, labels, 0) * self.num_classes + best[:, 0]
             self._confusion.scatter_add_(0, cells, filled.long())
 
-    def result(self, sums: torch.Tensor) -> Evaluation:
-        """What `sums` come to: this worker's own, or those of all."""
+    def result(self, sums: torch.Tensor) -> ImageEvaluation:
         loss, top1, top5, count = sums.tolist()
-        return Evaluation(loss / count, top1 / count, top5 / count, int(count))
+        return ImageEvaluation(loss / count, top1 / count, top5 / count, int(count))
 
     @property
     def confusion(self) -> torch.Tensor:

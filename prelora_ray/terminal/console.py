@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from prelora_ray.measures import measures_of
 from prelora_ray.method.architecture import ARCHITECTURES, Layers
 from prelora_ray.recorded.remarks import remarks_on
 from prelora_ray.recorded.replay import Replay
@@ -24,10 +25,10 @@ from prelora_ray.report.phase_table import phase_rows
 from prelora_ray.report.sweep_table import sweep_table as sweep_rows
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.summaries import gain_note, memory_note, rank_counts
-from prelora_ray.words import accuracy, ago, counted, modules_by_rank, number, percent
+from prelora_ray.words import ago, counted, modules_by_rank, number, percent
 
 if TYPE_CHECKING:
-    from prelora_ray.data.manifest import Manifest
+    from prelora_ray.data.manifest import Counts, Manifest
     from prelora_ray.inference.evaluate import EvaluationReport
     from prelora_ray.inference.predict import Prediction
     from prelora_ray.plan.result import Plan
@@ -61,6 +62,9 @@ def prepared(manifest: Manifest) -> Iterator[str | Table]:
         return
     yield from counts.notes
     stored = counts.classes
+    if manifest.text is not None:
+        yield from _skipped(counts)
+        return
     if len(manifest.classes) <= _LISTED_CLASSES:
         table = Table("class", "train", "val")
         for name, *numbers in zip(manifest.classes, stored["train"], stored["val"], strict=True):
@@ -69,7 +73,12 @@ def prepared(manifest: Manifest) -> Iterator[str | Table]:
     else:
         ranges = (f"{min(numbers):,} to {max(numbers):,} images of {split}" for split, numbers in stored.items())
         yield f"a class has {' and '.join(ranges)}; the fewest: {manifest.classes[int(np.argmin(stored['train']))]}"
-    yield f"seen {counts.seen:,}, stored {sum(map(sum, stored.values())):,}, skipped {sum(s.count for s in counts.skipped):,}"
+    yield from _skipped(counts)
+
+
+def _skipped(counts: Counts) -> Iterator[str]:
+    stored = sum(map(sum, counts.classes.values()))
+    yield f"seen {counts.seen:,}, stored {stored:,}, skipped {sum(entry.count for entry in counts.skipped):,}"
     for reason, skipped in itertools.groupby(counts.skipped, lambda entry: entry.reason):
         yield f"  {reason}: " + ", ".join(f"{entry.count:,} {entry.ending or 'without an ending'}" for entry in skipped)
 
@@ -107,8 +116,12 @@ def _form(form: Layers) -> str:
 def runs_table(storage: str, runs: Sequence[RunState]) -> Table:
     """The runs of a storage."""
     table = Table(title=f"{counted(len(runs), 'run')} in {storage}", title_justify="left")
-    for column in ("name", "state", "phase", "epoch", "top-1", "restarts", "last word"):
-        table.add_column(column, justify="right" if column in ("epoch", "top-1", "restarts") else "left")
+    measures = list(dict.fromkeys(measure for run in runs for measure in measures_of(run.task)))
+    for column in ("name", "state", "phase"):
+        table.add_column(column)
+    for column in ("epoch", *(measure.title for measure in measures), "restarts"):
+        table.add_column(column, justify="right")
+    table.add_column("last word")
     for run in runs:
         age = "-" if run.time is None else ago(time.time() - run.time)
         table.add_row(
@@ -116,7 +129,7 @@ def runs_table(storage: str, runs: Sequence[RunState]) -> Table:
             run.state,
             run.phase or "-",
             "-" if run.epochs is None else f"{run.epoch} of {run.epochs}",
-            percent(run.val_top1),
+            *(measure.told(getattr(run, measure.key)) for measure in measures),
             str(run.restarts),
             age + (f": {run.message}" if run.message else ""),
         )
@@ -134,15 +147,17 @@ def would_train(dry_run: DryRun) -> Iterator[str]:
     else:
         yield f"run {run.path} would go on from checkpoint {run.checkpoint}, after epoch {run.epoch} of {run.epochs}"
     yield f"model {run.model}, {counted(run.parameters, 'parameter')}"
-    assert run.batches is not None, "of a run that trains"
-    images = f"{run.train_images:,} training and {run.val_images:,} validation images"
-    yield f"data {run.data}: {images} of {counted(run.classes, 'class', 'classes')}" + (
-        "" if run.is_prepared else ", to be prepared first"
-    )
+    first = "" if run.is_prepared else ", to be prepared first"
+    of = counted(run.classes, "class", "classes") if run.sample == "image" else counted(run.classes, "token")
+    if run.train_images is None:
+        yield f"data {run.data}: sequences of up to {of}{first}"
+    else:
+        yield f"data {run.data}: {run.train_images:,} training and {run.val_images:,} validation {run.sample}s of {of}{first}"
     few, most = run.workers
     workers = counted(most, "worker") if few == most else f"{few} to {most} workers"
     each = "one GPU each" if run.gpu else "no GPU"
-    yield f"{counted(run.epochs, 'epoch')} of {counted(run.batches, 'batch', 'batches')} on {workers} with {each}"
+    batches = "" if run.batches is None else f" of {counted(run.batches, 'batch', 'batches')}"
+    yield f"{counted(run.epochs, 'epoch')}{batches} on {workers} with {each}"
     if run.switched_at is not None:
         yield f"it has switched after epoch {run.switched_at}"
     elif run.switch_epoch is not None:
@@ -160,7 +175,7 @@ def trained(folder: RunFolder, result: dict[str, Any]) -> Iterator[str | Table]:
     yield result_table(run)
     if result["ranks"]:
         yield modules_by_rank(result["ranks"])
-    yield result_line(result)
+    yield result_line(result, run.settings.task)
     if not run.on_gpu:
         yield memory_note(run.epochs)
     if (note := gain_note(run.epochs)) is not None:
@@ -169,13 +184,16 @@ def trained(folder: RunFolder, result: dict[str, Any]) -> Iterator[str | Table]:
     yield from (diagnosis.message for diagnosis in run.events_of(Diagnosis))
 
 
-def result_line(result: dict[str, Any]) -> str:
+def result_line(result: dict[str, Any], task: str = "classification") -> str:
     changes = [
         f"no {change}" if (epoch := result[f"{change}_epoch"]) is None else f"{change} after epoch {epoch}"
         for change in ("switch", "freeze")
     ]
-    averaged = [] if (ema := result.get("ema_top1")) is None else [f"averaged weights {percent(ema)}"]
-    told = [*changes, accuracy(result["val_top1"], result["best_val_top1"]), *averaged]
+    first, *others = measures_of(task)
+    ema = result.get(first.averaged or "")
+    averaged = [] if ema is None else [f"averaged weights {first.told(ema)}"]
+    told = [*changes, first.told_with_best(result[first.key], result[f"best_{first.key}"])]
+    told += [f"{measure.title} {measure.told(result[measure.key])}" for measure in others] + averaged
     return ", ".join([*told, f"{result['seconds']:,.0f} s"])
 
 
@@ -192,6 +210,7 @@ def sweep_table(result: dict[str, Any]) -> Table:
 
 def classes_table(report: EvaluationReport) -> Table:
     """Top-1 of every class."""
+    assert report.confusion is not None, "of images"
     table = Table("class", "images", "top-1")
     counts = report.confusion.sum(1).tolist()
     for name, count, top1 in zip(report.classes, counts, report.class_top1, strict=True):
@@ -201,6 +220,7 @@ def classes_table(report: EvaluationReport) -> Table:
 
 def confusion_table(report: EvaluationReport) -> Table:
     """Images of each class (row) that were taken for another; the most frequent mistakes of a class come first."""
+    assert report.confusion is not None, "of images"
     table = Table("class", "images", "right", "taken for")
     for i, name in enumerate(report.classes):
         row = report.confusion[i].tolist()

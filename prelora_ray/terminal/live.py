@@ -18,12 +18,13 @@ from rich.text import Text
 
 from prelora_ray import records, summaries
 from prelora_ray.config import Settings
+from prelora_ray.measures import best_value, last_value, measures_of
 from prelora_ray.method.convergence import Step
 from prelora_ray.recorded.run import RunRecords
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.schedule import convergence_test
 from prelora_ray.terminal import console
-from prelora_ray.words import accuracy, clock, counted, number, percent
+from prelora_ray.words import clock, counted, number
 
 _PHASES = {"full": ("█", "green"), "warmup": ("▓", "yellow"), "lora": ("▒", "blue")}
 """How the strip shows them: told apart without colours too."""
@@ -50,6 +51,7 @@ class _Watcher(threading.Thread):
     def __init__(self, settings: Settings) -> None:
         super().__init__(daemon=True)
         self._settings = settings
+        self._measures = measures_of(settings.task)
         self._folder = RunFolder.of(settings)
         self._done = threading.Event()
         self._num_epochs = len(self._folder.records(records.EpochLine))
@@ -105,14 +107,15 @@ class _Watcher(threading.Thread):
 
     def _epoch(self, line: records.EpochLine, run: RunRecords) -> str:
         total = self._settings.train.epochs
+        averaged = getattr(line, self._measures[0].averaged or "", None)
         parts = [
             f"epoch {line.epoch + 1:{len(str(total))}d}/{total}",
             f"{line.phase:6s}",
             *([f"{line.image_size} px"] if self._settings.train.resolution else []),
             f"loss {number(line.loss)}",
-            f"top-1 {percent(line.val_top1)}",
-            *([] if line.ema_top1 is None else [f"averaged {percent(line.ema_top1)}"]),
-            f"{line.images_per_second:,.0f} images/s",
+            *(f"{measure.title} {measure.told(getattr(line, measure.key))}" for measure in self._measures),
+            *([] if averaged is None else [f"averaged {self._measures[0].told(averaged)}"]),
+            f"{line.images_per_second:,.0f} {self._settings.sample}s/s",
             f"{clock(summaries.remaining_seconds(run.epochs, total - line.epoch - 1))} left",
         ]
         return "  ".join(parts)
@@ -183,11 +186,12 @@ def _start(steps: Sequence[records.Starting]) -> Text:
 def _headline(settings: Settings, progress: records.Progress, epochs: Sequence[records.EpochLine]) -> Text:
     total = settings.train.epochs
     still = total - progress.epoch - progress.batch / progress.batches
+    measure = measures_of(settings.task)[0]
     parts = [
         f"epoch {progress.epoch + 1} of {total}",
         f"loss {number(progress.loss)}",
-        accuracy(summaries.last_top1(epochs), summaries.best_top1(epochs)),
-        f"{progress.images_per_second:,.0f} images/s",
+        measure.told_with_best(last_value(epochs, measure.key), best_value(epochs, measure)),
+        f"{progress.images_per_second:,.0f} {settings.sample}s/s",
         f"{clock(summaries.remaining_seconds(epochs, still)) if epochs else '-'} left",
     ]
     return Text.assemble((progress.phase, f"bold {_PHASES[progress.phase][1]}"), "  ", "  ".join(parts))

@@ -24,12 +24,13 @@ from prelora_ray.fault_tolerance.notices import STOP_FILE, Notices, room_to_grow
 from prelora_ray.fault_tolerance.ray_private import remove_unborn_actors
 from prelora_ray.fault_tolerance.resume_point import resume_together
 from prelora_ray.fault_tolerance.watchdog import OUTAGE_PATIENCE, Watchdog
+from prelora_ray.measures import measures_of
 from prelora_ray.method.phases import Decision, Phase
 from prelora_ray.method.targets import target_norms
 from prelora_ray.monitor.telemetry import WorkerTelemetry
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage, once_reachable
-from prelora_ray.tasks.classification import Evaluation
+from prelora_ray.tasks.task import Evaluation
 from prelora_ray.train.batch_stream import BatchStream, stream_plan, validates
 from prelora_ray.train.epoch_meter import EpochMeter
 from prelora_ray.train.found_sizes import read_found
@@ -77,6 +78,7 @@ class WorkerAttempt:
         self._train_step = TrainStep(self.state, self.plan)
         self._train_step.found_sizes = self._found_sizes()
         self._attempt = point.attempt
+        self._measure = measures_of(settings.task)[0]
         self._doing: str | None = self._first_step()
         """What the next step takes longer for than others, as `records.Starting` names it."""
         self._control = Control()
@@ -90,7 +92,7 @@ class WorkerAttempt:
             has_room = functools.partial(room_to_grow, settings.workers, world_size, uses_gpu=uses_gpu)
             notices = Notices(self.folder, settings.checkpoint, has_room)
             self._saving: Saving = RankZeroSaving(checkpoints, settings, self.state, notices, self._recorder, self.watchdog)
-            self.folder.write_starting("read the first images")
+            self.folder.write_starting(f"read the first {settings.sample}s")
         else:
             self._recorder = Recorder(self.folder, settings, self.rank, point.attempt, self.watchdog)
             self._saving = Saving()
@@ -105,7 +107,7 @@ class WorkerAttempt:
         self._meter = EpochMeter(self.state, self.plan, self.stream, self._train_step.exchange_clock)
         self._telemetry.begin_epoch(self._meter.phase, self.state.image_size)
         self._recorder.epoch_begins()
-        self._shows_images = self._recorder.wants_images(self.state.image_size)
+        self._shows_images = self._train_step.task.shows_images and self._recorder.wants_images(self.state.image_size)
         self._train_step.begin_epoch(self._sums_before)
         self._sums_before = (0.0, 0.0)
 
@@ -126,7 +128,7 @@ class WorkerAttempt:
         self._train_step.train(batch)
         self.state.batch += 1
         exchanged = self._train_step.exchange_clock.seconds
-        self._telemetry.step(int((batch.labels >= 0).sum()), self._meter.wait_seconds, exchanged)
+        self._telemetry.step(batch.count, self._meter.wait_seconds, exchanged)
         if self.state.batch % _CHECK_STEPS == 0:
             self._train_step.check_finite()
         if self._recorder.progress_is_due():
@@ -138,15 +140,14 @@ class WorkerAttempt:
         """Mean training loss over the epoch's images, of all workers."""
         self._recorder.flush_samples()
         self._train_step.check_finite()
-        return self._meter.end_training(*self._train_step.epoch_sums())
+        loss, count = self._train_step.epoch_sums()
+        return self._meter.end_training(loss, count, count // self._train_step.task.counts_per_sample)
 
     def validate(self, epoch: int) -> list[Evaluation]:
         """Of the model, and of its averaged weights; none where the epoch is not validated."""
         if not validates(self.settings, epoch):
             return []
-        validations = self._train_step.evaluate(self.stream.take("val", epoch))
-        self.state.best_val_top1 = max(self.state.best_val_top1, validations[0].top1)
-        return validations
+        return self._train_step.evaluate(self.stream.take("val", epoch))
 
     def decide(self, epoch: int, loss: float) -> Decision:
         """Rank 0 records the norms and decides what trains next; every worker gets the same decision."""
@@ -174,7 +175,8 @@ class WorkerAttempt:
         if must:
             self.watchdog.beat(patiently=True)  # rank 0 may have to wait for an earlier save, and the others for rank 0
         if must or (epoch + 1) % self.settings.checkpoint.every_epochs == 0:
-            self._saving.save([], must=must, val_top1=line.val_top1)
+            value = getattr(line, self._measure.key)
+            self._saving.save([], must=must, score=None if value is None else self._measure.score(value))
         if is_last:
             self._end_last_epoch()
         self._saving.record()

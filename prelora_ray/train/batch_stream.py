@@ -9,11 +9,11 @@ import ray
 import torch
 
 from prelora_ray.config import Settings
-from prelora_ray.data.augment import Augmentation
 from prelora_ray.data.batch import Batch, Pass, StreamPlan
 from prelora_ray.data.manifest import Manifest, Split
 from prelora_ray.data.order import Order, first_rows
 from prelora_ray.data.stream import stream_batches
+from prelora_ray.tasks.chosen import TASKS
 
 
 class BatchStream:
@@ -65,7 +65,7 @@ def _passes(settings: Settings, first_epoch: int, first_batch: int) -> list[Pass
 
 def stream_plan(settings: Settings, manifest: Manifest, rank: int, world_size: int) -> StreamPlan:
     """What a worker streams, as the settings describe it."""
-    data, augment, seed = settings.data, settings.augment, settings.train.seed
+    data, seed = settings.data, settings.train.seed
     groups: dict[Split, tuple[int, ...]] = {split: manifest.row_groups(split) for split in ("train", "val")}
     if data.max_batches is not None:
         groups = {split: first_rows(rows, data.max_batches * data.batch_size) for split, rows in groups.items()}
@@ -73,13 +73,8 @@ def stream_plan(settings: Settings, manifest: Manifest, rank: int, world_size: i
         "train": Order(groups["train"], data.num_cells, data.cell, seed, data.shuffle_row_groups),
         "val": Order(groups["val"], data.num_cells, data.cell, None),
     }
-    augmentation = Augmentation(settings.model.image_size, data.mean, data.std, augment)
-    of_epochs = {
-        epoch: Augmentation(step.image_size, data.mean, data.std, settings.augment_at(step))
-        for epoch in range(settings.train.epochs)
-        if (step := settings.resolution_step(epoch)) is not None
-    }
-    return StreamPlan(data.path, manifest, orders, augmentation, seed, data.crop_ratio, rank, world_size, of_epochs)
+    rows = TASKS[settings.task].rows(settings, manifest)
+    return StreamPlan(data.path, manifest, orders, rows, rank, world_size)
 
 
 def _decoders(settings: Settings, workers_on_node: int) -> int:

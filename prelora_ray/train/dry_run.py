@@ -8,7 +8,7 @@ import torch
 
 from prelora_ray.config import Settings, with_absolute_paths
 from prelora_ray.data.prepare import open_for, plan
-from prelora_ray.data.prepare_settings import PrepareSettings
+from prelora_ray.data.prepare_text import open_text_for
 from prelora_ray.engine.model import create_model
 from prelora_ray.engine.snapshot import epoch_of
 from prelora_ray.fault_tolerance.checkpoint import Checkpoints
@@ -43,13 +43,16 @@ class DryRun:
     first_verdict: int | None
     """Completed epochs at which the test may first have it switch; None where it is not the test that decides."""
     model: str
+    sample: str
+    """What it takes: `image` or `sequence`."""
     parameters: int
     """In phase full."""
     data: str
     is_prepared: bool
-    """Whether the images are; those of a source would be prepared first, and unreadable ones are counted until then."""
+    """Whether the data are; images of a source would be prepared first, and unreadable ones are counted until then."""
     train_images: int | None
-    """None, as val_images and batches, for a run that has finished: its images may be gone."""
+    """None, as val_images and batches, for a run that has finished, as its images may be gone; and for text that is to
+    be prepared first."""
     val_images: int | None
     classes: int
     batches: int | None
@@ -94,6 +97,7 @@ def dry_run(settings: Settings, *, debug: bool = False) -> DryRun:
         switch_epoch=method.switch_epoch if method.enabled else None,
         first_verdict=first if first < settings.train.epochs and decides else None,
         model=settings.model.name,
+        sample=settings.sample,
         parameters=count_parameters(model)[1],
         data=data.path,
         is_prepared=is_ready,
@@ -106,15 +110,18 @@ def dry_run(settings: Settings, *, debug: bool = False) -> DryRun:
     )
 
 
-def _count_data(settings: Settings, folder: RunFolder) -> tuple[int, int, int, bool]:
+def _count_data(settings: Settings, folder: RunFolder) -> tuple[int | None, int | None, int, bool]:
     """Images to train on and to validate with, classes, and whether they are prepared."""
     path, source = settings.data.path, settings.data.source
     if source is None or Storage(path).exists("manifest.json"):
         manifest = check_data(settings, folder)
         return manifest.num_images("train"), manifest.num_images("val"), len(manifest.classes), True
-    opened = open_for(source, path, PrepareSettings())
+    if settings.model.takes_text:
+        open_text_for(source, path, settings.data.prepare)
+        return None, None, settings.model.num_classes or settings.data.prepare.vocabulary, False
+    opened = open_for(source, path, settings.data.prepare)
     check_classes(settings, len(opened.classes))
     images = dict.fromkeys(("train", "val"), 0)
-    for task in plan(opened, path, PrepareSettings()):
+    for task in plan(opened, path, settings.data.prepare):
         images[task.split] += len(task.items)
     return images["train"], images["val"], len(opened.classes), False

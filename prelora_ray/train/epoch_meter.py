@@ -14,7 +14,7 @@ from prelora_ray.engine.state import TrainState
 from prelora_ray.engine.step import all_gather
 from prelora_ray.method.phases import count_parameters
 from prelora_ray.records import EpochLine
-from prelora_ray.tasks.classification import Evaluation
+from prelora_ray.tasks.task import Evaluation
 from prelora_ray.train.batch_stream import BatchStream
 
 
@@ -43,12 +43,13 @@ class EpochMeter:
         images = (self._state.batch - self._first_batch) * self._state.settings.data.batch_size
         return images / (time.monotonic() - self._start)
 
-    def end_training(self, loss: float, images: int) -> float:
-        """All batches are trained. `loss`, `images`: sums over all workers and the epoch. Returns the mean loss.
+    def end_training(self, loss: float, count: int, images: int) -> float:
+        """All batches are trained. `loss`, `count` and `images`: sums over all workers and the epoch. Returns the mean
+        loss, which is that over `count`.
 
         All workers call it together.
         """
-        self._loss, self._images = loss / images, images
+        self._loss, self._images = loss / count, images
         self._train_seconds = time.monotonic() - self._start
         self._train_wait_seconds = self.wait_seconds
         exchange = self._clock.seconds - self._exchanged
@@ -67,12 +68,9 @@ class EpochMeter:
             attempt=attempt,
             epoch=state.epoch,
             phase=self.phase.value,
-            image_size=state.image_size,
+            image_size=None if state.settings.model.takes_text else state.image_size,
             loss=self._loss,
-            val_loss=validation.loss if validation else None,
-            val_top1=validation.top1 if validation else None,
-            val_top5=validation.top5 if validation else None,
-            ema_top1=ema.top1 if ema else None,
+            **{"val_loss": None, "val_top1": None, "val_top5": None, **_recorded("val", validation), **_recorded("ema", ema)},
             images_per_second=self._images_here / self._train_seconds,
             images=self._images,
             train_seconds=self._train_seconds,
@@ -86,6 +84,12 @@ class EpochMeter:
             learning_rate=learning_rate,
             world_size=state.world_size,
         )
+
+
+def _recorded(of: str, evaluation: Evaluation | None) -> dict[str, float]:
+    """The numbers of an evaluation that an epoch's record has a field for: of `val` its `val_loss`, `val_top1`, ..."""
+    numbers = {} if evaluation is None else vars(evaluation)
+    return {f"{of}_{name}": number for name, number in numbers.items() if f"{of}_{name}" in EpochLine.__dataclass_fields__}
 
 
 def _peak_memory_bytes(device: torch.device) -> int:

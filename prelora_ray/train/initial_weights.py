@@ -12,12 +12,12 @@ from prelora_ray.inference.load import load_run_model
 from prelora_ray.method.adapters import merged_state_dict
 from prelora_ray.storage import Storage
 
-_EXPORTED = ("timm/model.safetensors", "model.safetensors")
+_EXPORTED = ("timm/model.safetensors", "transformers/model.safetensors", "model.safetensors")
 
 
 def initial_weights(source: str) -> dict[str, torch.Tensor]:
-    """Tensors by timm's names: of a run's newest whole checkpoint, or one of its checkpoints, with adapters merged; of
-    the timm form of an export; or of a timm checkpoint.
+    """Tensors by timm's names, or transformers': of a run's newest whole checkpoint, or one of its checkpoints, with
+    adapters merged; of the whole model in an export; or of a checkpoint of timm or transformers.
 
     Raises UserError where `source` is none of these, or cannot be read.
     """

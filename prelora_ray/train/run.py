@@ -21,7 +21,7 @@ from prelora_ray.config import Settings, WorkerSettings, acts, comparable, with_
 from prelora_ray.data.manifest import Manifest, read_manifest
 from prelora_ray.data.prepare import prepare
 from prelora_ray.engine.check import check_model
-from prelora_ray.engine.model import create_model
+from prelora_ray.engine.model import check_length, create_model
 from prelora_ray.engine.precision import check_precision
 from prelora_ray.engine.pretrained import load_pretrained
 from prelora_ray.engine.snapshot import checkpoint_name, epoch_of
@@ -151,13 +151,22 @@ def check_cluster(
 def check_data(settings: Settings, folder: RunFolder) -> Manifest:
     """The manifest of the prepared data. Raises UserError where they are not whole, or not what the run began with."""
     manifest = read_manifest(Storage(settings.data.path))
+    if manifest.task != settings.task:
+        raise UserError(
+            f"data.path = {settings.data.path!r} is not allowed with task = {settings.task!r}: it was prepared for "
+            f"{manifest.task!r}"
+        )
     check_classes(settings, len(manifest.classes))
+    if manifest.text is not None:
+        with torch.device("meta"):
+            model = create_model(settings.model, len(manifest.classes), seed=0)
+        check_length(model, settings.data.path, manifest.text.sequence_length)
     for split in manifest.splits:
         if not manifest.num_images(split):
-            raise UserError(f"data.path = {settings.data.path!r} is not allowed: it has no images in {split}")
+            raise UserError(f"data.path = {settings.data.path!r} is not allowed: it has no {settings.sample}s in {split}")
     if folder.exists("data.json") and folder.read_json("data.json") != _identity(manifest):
         raise UserError(
-            f"data.path = {settings.data.path!r} is not allowed: run {folder} was begun with other images; "
+            f"data.path = {settings.data.path!r} is not allowed: run {folder} was begun with other {settings.sample}s; "
             "resume it with those, or give another --name"
         )
     return manifest
@@ -389,9 +398,9 @@ def _starting(folder: RunFolder) -> Iterator[None]:
 def _prepare_once(settings: Settings, folder: RunFolder) -> None:
     data = settings.data
     if data.source is not None and not Storage(data.path).exists("manifest.json"):
-        folder.write_starting("prepare the images")
+        folder.write_starting(f"prepare the {'text' if settings.model.takes_text else 'images'}")
         logger.info("preparing %s into %s", data.source, data.path)
-        counts = prepare(data.source, data.path).counts
+        counts = prepare(data.source, data.path, data.prepare, task=settings.task).counts
         for note in counts.notes if counts else ():
             logger.info("%s", note)
 
@@ -414,9 +423,10 @@ def _check_unchanged(before: Settings, now: Settings, folder: RunFolder) -> None
 def check_classes(settings: Settings, classes: int) -> None:
     """Raises UserError where the data have another number of classes than the recipe says."""
     if settings.model.num_classes not in (None, classes):
+        has = counted(classes, "token") if settings.model.takes_text else counted(classes, "class", "classes")
         raise UserError(
-            f"model.num_classes = {settings.model.num_classes} is not allowed: {settings.data.path!r} has "
-            f"{counted(classes, 'class', 'classes')}; leave it out to take theirs"
+            f"model.num_classes = {settings.model.num_classes} is not allowed: {settings.data.path!r} has {has}; leave it out "
+            "to take theirs"
         )
 
 

@@ -29,13 +29,13 @@ class Saving:
         """What to ask all workers for after this step."""
         return Action.NONE
 
-    def save(self, sums: list[list[float]], *, must: bool, val_top1: float | None = None) -> None:
+    def save(self, sums: list[list[float]], *, must: bool, score: float | None = None) -> None:
         """Saves where the run stands, beside training.
 
         Where another save is still under way, it waits: as long as that takes if it `must`, half of
         `workers.hang_seconds` at an epoch's end, not at all inside an epoch. After that this save is left out: the next
         one is as good. The other workers wait for rank 0 meanwhile, and have to know where that may take long. `sums`:
-        the epoch's sums so far of every worker; empty at its end.
+        the epoch's sums so far of every worker; empty at its end. `score`: as `Snapshot` has it.
         """
 
     def wait(self) -> None:
@@ -84,9 +84,9 @@ class RankZeroSaving(Saving):
     def request(self) -> Action:
         return self._notices.request(self._state.step, is_busy=self._checkpointer.is_busy)
 
-    def save(self, sums: list[list[float]], *, must: bool, val_top1: float | None = None) -> None:
+    def save(self, sums: list[list[float]], *, must: bool, score: float | None = None) -> None:
         def snapshot() -> Snapshot:
-            return self._state.snapshot(sums, holds_base=self._checkpoints.holds_base, val_top1=val_top1)
+            return self._state.snapshot(sums, holds_base=self._checkpoints.holds_base, score=score)
 
         is_inside_epoch = bool(sums)
         patience = 0.0 if is_inside_epoch or self.failure is not None else self._hang_seconds / 2

@@ -43,13 +43,19 @@ def seen_cells(settings: Settings, rank: int, world_size: int, passes: list[Pass
     cells: Cells = {}
     for batch in stream_batches(plan, passes, decoders=1):
         assert len(batch.ids) == plan.num_slots
-        assert (batch.labels[batch.ids < 0] == -1).all()
-        drawn = plan_mixing(augment, 0, batch.epoch, batch.batch, plan.cells, cell, batch.ids, batch.images.shape[1])
-        images = normalize(batch.images, settings.data.mean, settings.data.std)
-        mixed, targets = mix(images, soft_targets(batch.labels, 10, augment.label_smoothing, images.dtype), drawn)
+        assert (batch.tensors["labels"][batch.ids < 0] == -1).all()
+        drawn = plan_mixing(augment, 0, batch.epoch, batch.batch, plan.cells, cell, batch.ids, batch.tensors["images"].shape[1])
+        images = normalize(batch.tensors["images"], settings.data.mean, settings.data.std)
+        mixed, targets = mix(images, soft_targets(batch.tensors["labels"], 10, augment.label_smoothing, images.dtype), drawn)
         for i, number in enumerate(plan.cells):
             part = slice(i * cell, (i + 1) * cell)
-            content = (batch.ids[part], batch.images[part], batch.labels[part], mixed[part], targets[part])
+            content = (
+                batch.ids[part],
+                batch.tensors["images"][part],
+                batch.tensors["labels"][part],
+                mixed[part],
+                targets[part],
+            )
             cells[batch.split, batch.epoch, batch.batch, number] = tuple(np.asarray(x).tobytes() for x in content)
     return cells
 

@@ -180,7 +180,7 @@ def batch(step: TrainStep, seed: int = 0, empty: int = 0) -> Batch:
     own = np.concatenate([ids[mine], np.full(missing, -1)])
     parts = [np.concatenate([of[mine], np.zeros((missing, *of.shape[1:]), of.dtype)]) for of in (pixels, labels)]
     parts[0][own < 0], parts[1][own < 0] = empty, -1
-    return Batch("train", 0, 0, *map(torch.from_numpy, parts), own)
+    return Batch("train", 0, 0, dict(zip(("images", "labels"), map(torch.from_numpy, parts), strict=True)), own)
 
 
 def train(step: TrainStep, phases: list[Phase]) -> None:

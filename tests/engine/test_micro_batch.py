@@ -123,7 +123,8 @@ def test_the_largest_that_fits_is_found_and_changes_no_gradient():
 
     rng = np.random.default_rng(0)
     images = torch.from_numpy(rng.integers(0, 256, (256, 224, 224, 3), np.uint8))
-    batch = Batch("train", 0, 0, images, torch.from_numpy(rng.integers(0, 10, 256)), np.arange(256))
+    tensors = {"images": images, "labels": torch.from_numpy(rng.integers(0, 10, 256))}
+    batch = Batch("train", 0, 0, tensors, np.arange(256))
     total = torch.cuda.get_device_properties(0).total_memory
     limit = 10 * 2**30
     torch.cuda.set_per_process_memory_fraction(limit / total)

@@ -68,7 +68,7 @@ def batch(ids: np.ndarray, size: int = 8) -> Batch:
     rng = np.random.default_rng(0)
     images = torch.from_numpy(rng.integers(0, 256, (len(ids), size, size, 3), np.uint8))
     labels = torch.from_numpy(np.where(ids >= 0, rng.integers(0, 10, len(ids)), -1))
-    return Batch("train", 0, 0, images, labels, ids)
+    return Batch("train", 0, 0, {"images": images, "labels": labels}, ids)
 
 
 IDS = np.array([*range(11), -1, *range(11, 14), -1, *range(14, 17), -1, *range(17, 21)])  # 21 of 24 slots
@@ -95,11 +95,11 @@ def test_gradient_is_the_mean_over_the_global_batch(tmp_path, micro_batch, chann
     filled = torch.from_numpy(IDS >= 0)
     mean = torch.tensor((0.485, 0.456, 0.406), dtype=torch.float64)
     std = torch.tensor((0.229, 0.224, 0.225), dtype=torch.float64)
-    pixels = ((content.images[filled].double() / 255 - mean) / std).permute(0, 3, 1, 2)
+    pixels = ((content.tensors["images"][filled].double() / 255 - mean) / std).permute(0, 3, 1, 2)
     if channels == 1:
-        grey = np.stack([Image.fromarray(image.numpy()).convert("L") for image in content.images[filled]])
+        grey = np.stack([Image.fromarray(image.numpy()).convert("L") for image in content.tensors["images"][filled]])
         pixels = (torch.from_numpy(grey)[:, None].double() / 255 - mean.mean()) / std.mean()
-    loss = F.cross_entropy(reference(pixels), content.labels[filled])
+    loss = F.cross_entropy(reference(pixels), content.tensors["labels"][filled])
     loss.backward()
     for name, parameter in reference.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-6, atol=1e-9)
@@ -120,7 +120,7 @@ def test_mixing_label_smoothing_and_drop_path_are_the_same_in_every_micro_batch(
     key = (run.train.seed, 0, 0, range(6), 4)
     plan = plan_mixing(run.augment, *key, IDS, size)
     partner = torch.arange(24) + plan.offset
-    images = step.task.normalize(content.images)
+    images = step.task.normalize(content.tensors["images"])
     mixed = plan.weight.view(-1, 1, 1, 1) * images + (1 - plan.weight).view(-1, 1, 1, 1) * images[partner]
     cuts = [(slot, box) for slot, box in enumerate(plan.box.tolist()) if any(box)]
     for slot, (top, left, bottom, right) in cuts:
@@ -134,7 +134,7 @@ def test_mixing_label_smoothing_and_drop_path_are_the_same_in_every_micro_batch(
     logits = reference.model.train()(mixed[filled])
     own, partners = (
         F.cross_entropy(logits, labels[filled], label_smoothing=0.1, reduction="none")
-        for labels in (content.labels, content.labels[partner])
+        for labels in (content.tensors["labels"], content.tensors["labels"][partner])
     )
     weight = plan.weight[filled]
     loss = (weight * own + (1 - weight) * partners).mean()
@@ -153,8 +153,8 @@ def test_evaluation_counts_every_filled_slot_once(tmp_path):
     content = batch(IDS)
     (result,) = step.evaluate([content, content])
     filled = torch.from_numpy(IDS >= 0)
-    logits = step.state.model.eval()(step.task.normalize(content.images))[filled]
-    labels = content.labels[filled]
+    logits = step.state.model.eval()(step.task.normalize(content.tensors["images"]))[filled]
+    labels = content.tensors["labels"][filled]
     assert result.images == 42
     assert result.top1 == pytest.approx((logits.argmax(1) == labels).double().mean().item())
     ranks = (logits > logits.gather(1, labels[:, None])).sum(1)
@@ -171,8 +171,8 @@ def test_a_step_takes_its_weights_into_the_average_which_is_evaluated_beside_the
         torch.testing.assert_close(average[name], 0.75 * begin.state_dict()[name] + 0.25 * tensor, rtol=0, atol=1e-14)
     own, averaged = step.evaluate([content, content])
     begin.load_state_dict(average)
-    filled, labels = torch.from_numpy(IDS >= 0), content.labels[torch.from_numpy(IDS >= 0)]
-    logits = begin.eval()(step.task.normalize(content.images))[filled]
+    filled, labels = torch.from_numpy(IDS >= 0), content.tensors["labels"][torch.from_numpy(IDS >= 0)]
+    logits = begin.eval()(step.task.normalize(content.tensors["images"]))[filled]
     assert averaged.images == own.images == 42
     assert averaged.loss == pytest.approx(F.cross_entropy(logits, labels).item()) != pytest.approx(own.loss)
 
@@ -181,12 +181,12 @@ def test_a_step_takes_its_weights_into_the_average_which_is_evaluated_beside_the
 def test_the_images_that_are_shown_are_those_that_the_model_takes(tmp_path, monkeypatch, mixup):
     step, content = train_step(settings(tmp_path, augment={"mixup": mixup})), batch(IDS)
     plan = plan_mixing(step.state.settings.augment, 0, 0, 0, range(6), 4, IDS, 8)
-    own, partner = content.images.double(), content.images[torch.arange(24) + plan.offset].double()
+    own, partner = content.tensors["images"].double(), content.tensors["images"][torch.arange(24) + plan.offset].double()
     by_hand = partner + plan.weight[:, None, None, None] * (own - partner)
     shown = step.shown_images(content)
     assert shown.dtype == np.uint8
     np.testing.assert_allclose(shown, by_hand.numpy(), rtol=0, atol=0.5 + 1e-9)
-    assert np.array_equal(shown, content.images.numpy()) == (mixup == 0)
+    assert np.array_equal(shown, content.tensors["images"].numpy()) == (mixup == 0)
     monkeypatch.setattr("prelora_ray.engine.step._SHOWN", 3)  # fewer than a cell has
     assert np.array_equal(step.shown_images(content), shown[:3])
 

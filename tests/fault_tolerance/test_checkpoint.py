@@ -198,8 +198,8 @@ def test_a_save_without_its_manifest_is_no_checkpoint(saved, tmp_path):
 
 def about(*entries: tuple[int, int, str, float | None]) -> dict[str, dict]:
     return {
-        f"{epoch:05d}-{batch:06d}": {"epoch": epoch, "batch": batch, "phase": phase, "val_top1": top1}
-        for epoch, batch, phase, top1 in entries
+        f"{epoch:05d}-{batch:06d}": {"epoch": epoch, "batch": batch, "phase": phase, "score": score}
+        for epoch, batch, phase, score in entries
     }
 
 

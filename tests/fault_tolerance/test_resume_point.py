@@ -46,7 +46,7 @@ def snapshot(epoch: int) -> Snapshot:
         adapter={"a": torch.randn(2, 3).t()},
         adapter_config={"r": 8},
         ema={"head.weight": torch.randn(300, 70)},
-        val_top1=0.25,
+        score=0.25,
     )
 
 
@@ -89,7 +89,7 @@ def test_rank_0_alone_reads_the_checkpoint_and_all_workers_have_its_bits(tmp_pat
     for *_, own in found:
         assert own is not None
         assert_same_bits(own, expected)
-        assert (own.adapter_config, own.refers_to_base, own.val_top1) == ({"r": 8}, True, 0.25)
+        assert (own.adapter_config, own.refers_to_base, own.score) == ({"r": 8}, True, 0.25)
 
 
 def test_without_a_checkpoint_all_workers_begin_the_run(tmp_path):

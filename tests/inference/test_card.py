@@ -21,6 +21,6 @@ def test_a_run_that_was_never_validated_is_told_as_that(tmp_path, top1, row):
     settings = parse_settings({"name": "run", "data": {"path": "x"}})
     run = RunModel(nn.Identity(), ("a", "b"), Preprocessing(8, (0.5,), (0.5,), 1.0), None, settings, folder, "00001-000000")
     (tmp_path / "timm").mkdir()
-    write_cards(run, tmp_path, {"timm": 0.0}, images=1)
+    write_cards(run, tmp_path, {"timm": 0.0}, samples=1)
     card = (tmp_path / "README.md").read_text()
     assert f"| top-1 | {row} |" in card and "| training | 1 epoch of phase full |" in card

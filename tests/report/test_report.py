@@ -176,7 +176,7 @@ def test_a_sweep_with_markup_in_its_records(tmp_path):
     }
     control = {**entry, "setting": {"control": "rank 1"}}
     sweep = {"trials": 3, "settings": [entry], "controls": [control], "pareto": [MARKUP], "full": entry, "unit": MARKUP}
-    sweep |= {"cost": 1.0, "naive_cost": 2.0}
+    sweep |= {"cost": 1.0, "naive_cost": 2.0, "measure": "val_top1"}
     folder = tmp_path / "<script>alert(1)<"
     folder.mkdir()
     (folder / "sweep.json").write_text(json.dumps(sweep))

@@ -14,6 +14,7 @@ from prelora_ray.config import BendSettings, Settings
 from prelora_ray.config_file import parse_settings
 from prelora_ray.errors import UserError
 from prelora_ray.fault_tolerance.ray_private import release_groups_of_dead_actors
+from prelora_ray.measures import measures_of
 from prelora_ray.recorded.replay import Record, read_record
 from prelora_ray.recorded.run import RunRecords
 from prelora_ray.records import EpochLine, Freeze, NormsLine, Switch
@@ -180,6 +181,9 @@ def prices_of(plan: Plan, seconds: float = 3600.0) -> Prices:
     return Prices("GPU-hours", 1.0, plan.trunk, lines)
 
 
+(TOP1,) = measures_of("classification")
+
+
 def entry(trial: str, val_top1: float, cost: float, **content) -> dict:
     setting = {"method.switch_epoch": 90, "method.warmup_epochs": 5}
     place = {"setting": setting, "switch_epoch": 90, "rate_left": 0.03, "ended": "finished"}
@@ -284,8 +288,8 @@ def test_only_a_switch_that_leaves_little_of_the_learning_rate_has_adapters_of_r
 def test_full_training_takes_the_star_from_a_run_that_it_beats():
     trunk, control = entry("trunk", 0.9047, 120.0), entry("full-60-to-80", 0.8947, 80.0)
     runs = [entry("relaxed", 0.8945, 80.0), entry("late", 0.9025, 118.0), entry("dear", 0.91, 130.0)]
-    assert on_front([trunk, *runs]) == ["relaxed", "late", "trunk", "dear"]
-    assert on_front([trunk, *runs, control]) == ["full-60-to-80", "late", "trunk", "dear"]
+    assert on_front(TOP1, [trunk, *runs]) == ["relaxed", "late", "trunk", "dear"]
+    assert on_front(TOP1, [trunk, *runs, control]) == ["full-60-to-80", "late", "trunk", "dear"]
 
 
 @pytest.mark.parametrize(
@@ -345,8 +349,8 @@ def test_controls_stand_in_the_table_beside_the_runs():
             "rank-1", 0.9024, 117.0, setting={"control": "rank 1"}, switch_epoch=102, rate_left=0.0094, trainable_fraction=0.01
         ),
     ]
-    sweep = {"unit": "GPU-hours", "full": full, "settings": runs, "controls": controls}
-    sweep["pareto"] = on_front([full, *runs, *controls])
+    sweep = {"unit": "GPU-hours", "measure": "val_top1", "full": full, "settings": runs, "controls": controls}
+    sweep["pareto"] = on_front(TOP1, [full, *runs, *controls])
     head, rows = sweep_table(sweep)
     shown = [dict(zip([*head[:-3], "star", *head[-2:]], row, strict=True)) for row in rows]
     assert [row["run"] for row in shown] == ["trunk", "full-60-to-80", "rank-1", "late", "relaxed"]

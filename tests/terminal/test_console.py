@@ -19,15 +19,15 @@ from prelora_ray.recorded.replay import Record, replay
 from prelora_ray.recorded.run import RunRecords
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.sweep.map import Point
-from prelora_ray.tasks.classification import Evaluation
+from prelora_ray.tasks.classification import ImageEvaluation
 from prelora_ray.terminal import console
 from tests.lines import epoch_line, norms_line
 
 TEXT = "runs/[old]/:x: [/bold] [red]"
-REPORT = EvaluationReport(Evaluation(loss=1.0, top1=0.5, top5=1.0, images=2), (TEXT, "b"), torch.tensor([[0, 1], [1, 0]]))
+REPORT = EvaluationReport(ImageEvaluation(loss=1.0, top1=0.5, top5=1.0, images=2), (TEXT, "b"), torch.tensor([[0, 1], [1, 0]]))
 SWEEP = {
     "path": TEXT,
-    **{"unit": "CPU-hours", "pareto": [], "controls": []},
+    **{"unit": "CPU-hours", "measure": "val_top1", "pareto": [], "controls": []},
     "full": {"cost": 1.0, "val_top1": 0.5, "trial": "trunk"},
     "settings": [
         {
