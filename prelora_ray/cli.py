@@ -538,6 +538,8 @@ def doctor(
         from prelora_ray.cluster_doctor import examine_cluster
         from prelora_ray.ray_session import ray_session
 
+        if not os.environ.get("RAY_ADDRESS"):
+            raise UserError("prelora doctor --cluster needs RAY_ADDRESS, the cluster's address, such as 10.0.0.1:6379, or auto")
         with ray_session(debug=_debug):
             nodes, findings = examine_cluster(path)
         content = {"path": path, "nodes": [asdict(node) for node in nodes], "findings": findings}

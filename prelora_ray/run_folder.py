@@ -188,7 +188,8 @@ class Appender:
     """Appends to one file of a run folder, without ever waiting for the storage.
 
     On a disk a thread writes what is appended at once; on a full one it waits in memory for room, and so does the
-    file's creation. Object stores cannot append: there it gathers in memory, and `flush` uploads the file whole. One
+    file's creation. Object stores cannot append: there it gathers in memory until `flush`, which adds it to a local
+    file and uploads that whole. What was appended survives this process's end once `flush` has returned True. One
     thread may append while another flushes.
     """
 

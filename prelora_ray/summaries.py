@@ -189,12 +189,15 @@ class Slowness:
     """What the cause takes of that worker's time; of the network, of the time of the worker that waits least for it."""
     others: float | None
     """What it takes of the others', in the median; None of the network."""
+    wait: float | None
+    """What the others' wait for gradients takes of their time, in the median; None of the network."""
 
 
 def slowness(epochs: Sequence[EpochLine]) -> Slowness | None:
-    """None where no worker is slow, or too little is known: of the newest attempt and phase, after its first epoch."""
-    last = epochs[-1] if epochs else None
-    lines = [line for line in epochs if last and (line.attempt, line.phase) == (last.attempt, last.phase)][1:]
+    """None where no worker is slow, or too little is known: of the run's own newest attempt and phase, after its first
+    epoch."""
+    own = [line for line in epochs if line.attempt >= 0]  # others are of a fork's trunk
+    lines = [line for line in own if (line.attempt, line.phase) == (own[-1].attempt, own[-1].phase)][1:]
     known = [line.worker_seconds for line in lines if line.worker_seconds is not None]
     if not known or sum(line.train_seconds for line in lines) < _TELLING_SECONDS or len(known[0]["data"]) == 1:
         return None
@@ -206,9 +209,9 @@ def slowness(epochs: Sequence[EpochLine]) -> Slowness | None:
     if others["exchange"] - shares["exchange"][worker] > _SLOW_SHARE:
         excess = {kind: shares[kind][worker] - others[kind] for kind in ("data", "compute")}
         cause: Literal["data", "compute"] = "data" if excess["data"] > excess["compute"] else "compute"
-        return Slowness(worker, cause, shares[cause][worker], others[cause])
+        return Slowness(worker, cause, shares[cause][worker], others[cause], others["exchange"])
     if min(shares["exchange"]) > _SLOW_EXCHANGE:
-        return Slowness(None, "exchange", min(shares["exchange"]), None)
+        return Slowness(None, "exchange", min(shares["exchange"]), None, None)
     return None
 
 

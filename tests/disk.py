@@ -50,11 +50,13 @@ class HangingDisk:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.is_hanging = False
 
     @contextlib.contextmanager
     def hangs(self) -> Iterator[None]:
         """For the time of a block, and no longer than 20 s: else a test whose own thread waits would do so for ever."""
         subprocess.run(["fsfreeze", "--freeze", str(self.path)], check=True)
+        self.is_hanging = True
         guard = threading.Timer(20.0, self._thaw)
         guard.start()
         try:
@@ -64,4 +66,5 @@ class HangingDisk:
             self._thaw()
 
     def _thaw(self) -> None:
+        self.is_hanging = False
         subprocess.run(["fsfreeze", "--unfreeze", str(self.path)], capture_output=True, check=False)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,17 +18,24 @@ RUN = """
 echo run "$@" >> "$TOLD"
 stop() { echo stopped >> "$TOLD"; sleep 0.5; exit 130; }
 trap stop TERM
-if [ "${ENDS:-}" ]; then exit "$ENDS"; fi
+if [ "${ENDS:-}" ]; then sleep "${LASTS:-0}"; exit "$ENDS"; fi
 while :; do sleep 0.05; done
 """
 """Of a run that takes half a second to commit its checkpoint."""
+
+
+Start = Callable[..., "subprocess.Popen[bytes]"]
 
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
     """Of a job on three nodes."""
     nodes = "".join(f" 1 node_{number}\\n" for number in range(3))
-    commands = {"srun": 'echo srun "$@" >> "$TOLD"; exec sleep "${RAY_LIVES:-20}"', "ray": f"printf '{nodes}'", "prelora": RUN}
+    commands = {
+        "srun": 'echo srun "$@" >> "$TOLD"; exec sleep "${RAY_LIVES:-20}"',
+        "ray": f"printf '{nodes}'; ${{RAY_ANSWERS:-true}}",
+        "prelora": RUN,
+    }
     for name, body in (commands | {"scontrol": 'echo scontrol "$@" >> "$TOLD"'}).items():
         path = tmp_path / name
         path.write_text(f"#!/bin/bash\n{body}\n")
@@ -35,14 +44,29 @@ def environment(tmp_path: Path) -> dict[str, str]:
     return {**os.environ, **of_slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}", "TOLD": str(tmp_path / "told")}
 
 
+@pytest.fixture
+def start() -> Iterator[Start]:
+    jobs: list[subprocess.Popen[bytes]] = []
+
+    def begin(environment: dict[str, str], *arguments: str) -> subprocess.Popen[bytes]:
+        command = [SCRIPT, "recipe.yaml", *arguments]
+        jobs.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True))
+        return jobs[-1]
+
+    yield begin
+    for job in jobs:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
+
+
 def told(environment: dict[str, str]) -> list[str]:
     path = Path(environment["TOLD"])
     return path.read_text().splitlines() if path.exists() else []
 
 
 @pytest.mark.parametrize(("told_by", "goes_on"), [(signal.SIGUSR1, True), (signal.SIGTERM, False)])
-def test_a_signal_stops_the_run_and_the_end_of_its_time_brings_it_back(environment, told_by, goes_on):
-    job = subprocess.Popen([SCRIPT, "recipe.yaml", "--set", "a=b c"], env=environment, stdout=subprocess.DEVNULL)
+def test_a_signal_stops_the_run_and_the_end_of_its_time_brings_it_back(environment, start, told_by, goes_on):
+    job = start(environment, "--set", "a=b c")
     wait_for(lambda: "run train recipe.yaml --set a=b c" in told(environment), 20, "the run")
     job.send_signal(told_by)
     assert job.wait(20) == 130
@@ -54,15 +78,20 @@ def test_a_signal_stops_the_run_and_the_end_of_its_time_brings_it_back(environme
     assert "--nodes=2 --ntasks=2 --exclude=n1" in others
 
 
-def test_a_run_whose_ray_was_ended_comes_back(environment):
+def test_a_run_whose_ray_was_ended_comes_back(environment, start):
     """As Slurm ends it where another job takes the nodes."""
-    job = subprocess.run([SCRIPT, "recipe.yaml"], env=environment | {"ENDS": "1", "RAY_LIVES": "0"}, check=False)
-    assert job.returncode == 1
+    job = start(environment | {"ENDS": "1", "LASTS": "2", "RAY_LIVES": "1.5"})
+    assert job.wait(20) == 1
     assert "scontrol requeue 7" in told(environment)
 
 
+def test_a_job_whose_ray_does_not_start_ends_for_good(environment, start):
+    job = start(environment | {"RAY_LIVES": "0", "RAY_ANSWERS": "false"})
+    assert job.wait(20) == 1
+    assert not [line for line in told(environment) if line.startswith(("run", "scontrol"))]
+
+
 @pytest.mark.parametrize("status", [0, 1, 2])
-def test_the_job_ends_as_its_run_does(environment, status):
-    job = subprocess.run([SCRIPT, "recipe.yaml"], env=environment | {"ENDS": str(status)}, check=False)
-    assert job.returncode == status
+def test_the_job_ends_as_its_run_does(environment, start, status):
+    assert start(environment | {"ENDS": str(status)}).wait(20) == status
     assert not [line for line in told(environment) if line.startswith("scontrol")]

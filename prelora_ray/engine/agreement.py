@@ -40,7 +40,7 @@ def snapshot_from_rank_0(snapshot: Snapshot | None, device: torch.device) -> Sna
     staging = torch.empty(_PIECE_BYTES, dtype=torch.uint8, device=device)
 
     def sent(tensor: torch.Tensor) -> torch.Tensor:
-        whole = tensor.contiguous() if is_source else torch.empty_like(tensor, device="cpu")
+        whole = tensor.contiguous() if is_source else torch.empty(tensor.shape, dtype=tensor.dtype)
         for piece in whole.reshape(-1).view(torch.uint8).split(len(staging)):
             staged = staging[: len(piece)]
             if is_source:

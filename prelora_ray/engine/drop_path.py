@@ -20,7 +20,6 @@ import torch
 from torch import nn
 
 from prelora_ray.data.draws import Draw, generator
-from prelora_ray.engine.batch_norm import cell_norms
 from prelora_ray.errors import UserError
 from prelora_ray.method.architecture import blocks_of, residual_branches
 
@@ -141,8 +140,6 @@ def compute_subsets(model: nn.Module, cell: int) -> None:
             branches = residual_branches(block)
         except ValueError as error:
             raise UserError(f"model.drop_path_form = 'subset' is not allowed: {error}") from None
-        if cell_norms(block):
-            raise UserError("model.drop_path_form = 'subset' is not allowed: a block has batch norm, which takes whole cells")
         for first, drop_path in branches.items():
             if count == cell:
                 setattr(block, drop_path, nn.Identity())

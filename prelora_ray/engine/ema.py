@@ -14,7 +14,7 @@ class Ema:
     """An exponential moving average of a run's merged weights: of W before the switch, and of W + s B A after it.
 
     The mean of merged weights is not what the means of W, B and A would make. The running statistics of batch norm are
-    averaged as the weights are, so that both are of the same steps. It needs no adapters of its own: at the
+    averaged as the weights are, so that both are of the same steps. The average needs no adapters of its own: at the
     switch and at the freeze nothing becomes of it, and it is a plain timm model throughout.
     """
 
@@ -22,6 +22,7 @@ class Ema:
         """`average`: the plain timm model, with the weights that the average begins with, or goes on from."""
         self.model = average.eval().requires_grad_(False)
         self._parameters = dict(average.named_parameters())
+        self._averages = [*self._parameters.values(), *running_statistics(average)]
         self._decay = decay
         self._update = get_ema_multi_avg_fn(decay)
         self._weights: list[torch.Tensor] = []
@@ -47,7 +48,7 @@ class Ema:
 
         Works in place and waits for nothing, so that it can be part of a CUDA graph, and makes no merged weight.
         """
-        self._update([*self._parameters.values(), *running_statistics(self.model)], self._weights, 0)
+        self._update(self._averages, self._weights, 0)
         for average, b, a, scaling in self._adapters:
             average.addmm_(b, a, alpha=(1 - self._decay) * scaling)
 

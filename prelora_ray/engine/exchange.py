@@ -71,10 +71,13 @@ class ExchangeClock:
     @property
     def seconds(self) -> float:
         """Over all steps that the device has done, which on a GPU may be some behind."""
+        self._read()
+        return self._seconds
+
+    def _read(self) -> None:
         while self._pending and (not self._is_cuda or self._pending[0][1].query()):
             begin, end = self._pending.popleft()
             self._seconds += begin.elapsed_time(end) / 1000 if self._is_cuda else end - begin
-        return self._seconds
 
     @contextmanager
     def watching(self, loss: torch.Tensor) -> Iterator[None]:
@@ -82,8 +85,11 @@ class ExchangeClock:
         engine = torch.autograd.Variable._execution_engine
         # What is queued as the pass begins is called at its end, before what DDP queues later: the wait for buckets.
         loss.register_hook(lambda _: engine.queue_callback(self._backward_ends))
+        self._begin = None
         yield
+        assert self._begin is not None, "a backward pass ran"
         self._pending.append((self._begin, self._now()))
+        self._read()
 
     def _backward_ends(self) -> None:
         self._begin = self._now()

@@ -163,9 +163,9 @@ class TrainStep:
             ):
                 of_slots = {name: tensor[micro] for name, tensor in inputs.items() if name not in _OF_STEP}
                 loss, count = self.task.loss(self._forward(state.network), of_slots)
-                part = loss * inputs["scale"]
-                with self.exchange_clock.watching(part) if is_parallel and is_last else nullcontext():
-                    part.backward()
+                scaled = loss * inputs["scale"]
+                with self.exchange_clock.watching(scaled) if is_parallel and is_last else nullcontext():
+                    scaled.backward()
             sums += torch.stack([loss.detach(), count])
         set_drop_path(state.drop_path, None)
         return sums

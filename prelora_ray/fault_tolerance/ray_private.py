@@ -22,6 +22,7 @@ import ray
 import ray.job_config
 import ray.train.torch
 from ray._private import services
+from ray._private.utils import detect_fate_sharing_support
 from ray._raylet import ActorID, PlacementGroupID
 from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
@@ -73,8 +74,11 @@ def in_process_groups_of_their_own() -> Iterator[None]:
     """What Ray starts on this machine in the block is not of the driver's process group.
 
     A signal to that group, as `timeout`, a terminal or a process manager sends it, is for the driver, which saves and
-    then ends Ray. Where the driver dies, Ray's processes still end with it.
+    then ends Ray. Where the driver dies, the kernel ends Ray's processes; where it cannot, they stay in the group.
     """
+    if not detect_fate_sharing_support():
+        yield
+        return
     popen = services.ConsolePopen
     services.ConsolePopen = functools.partial(popen, process_group=0)
     try:

@@ -32,6 +32,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+_Sides = tuple[int, ...]
+"""Of height and width, in this order."""
+
 
 def merged_product(
     x: torch.Tensor,
@@ -144,10 +147,6 @@ class FrozenLinear(FrozenProduct):
         return y.view(*x.shape[:-1], -1)
 
 
-Pair = tuple[int, ...]
-"""Of height and width."""
-
-
 class FrozenConvolution(FrozenProduct):
     """x (n, channels, height, width) to what the layer's convolution makes of it, in the number format `dtype`.
 
@@ -159,13 +158,13 @@ class FrozenConvolution(FrozenProduct):
     bias: torch.Tensor | None
 
     def __init__(
-        self, weight: torch.Tensor, bias: torch.Tensor | None, width: int, dtype: torch.dtype, stride: Pair, padding: Pair
+        self, weight: torch.Tensor, bias: torch.Tensor | None, width: int, dtype: torch.dtype, stride: _Sides, padding: _Sides
     ) -> None:
         """`weight`: (out, channels, height, width)."""
         super().__init__(width)
         self.register_buffer("matrix", torch.zeros_like(weight, dtype=dtype), persistent=False)
         self.register_buffer("bias", None if bias is None else bias.detach().to(dtype), persistent=False)
-        self.form = stride, padding
+        self.stride_and_padding = stride, padding
 
     @staticmethod
     def saves(weight: torch.Tensor, width: int) -> bool:
@@ -177,7 +176,9 @@ class FrozenConvolution(FrozenProduct):
         self.matrix.copy_(merged.view_as(self.matrix))
 
     def multiply(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
-        y: torch.Tensor = _Convolution.apply(x.to(self.matrix.dtype), a, b, self.matrix, self.bias, scaling, *self.form)
+        y: torch.Tensor = _Convolution.apply(
+            x.to(self.matrix.dtype), a, b, self.matrix, self.bias, scaling, *self.stride_and_padding
+        )
         return y
 
 
@@ -228,11 +229,11 @@ class _Convolution(torch.autograd.Function):
         matrix: torch.Tensor,
         bias: torch.Tensor | None,
         scaling: float,
-        stride: Pair,
-        padding: Pair,
+        stride: _Sides,
+        padding: _Sides,
     ) -> torch.Tensor:
         ctx.save_for_backward(x, a, b, matrix)
-        ctx.scaling, ctx.form = scaling, (stride, padding)
+        ctx.scaling, ctx.stride_and_padding = scaling, (stride, padding)
         return F.conv2d(x, matrix, bias, stride, padding)
 
     @staticmethod
@@ -240,10 +241,10 @@ class _Convolution(torch.autograd.Function):
         (dy,) = grads
         x, a, b, matrix = ctx.saved_tensors
         first, second = a.to(x.dtype).view(-1, *matrix.shape[1:]), b.to(x.dtype)[:, :, None, None]
-        xa = F.conv2d(x, first, None, *ctx.form)
+        xa = F.conv2d(x, first, None, *ctx.stride_and_padding)
         dyb = F.conv2d(dy, second.transpose(0, 1))
-        dx = _gradient(dy, x, matrix, *ctx.form, of_weight=False) if ctx.needs_input_grad[0] else None
-        da = _gradient(dyb, x, first, *ctx.form, of_weight=True).flatten(1).to(a.dtype) * ctx.scaling
+        dx = _gradient(dy, x, matrix, *ctx.stride_and_padding, of_weight=False) if ctx.needs_input_grad[0] else None
+        da = _gradient(dyb, x, first, *ctx.stride_and_padding, of_weight=True).flatten(1).to(a.dtype) * ctx.scaling
         db = _gradient(dy, xa, second, of_weight=True).flatten(1).to(b.dtype) * ctx.scaling
         return dx, da, db, None, None, None, None, None
 
@@ -252,8 +253,8 @@ def _gradient(
     dy: torch.Tensor,
     x: torch.Tensor,
     weight: torch.Tensor,
-    stride: Pair = (1, 1),
-    padding: Pair = (0, 0),
+    stride: _Sides = (1, 1),
+    padding: _Sides = (0, 0),
     *,
     of_weight: bool,
 ) -> torch.Tensor:

@@ -114,6 +114,6 @@ def _slow(run: RunRecords) -> str | None:
         )
     what = "waiting for data" if found.cause == "data" else "computing"
     return (
-        f"slow worker: the others wait for worker {found.worker}, which is {what} {found.share:.0%} of the time, "
-        f"and they are {found.others:.0%}"
+        f"slow worker: worker {found.worker} holds up the others: it spends {found.share:.0%} of its time {what}, they "
+        f"{found.others:.0%}, and they wait for it {found.wait:.0%} of theirs"
     )

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
 from prelora_ray.engine import agreement
+from prelora_ray.engine.agreement import snapshot_from_rank_0
 from prelora_ray.engine.snapshot import Snapshot
 from prelora_ray.fault_tolerance.checkpoint import Checkpoints
 from prelora_ray.fault_tolerance.resume_point import resume_together
@@ -33,6 +34,9 @@ class Counted(RunFolder):
         content = super().read_bytes(name)
         self.bytes_of[name] = self.bytes_of.get(name, 0) + len(content)
         return content
+
+
+ODD = {"transposed": torch.arange(600.0).view(20, 30).t(), "of no dimension": torch.tensor(7), "empty": torch.zeros(0, 3)}
 
 
 def snapshot(epoch: int) -> Snapshot:
@@ -57,6 +61,9 @@ def resume(rank: int, path: str) -> None:
     folder = Counted(f"{path}/run")
     point, found = resume_together(folder, Checkpoints(folder), rank, torch.device("cpu"))
     torch.save(found, f"{path}/found-{rank}")
+    own = Snapshot(state={}, model=ODD, optimizer={}) if rank == 0 else None
+    sent = snapshot_from_rank_0(own, torch.device("cpu"))
+    assert sent is not None and all(torch.equal(sent.model[name], tensor) for name, tensor in ODD.items())
     Path(path, f"told-{rank}").write_text(json.dumps([point.checkpoint, point.damaged, folder.bytes_of]))
     dist.destroy_process_group()
 

@@ -154,11 +154,17 @@ def test_a_switch_on_a_turning_point_is_told(tmp_path, grows, shrinks):
     assert own.note is None or "norms of query grow and norms of fc1 shrink" in own.note
 
 
+SLOW = (
+    "slow worker: worker 2 holds up the others: it spends 30% of its time waiting for data, they 0%, and they wait for it 40% "
+    "of theirs"
+)
+
+
 def test_what_holds_up_the_workers_is_named(tmp_path):
     folder = folder_of(tmp_path, 3)
     of_worker = {"data": [0.0, 0.0, 30.0], "compute": [60.0, 60.0, 60.0], "exchange": [40.0, 40.0, 10.0]}
     for seconds, told in (
-        (of_worker, "slow worker: the others wait for worker 2, which is waiting for data 30% of the time, and they are 0%"),
+        (of_worker, SLOW),
         (of_worker | {"exchange": [40.0, 40.0, 60.0]}, "slow exchange of gradients: every worker waits for it 40% of the time"),
         (of_worker | {"exchange": [9.0, 9.0, 9.0]}, None),
     ):
