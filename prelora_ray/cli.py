@@ -213,7 +213,8 @@ def prepare(
     source: Annotated[
         str,
         typer.Argument(
-            help="`digits` or `pydoc`; a folder of images, tars, Parquet, IDX or text files; or one tar, table or such file."
+            help="`digits` or `pydoc`; a folder of images, tars, Parquet, IDX or text files; or one tar, Parquet, CSV, TSV or "
+            "text file."
         ),
     ],
     out: Annotated[str, typer.Argument(help="Folder that the prepared images or text go into.")],
@@ -269,12 +270,12 @@ def evaluate(
     """Evaluate a trained model on a prepared validation set."""
     from prelora_ray.terminal import console
 
-    report = prelora_ray.evaluate(source, data, debug=_debug)
-    result = report.evaluation
-    if report.confusion is None and (classes or confusion):
+    if (classes or confusion) and prelora_ray.load(source).preprocessing is None:
         raise UserError(
             f"--{'classes' if classes else 'confusion'} is not allowed: {source!r} takes text, which has no classes"
         )
+    report = prelora_ray.evaluate(source, data, debug=_debug)
+    result = report.evaluation
     if as_json:
         content: dict[str, Any] = asdict(result)
         if classes:

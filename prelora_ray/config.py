@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self, get_args, get_origin
 from pydantic import AfterValidator, Field, model_validator
 
 from prelora_ray.data.augment_settings import AugmentSettings, Policy
-from prelora_ray.data.prepare_settings import NAMED_SOURCES, PrepareSettings
+from prelora_ray.data.prepare_settings import NAMED_SOURCES, TRAINED_TOKENIZERS, PrepareSettings
 from prelora_ray.method.convergence import NormStatistic, first_verdict
 from prelora_ray.method.phases import FreezeScope, Phase
 from prelora_ray.method.ranks import PATTERN_RANKS, Normalize, is_pattern_rank, rank_choices
@@ -532,6 +532,9 @@ def with_absolute_paths(settings: Settings) -> Settings:
     data = data.model_copy(update={"path": absolute(data.path)})
     if data.source is not None:
         data = data.model_copy(update={"source": absolute_source(data.source)})
+    if data.prepare.tokenizer not in TRAINED_TOKENIZERS:
+        prepare = data.prepare.model_copy(update={"tokenizer": absolute(data.prepare.tokenizer)})
+        data = data.model_copy(update={"prepare": prepare})
     if model.init_from is not None:
         model = model.model_copy(update={"init_from": absolute(model.init_from)})
     return settings.model_copy(update={"storage": absolute(settings.storage), "data": data, "model": model})

@@ -144,7 +144,7 @@ def test_replay_reads_phase_full_only_and_says_why_there_is_no_switch(record):
         (["train", "no.yaml"], "no.yaml is no file"),
         (
             ["train", "digitz"],
-            "digitz is no file: give the path of a recipe, or the name of one of ours: cifar10, cifar10_resnet50, digits, ",
+            "digitz is no file: give the path of a recipe, or the name of one of ours: bert_base, cifar10, ",
         ),
         (["train", "digits", "--dry-run", "--set", "method.r_max=128"], "method.r_max = 128 is not allowed: the model's"),
         (["train", "cifar10", "--dry-run", "--set", "data.path=/nowhere"], "/nowhere is no prepared folder"),

@@ -68,8 +68,19 @@ MAY_IMPORT = {
         *("storage.py", "errors.py", "extras.py", "nodes.py", "torchvision_ops.py", "words.py"),
     },
     "train": {
-        *("train", "recorded/run.py", "ray_session.py", "inference/load.py", "fault_tolerance", "monitor", "engine", "tasks"),
-        *("method", "data", "run_folder.py", "records.py", "measures.py", "summaries.py", "config.py", "config_file.py"),
+        *("train", "recorded/run.py", "ray_session.py", "inference/load.py", "inference/fit.py", "fault_tolerance", "monitor"),
+        *(
+            "engine",
+            "tasks",
+            "method",
+            "data",
+            "run_folder.py",
+            "records.py",
+            "measures.py",
+            "summaries.py",
+            "config.py",
+            "config_file.py",
+        ),
         *("storage.py", "errors.py", "nodes.py", "words.py"),
     },
     "sweep": {

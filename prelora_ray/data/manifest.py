@@ -88,7 +88,7 @@ class Manifest:
     settings: dict[str, Any]
     """What the folder was prepared with."""
     counts: Counts | None = None
-    """None in a folder of an older version, and of text."""
+    """None in a folder of an older version."""
     task: str = "classification"
     """What it is for: a recipe's `task`."""
     text: TextFormat | None = None

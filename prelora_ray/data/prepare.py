@@ -89,7 +89,7 @@ def prepare(
             for split in dict.fromkeys(task.split for task in tasks)
         },
         bad=len(bad),
-        settings={"source": source, **settings.model_dump()},
+        settings={"source": source, **settings.of_images()},
         counts=_count(source, opened, tasks, written, settings, len(copies)),
     )
     remove_stale(folder, {task.file for task in tasks})

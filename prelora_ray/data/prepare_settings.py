@@ -9,6 +9,8 @@ from prelora_ray.section import Count, Section, Share, Whole
 
 NAMED_SOURCES = ("digits", "pydoc")
 """Sources that come inside a package; all others are paths and addresses."""
+TRAINED_TOKENIZERS = ("wordpiece", "bpe")
+"""Those that are trained on the text; all others are paths."""
 _OF_IMAGES = {"size", "quality", "max_overlap", "image_column", "label_column", "max_pixels"}
 _OF_TEXT = {"tokenizer", "vocabulary", "sequence_length", "text_column"}
 

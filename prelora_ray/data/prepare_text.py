@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import posixpath
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -21,15 +22,15 @@ import pyarrow.parquet as pq
 from prelora_ray.data import tokenizer as tokenizers
 from prelora_ray.data.draws import Draw, generator
 from prelora_ray.data.manifest import Counts, Manifest, Shard, Skipped, Split, write_manifest
-from prelora_ray.data.prepare_settings import PrepareSettings
+from prelora_ray.data.prepare_settings import TRAINED_TOKENIZERS, PrepareSettings
 from prelora_ray.data.shards import PARTS, PrepareError, check_is_ours, part_of, remove_stale, run_tasks, shuffled
 from prelora_ray.data.sources.source import Item
 from prelora_ray.data.sources.splits import Splits
 from prelora_ray.data.sources.text import PIECE_BYTES, TextReader, TextSource, open_text
-from prelora_ray.data.token_rows import Tokens
+from prelora_ray.data.token_rows import Tokens, masked_tokens
 from prelora_ray.errors import UserError
 from prelora_ray.extras import check_installed
-from prelora_ray.storage import Storage
+from prelora_ray.storage import Storage, absolute
 from prelora_ray.words import counted
 
 _VERSION = 1
@@ -73,11 +74,12 @@ def prepare_text(
     }
     for split, shards in splits.items():
         if not sum(sum(shard.row_groups) for shard in shards):
-            tokens = sum(made.tokens for task, made in zip(tasks, written, strict=True) if task.split == split)
+            of_split = [made for task, made in zip(tasks, written, strict=True) if task.split == split]
+            tokens, unmaskable = sum(made.tokens for made in of_split), sum(made.unmaskable for made in of_split)
             what = "train on" if split == "train" else "validate with"
             raise PrepareError(
                 f"{source!r} has too little text to {what}: {counted(tokens, 'token')}, and a sequence has "
-                f"--sequence-length {settings.sequence_length}"
+                f"--sequence-length {settings.sequence_length}" + (f"; {_unmaskable(unmaskable)}" if unmaskable else "")
             )
     loaded = tokenizers.read_tokenizer(folder.file(tokenizers.FILE), f"{folder}/{tokenizers.FILE}")
     manifest = Manifest(
@@ -133,7 +135,10 @@ def _tokenizer(folder: Storage, reader: TextReader, items: Sequence[Item], setti
 
     Returns its file, which is in the folder then.
     """
-    if settings.tokenizer not in ("wordpiece", "bpe"):
+    if settings.tokenizer not in TRAINED_TOKENIZERS:
+        where, name = posixpath.split(absolute(settings.tokenizer))
+        if not Storage(where).exists(name):
+            raise UserError(f"--tokenizer {settings.tokenizer} is not allowed: it must be wordpiece, bpe, or a tokenizer.json")
         given = tokenizers.read_tokenizer(settings.tokenizer, f"--tokenizer {settings.tokenizer}")
         made_of, make = hashlib.sha256(given.to_str().encode()).hexdigest(), lambda: given
     else:
@@ -142,13 +147,14 @@ def _tokenizer(folder: Storage, reader: TextReader, items: Sequence[Item], setti
         make = lambda: tokenizers.train_tokenizer(settings.tokenizer, lambda: _texts(reader, items), settings.vocabulary)  # noqa: E731
     note = part_of(tokenizers.FILE)
     try:
-        if (folder / PARTS).read_json(note) == {"fingerprint": made_of}:
-            return folder.read_bytes(tokenizers.FILE)
+        file = folder.read_bytes(tokenizers.FILE)
+        if (folder / PARTS).read_json(note) == {"fingerprint": made_of, "sha256": hashlib.sha256(file).hexdigest()}:
+            return file
     except (OSError, ValueError):
         pass
     file = make().to_str(pretty=True).encode()
     folder.write_bytes(tokenizers.FILE, file)
-    (folder / PARTS).write_json(note, {"fingerprint": made_of})
+    (folder / PARTS).write_json(note, {"fingerprint": made_of, "sha256": hashlib.sha256(file).hexdigest()})
     return file
 
 
@@ -157,7 +163,7 @@ def _texts(reader: TextReader, items: Sequence[Item]) -> Iterator[str]:
     for item in items:
         for document in reader.read(item):
             if document.text is not None:
-                num_bytes += len(document.text)
+                num_bytes += len(document.text.encode())
                 yield document.text
         if num_bytes >= _TRAINED_ON:
             return
@@ -188,11 +194,13 @@ def _count(
     notes = [f"read as {opened.kind}", *opened.notes]
     if "val" not in opened.items:
         notes.append(f"{settings.val_fraction:g} of the text is held out, as nothing is there to validate with")
-    how = f"{settings.tokenizer} of" if settings.tokenizer in ("wordpiece", "bpe") else "given tokenizer of"
+    how = f"{settings.tokenizer} of" if settings.tokenizer in TRAINED_TOKENIZERS else "given tokenizer of"
     notes.append(f"{how} {counted(vocabulary, 'token')}")
     notes.append(
         f"{counted(tokens, 'token')} in sequences of {settings.sequence_length}; {left:,} at the ends of shards are left out"
     )
+    if unmaskable := sum(made.unmaskable for made in written):
+        notes.append(_unmaskable(unmaskable))
     return Counts(
         seen=sum(documents.values()) + sum(skipped.values()),
         classes={split: (number,) for split, number in documents.items()},
@@ -200,6 +208,10 @@ def _count(
         in_both=0,
         notes=tuple(notes),
     )
+
+
+def _unmaskable(count: int) -> str:
+    return f"{counted(count, 'sequence')} left out, with too few tokens to mask: the others are special, as unknown words are"
 
 
 def pack(documents: Sequence[Sequence[int]], sequence_length: int, begin: int, end: int) -> tuple[Tokens, int]:
@@ -228,6 +240,8 @@ class _Written:
     """Of the documents, with those that end them."""
     left_out: int
     """Of these."""
+    unmaskable: int
+    """Sequences that are not stored, as too few of their tokens can be masked."""
 
 
 @dataclass(frozen=True)
@@ -252,17 +266,21 @@ class TextTask:
         tokenizer = tokenizers.read_tokenizer(folder.file(tokenizers.FILE), tokenizers.FILE)
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True  # a text that names [MASK] or [SEP] is text
         documents = [document for item in self.items for document in self.reader.read(item)]
         bad = tuple((document.name, document.reason) for document in documents if document.text is None)
         texts = [document.text for document in documents if document.text is not None]
         encoded = [each.ids for each in tokenizer.encode_batch(texts, add_special_tokens=False)]
         filled = [ids for ids in encoded if ids]
         sequences, left_out = pack(filled, self.settings.sequence_length, *tokenizers.ends_of(tokenizer))
-        content, groups = self._parquet(sequences)
+        special = tokenizers.text_format(tokenizer, self.settings.sequence_length).special
+        maskable = (~np.isin(sequences, special)).sum(axis=1) >= masked_tokens(self.settings.sequence_length)
+        content, groups = self._parquet(sequences[maskable])
         folder.write_bytes(self.file, content)
         shard = Shard(self.file, groups, len(content), hashlib.sha256(content).hexdigest())
         tokens = sum(map(len, filled)) + len(filled)
-        written = _Written(shard, bad, len(filled), len(encoded) - len(filled), tokens, left_out)
+        unmaskable = int((~maskable).sum())
+        written = _Written(shard, bad, len(filled), len(encoded) - len(filled), tokens, left_out, unmaskable)
         (folder / PARTS).write_json(part_of(self.file), {"fingerprint": fingerprint, **asdict(written)})
         return written
 

@@ -83,7 +83,8 @@ def remove_stale(folder: Storage, files: set[str]) -> None:
     kept = {part_of(file) for file in files}
     for part in (folder / PARTS).list_files():
         if part not in kept:
-            folder.remove_file(part.removesuffix(".json") + ".parquet")
+            file = part.removesuffix(".json")
+            folder.remove_file(file if "." in file else f"{file}.parquet")
             (folder / PARTS).remove_file(part)
 
 

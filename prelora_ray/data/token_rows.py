@@ -32,7 +32,8 @@ def mask(
     """Masks a sequence (length,): what the model takes (length,), and of the k masked tokens, in order, the positions
     (k,) and the tokens that were there (k,).
 
-    Those that separate documents are never masked. A token that is drawn may be any of the vocabulary.
+    Special tokens are never masked; at least k others must be there. A token that is drawn may be any of the
+    vocabulary.
     """
     candidates = np.flatnonzero(~np.isin(tokens, text.special))
     positions = np.sort(rng.choice(candidates, masked_tokens(len(tokens)), replace=False)).astype(np.int32)

@@ -68,8 +68,8 @@ def _alphabet(texts: Iterator[str]) -> list[str]:
 
 
 def read_tokenizer(path: str, what: str) -> Tokenizer:
-    """A `tokenizer.json`. Raises UserError, which names it as `what`, where it is none or lacks a token that masked
-    language modelling needs."""
+    """A `tokenizer.json`. Raises UserError, which names it as `what`, where it cannot be read, is none, or lacks a
+    token that masked language modelling needs."""
     check_installed(what, "text", "tokenizers")
     from tokenizers import Tokenizer
 
@@ -77,7 +77,7 @@ def read_tokenizer(path: str, what: str) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_str(Storage(root or ".").read_bytes(name).decode())
     except OSError as error:
-        raise UserError(f"{what} is not allowed: it must be wordpiece, bpe, or a tokenizer.json ({one_line(error)})") from None
+        raise UserError(f"{what} cannot be read: {one_line(error)}") from None
     except Exception as error:  # whatever the library raises over a damaged file
         raise UserError(f"{what} is no tokenizer of the library `tokenizers`: {one_line(error)[:200]}") from None
     for names in (_BEGIN, _END, _MASK):

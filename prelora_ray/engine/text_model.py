@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", F
 
 _RESERVED = {
     "vocab_size": "the vocabulary comes with the data, and model.num_classes may say what it must be",
+    "pad_token_id": "no sequence is padded",
     "is_decoder": "masked tokens are guessed from both sides",
     "add_cross_attention": "masked tokens are guessed from their own sequence alone",
 }
@@ -45,10 +47,12 @@ class Bert(BertForMaskedLM):
 def save_pretrained(model: nn.Module, folder: str | Path, tokenizer: Tokenizer) -> None:
     """Writes a model and its tokenizer as transformers loads them: `from_pretrained` of its Auto classes."""
     assert isinstance(model, Bert)
-    plain = BertForMaskedLM(model.config)
+    names, config = named_tokens(tokenizer), copy.deepcopy(model.config)
+    config.pad_token_id = tokenizer.token_to_id(names["pad_token"]) if "pad_token" in names else None
+    plain = BertForMaskedLM(config)
     plain.load_state_dict(model.state_dict())
     plain.save_pretrained(folder)
-    names, length = named_tokens(tokenizer), model.config.max_position_embeddings
+    length = config.max_position_embeddings
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=length, **names).save_pretrained(folder)
 
 
@@ -64,4 +68,6 @@ def bert(options: dict[str, Any], vocabulary: int) -> Bert:
         if key not in known:
             raise ValueError(f"BertConfig knows no {key}")
     without_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    return Bert(BertConfig(**without_dropout | options, vocab_size=vocabulary, architectures=["BertForMaskedLM"]))
+    # Else transformers takes token 0 for padding, whose embedding begins as zeros and learns nothing.
+    own: dict[str, Any] = {"vocab_size": vocabulary, "pad_token_id": None, "architectures": ["BertForMaskedLM"]}
+    return Bert(BertConfig(**without_dropout | options | own))

@@ -35,7 +35,9 @@ from prelora_ray.storage import Storage, patiently
 from prelora_ray.words import counted
 
 BASE = "base.safetensors"
-_SCHEMA_VERSION = 2
+_SCHEMA_VERSION = 3
+_READABLE = (2, 3)
+"""Schemas. In 2 the score is top-1, by the name `val_top1`."""
 _STAGING_BYTES = 2**24
 _NAME = re.compile(r"\d{5,}-\d{6,}")
 _UNREADABLE = (ValueError, KeyError, TypeError, AttributeError)
@@ -239,14 +241,16 @@ def _read_manifest(folder: Storage) -> dict[str, Any]:
 
 
 def _score(manifest: dict[str, Any]) -> float | None:
-    """In what an earlier version wrote it is top-1, by that name. Raises KeyError where there is none."""
-    score: float | None = manifest["score"] if "score" in manifest else manifest["val_top1"]
+    """Raises KeyError where there is none."""
+    score: float | None = manifest["val_top1" if manifest["schema"] == 2 else "score"]
     return score
 
 
 def _check_schema(name: str, manifest: dict[str, Any]) -> None:
-    if (schema := manifest["schema"]) != _SCHEMA_VERSION:
-        raise OtherSchemaError(f"checkpoint {name} has schema {schema}, and this version reads {_SCHEMA_VERSION}")
+    if (schema := manifest["schema"]) not in _READABLE:
+        raise OtherSchemaError(
+            f"checkpoint {name} has schema {schema}, and this version reads {' and '.join(map(str, _READABLE))}"
+        )
 
 
 def _on_cpu(tensors: Tensors) -> Tensors:

@@ -6,7 +6,9 @@ import logging
 import shutil
 import tempfile
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pyarrow.fs
@@ -38,6 +40,7 @@ _IMAGES = 64
 _SEQUENCES = 8
 _NEEDS = {"adapter": ("peft", "peft"), "onnx": ("onnx", "onnx", "onnxruntime", "onnxscript")}
 """An extra and its modules, by form; a form without them is left out."""
+_Write = Callable[[RunModel, Path, dict[str, torch.Tensor]], None]
 logger = logging.getLogger(__name__)
 
 
@@ -75,8 +78,10 @@ def export(source: str, out: str, data: str | None = None, *, ema: bool = False)
     run = load_run_model(source, ema=ema)
     takes_adapter = bool(lora_layers(run.module)) and _can_make("adapter")
     takes_onnx = run.preprocessing is not None and _can_make("onnx")
-    samples = _real_samples(run, data or run.settings.data.path)
-    whole, write = ("timm", _write_timm) if run.preprocessing is not None else ("transformers", _write_transformers)
+    data = data or run.settings.data.path
+    samples = _real_samples(run, data)
+    whole = "timm" if run.preprocessing is not None else "transformers"
+    write: _Write = _write_timm if run.preprocessing is not None else partial(_write_transformers, data=data)
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory, "export")
         write(run, root / whole, merged_state_dict(run.module))
@@ -125,14 +130,14 @@ def _difference(run: RunModel, exported: TrainedModel, samples: torch.Tensor) ->
     return float((run.module(samples) - exported.module(samples)).abs().max())
 
 
-def _write_transformers(run: RunModel, path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """A folder as transformers writes it, with the tokenizer."""
+def _write_transformers(run: RunModel, path: Path, tensors: dict[str, torch.Tensor], data: str) -> None:
+    """A folder as transformers writes it, with the tokenizer of `data`."""
     from prelora_ray.engine.text_model import save_pretrained  # an extra, which takes seconds to import
 
     model = create_model(run.settings.model, len(run.classes), seed=0)
     model.load_state_dict(tensors)
-    data = Storage(run.settings.data.path)
-    save_pretrained(model, path, read_tokenizer(data.file(TOKENIZER), f"{data}/{TOKENIZER}"))
+    tokenizer = f"{Storage(data)}/{TOKENIZER}"
+    save_pretrained(model, path, read_tokenizer(tokenizer, tokenizer))
 
 
 def _write_timm(run: RunModel, path: Path, tensors: dict[str, torch.Tensor]) -> None:

@@ -33,6 +33,7 @@ from prelora_ray.inference.predict import Image, Prediction, is_image, predict
 from prelora_ray.inference.preprocessing import Preprocessing
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
+from prelora_ray.words import counted
 
 _LIBRARY = {"adapter": ("peft", "peft"), "onnx": ("onnx", "onnxruntime"), "transformers": ("text", "transformers")}
 """The extra and the module that a form is loaded with."""
@@ -104,6 +105,8 @@ def load_trained(source: str) -> TrainedModel:
                     check_installed(str(at / _MARKERS[kind]), *_LIBRARY[kind])
                 try:
                     return load(at)
+                except UserError:
+                    raise
                 except Exception as error:  # whatever a damaged or foreign file makes a reader raise
                     reason = f"{type(error).__name__}: {one_line(error)[:200]}"
                     raise UserError(f"{str(at)!r} is no exported model: {reason}") from error
@@ -115,11 +118,7 @@ def load_run_model(source: str, *, ema: bool = False) -> RunModel:
 
     Raises UserError where `source` is no run or checkpoint, or no checkpoint is whole, or it has no averaged weights.
     """
-    folder = RunFolder(source)
-    name = None
-    if folder.exists("state.json"):
-        name = folder.uri.rstrip("/").rsplit("/", 1)[-1]
-        folder = RunFolder(str(Storage(folder.uri.rstrip("/").rsplit("/", 2)[0])))
+    folder, name = run_of(source)
     settings = folder.read_settings()
     checkpoints = Checkpoints(folder)
     try:
@@ -131,6 +130,15 @@ def load_run_model(source: str, *, ema: bool = False) -> RunModel:
     if ema and not checkpoint.ema:
         raise UserError(f"{source!r} has no averaged weights: its run was trained without train.ema")
     return _run_model(folder, settings, checkpoint, ema=ema)
+
+
+def run_of(source: str) -> tuple[RunFolder, str | None]:
+    """The run folder that `source` is, or that the checkpoint `source` is in; and the checkpoint's name."""
+    folder = RunFolder(source)
+    if not folder.exists("state.json"):
+        return folder, None
+    root, _, name = folder.uri.rstrip("/").rsplit("/", 2)
+    return RunFolder(str(Storage(root))), name
 
 
 def _run_model(folder: RunFolder, settings: Settings, checkpoint: Snapshot, *, ema: bool) -> RunModel:
@@ -164,8 +172,15 @@ def _load_adapter(path: Path) -> TrainedModel:
 def _load_transformers(path: Path) -> TrainedModel:
     from prelora_ray.engine.text_model import Bert  # an extra, which takes seconds to import
 
+    kind = json.loads((path / "config.json").read_text())["model_type"]
+    if kind != "bert":
+        raise UserError(f"{str(path)!r} is not allowed: its config.json has model_type {kind!r}, and it must be 'bert'")
     tokenizer = read_tokenizer(str(path / TOKENIZER), f"{path}/{TOKENIZER}")
-    return TrainedModel(Bert.from_pretrained(path).eval(), vocabulary_of(tokenizer), preprocessing=None, data=None)
+    model, told = Bert.from_pretrained(path, output_loading_info=True)
+    if missing := sorted(told["missing_keys"]):
+        some = f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}"
+        raise UserError(f"{str(path)!r} is not allowed: its model.safetensors lacks {counted(len(missing), 'tensor')}: {some}")
+    return TrainedModel(model.eval(), vocabulary_of(tokenizer), preprocessing=None, data=None)
 
 
 def _takes_text(path: Path) -> bool:

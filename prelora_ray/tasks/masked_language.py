@@ -16,6 +16,9 @@ from prelora_ray.data.token_rows import TokenRows, masked_tokens
 from prelora_ray.tasks.task import Evaluation, Evaluator, Forward, Inputs, Task
 from prelora_ray.words import counted
 
+_LARGEST = 700.0
+"""Loss whose exponential is still finite."""
+
 
 class MaskedLanguage(Task):
     """`forward` takes tokens (n, length) and masked positions (n, k) to logits (n, k, vocabulary).
@@ -40,7 +43,7 @@ class MaskedLanguage(Task):
 
     def loss(self, forward: Forward, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         """Cross entropy of the masked tokens, and their number."""
-        losses, _, masked = _losses(forward, inputs, self._dtype)
+        _, losses, masked = _losses(forward, inputs, self._dtype)
         return losses.sum(), masked.sum()
 
     def evaluator(self, device: torch.device) -> TokenEvaluator:
@@ -71,21 +74,21 @@ class TokenEvaluator(Evaluator):
         super().__init__(3, device)
 
     def add(self, forward: Forward, tensors: Mapping[str, torch.Tensor]) -> None:
-        losses, best, masked = _losses(forward, tensors, torch.float32)
-        hits = (best == tensors["targets"]) & masked
+        logits, losses, masked = _losses(forward, tensors, torch.float32)
+        hits = (logits.argmax(-1) == tensors["targets"]) & masked
         self.sums += torch.stack([losses.sum().double(), hits.sum(), masked.sum()])
 
     def result(self, sums: torch.Tensor) -> TokenEvaluation:
         losses, hits, tokens = sums.tolist()
         loss = losses / tokens
-        return TokenEvaluation(loss, hits / tokens, math.exp(loss) if loss < 700 else math.inf, int(tokens))
+        return TokenEvaluation(loss, hits / tokens, math.exp(min(loss, _LARGEST)), int(tokens))
 
 
 def _losses(
     forward: Forward, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of each masked position, (n, k): loss, 0 in an empty slot; likeliest token; whether the slot is filled."""
+    """Of each masked position, (n, k): logits; loss, 0 in an empty slot; whether the slot is filled."""
     logits, targets = forward(tensors["tokens"].long(), tensors["positions"].long()), tensors["targets"].long()
     logits = logits if logits.dtype == torch.float64 else logits.to(dtype)
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
-    return losses.view_as(targets), logits.argmax(-1), targets >= 0
+    return logits, losses.view_as(targets), targets >= 0

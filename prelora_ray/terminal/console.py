@@ -148,11 +148,13 @@ def would_train(dry_run: DryRun) -> Iterator[str]:
         yield f"run {run.path} would go on from checkpoint {run.checkpoint}, after epoch {run.epoch} of {run.epochs}"
     yield f"model {run.model}, {counted(run.parameters, 'parameter')}"
     first = "" if run.is_prepared else ", to be prepared first"
-    of = counted(run.classes, "class", "classes") if run.sample == "image" else counted(run.classes, "token")
     if run.train_images is None:
-        yield f"data {run.data}: sequences of up to {of}{first}"
+        yield f"data {run.data}: sequences over a vocabulary of up to {counted(run.classes, 'token')}{first}"
     else:
-        yield f"data {run.data}: {run.train_images:,} training and {run.val_images:,} validation {run.sample}s of {of}{first}"
+        of = f"of {counted(run.classes, 'class', 'classes')}"
+        if run.sample == "sequence":
+            of = f"over a vocabulary of {counted(run.classes, 'token')}"
+        yield f"data {run.data}: {run.train_images:,} training and {run.val_images:,} validation {run.sample}s {of}{first}"
     few, most = run.workers
     workers = counted(most, "worker") if few == most else f"{few} to {most} workers"
     each = "one GPU each" if run.gpu else "no GPU"

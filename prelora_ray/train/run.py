@@ -50,7 +50,7 @@ from prelora_ray.records import Starting
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage, check_out_folder, once_reachable
 from prelora_ray.summaries import reservations
-from prelora_ray.train.initial_weights import initial_weights
+from prelora_ray.train.initial_weights import check_vocabulary, initial_weights
 from prelora_ray.train.result import summarize
 from prelora_ray.train.worker import train_worker
 from prelora_ray.words import counted
@@ -161,6 +161,8 @@ def check_data(settings: Settings, folder: RunFolder) -> Manifest:
         with torch.device("meta"):
             model = create_model(settings.model, len(manifest.classes), seed=0)
         check_length(model, settings.data.path, manifest.text.sequence_length)
+        if (source := settings.model.init_from) is not None and not folder.exists("data.json"):
+            check_vocabulary(source, settings.data.path, manifest)
     for split in manifest.splits:
         if not manifest.num_images(split):
             raise UserError(f"data.path = {settings.data.path!r} is not allowed: it has no {settings.sample}s in {split}")

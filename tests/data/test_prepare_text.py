@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import shutil
 from pathlib import Path
@@ -13,6 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 import tokenizers
 
+from prelora_ray.config import with_absolute_paths
+from prelora_ray.config_file import parse_settings
 from prelora_ray.data.check import check_prepared
 from prelora_ray.data.manifest import read_manifest
 from prelora_ray.data.prepare import prepare
@@ -20,7 +23,8 @@ from prelora_ray.data.prepare_settings import PrepareSettings
 from prelora_ray.data.prepare_text import pack, split_items
 from prelora_ray.data.shards import PrepareError
 from prelora_ray.data.sources.splits import Splits
-from prelora_ray.data.sources.text import PIECE_BYTES, open_text
+from prelora_ray.data.sources.text import PIECE_BYTES, _lines, open_text
+from prelora_ray.data.token_rows import mask
 from prelora_ray.errors import UserError
 from prelora_ray.storage import Storage
 
@@ -66,12 +70,41 @@ def test_a_folder_has_splits_by_its_names_and_leaves_out_what_is_no_text(tmp_pat
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_a_long_file_is_cut_at_the_ends_of_lines_and_nothing_is_lost(tmp_path, is_packed):
     lines = [f"line {i} ü {'x' * (i % 700)}\n" for i in range(500)]
-    lines[100] = "y" * 3 * PIECE_BYTES + "\n"  # longer than a piece
     path = tmp_path / ("long.txt.gz" if is_packed else "long.txt")
     path.write_bytes(gzip.compress("".join(lines).encode()) if is_packed else "".join(lines).encode())
     pieces = documents(path)["train"]
-    assert len(pieces) > 10 and "".join(pieces) == "".join(lines)
+    assert len(pieces) > 5 and "".join(pieces) == "".join(lines)
     assert all(piece.endswith("\n") or not piece for piece in pieces)
+
+
+@pytest.mark.parametrize(("unit", "end"), [("naïve ", " "), ("ü", "ü"), ("月", "月")])
+def test_a_long_line_is_cut_behind_words_or_characters(tmp_path, unit, end):
+    for shift in range(4):
+        text = "\n" * shift + unit * (5 * PIECE_BYTES // len(unit.encode()))
+        (tmp_path / "long.txt").write_text(text)
+        pieces = documents(tmp_path / "long.txt")["train"]
+        assert "".join(pieces) == text
+        assert all(piece.endswith(end) and len(piece.encode()) < PIECE_BYTES + 8 for piece in pieces if piece)
+
+
+def test_a_long_json_line_stays_whole_and_is_read_once(tmp_path):
+    texts = ["short", "x y " * (5 * PIECE_BYTES), "short too"]
+    content = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    (tmp_path / "long.jsonl").write_bytes(content)
+    assert documents(tmp_path / "long.jsonl") == {"train": texts}
+
+    class Counted(io.BytesIO):
+        num_bytes = 0
+
+        def readline(self, size: int | None = -1) -> bytes:
+            line = super().readline(size)
+            self.num_bytes += len(line)
+            return line
+
+    file = Counted(content)
+    for start in range(0, len(content), PIECE_BYTES):
+        list(_lines(file, start, min(start + PIECE_BYTES, len(content))))
+    assert file.num_bytes <= 2 * len(content)
 
 
 def test_another_file_changes_nothing_of_what_is_held_out(tmp_path):
@@ -98,11 +131,11 @@ def test_packing_by_hand():
 
 @pytest.fixture
 def poems(tmp_path: Path) -> Path:
-    """Files of verses that differ."""
+    """Files of verses that differ, and name special tokens."""
     source = tmp_path / "poems"
     source.mkdir()
     for i in range(8):
-        (source / f"{i}.txt").write_text("".join(f"{'1' * (i + 1)} {verse}\n" for verse in POEM.splitlines() * 10))
+        (source / f"{i}.txt").write_text("".join(f"{'1' * (i + 1)} {verse} [SEP] [MASK]\n" for verse in POEM.splitlines() * 10))
     return source
 
 
@@ -121,6 +154,7 @@ def test_sequences_hold_the_text(ray_cluster, tmp_path, poems, kind):
     for split in ("train", "val"):
         rows = stored(out, split)
         assert (rows[:, 0] == tokenizer.token_to_id("[CLS]")).all() and (rows[:, 1:] != tokenizer.token_to_id("[CLS]")).all()
+        assert manifest.text.mask not in rows  # that the text names it is no reason
         stream = rows[:, 1:].ravel()
         ends = np.flatnonzero(stream == tokenizer.token_to_id("[SEP]"))
         for start, stop in zip([0, *(ends[:-1] + 1)], ends, strict=True):
@@ -150,6 +184,9 @@ def test_a_job_that_goes_on_makes_the_same_bytes_and_only_what_is_missing(ray_cl
     prepare(str(poems), str(tmp_path / "killed"), settings, task="mlm")
     assert contents(tmp_path / "killed") == whole
     assert kept.stat().st_mtime_ns == before
+    kept.write_bytes(b"{}")  # by a job with other settings, killed before it could note it
+    prepare(str(poems), str(tmp_path / "killed"), settings, task="mlm")
+    assert contents(tmp_path / "killed") == whole
     prepare(str(poems), str(tmp_path / "anew"), settings, task="mlm")  # the tokenizer too
     assert contents(tmp_path / "anew") == whole
 
@@ -172,6 +209,43 @@ def test_a_given_tokenizer_is_taken_as_it_is(ray_cluster, tmp_path, poems):
         prepare(str(poems), str(tmp_path / "third"), settings, task="mlm")
 
 
+def test_sequences_with_too_few_tokens_to_mask_are_left_out_and_told(ray_cluster, tmp_path, poems):
+    prepare(str(poems), str(tmp_path / "out"), PrepareSettings(**SMALL), task="mlm")
+    (tmp_path / "in" / "train").mkdir(parents=True)
+    (tmp_path / "in" / "val").mkdir()
+    (tmp_path / "in" / "train" / "a.txt").write_text(POEM * 40)
+    (tmp_path / "in" / "train" / "b.txt").write_text("月" * 300)  # 20 sequences of what the tokenizer does not know
+    (tmp_path / "in" / "val" / "a.txt").write_text(POEM * 20)
+    settings = PrepareSettings(**SMALL, tokenizer=str(tmp_path / "out" / "tokenizer.json"))
+    manifest = prepare(str(tmp_path / "in"), str(tmp_path / "again"), settings, task="mlm")
+    rows = stored(tmp_path / "again", "train")
+    for row in rows:
+        mask(row, manifest.text, len(manifest.classes), np.random.default_rng(0))
+    told = [note for note in manifest.counts.notes if "with too few tokens to mask" in note]
+    assert told[0].split()[:2] in (["19", "sequences"], ["20", "sequences"])
+    assert len(rows) > 20
+    (tmp_path / "in" / "val" / "a.txt").write_text("月" * 300)
+    with pytest.raises(PrepareError, match=r"to validate with: 301 tokens.*; 20 sequences left out, with too few"):
+        prepare(str(tmp_path / "in"), str(tmp_path / "again"), settings, task="mlm")
+
+
+def test_images_take_the_place_of_text_and_leave_nothing_of_it(ray_cluster, tmp_path, poems):
+    out = tmp_path / "out"
+    prepare(str(poems), str(out), PrepareSettings(**SMALL), task="mlm")
+    manifest = prepare("digits", str(out))
+    assert not (out / "tokenizer.json").exists() and not (out / "parts" / "tokenizer.json.json").exists()
+    assert "size" in manifest.settings and "vocabulary" not in manifest.settings
+    assert check_prepared(Storage(out)) == []
+
+
+def test_the_path_of_a_tokenizer_is_made_absolute_and_its_kinds_are_words(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for given, made in {"a/t.json": str(tmp_path / "a/t.json"), "bpe": "bpe", "wordpiece": "wordpiece"}.items():
+        content = {"name": "run", "task": "mlm", "model": {"name": "bert"}}
+        settings = parse_settings({**content, "data": {"path": "d", "prepare": {"tokenizer": given}}})
+        assert with_absolute_paths(settings).data.prepare.tokenizer == made
+
+
 @pytest.mark.parametrize(
     ("files", "settings", "error", "told"),
     [
@@ -180,6 +254,7 @@ def test_a_given_tokenizer_is_taken_as_it_is(ray_cluster, tmp_path, poems):
         ({"a.txt.gz": b"no"}, {}, UserError, "a.txt.gz cannot be read"),
         ({"a.jsonl": b"{}\n" * 9, "val.txt": b"a"}, {}, PrepareError, "it has no text under the key 'text'"),
         ({"a.jsonl": b"[\n" * 9, "val.txt": b"a"}, {}, PrepareError, "it is no JSON"),
+        ({"a.jsonl": b'{"text": "\\ud800"}\n' * 9, "val.txt": b"a"}, {}, PrepareError, "it holds half a surrogate pair"),
         ({"a.txt": b"\xff", "val.txt": b"a"}, {}, PrepareError, "it is no text in UTF-8: invalid start byte at byte 0"),
         ({"a.txt": b"a b", "val.txt": b"a"}, {}, PrepareError, "has too little text to train on: 3 tokens, and a sequence has"),
         ({"a.txt": b"a"}, {}, UserError, "--val-fraction 0.2 leaves no text of"),

@@ -143,7 +143,7 @@ def test_a_checkpoint_whose_manifest_cannot_be_read_is_not_pruned(saved, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"[]", b"{}", b'{"schema": 2}', b"\x00\x00", b'{"schema": 2, "files": 3, "base": null}']
+    "content", [b"", b"[]", b"{}", b'{"schema": 3}', b"\x00\x00", b'{"schema": 3, "files": 3, "base": null}']
 )
 def test_a_manifest_that_is_none_is_damage(saved, tmp_path, content):
     (tmp_path / "checkpoints" / "00010-000000" / "manifest.json").write_bytes(content)
@@ -185,8 +185,18 @@ def test_a_checkpoint_of_another_version_is_not_taken_for_a_damaged_one(saved):
     folder = saved.folder / "00010-000000"
     folder.write_json("manifest.json", folder.read_json("manifest.json") | {"schema": 1})
     for look in (saved.newest, saved.check_schema):
-        with pytest.raises(OtherSchemaError, match=r"checkpoint 00010-000000 has schema 1, and this version reads 2"):
+        with pytest.raises(OtherSchemaError, match=r"checkpoint 00010-000000 has schema 1, and this version reads 2 and 3"):
             look()
+
+
+def test_a_checkpoint_of_schema_2_is_read(saved, tmp_path):
+    """In it the score is top-1, by that name."""
+    folder = saved.folder / "00010-000000"
+    manifest = folder.read_json("manifest.json") | {"schema": 2, "val_top1": 0.75}
+    del manifest["score"]
+    folder.write_json("manifest.json", manifest)
+    again = Checkpoints(Storage(tmp_path))
+    assert again.load("00010-000000").score == again.about()["00010-000000"]["score"] == 0.75
 
 
 def test_a_save_without_its_manifest_is_no_checkpoint(saved, tmp_path):

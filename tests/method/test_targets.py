@@ -75,7 +75,7 @@ def test_norms_with_adapters_are_those_of_the_merged_weights(vit):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("resnet18", "ResNet has no blocks that PreLoRA knows"),
+        ("vgg11", "VGG has no blocks that PreLoRA knows"),
         ("vitamin_small_224", r"has no blocks\.0\.mlp\.fc1 as a Vision Transformer has it, nor what stands for it"),
         ("gcvit_xxtiny", r"stages\.0\.blocks\.1\.attn\.qkv as a"),  # two thirds of the rows: the query is not its own
         ("poolformer_s12", r"stages\.0\.blocks\.0\.attn\.qkv as a Vision Transformer in stages has it"),

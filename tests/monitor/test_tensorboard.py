@@ -39,6 +39,7 @@ def test_what_a_later_attempt_trains_again_replaces_what_was_written_before(fold
     log = Loggers(folder, RUN, attempt=0, epoch=0)
     for epoch, loss in enumerate((3.0, 2.0, 1.5)):
         log.epoch(line(epoch, loss, None if epoch == 1 else 0.5))
+    assert log.flush()
     log = Loggers(folder, RUN, attempt=1, epoch=2)
     test = {"change": {"query": 7.5, "fc1": None}, "loss_change": 40.0, "converged": False, "in_ramp": False}
     log.window(WindowLine(attempt=1, phase="full", window=2, epoch_end=3, loss=1.0, **test))
@@ -54,22 +55,26 @@ def test_what_a_later_attempt_trains_again_replaces_what_was_written_before(fold
 
 def test_a_fork_begins_with_its_trunks_epochs(folder):
     folder.write_records(EpochLine, [epoch_line(epoch, loss=2.0 - epoch, attempt=-1) for epoch in range(2)])
-    Loggers(folder, RUN, attempt=0, epoch=2).epoch(line(2, 0.25))
+    log = Loggers(folder, RUN, attempt=0, epoch=2)
+    log.epoch(line(2, 0.25))
+    assert log.flush()
     assert [event.value for event in read(folder).Scalars("loss/train")] == [2.0, 1.0, 0.25]
 
 
 def test_switched_on_at_a_resume_it_has_what_came_before(folder):
     folder.write_records(EpochLine, [line(epoch, 2.0 - epoch) for epoch in range(2)])
-    Loggers(folder, RUN, attempt=3, epoch=2).epoch(line(2, 0.25))
-    Loggers(folder, RUN, attempt=4, epoch=3).epoch(line(3, 0.5))
+    for attempt, epoch, loss in ((3, 2, 0.25), (4, 3, 0.5)):
+        log = Loggers(folder, RUN, attempt=attempt, epoch=epoch)
+        log.epoch(line(epoch, loss))
+        assert log.flush()
     board = read(folder)
     assert [(event.step, event.value) for event in board.Scalars("loss/train")] == [(1, 2.0), (2, 1.0), (3, 0.25), (4, 0.5)]
     assert len(board.Tensors("settings/text_summary")) == 1
 
 
 def test_settings_as_hyperparameters_and_as_a_table(folder):
-    Loggers(folder, RUN, attempt=0, epoch=0)
-    Loggers(folder, RUN, attempt=1, epoch=0)  # has them no second time
+    assert Loggers(folder, RUN, attempt=0, epoch=0).flush()
+    assert Loggers(folder, RUN, attempt=1, epoch=0).flush()  # has them no second time
     board = read(folder)
     content = board.SummaryMetadata(metadata.SESSION_START_INFO_TAG).plugin_data.content
     told = metadata.parse_session_start_info_plugin_data(content).hparams
@@ -93,6 +98,7 @@ def test_a_sheet_of_the_first_images_of_each_size(folder, channels):
     log.samples(0, images)
     assert not log.wants_samples(4) and log.wants_samples(6)
     log.samples(1, np.zeros((5, 6, 6, channels), np.uint8))
+    assert log.flush()
     first, second = read(folder).Images("samples")
     assert (first.step, second.step, second.width, second.height) == (1, 2, 3 * 8, 2 * 8)
     page = np.asarray(Image.open(io.BytesIO(first.encoded_image_string)).convert("RGB"))

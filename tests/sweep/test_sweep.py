@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import ray
+import yaml
 
 from prelora_ray.config import BendSettings, Settings
 from prelora_ray.config_file import parse_settings
@@ -25,6 +26,7 @@ from prelora_ray.sweep.control import full_training_costs, full_training_of_cost
 from prelora_ray.sweep.cost import Prices, pareto_front
 from prelora_ray.sweep.outcome import outcome
 from prelora_ray.sweep.result import read_notes, summarize_sweep, write_note
+from prelora_ray.sweep.run import _asha, _optuna
 from prelora_ray.sweep.settings import Plan, SweepSettings, keys_without_effect, load_sweep
 from tests.chaos.site import wait_for
 from tests.lines import epoch_line, norms_line
@@ -155,6 +157,23 @@ def test_optuna_goes_on_with_what_it_has_tried(load):
     for entry in more["settings"]:
         assert 0.5 <= entry["setting"]["method.scaling"] <= 4
         assert entry["setting"]["method.warmup_epochs"] in range(4)
+
+
+def test_a_search_over_text_goes_for_a_low_perplexity(tmp_path):
+    recipe = {"task": "mlm", "data": {"path": "data/text"}, "model": {"name": "bert"}, "train": {"epochs": 20}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    space = {"method.scaling": {"min": 0.5, "max": 4}}
+    content = {"recipe": "recipe.yaml", "name": "text", "search": "optuna", "space": space, "num_settings": 2}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(content | {"asha": {"grace_epochs": 5}}))
+    plan = load_sweep(str(tmp_path / "sweep.yaml"), [])
+    asha, optuna = _asha(plan), _optuna(plan, [])
+    assert asha is not None and (asha.metric, asha._metric_op) == ("val_perplexity", -1.0)
+    assert (optuna.metric, optuna.mode) == ("val_perplexity", "min")
+    entries = [
+        {"trial": name, "val_perplexity": told, "cost": cost}
+        for name, told, cost in (("a", 9.0, 1), ("b", 8.0, 2), ("c", 8.5, 3))
+    ]
+    assert on_front(plan.measure, entries) == ["a", "b"]
 
 
 def test_notes_are_read_whole_and_a_torn_one_is_told(load, tmp_path):

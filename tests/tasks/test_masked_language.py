@@ -152,6 +152,13 @@ def test_the_head_of_a_model_shares_its_embeddings_through_all_phases(tmp_path):
     assert "cls.predictions.decoder.weight" not in names
 
 
+def test_every_token_has_an_embedding_that_learns(tmp_path):
+    embeddings = train_step(settings(tmp_path)).state.model.bert.embeddings.word_embeddings
+    tokens = torch.arange(VOCABULARY)
+    embeddings(tokens).sum().backward()
+    assert (embeddings.weight != 0).all() and (embeddings.weight.grad == 1).all()
+
+
 def test_the_targets_of_bert_are_a_vits_by_name(tmp_path):
     state = train_step(settings(tmp_path)).state
     stored_in = {target.name: target.stored_in for target in state.targets if target.layer == 1}
@@ -190,6 +197,7 @@ def test_what_says_nothing_to_text_is_refused(changes, told):
     ("options", "told"),
     [
         ({"vocab_size": 7}, "vocab_size is not allowed: the vocabulary comes with the data"),
+        ({"pad_token_id": 0}, "pad_token_id is not allowed: no sequence is padded"),
         ({"depth": 7}, "BertConfig knows no depth"),
         (
             {"hidden_dropout_prob": 0.1},

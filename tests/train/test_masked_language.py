@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from peft import PeftModel
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
+from prelora_ray import cli
 from prelora_ray.config import Settings
 from prelora_ray.config_file import parse_settings
 from prelora_ray.data.manifest import read_manifest
@@ -19,14 +23,17 @@ from prelora_ray.data.prepare_settings import PrepareSettings
 from prelora_ray.data.rows import read_tokens
 from prelora_ray.data.token_rows import masked_tokens
 from prelora_ray.errors import UserError
+from prelora_ray.fault_tolerance.checkpoint import Checkpoints
 from prelora_ray.inference.evaluate import evaluate
-from prelora_ray.inference.export import export
+from prelora_ray.inference.export import Exported, export
 from prelora_ray.inference.load import load_trained
 from prelora_ray.recorded.run import RunRecords
 from prelora_ray.report.page import write_report
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
-from prelora_ray.train.initial_weights import initial_weights
+from prelora_ray.terminal.console import would_train
+from prelora_ray.train.dry_run import dry_run
+from prelora_ray.train.initial_weights import check_vocabulary, initial_weights
 from prelora_ray.train.run import train
 from tests.disturbed import train_disturbed
 from tests.runs import assert_same_bits, final
@@ -86,10 +93,21 @@ def test_a_run_on_text_goes_through_all_phases(run, tmp_path):
     assert "loss per masked token" in page and "perplexity" in page and "top-1" not in page
 
 
-def test_its_export_is_what_transformers_and_peft_load(run, text, tmp_path):
+@pytest.fixture(scope="module")
+def exported(run: Settings, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """With the data of another folder, whose tokenizer makes letters small."""
+    folder = tmp_path_factory.mktemp("exported")
+    shutil.copytree(text, folder / "data")
+    tokenizer = folder / "data" / "tokenizer.json"
+    content = json.loads(tokenizer.read_text())
+    content["normalizer"]["lowercase"] = True
+    tokenizer.write_text(json.dumps(content))
+    return export(str(RunFolder.of(run)), str(folder / "out"), str(folder / "data"))
+
+
+def test_its_export_is_what_transformers_and_peft_load(run, text, exported):
     """On real text: the logits of the run's own model, whoever loads it."""
-    out = tmp_path / "out"
-    done = export(str(RunFolder.of(run)), str(out))
+    done, out = exported, Path(exported.path)
     assert done.forms == ("adapter", "transformers") and max(done.max_abs_diff.values()) < 1e-4
     manifest = read_manifest(Storage(text))
     tokens = torch.from_numpy(read_tokens(str(text), manifest, 4)).long()
@@ -104,11 +122,46 @@ def test_its_export_is_what_transformers_and_peft_load(run, text, tmp_path):
         assert (AutoModelForMaskedLM.from_pretrained(out / "adapter" / "base")(input_ids=tokens).logits != expected).any()
     tokenizer = AutoTokenizer.from_pretrained(out / "transformers")
     assert (tokenizer.mask_token, tokenizer.cls_token, tokenizer.sep_token) == ("[MASK]", "[CLS]", "[SEP]")
+    assert whole.config.pad_token_id == tokenizer.pad_token_id == manifest.classes.index("[PAD]")
+    assert json.loads((out / "transformers" / "tokenizer.json").read_text())["normalizer"]["lowercase"]
     assert tokenizer.convert_ids_to_tokens(list(range(500))) == list(manifest.classes)
     initial = initial_weights(str(out))
     assert all(torch.equal(initial[name], tensor) for name, tensor in whole.state_dict().items() if name in initial)
     with pytest.raises(UserError, match="predict is for images, and this model takes text"):
         load_trained(str(out)).predict("image.png")
+
+
+def test_folders_of_transformers_that_are_no_whole_bert_are_refused(exported, tmp_path):
+    whole, folder = Path(exported.path, "transformers"), tmp_path / "other"
+    shutil.copytree(whole, folder)
+    tensors = safetensors.torch.load_file(whole / "model.safetensors")
+    del tensors["bert.embeddings.position_embeddings.weight"]
+    safetensors.torch.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"its model.safetensors lacks 1 tensor: bert.embeddings.position_embeddings.weight$"):
+        load_trained(str(folder))
+    config = json.loads((whole / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "roberta"}))
+    with pytest.raises(UserError, match=r"^'.*other' is not allowed: its config.json has model_type 'roberta', and it must be"):
+        load_trained(str(folder))
+
+
+def test_a_run_starts_from_weights_of_its_own_tokens_alone(run, text, exported, tmp_path):
+    folder, other = RunFolder.of(run), tmp_path / "other"
+    shutil.copytree(text, other)
+    content = json.loads((other / "manifest.json").read_text())
+    content["classes"][7] = "another"
+    (other / "manifest.json").write_text(json.dumps(content))
+    (newest, _) = Checkpoints(folder).newest()
+    for source in (str(folder), f"{folder}/checkpoints/{newest.name}", exported.path, f"{exported.path}/transformers"):
+        check_vocabulary(source, str(text), read_manifest(Storage(text)))
+        begun = settings(other, tmp_path, "begun", model={"init_from": source})
+        with pytest.raises(UserError, match=r"model\.init_from = .* is not allowed: token 7 is 'another' in '.*other', and"):
+            train(begun)
+
+
+def test_what_it_would_train_on_is_told(text, tmp_path):
+    told = "\n".join(would_train(dry_run(settings(text, tmp_path, "new"))))
+    assert "validation sequences over a vocabulary of 500 tokens\n" in told
 
 
 def test_it_is_evaluated_over_all_of_the_validation_text(run, text, digits):
@@ -119,6 +172,8 @@ def test_it_is_evaluated_over_all_of_the_validation_text(run, text, digits):
     assert report.evaluation.loss == pytest.approx(RunFolder.of(run).read_result()["val_loss"], rel=0.1)
     with pytest.raises(UserError, match=r"holds images, and .* was trained on text"):
         evaluate(str(RunFolder.of(run)), str(digits))
+    with pytest.raises(UserError, match=r"--confusion is not allowed: .* takes text, which has no classes"):
+        cli.evaluate(str(RunFolder.of(run)), "/nowhere", confusion=True)  # before the data are looked at
     with pytest.raises(UserError, match=r"not allowed with task = 'mlm': it was prepared for 'classification'"):
         train(settings(digits, Path(run.storage), "other"))
     longer = settings(text, Path(run.storage), "short", model={"options": {**OPTIONS, "max_position_embeddings": 8}})

@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import posixpath
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,7 +30,9 @@ _FORMATS: dict[str, Format] = {
     ".parquet": "parquet",
 }
 PIECE_BYTES = 2**14
-"""Of text, about, that are held out or shuffled together: a document that is longer is cut at the ends of lines."""
+"""Of text, about that are held out or shuffled together. A document that is longer is cut, unless it is a JSON line."""
+_CUTS = (re.compile(rb"\n"), re.compile(rb"\s"), re.compile(rb".[\x80-\xbf]{0,3}", re.DOTALL))
+"""What a cut is made behind: a line, where none ends soon a word, and where none does a character in UTF-8."""
 
 
 @dataclass(frozen=True)
@@ -135,10 +138,10 @@ class TextReader:
                 yield Document(f"{printable(path)}/{item.at[3]}/{row}", text, "" if text is not None else "it is null")
             return
         with self._open(path, item.stamp) as file:
+            if _format(path) != "lines":
+                yield _decoded(item.name, _part(file, start, stop))
+                return
             lines = b"".join(_lines(file, start, stop))
-        if _format(path) != "lines":
-            yield _decoded(item.name, lines)
-            return
         for number, line in enumerate(lines.splitlines()):
             if line.strip():
                 yield self._json_document(f"{item.name}, line {number + 1}", line)
@@ -151,6 +154,10 @@ class TextReader:
         text = content.get(self.column) if isinstance(content, dict) else None
         if not isinstance(text, str):
             return Document(name, None, f"it has no text under the key {self.column!r}")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return Document(name, None, "it holds half a surrogate pair")
         return Document(name, text)
 
     def _open(self, path: str, stamp: str) -> IO[bytes]:
@@ -192,12 +199,30 @@ def _pieces(reader: TextReader, path: str, stamp: str, num_bytes: int, block: in
 
 
 def _lines(file: IO[bytes], start: int, stop: int) -> Iterator[bytes]:
-    """The lines that begin in the bytes from `start` to `stop`."""
+    """The lines that begin in the bytes from `start` to `stop`; one that only passes through is not read to its end."""
     if start:
         file.seek(start - 1)
-        file.readline()  # the one that begins in front of it
+        if not file.readline(stop - start).endswith(b"\n"):
+            return
     while file.tell() < stop and (line := file.readline()):
         yield line
+
+
+def _part(file: IO[bytes], start: int, stop: int) -> bytes:
+    """The bytes from the cut near `start` to the one near `stop`."""
+    begin = max(0, start - 1)
+    file.seek(begin)
+    content = file.read(stop - 1 - begin + PIECE_BYTES)
+    return content[_cut(content, start - begin) : _cut(content, stop - begin)]
+
+
+def _cut(content: bytes, near: int) -> int:
+    """The first place from `near` on, by fewer than PIECE_BYTES, at which a text is cut."""
+    if near:
+        for ends in _CUTS:
+            if found := ends.search(content, near - 1, near - 1 + PIECE_BYTES):
+                return found.end()
+    return near
 
 
 def _decoded(name: str, content: bytes) -> Document:
