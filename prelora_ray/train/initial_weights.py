@@ -34,10 +34,9 @@ def initial_weights(source: str) -> dict[str, torch.Tensor]:
 
 
 def check_vocabulary(source: str, data: str, manifest: Manifest) -> None:
-    """Raises UserError where `source` was trained with as many tokens as the text of `data` has, and with others.
+    """Raises UserError where `source` was trained with other tokens than those of the text of `data`.
 
-    Of another number of tokens the embeddings begin anew, as a head does. A file of tensors without a tokenizer.json
-    beside it does not tell its tokens.
+    A file of tensors without a tokenizer.json beside it does not tell its tokens.
     """
     if _is_of_run(source):
         tokens = run_of(source)[0].read_classes()
@@ -47,11 +46,10 @@ def check_vocabulary(source: str, data: str, manifest: Manifest) -> None:
             return
         path = posixpath.join(folder, TOKENIZER)
         tokens = vocabulary_of(read_tokenizer(path, path))
-    if len(tokens) == len(manifest.classes):
-        try:
-            check_classes(source, tokens, data, manifest)
-        except UserError as error:
-            raise UserError(f"model.init_from = {source!r} is not allowed: {error}") from None
+    try:
+        check_classes(source, tokens, data, manifest)
+    except UserError as error:
+        raise UserError(f"model.init_from = {source!r} is not allowed: {error}") from None
 
 
 def _is_of_run(source: str) -> bool:

@@ -91,7 +91,7 @@ def check_settings(settings: Settings, folder: RunFolder) -> Settings | None:
         check_out_folder(path)
     loggers.check_loggers(settings)
     check_model(settings)
-    if (source := settings.model.init_from) is not None and before is None:
+    if (source := settings.model.init_from) is not None and before is None and not settings.model.takes_text:
         load_pretrained(create_model(settings.model, num_classes=1, seed=0), initial_weights(source), source)  # raises early
     if not is_ready and settings.data.source is None:
         read_manifest(Storage(settings.data.path))  # raises, and says how to prepare it
@@ -163,6 +163,8 @@ def check_data(settings: Settings, folder: RunFolder) -> Manifest:
         check_length(model, settings.data.path, manifest.text.sequence_length)
         if (source := settings.model.init_from) is not None and not folder.exists("data.json"):
             check_vocabulary(source, settings.data.path, manifest)
+            fresh = create_model(settings.model, len(manifest.classes), seed=0)
+            load_pretrained(fresh, initial_weights(source), source)  # raises early
     for split in manifest.splits:
         if not manifest.num_images(split):
             raise UserError(f"data.path = {settings.data.path!r} is not allowed: it has no {settings.sample}s in {split}")

@@ -33,8 +33,8 @@ from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
 from prelora_ray.terminal.console import would_train
 from prelora_ray.train.dry_run import dry_run
-from prelora_ray.train.initial_weights import check_vocabulary, initial_weights
-from prelora_ray.train.run import train
+from prelora_ray.train.initial_weights import initial_weights
+from prelora_ray.train.run import check_data, check_settings, train
 from tests.disturbed import train_disturbed
 from tests.runs import assert_same_bits, final
 
@@ -153,7 +153,9 @@ def test_a_run_starts_from_weights_of_its_own_tokens_alone(run, text, exported, 
     (other / "manifest.json").write_text(json.dumps(content))
     (newest, _) = Checkpoints(folder).newest()
     for source in (str(folder), f"{folder}/checkpoints/{newest.name}", exported.path, f"{exported.path}/transformers"):
-        check_vocabulary(source, str(text), read_manifest(Storage(text)))
+        same = settings(text, tmp_path, "same", model={"init_from": source})
+        assert check_settings(same, RunFolder.of(same)) is None
+        assert check_data(same, RunFolder.of(same)).classes == read_manifest(Storage(text)).classes
         begun = settings(other, tmp_path, "begun", model={"init_from": source})
         with pytest.raises(UserError, match=r"model\.init_from = .* is not allowed: token 7 is 'another' in '.*other', and"):
             train(begun)
