@@ -29,9 +29,15 @@ def peak_flops(name: str) -> float | None:
     return next((peak for model, peak in _PEAK_FLOPS.items() if model in name), None)
 
 
-def forward_flops(settings: ModelSettings, num_classes: int, image_size: int | None = None, cell: int | None = None) -> float:
+def forward_flops(
+    settings: ModelSettings,
+    num_classes: int,
+    image_size: int | None = None,
+    cell: int | None = None,
+    sequence_length: int | None = None,
+) -> float:
     """Operations of one sample's forward through the model without adapters; by default of an image of
-    `model.image_size`, and always of a sequence of the model's full length.
+    `model.image_size`, or of a sequence of the model's full length.
 
     With `cell`, slots in a cell, it is one in training, without what `model.drop_path_form: subset` does not compute.
     """
@@ -46,6 +52,8 @@ def forward_flops(settings: ModelSettings, num_classes: int, image_size: int | N
             set_drop_path(modules, torch.ones(len(modules), cell))
         resized = settings.model_copy(update={"image_size": size})
         inputs = example_inputs(resized, model, images, torch.float32)
+        if settings.takes_text:
+            inputs = inputs[:, :sequence_length]
         masked = (torch.zeros(images, masked_tokens(inputs.shape[1]), dtype=torch.long),) if settings.takes_text else ()
         model.train()(inputs, *masked)
     return float(counter.get_total_flops()) / images

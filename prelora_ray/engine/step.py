@@ -104,12 +104,14 @@ class TrainStep:
     _graph: CudaGraph | None = None
     _graph_of: tuple[torch.optim.Optimizer, int] | None = None
 
-    def shown_images(self, batch: Batch) -> npt.NDArray[np.uint8]:
-        """Images of a batch's first cells as the model takes them, augmented and mixed: (n, size, size, channels)."""
+    def shown_images(self, batch: Batch) -> npt.NDArray[np.uint8] | None:
+        """Images of a batch's first cells as the model takes them, augmented and mixed: (n, size, size, channels). None
+        where the task has no images."""
         cell = self.plan.orders["train"].cell
         first = slice(0, cell * max(1, _SHOWN // cell))
         drawn = self.task.draw(batch, self.plan.cells, cell)
-        return self.task.shown({name: tensor[first] for name, tensor in drawn.items()})[:_SHOWN].numpy()
+        shown = self.task.shown({name: tensor[first] for name, tensor in drawn.items()})
+        return None if shown is None else shown[:_SHOWN].numpy()
 
     def _inputs(self, batch: Batch) -> Inputs:
         """All that a step depends on but the state, as tensors on the CPU."""

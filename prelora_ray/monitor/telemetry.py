@@ -31,7 +31,16 @@ def run_label(settings: Settings) -> str:
 class WorkerTelemetry:
     """A worker's own measurements. Costs some microseconds a step, and a message a second."""
 
-    def __init__(self, settings: Settings, num_classes: int, rank: int, world_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        num_classes: int,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        sequence_length: int | None = None,
+    ) -> None:
+        """`sequence_length`: tokens of a sample of text."""
         self._labels = run_label(settings), str(rank)
         self._world_size = world_size
         self._device = device
@@ -39,7 +48,9 @@ class WorkerTelemetry:
         self._sensors = Sensors(device) if watches_gpu else None
         self._peak = peak_flops(torch.cuda.get_device_name(device)) if watches_gpu else None
         self._forward_flops = functools.cache(
-            functools.partial(forward_flops, settings.model, num_classes, cell=settings.data.cell)
+            functools.partial(
+                forward_flops, settings.model, num_classes, cell=settings.data.cell, sequence_length=sequence_length
+            )
         )
         self._exchanged = 0.0
         self._metrics = WorkerMetrics()

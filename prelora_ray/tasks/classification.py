@@ -22,7 +22,6 @@ class Classification(Task):
     """`forward` takes normalised images (n, channels, height, width) to logits (n, num_classes)."""
 
     counts_per_sample = 1
-    shows_images = True
 
     def __init__(self, settings: Settings, manifest: Manifest, dtype: torch.dtype) -> None:
         self.num_classes = len(manifest.classes)

@@ -26,8 +26,6 @@ class MaskedLanguage(Task):
     What is masked is drawn where rows are decoded, by (seed, epoch, sample).
     """
 
-    shows_images = False
-
     def __init__(self, settings: Settings, manifest: Manifest, dtype: torch.dtype) -> None:
         assert manifest.text is not None, "the settings are checked against the data"
         self.counts_per_sample = masked_tokens(manifest.text.sequence_length)

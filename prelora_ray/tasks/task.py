@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -62,8 +61,6 @@ class Task(ABC):
     counts_per_sample: int
     """What each sample adds to the count of `loss`. As it is the same for each, every worker knows that of the global
     batch."""
-    shows_images: ClassVar[bool]
-    """Whether there are images to look at."""
 
     @abstractmethod
     def __init__(self, settings: Settings, manifest: Manifest, dtype: torch.dtype) -> None:
@@ -85,9 +82,10 @@ class Task(ABC):
     def loss(self, forward: Forward, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum of the losses of whole cells on the device, and their count; empty slots count nothing."""
 
-    def shown(self, inputs: Inputs) -> torch.Tensor:
-        """The images that `loss` takes of whole cells, to look at: uint8 (n, height, width, channels)."""
-        raise NotImplementedError
+    def shown(self, inputs: Inputs) -> torch.Tensor | None:
+        """The images that `loss` takes of whole cells, to look at: uint8 (n, height, width, channels). None of a task
+        without images."""
+        return None
 
     @abstractmethod
     def evaluator(self, device: torch.device) -> Evaluator:

@@ -82,7 +82,8 @@ class WorkerAttempt:
         self._doing: str | None = self._first_step()
         """What the next step takes longer for than others, as `records.Starting` names it."""
         self._control = Control()
-        self._telemetry = WorkerTelemetry(settings, len(manifest.classes), self.rank, world_size, device)
+        length = manifest.text.sequence_length if manifest.text is not None else None
+        self._telemetry = WorkerTelemetry(settings, len(manifest.classes), self.rank, world_size, device, length)
         if self.rank == 0:
             self._recorder: Recorder = RankZeroRecorder(self.folder, settings, point, self.state, self.watchdog)
             for name in point.damaged:  # which an event tells
@@ -107,7 +108,7 @@ class WorkerAttempt:
         self._meter = EpochMeter(self.state, self.plan, self.stream, self._train_step.exchange_clock)
         self._telemetry.begin_epoch(self._meter.phase, self.state.image_size)
         self._recorder.epoch_begins()
-        self._shows_images = self._train_step.task.shows_images and self._recorder.wants_images(self.state.image_size)
+        self._shows_images = self._recorder.wants_images(self.state.image_size)
         self._train_step.begin_epoch(self._sums_before)
         self._sums_before = (0.0, 0.0)
 
@@ -118,7 +119,8 @@ class WorkerAttempt:
         """
         self._recorder.samples(batch)
         if self._shows_images:
-            self._recorder.images(self._train_step.shown_images(batch))
+            if (images := self._train_step.shown_images(batch)) is not None:
+                self._recorder.images(images)
             self._shows_images = False
         if self._doing is not None:
             self._recorder.starts(self._doing)

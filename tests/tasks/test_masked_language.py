@@ -18,6 +18,7 @@ from prelora_ray.data.batch import Batch
 from prelora_ray.data.manifest import Manifest, Shard, TextFormat
 from prelora_ray.data.token_rows import TokenRows, mask, masked_tokens
 from prelora_ray.engine.check import check_model
+from prelora_ray.engine.flops import forward_flops
 from prelora_ray.engine.state import TrainState
 from prelora_ray.engine.step import TrainStep
 from prelora_ray.errors import UserError
@@ -211,3 +212,10 @@ def test_options_that_bert_has_not_are_refused(options, told):
     with pytest.raises(UserError) as error:
         check_model(parse_settings({"name": "run", "task": "mlm", "data": {"path": "x"}, "model": model}))
     assert told in str(error.value)
+
+
+def test_operations_are_those_of_sequences_as_long_as_the_datas(tmp_path):
+    model = settings(tmp_path).model
+    short = model.model_copy(update={"options": TINY_BERT | {"max_position_embeddings": LENGTH // 2}})
+    expected = forward_flops(short, VOCABULARY)
+    assert forward_flops(model, VOCABULARY, sequence_length=LENGTH // 2) == expected < forward_flops(model, VOCABULARY)

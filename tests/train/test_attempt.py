@@ -37,9 +37,7 @@ def test_where_images_grow_the_watchdog_is_patient_and_it_is_told(compiles):
     attempt.state = SimpleNamespace(batch=0, compiles=compiles, phases=SimpleNamespace(phase="full"))
     attempt.watchdog = SimpleNamespace(beat=lambda patiently: patient.append(attempt.state.epoch))
     attempt._telemetry = SimpleNamespace(begin_epoch=none)
-    attempt._train_step = SimpleNamespace(
-        begin_epoch=none, exchange_clock=SimpleNamespace(seconds=0.0), task=SimpleNamespace(shows_images=True)
-    )
+    attempt._train_step = SimpleNamespace(begin_epoch=none, exchange_clock=SimpleNamespace(seconds=0.0))
     attempt._recorder, attempt._sums_before = SimpleNamespace(epoch_begins=none, wants_images=none), (0.0, 0.0)
     for epoch in range(5):
         attempt.state.epoch, attempt.state.image_size = epoch, settings.image_size(epoch)
