@@ -89,10 +89,13 @@ class Manifest:
     """What the folder was prepared with."""
     counts: Counts | None = None
     """None in a folder of an older version."""
-    task: str = "classification"
-    """What it is for: a recipe's `task`."""
     text: TextFormat | None = None
     """None of images."""
+
+    @property
+    def task(self) -> str:
+        """What it is for: a recipe's `task`."""
+        return "classification" if self.text is None else "mlm"
 
     def row_groups(self, split: Split) -> tuple[int, ...]:
         """Rows of each row group of a split, in file order."""
@@ -109,11 +112,12 @@ class Manifest:
 
 
 def write_manifest(folder: Storage, manifest: Manifest) -> None:
-    content = asdict(manifest)
-    schema = SCHEMA_VERSION
+    content, schema = asdict(manifest), SCHEMA_VERSION
     if manifest.text is None:
-        del content["task"], content["text"]
+        del content["text"]
         schema = _OF_IMAGES
+    else:
+        content["task"] = manifest.task
     folder.write_json("manifest.json", {"schema": schema, **content})
 
 
@@ -163,6 +167,7 @@ def _manifest(content: dict[str, Any]) -> Manifest:
         for split, shards in content["splits"].items()
     }
     counts, text = content.pop("counts", None), content.pop("text", None)
+    content.pop("task", None)  # which follows
     return Manifest(
         **{**content, "classes": tuple(content["classes"]), "splits": splits},
         counts=counts and _read_counts(counts),

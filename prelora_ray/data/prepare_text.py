@@ -82,13 +82,13 @@ def prepare_text(
                 f"--sequence-length {settings.sequence_length}" + (f"; {_unmaskable(unmaskable)}" if unmaskable else "")
             )
     loaded = tokenizers.read_tokenizer(folder.file(tokenizers.FILE), f"{folder}/{tokenizers.FILE}")
+    vocabulary = tokenizers.vocabulary_of(loaded)
     manifest = Manifest(
-        classes=tokenizers.vocabulary_of(loaded),
+        classes=vocabulary,
         splits=splits,
         bad=len(bad),
         settings={"source": source, **settings.model_dump()},
-        counts=_count(opened, tasks, written, settings, len(tokenizers.vocabulary_of(loaded))),
-        task="mlm",
+        counts=_count(opened, tasks, written, settings, len(vocabulary)),
         text=tokenizers.text_format(loaded, settings.sequence_length),
     )
     remove_stale(folder, {tokenizers.FILE, *(task.file for task in tasks)})

@@ -149,9 +149,11 @@ class CellStatistics:
     def __init__(self, model: nn.Module) -> None:
         self._norms = cell_norms(model)
         self._rows: list[torch.Tensor] = []
+        self._is_frozen = False
 
     def freeze(self, is_frozen: bool) -> None:
         """Whether training goes by the running statistics from now on."""
+        self._is_frozen = is_frozen
         for norm in self._norms:
             norm.is_frozen = is_frozen
 
@@ -166,9 +168,9 @@ class CellStatistics:
             norm.filled = filled
         try:
             yield
-            if trained := self._trained():
-                images = filled.sum(1, keepdim=True).to(trained[0].moments.dtype)
-                self._rows.append(torch.cat([images, *(norm.moments for norm in trained)], dim=1))
+            if not self._is_frozen:
+                images = filled.sum(1, keepdim=True).to(self._norms[0].moments.dtype)
+                self._rows.append(torch.cat([images, *(norm.moments for norm in self._norms)], dim=1))
         finally:
             for norm in self._norms:
                 norm.filled = None
@@ -180,7 +182,7 @@ class CellStatistics:
         `cells`: those that this worker has learnt, of `num_cells`. All workers call it together. A cell counts as many
         times as it has images.
         """
-        if not (trained := self._trained()):
+        if self._is_frozen:
             return
         rows = torch.cat(self._rows)[: len(cells)]  # what else there is fills up a worker's slots
         if len(cells) < num_cells:
@@ -188,13 +190,10 @@ class CellStatistics:
             rows = own.new_zeros(num_cells, own.shape[1])
             rows[cells[0] : cells[-1] + 1] = own
             dist.all_reduce(rows)  # exact: of each row's terms all but one are zero
-        images, *moments = rows.double().split([1, *(norm.moments.shape[1] for norm in trained)], dim=1)
+        images, *moments = rows.double().split([1, *(norm.moments.shape[1] for norm in self._norms)], dim=1)
         share = images / images.sum()
-        for norm, of_norm in zip(trained, moments, strict=True):
+        for norm, of_norm in zip(self._norms, moments, strict=True):
             mean, variance = (share * of_norm).sum(0).to(norm.running_mean.dtype).chunk(2)
             norm.running_mean.lerp_(mean, norm.momentum)
             norm.running_var.lerp_(variance, norm.momentum)
             norm.num_batches_tracked += 1
-
-    def _trained(self) -> list[CellBatchNorm2d]:
-        return [norm for norm in self._norms if not norm.is_frozen]

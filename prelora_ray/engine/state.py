@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from prelora_ray.config import Settings
-from prelora_ray.engine.batch_norm import CellStatistics
+from prelora_ray.engine.batch_norm import CellStatistics, cell_norms
 from prelora_ray.engine.drop_path import compute_subsets, drop_path_modules
 from prelora_ray.engine.ema import Ema
 from prelora_ray.engine.exchange import Exchange, align_gradients
@@ -78,7 +78,7 @@ class TrainState:
         if settings.model.drop_path_form == "subset":
             compute_subsets(self.model, settings.data.cell)
         self.drop_path = drop_path_modules(self.model)
-        self.batch_norm = CellStatistics(self.model)
+        self.batch_norm = CellStatistics(self.model) if cell_norms(self.model) else None
         method, ramp_epochs = settings.method.model_dump(), settings.train.ramp_epochs
         self.prelora = PreLoRA(self.model, ramp_epochs=ramp_epochs, seed=settings.train.seed, **method)
         self.targets = self.prelora.targets
@@ -272,7 +272,8 @@ class TrainState:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()  # once a phase: the replays of a CUDA graph allocate nothing
-        self.batch_norm.freeze(self.phases.phase is Phase.LORA and self.settings.model.batch_norm_in_lora == "frozen")
+        if self.batch_norm is not None:
+            self.batch_norm.freeze(self.phases.phase is Phase.LORA and self.settings.model.batch_norm_in_lora == "frozen")
         self._format_built = self.format
         self._holding = use_products(self.model, self.format, self.settings.train.adapters)
         if self.compiles:

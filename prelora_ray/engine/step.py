@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import numpy.typing as npt
@@ -121,8 +121,9 @@ class TrainStep:
             # DDP takes the mean over workers, so that is undone.
             "scale": torch.tensor(state.world_size / self._count(batch), dtype=state.dtype),
             "step": torch.tensor(state.step),
-            "filled": torch.from_numpy(batch.ids >= 0),
         }
+        if state.batch_norm is not None:
+            inputs["filled"] = torch.from_numpy(batch.ids >= 0)
         if state.drop_path:
             key = (state.settings.train.seed, batch.epoch, batch.batch, self.plan.cells, order.cell)
             inputs["drop_path"] = draw_drop_path(state.drop_path, *key, len(batch.ids)).float()
@@ -139,7 +140,8 @@ class TrainStep:
         self._bad_step.copy_(torch.where((self._bad_step < 0) & ~norm.isfinite(), inputs["step"], self._bad_step))
         state.optimizer.step()
         state.optimizer.zero_grad()
-        state.batch_norm.update(self.plan.cells, self.plan.orders["train"].num_cells)
+        if state.batch_norm is not None:
+            state.batch_norm.update(self.plan.cells, self.plan.orders["train"].num_cells)
         if state.ema is not None:
             state.ema.update()
 
@@ -152,16 +154,15 @@ class TrainStep:
         state.refresh()
         sums = torch.zeros_like(self._sums)
         drop_path = inputs.get("drop_path")
-        filled = inputs["filled"].view(-1, self.plan.orders["train"].cell)
-        state.batch_norm.begin()
+        if state.batch_norm is not None:
+            state.batch_norm.begin()
         for start in starts:
             micro = slice(start, start + starts.step)
             set_drop_path(state.drop_path, None if drop_path is None else drop_path[:, micro])
-            cells = filled[start // filled.shape[1] :][: starts.step // filled.shape[1]]
             is_parallel, is_last = isinstance(state.network, DistributedDataParallel), exchanges and start == starts[-1]
             with (
                 state.network.no_sync() if is_parallel and not is_last else nullcontext(),  # type: ignore[operator]
-                state.batch_norm.learning(cells),
+                self._learning(inputs, micro),
             ):
                 of_slots = {name: tensor[micro] for name, tensor in inputs.items() if name not in _OF_STEP}
                 loss, count = self.task.loss(self._forward(state.network), of_slots)
@@ -171,6 +172,12 @@ class TrainStep:
             sums += torch.stack([loss.detach(), count])
         set_drop_path(state.drop_path, None)
         return sums
+
+    def _learning(self, inputs: Inputs, micro: slice) -> AbstractContextManager[None]:
+        """For the time of a micro-batch, in which batch norm learns of its cells."""
+        if self.state.batch_norm is None:
+            return nullcontext()
+        return self.state.batch_norm.learning(inputs["filled"][micro].view(-1, self.plan.orders["train"].cell))
 
     def check_finite(self) -> None:
         """Raises NonFiniteLossError where a step since `begin_epoch` had a gradient that is not finite.

@@ -44,13 +44,13 @@ class Bert(BertForMaskedLM):
         return head
 
 
-def save_pretrained(model: nn.Module, folder: str | Path, tokenizer: Tokenizer) -> None:
-    """Writes a model and its tokenizer as transformers loads them: `from_pretrained` of its Auto classes."""
-    assert isinstance(model, Bert)
-    names, config = named_tokens(tokenizer), copy.deepcopy(model.config)
+def save_pretrained(config: Any, tensors: dict[str, torch.Tensor], folder: str | Path, tokenizer: Tokenizer) -> None:
+    """Writes a BERT of a configuration, with a tokenizer, as transformers loads them: `from_pretrained` of its Auto
+    classes."""
+    names, config = named_tokens(tokenizer), copy.deepcopy(config)
     config.pad_token_id = tokenizer.token_to_id(names["pad_token"]) if "pad_token" in names else None
     plain = BertForMaskedLM(config)
-    plain.load_state_dict(model.state_dict())
+    plain.load_state_dict(tensors)
     plain.save_pretrained(folder)
     length = config.max_position_embeddings
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=length, **names).save_pretrained(folder)

@@ -19,7 +19,7 @@ from prelora_ray.data.manifest import read_manifest
 from prelora_ray.data.rows import read_encoded, read_tokens
 from prelora_ray.data.tokenizer import FILE as TOKENIZER
 from prelora_ray.data.tokenizer import read_tokenizer
-from prelora_ray.engine.model import create_model, timm_model
+from prelora_ray.engine.model import timm_model
 from prelora_ray.engine.prelora import save_adapter
 from prelora_ray.errors import UserError, WorkError
 from prelora_ray.extras import check_installed
@@ -134,10 +134,8 @@ def _write_transformers(run: RunModel, path: Path, tensors: dict[str, torch.Tens
     """A folder as transformers writes it, with the tokenizer of `data`."""
     from prelora_ray.engine.text_model import save_pretrained  # an extra, which takes seconds to import
 
-    model = create_model(run.settings.model, len(run.classes), seed=0)
-    model.load_state_dict(tensors)
     tokenizer = f"{Storage(data)}/{TOKENIZER}"
-    save_pretrained(model, path, read_tokenizer(tokenizer, tokenizer))
+    save_pretrained(run.module.config, tensors, path, read_tokenizer(tokenizer, tokenizer))
 
 
 def _write_timm(run: RunModel, path: Path, tensors: dict[str, torch.Tensor]) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from prelora_ray.config import Settings
 from prelora_ray.engine.flops import forward_flops, peak_flops, training_passes
+from prelora_ray.measures import MEASURED
 from prelora_ray.method.phases import Phase
 from prelora_ray.monitor.client import Client
 from prelora_ray.monitor.metrics import RunMetrics, WorkerMetrics
@@ -157,7 +158,7 @@ class RunTelemetry:
         self._metrics.loss.labels(self._run).set(line.loss)
         self._metrics.learning_rate.labels(self._run).set(line.learning_rate)
         self._metrics.trainable_parameters.labels(self._run).set(line.trainable_parameters)
-        for key in ("val_top1", "val_accuracy", "val_perplexity", "val_loss"):
+        for key in MEASURED:
             if (value := getattr(line, key)) is not None:
                 getattr(self._metrics, key).labels(self._run).set(value)
         self._client.send(self._world_size)

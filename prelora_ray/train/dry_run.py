@@ -20,7 +20,7 @@ from prelora_ray.recorded.run import RunRecords
 from prelora_ray.records import Switch
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
-from prelora_ray.train.run import check_classes, check_cluster, check_data, check_settings
+from prelora_ray.train.run import check_cluster, check_data, check_num_classes, check_settings
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def _count_data(settings: Settings, folder: RunFolder) -> tuple[int | None, int 
         open_text_for(source, path, settings.data.prepare)
         return None, None, settings.model.num_classes or settings.data.prepare.vocabulary, False
     opened = open_for(source, path, settings.data.prepare)
-    check_classes(settings, len(opened.classes))
+    check_num_classes(settings, len(opened.classes))
     images = dict.fromkeys(("train", "val"), 0)
     for task in plan(opened, path, settings.data.prepare):
         images[task.split] += len(task.items)

@@ -156,15 +156,15 @@ def check_data(settings: Settings, folder: RunFolder) -> Manifest:
             f"data.path = {settings.data.path!r} is not allowed with task = {settings.task!r}: it was prepared for "
             f"{manifest.task!r}"
         )
-    check_classes(settings, len(manifest.classes))
+    check_num_classes(settings, len(manifest.classes))
     if manifest.text is not None:
-        with torch.device("meta"):
+        source = None if folder.exists("data.json") else settings.model.init_from
+        with contextlib.nullcontext() if source else torch.device("meta"):
             model = create_model(settings.model, len(manifest.classes), seed=0)
         check_length(model, settings.data.path, manifest.text.sequence_length)
-        if (source := settings.model.init_from) is not None and not folder.exists("data.json"):
+        if source is not None:
             check_vocabulary(source, settings.data.path, manifest)
-            fresh = create_model(settings.model, len(manifest.classes), seed=0)
-            load_pretrained(fresh, initial_weights(source), source)  # raises early
+            load_pretrained(model, initial_weights(source), source)  # raises early
     for split in manifest.splits:
         if not manifest.num_images(split):
             raise UserError(f"data.path = {settings.data.path!r} is not allowed: it has no {settings.sample}s in {split}")
@@ -424,7 +424,7 @@ def _check_unchanged(before: Settings, now: Settings, folder: RunFolder) -> None
         raise UserError(f"{told}; resume it with that, or give another --name")
 
 
-def check_classes(settings: Settings, classes: int) -> None:
+def check_num_classes(settings: Settings, classes: int) -> None:
     """Raises UserError where the data have another number of classes than the recipe says."""
     if settings.model.num_classes not in (None, classes):
         has = counted(classes, "token") if settings.model.takes_text else counted(classes, "class", "classes")

@@ -166,6 +166,10 @@ def test_sequences_hold_the_text(ray_cluster, tmp_path, poems, kind):
             found += 1
     assert found >= 6  # the last of a split may not be whole
     assert check_prepared(Storage(out)) == []
+    folder, rows = Storage(out), stored(out, "train")
+    content = folder.read_json("manifest.json")
+    folder.write_json("manifest.json", content | {"classes": content["classes"][: rows.max()]})
+    assert f"{folder}/train-00000.parquet has token {rows.max()}, and there are {rows.max()} tokens" in check_prepared(folder)
 
 
 def test_a_job_that_goes_on_makes_the_same_bytes_and_only_what_is_missing(ray_cluster, tmp_path, poems):

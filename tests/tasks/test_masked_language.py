@@ -50,7 +50,7 @@ def settings(path: Path, **train: Any) -> Settings:
 def manifest(rows: int = 14) -> Manifest:
     shard = Shard("none", (rows,), 0, "")
     tokens = tuple(f"token {i}" for i in range(VOCABULARY))
-    return Manifest(tokens, {"train": (shard,), "val": (shard,)}, 0, {}, task="mlm", text=TEXT)
+    return Manifest(tokens, {"train": (shard,), "val": (shard,)}, 0, {}, text=TEXT)
 
 
 def stored() -> np.ndarray:

@@ -15,7 +15,7 @@ from prelora_ray.fault_tolerance.checkpoint import Checkpoints
 from prelora_ray.method.phases import Phase
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.train.initial_weights import initial_weights
-from prelora_ray.train.run import check_classes
+from prelora_ray.train.run import check_num_classes
 from tests.engine.test_state import enter, train_a_step, train_state
 
 
@@ -85,7 +85,7 @@ def test_the_data_must_have_the_classes_that_a_recipe_says():
     def settings(num_classes):
         return parse_settings({"name": "x", "data": {"path": "d"}, "model": {"num_classes": num_classes}})
 
-    check_classes(settings(None), 2)
-    check_classes(settings(2), 2)
+    check_num_classes(settings(None), 2)
+    check_num_classes(settings(2), 2)
     with pytest.raises(UserError, match=r"^model\.num_classes = 3 is not allowed: 'd' has 2 classes; leave it out"):
-        check_classes(settings(3), 2)
+        check_num_classes(settings(3), 2)
