@@ -30,9 +30,9 @@ trap 'is_cancelled=true; stop_run' TERM  # scancel --batch --signal=TERM
     "${ray_start[@]}" --head --port="${RAY_ADDRESS#*:}" --include-dashboard=false --temp-dir="/tmp/ray-$SLURM_JOB_ID" &
 head=$!
 head_lives() { kill -0 $head 2> /dev/null; }
-ends_without_head() { head_lives || { echo "slurm.sh: Ray did not start on $SLURMD_NODENAME" >&2; exit 1; }; }
 until ray status > /dev/null 2>&1; do
-    ends_without_head
+    if $goes_on || $is_cancelled; then break; fi
+    head_lives || { echo "slurm.sh: Ray did not start on $SLURMD_NODENAME" >&2; exit 1; }
     sleep 1
 done
 if ((SLURM_JOB_NUM_NODES > 1)); then
@@ -42,10 +42,11 @@ if ((SLURM_JOB_NUM_NODES > 1)); then
         bash -c 'for _ in 1 2 3; do "$@" && break; done' start "${ray_start[@]}" --address="$RAY_ADDRESS" &
 fi
 for _ in {1..60}; do # a run begins without a node that does not come
+    if $goes_on || $is_cancelled || ! head_lives; then break; fi
     nodes=$(ray status 2> /dev/null | grep -c ' node_' || true)
     ((nodes >= SLURM_JOB_NUM_NODES)) && break || sleep 2
 done
-ends_without_head
+head_lives || goes_on=true # another job takes the nodes, which Ray was told alone
 
 status=130
 if ! $goes_on && ! $is_cancelled; then
@@ -55,7 +56,10 @@ if ! $goes_on && ! $is_cancelled; then
     while kill -0 $run 2> /dev/null; do wait $run || true; done # a signal ends a wait
     status=0
     wait $run || status=$?
-    head_lives || goes_on=true # another job takes the nodes, which Ray was told alone
+    if ((status != 0 && status != 2)); then # the run may hear sooner than its Ray is gone
+        for _ in {1..5}; do head_lives || break; sleep 1; done
+        head_lives || goes_on=true
+    fi
 fi
 # The same command resumes the run; where it was wrong (2), it would be again.
 if $goes_on && ! $is_cancelled && ((status != 0 && status != 2)); then

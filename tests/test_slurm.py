@@ -18,7 +18,8 @@ RUN = """
 echo run "$@" >> "$TOLD"
 stop() { echo stopped >> "$TOLD"; sleep 0.5; exit 130; }
 trap stop TERM
-if [ "${ENDS:-}" ]; then sleep "${LASTS:-0}"; exit "$ENDS"; fi
+if [ "${KILLS:-}" ]; then kill $(cat "$TOLD.head"); fi
+if [ "${ENDS:-}" ]; then exit "$ENDS"; fi
 while :; do sleep 0.05; done
 """
 """Of a run that takes half a second to commit its checkpoint."""
@@ -32,8 +33,8 @@ def environment(tmp_path: Path) -> dict[str, str]:
     """Of a job on three nodes."""
     nodes = "".join(f" 1 node_{number}\\n" for number in range(3))
     commands = {
-        "srun": 'echo srun "$@" >> "$TOLD"; exec sleep "${RAY_LIVES:-20}"',
-        "ray": f"printf '{nodes}'; ${{RAY_ANSWERS:-true}}",
+        "srun": 'echo srun "$@" >> "$TOLD"; [[ "$*" == *--head* ]] && echo $$ > "$TOLD.head"; exec sleep "${RAY_LIVES:-20}"',
+        "ray": f"[ ${{RAY_NODES:-3}} = 3 ] && printf '{nodes}' || echo asked >> $TOLD; ${{RAY_ANSWERS:-true}}",
         "prelora": RUN,
     }
     for name, body in (commands | {"scontrol": 'echo scontrol "$@" >> "$TOLD"'}).items():
@@ -80,9 +81,23 @@ def test_a_signal_stops_the_run_and_the_end_of_its_time_brings_it_back(environme
 
 def test_a_run_whose_ray_was_ended_comes_back(environment, start):
     """As Slurm ends it where another job takes the nodes."""
-    job = start(environment | {"ENDS": "1", "LASTS": "2", "RAY_LIVES": "1.5"})
-    assert job.wait(20) == 1
+    assert start(environment | {"ENDS": "1", "KILLS": "1"}).wait(20) == 1
     assert "scontrol requeue 7" in told(environment)
+
+
+@pytest.mark.parametrize(("told_by", "goes_on"), [(signal.SIGUSR1, True), (signal.SIGTERM, False), (None, True)])
+def test_what_happens_while_nodes_are_awaited_counts_too(environment, start, told_by, goes_on):
+    """A signal, or the end of Ray."""
+    job = start(environment | {"RAY_NODES": "2"})
+    wait_for(lambda: told(environment).count("asked") > 2, 20, "the wait for nodes")
+    if told_by is None:
+        os.kill(int(Path(f"{environment['TOLD']}.head").read_text()), signal.SIGKILL)
+    else:
+        job.send_signal(told_by)
+    assert job.wait(20) == 130
+    lines = told(environment)
+    assert not [line for line in lines if line.startswith("run")]
+    assert ("scontrol requeue 7" in lines) == goes_on
 
 
 def test_a_job_whose_ray_does_not_start_ends_for_good(environment, start):

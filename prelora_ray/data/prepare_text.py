@@ -266,14 +266,18 @@ class TextTask:
         tokenizer = tokenizers.read_tokenizer(folder.file(tokenizers.FILE), tokenizers.FILE)
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        tokenizer.encode_special_tokens = True  # a text that names [MASK] or [SEP] is text
+        tokenizer.encode_special_tokens = True  # a text that names [MASK] or [SEP] is text, where a model can spell it
+        special = tokenizers.text_format(tokenizer, self.settings.sequence_length).special
+        left = set(special) - {tokenizer.token_to_id(tokenizers.named_tokens(tokenizer).get("unk_token", ""))}
         documents = [document for item in self.items for document in self.reader.read(item)]
         bad = tuple((document.name, document.reason) for document in documents if document.text is None)
         texts = [document.text for document in documents if document.text is not None]
-        encoded = [each.ids for each in tokenizer.encode_batch(texts, add_special_tokens=False)]
+        encoded = [
+            [token for token in each.ids if token not in left]
+            for each in tokenizer.encode_batch(texts, add_special_tokens=False)
+        ]
         filled = [ids for ids in encoded if ids]
         sequences, left_out = pack(filled, self.settings.sequence_length, *tokenizers.ends_of(tokenizer))
-        special = tokenizers.text_format(tokenizer, self.settings.sequence_length).special
         maskable = (~np.isin(sequences, special)).sum(axis=1) >= masked_tokens(self.settings.sequence_length)
         content, groups = self._parquet(sequences[maskable])
         folder.write_bytes(self.file, content)

@@ -32,7 +32,7 @@ def load_pretrained(model: nn.Module, tensors: dict[str, torch.Tensor], path: st
 
     Raises UserError where none of the tensors fits, or one other than the head's has another shape.
     """
-    own, tensors = model.state_dict(), dict(tensors)
+    own, tensors = model.state_dict(), {_named_anew(name): tensor for name, tensor in tensors.items()}
     head = head_parameters(model)
     if isinstance(model, VisionTransformer):
         try:
@@ -65,6 +65,11 @@ def load_pretrained(model: nn.Module, tensors: dict[str, torch.Tensor], path: st
         if names
     ]
     return [f"{path}: {sentence}" for sentence in told]
+
+
+def _named_anew(name: str) -> str:
+    """What transformers calls a tensor of its first BERTs, whose files still have other names."""
+    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
 
 def _shared(own: dict[str, torch.Tensor], loaded: Iterable[str]) -> set[str]:

@@ -36,8 +36,8 @@ from prelora_ray.words import counted
 
 BASE = "base.safetensors"
 _SCHEMA_VERSION = 3
-_READABLE = (2, 3)
-"""Schemas. In 2 the score is top-1, by the name `val_top1`."""
+_SCORES = {2: "val_top1", 3: "score"}
+"""The score's name in the schemas that are read."""
 _STAGING_BYTES = 2**24
 _NAME = re.compile(r"\d{5,}-\d{6,}")
 _UNREADABLE = (ValueError, KeyError, TypeError, AttributeError)
@@ -241,15 +241,15 @@ def _read_manifest(folder: Storage) -> dict[str, Any]:
 
 
 def _score(manifest: dict[str, Any]) -> float | None:
-    """Raises KeyError where there is none."""
-    score: float | None = manifest["val_top1" if manifest["schema"] == 2 else "score"]
-    return score
+    """None in another schema. Raises KeyError where there is none in one that is read."""
+    name = _SCORES.get(manifest["schema"])
+    return None if name is None else manifest[name]
 
 
 def _check_schema(name: str, manifest: dict[str, Any]) -> None:
-    if (schema := manifest["schema"]) not in _READABLE:
+    if (schema := manifest["schema"]) not in _SCORES:
         raise OtherSchemaError(
-            f"checkpoint {name} has schema {schema}, and this version reads {' and '.join(map(str, _READABLE))}"
+            f"checkpoint {name} has schema {schema}, and this version reads {' and '.join(map(str, _SCORES))}"
         )
 
 

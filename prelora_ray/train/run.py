@@ -91,8 +91,10 @@ def check_settings(settings: Settings, folder: RunFolder) -> Settings | None:
         check_out_folder(path)
     loggers.check_loggers(settings)
     check_model(settings)
-    if (source := settings.model.init_from) is not None and before is None and not settings.model.takes_text:
-        load_pretrained(create_model(settings.model, num_classes=1, seed=0), initial_weights(source), source)  # raises early
+    if (source := settings.model.init_from) is not None and before is None:
+        tensors = initial_weights(source)  # raises early
+        if not settings.model.takes_text:  # whose number of tokens comes with the data
+            load_pretrained(create_model(settings.model, num_classes=1, seed=0), tensors, source)
     if not is_ready and settings.data.source is None:
         read_manifest(Storage(settings.data.path))  # raises, and says how to prepare it
     for sentence in without_effect(settings):
@@ -163,8 +165,9 @@ def check_data(settings: Settings, folder: RunFolder) -> Manifest:
             model = create_model(settings.model, len(manifest.classes), seed=0)
         check_length(model, settings.data.path, manifest.text.sequence_length)
         if source is not None:
+            tensors = initial_weights(source)  # raises where it is no run, export or file
             check_vocabulary(source, settings.data.path, manifest)
-            load_pretrained(model, initial_weights(source), source)  # raises early
+            load_pretrained(model, tensors, source)
     for split in manifest.splits:
         if not manifest.num_images(split):
             raise UserError(f"data.path = {settings.data.path!r} is not allowed: it has no {settings.sample}s in {split}")

@@ -32,6 +32,10 @@ POEM = "Der Mond ist aufgegangen,\ndie goldnen Sternlein prangen\nam Himmel hell
 SMALL = {"vocabulary": 400, "sequence_length": 16, "val_fraction": 0.5}
 
 
+DAMAGED = bytes([*gzip.compress(POEM.encode(), mtime=0)[:10], *b"\xff\xff\xff", *gzip.compress(POEM.encode(), mtime=0)[13:]])
+"""A stream of gzip whose header is whole."""
+
+
 def documents(source: Path, column: str = "text") -> dict[str, list[str | None]]:
     """The texts of each split, in order."""
     opened = open_text(str(source), Splits(), column)
@@ -77,6 +81,21 @@ def test_a_long_file_is_cut_at_the_ends_of_lines_and_nothing_is_lost(tmp_path, i
     assert all(piece.endswith("\n") or not piece for piece in pieces)
 
 
+def test_a_short_end_is_no_document_of_its_own(tmp_path):
+    (tmp_path / "a.txt").write_text(POEM * (PIECE_BYTES // len(POEM) + 1))
+    assert PIECE_BYTES < (tmp_path / "a.txt").stat().st_size < PIECE_BYTES + len(POEM)
+    assert documents(tmp_path / "a.txt")["train"] == [(tmp_path / "a.txt").read_text()]
+
+
+def test_a_row_that_is_no_utf_8_is_told_and_the_others_are_read(tmp_path):
+    column = pa.array([b"fine", b"caf\xe9", None]).view(pa.string())
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    opened = open_text(str(tmp_path / "a.parquet"), Splits(), "text")
+    found = [document for item in opened.items["train"] for document in opened.reader.read(item)]
+    assert [document.text for document in found] == ["fine", None, None]
+    assert [bool(document.reason) for document in found] == [False, True, True]
+
+
 @pytest.mark.parametrize(("unit", "end"), [("naïve ", " "), ("ü", "ü"), ("月", "月")])
 def test_a_long_line_is_cut_behind_words_or_characters(tmp_path, unit, end):
     for shift in range(4):
@@ -84,7 +103,7 @@ def test_a_long_line_is_cut_behind_words_or_characters(tmp_path, unit, end):
         (tmp_path / "long.txt").write_text(text)
         pieces = documents(tmp_path / "long.txt")["train"]
         assert "".join(pieces) == text
-        assert all(piece.endswith(end) and len(piece.encode()) < PIECE_BYTES + 8 for piece in pieces if piece)
+        assert all(piece.endswith(end) and len(piece.encode()) < 2 * PIECE_BYTES + 8 for piece in pieces)
 
 
 def test_a_long_json_line_stays_whole_and_is_read_once(tmp_path):
@@ -258,6 +277,8 @@ def test_the_path_of_a_tokenizer_is_made_absolute_and_its_kinds_are_words(tmp_pa
         ({"a.txt.gz": b"no"}, {}, UserError, "a.txt.gz cannot be read"),
         ({"a.jsonl": b"{}\n" * 9, "val.txt": b"a"}, {}, PrepareError, "it has no text under the key 'text'"),
         ({"a.jsonl": b"[\n" * 9, "val.txt": b"a"}, {}, PrepareError, "it is no JSON"),
+        ({"a.jsonl": b"[" * 200_000 + b"\n", "val.txt": b"a"}, {}, PrepareError, "it is no JSON"),
+        ({"a.txt.gz": DAMAGED}, {}, UserError, "a.txt.gz cannot be read: Error -3"),
         ({"a.jsonl": b'{"text": "\\ud800"}\n' * 9, "val.txt": b"a"}, {}, PrepareError, "it holds half a surrogate pair"),
         ({"a.txt": b"\xff", "val.txt": b"a"}, {}, PrepareError, "it is no text in UTF-8: invalid start byte at byte 0"),
         ({"a.txt": b"a b", "val.txt": b"a"}, {}, PrepareError, "has too little text to train on: 3 tokens, and a sequence has"),

@@ -181,12 +181,18 @@ def test_damaged_checkpoints_are_set_aside_and_no_longer_count(request, tmp_path
     assert again.newest()[1] == {}
 
 
-def test_a_checkpoint_of_another_version_is_not_taken_for_a_damaged_one(saved):
+@pytest.mark.parametrize(("schema", "own"), [(1, {"val_top1": None}), (4, {})])
+def test_a_checkpoint_of_another_version_is_not_taken_for_a_damaged_one(saved, tmp_path, schema, own):
     folder = saved.folder / "00010-000000"
-    folder.write_json("manifest.json", folder.read_json("manifest.json") | {"schema": 1})
-    for look in (saved.newest, saved.check_schema):
-        with pytest.raises(OtherSchemaError, match=r"checkpoint 00010-000000 has schema 1, and this version reads 2 and 3"):
+    content = folder.read_json("manifest.json") | {"schema": schema} | own
+    del content["score"]
+    folder.write_json("manifest.json", content)
+    again = Checkpoints(Storage(tmp_path))
+    for look in (again.newest, again.check_schema):
+        with pytest.raises(OtherSchemaError, match=rf"00010-000000 has schema {schema}, and this version reads 2 and 3"):
             look()
+    again.prune(Retention(1))
+    assert again.names() == ["00010-000000"]
 
 
 def test_a_checkpoint_of_schema_2_is_read(saved, tmp_path):

@@ -19,6 +19,8 @@ from prelora_ray.data.manifest import Manifest, Shard, TextFormat
 from prelora_ray.data.token_rows import TokenRows, mask, masked_tokens
 from prelora_ray.engine.check import check_model
 from prelora_ray.engine.flops import forward_flops
+from prelora_ray.engine.model import create_model
+from prelora_ray.engine.pretrained import load_pretrained
 from prelora_ray.engine.state import TrainState
 from prelora_ray.engine.step import TrainStep
 from prelora_ray.errors import UserError
@@ -219,3 +221,19 @@ def test_operations_are_those_of_sequences_as_long_as_the_datas(tmp_path):
     short = model.model_copy(update={"options": TINY_BERT | {"max_position_embeddings": LENGTH // 2}})
     expected = forward_flops(short, VOCABULARY)
     assert forward_flops(model, VOCABULARY, sequence_length=LENGTH // 2) == expected < forward_flops(model, VOCABULARY)
+
+
+def test_the_names_of_the_first_berts_are_known(tmp_path):
+    """transformers renames them too as it loads a file."""
+    model = settings(tmp_path).model
+    trained, fresh = (create_model(model, VOCABULARY, seed=seed) for seed in (1, 2))
+    for parameter in trained.parameters():
+        torch.nn.init.normal_(parameter)
+    names = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    old = {}
+    for name, tensor in trained.state_dict().items():
+        ending = ".".join(name.split(".")[-2:])
+        old[name.removesuffix(ending) + names.get(ending, ending)] = tensor
+    assert sum("gamma" in name for name in old) == 6
+    assert load_pretrained(fresh, old, "x") == []
+    assert all(torch.equal(tensor, trained.state_dict()[name]) for name, tensor in fresh.state_dict().items())

@@ -8,6 +8,7 @@ import io
 import json
 import posixpath
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -134,8 +135,10 @@ class TextReader:
         """The documents of a piece. Raises OSError where the storage does not answer."""
         path, start, stop = str(item.at[0]), int(item.at[1]), int(item.at[2])
         if _format(path) == "parquet":
-            for row, text in enumerate(_column(self.root, path, item.stamp, int(item.at[3]), self.column)[start:stop], start):
-                yield Document(f"{printable(path)}/{item.at[3]}/{row}", text, "" if text is not None else "it is null")
+            column = _column(self.root, path, item.stamp, int(item.at[3]), self.column)
+            for row, content in enumerate(column[start:stop], start):
+                name = f"{printable(path)}/{item.at[3]}/{row}"
+                yield Document(name, None, "it is null") if content is None else _decoded(name, content)
             return
         with self._open(path, item.stamp) as file:
             if _format(path) != "lines":
@@ -149,7 +152,7 @@ class TextReader:
     def _json_document(self, name: str, line: bytes) -> Document:
         try:
             content = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return Document(name, None, f"it is no JSON: {one_line(error)}")
         text = content.get(self.column) if isinstance(content, dict) else None
         if not isinstance(text, str):
@@ -193,8 +196,9 @@ def _block_of(file: int, group: int) -> int:
 
 
 def _pieces(reader: TextReader, path: str, stamp: str, num_bytes: int, block: int | None) -> Iterator[Item]:
-    for start in range(0, num_bytes, PIECE_BYTES):
-        stop = min(start + PIECE_BYTES, num_bytes)
+    last = max(0, num_bytes // PIECE_BYTES - 1)  # as long as a whole one, so that a cut leaves something of it
+    for i in range(last + 1):
+        start, stop = i * PIECE_BYTES, num_bytes if i == last else (i + 1) * PIECE_BYTES
         yield Item(f"{printable(path)} from byte {start:,}", 0, (path, start, stop), block, stamp)
 
 
@@ -241,15 +245,20 @@ def _format(path: str) -> Format | None:
 
 @functools.lru_cache(maxsize=2)
 def _unpacked(root: str, path: str, stamp: str) -> bytes:
-    """`stamp`: of the file, so that a changed one is read anew."""
-    return gzip.decompress(Storage(root).read_bytes(path))
+    """`stamp`: of the file, so that a changed one is read anew. Raises OSError or EOFError where it is damaged."""
+    try:
+        return gzip.decompress(Storage(root).read_bytes(path))
+    except zlib.error as error:
+        raise OSError(str(error)) from error
 
 
 @functools.lru_cache(maxsize=2)
-def _column(root: str, path: str, stamp: str, group: int, column: str) -> list[str | None]:
+def _column(root: str, path: str, stamp: str, group: int, column: str) -> list[bytes | None]:
     with pq.ParquetFile(Storage(root).open_file(path)) as parquet:
-        texts: list[str | None] = parquet.read_row_group(group, columns=[column])[column].to_pylist()
-        return texts
+        texts = parquet.read_row_group(group, columns=[column])[column]
+        # As bytes, for Arrow does not look whether a string is UTF-8.
+        found: list[bytes | None] = texts.cast(pa.large_string()).cast(pa.large_binary()).to_pylist()
+        return found
 
 
 @functools.cache
