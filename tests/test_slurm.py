@@ -18,7 +18,10 @@ RUN = """
 echo run "$@" >> "$TOLD"
 stop() { echo stopped >> "$TOLD"; sleep 0.5; exit 130; }
 trap stop TERM
-if [ "${KILLS:-}" ]; then kill $(cat "$TOLD.head"); fi
+if [ "${KILLS:-}" ]; then
+    until [ -s "$TOLD.head" ]; do sleep 0.05; done
+    kill $(cat "$TOLD.head")
+fi
 if [ "${ENDS:-}" ]; then exit "$ENDS"; fi
 while :; do sleep 0.05; done
 """
@@ -91,7 +94,8 @@ def test_what_happens_while_nodes_are_awaited_counts_too(environment, start, tol
     job = start(environment | {"RAY_NODES": "2"})
     wait_for(lambda: told(environment).count("asked") > 2, 20, "the wait for nodes")
     if told_by is None:
-        os.kill(int(Path(f"{environment['TOLD']}.head").read_text()), signal.SIGKILL)
+        head = Path(f"{environment['TOLD']}.head")
+        os.kill(wait_for(lambda: head.exists() and int(head.read_text() or 0), 20, "the head"), signal.SIGKILL)
     else:
         job.send_signal(told_by)
     assert job.wait(20) == 130
