@@ -105,8 +105,8 @@ CASES = {
 }
 
 
-QUICK = {"report", "sweep"}
-"""The cases that stand for the others in `make test`: each takes a process that imports all else."""
+QUICK = {"report"}
+"""The case that stands for the others in `make test`: each takes a process that imports all else."""
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ def result(tmp_path_factory) -> dict:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_rows_are_phases_over_links(result):
     names = [f"{what}, {link}" for what in ("full", "full, bf16 exchange", "lora") for link in LINKS]
     assert [row["name"] for row in result["rows"]] == names
@@ -40,6 +41,7 @@ def test_rows_are_phases_over_links(result):
 LINKS = {"no limit": None, "10 Gbit/s": 10, "2 Gbit/s": 2}
 
 
+@pytest.mark.slow
 def test_full_exchanges_every_parameter(result):
     model = create_model(ModelSettings(name="vit_tiny_patch16_224", image_size=16), 1000, seed=0)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -49,6 +51,7 @@ def test_full_exchanges_every_parameter(result):
     assert exchanged["lora, no limit"] < 2 * parameters
 
 
+@pytest.mark.slow
 def test_a_step_waits_for_one_link_that_carries_two_bytes_for_each(result):
     for row in result["rows"]:
         gbit = LINKS[row["name"].rpartition(", ")[2]]
@@ -58,6 +61,7 @@ def test_a_step_waits_for_one_link_that_carries_two_bytes_for_each(result):
         assert bool(row["link_milliseconds"]) == (gbit is not None)
 
 
+@pytest.mark.slow
 def test_speeds_are_multiples_of_fulls_over_the_same_link(result):
     full = {row["gbit_per_second"]: row["milliseconds"] for row in result["rows"][: len(LINKS)]}
     for row in result["rows"]:

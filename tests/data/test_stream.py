@@ -115,7 +115,7 @@ def grown(growing: Settings, ray_cluster: None) -> Cells:
     ("places", "size", "padding", "policy"),
     [
         pytest.param([("train", 0), ("train", 1)], 4, 1, None, marks=pytest.mark.slow),
-        ([("train", 2)], 6, 2, "rand-m5-inc1"),
+        pytest.param([("train", 2)], 6, 2, "rand-m5-inc1", marks=pytest.mark.slow),
         ([("val", 1), ("train", 3), ("val", 3)], 8, 2, None),
     ],
     ids=["4", "6", "8"],

@@ -206,6 +206,7 @@ def test_a_run_that_fails_alike_ends(digits, storage, monkeypatch, trackers):
     assert [found.info.status for found in at_mlflow(run)] == ["FAILED" for _ in trackers]
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_start_ends_at_once(digits, storage, monkeypatch):
     monkeypatch.setattr(driver, "check_model", lambda settings: None)  # as where a worker's timm is another one
     run = settings(digits, storage, "fails-at-its-start", 1, model={"options": {"embed_dim": "wide"}}, **ONCE)

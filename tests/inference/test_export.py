@@ -169,7 +169,7 @@ def snippets(page: Path) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
-QUICK = {("warmup", "."), ("lora", "adapter"), ("lora", "onnx")}
+QUICK = {("lora", "adapter"), ("lora", "onnx")}
 """Cards that stand for all in `make test`: each takes processes that import all anew."""
 
 

@@ -387,7 +387,7 @@ def test_a_model_compiles_once_for_blocks_of_different_ranks(vit, images, format
 
 
 @pytest.mark.parametrize("adapters", [pytest.param("plain", marks=pytest.mark.slow), "merged"])
-@pytest.mark.parametrize("frozen", [False, True], ids=["warmup", "lora"])
+@pytest.mark.parametrize("frozen", [pytest.param(False, marks=pytest.mark.slow), True], ids=["warmup", "lora"])
 def test_a_model_compiles_once_for_each_size_of_images(frozen, adapters):
     """Shapes are numbers, for blocks of different ranks still in one: code for any number of tokens would be slower."""
     settings = ModelSettings(name="vit_tiny_patch16_224", image_size=8, options=TINY_VIT)
