@@ -31,7 +31,10 @@ CONFIGS = sorted((Path(__file__).parent.parent / "jobs" / "configs").glob("*.yam
 DATA = {"data": {"path": "x"}}
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * path.stem.endswith("_paper")) for path in CONFIGS],
+)
 def test_every_recipe_is_sound(path: Path):
     settings = load_settings(path)
     assert settings.name == path.stem

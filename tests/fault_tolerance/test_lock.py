@@ -124,14 +124,14 @@ def test_the_second_driver_is_refused_with_the_first_ones_host_and_pid(folder, h
     assert [claim["pid"] for claim in claims(folder).values()] == [first.pid]
 
 
-@pytest.mark.parametrize("clock", [-3600.0, 3600.0])
+@pytest.mark.parametrize("clock", [pytest.param(-3600.0, marks=pytest.mark.slow), 3600.0])
 def test_another_machines_driver_holds_whatever_its_clock_says(folder, hold, clock):
     first = hold("elsewhere", clock)
     assert abs(holder(folder)["time"] - time.time() - clock) < 60
     assert f"process {first.pid} on elsewhere" in refused(folder)
 
 
-@pytest.mark.parametrize("proc", ["--mount-proc", None])
+@pytest.mark.parametrize("proc", ["--mount-proc", pytest.param(None, marks=pytest.mark.slow)])
 def test_a_driver_in_another_pid_namespace_holds(folder, hold, proc):
     """Also where /proc tells it of another namespace's processes, and so not of itself."""
     prefix = ("unshare", "--pid", "--fork", "--kill-child", *([proc] if proc else []))
@@ -145,7 +145,7 @@ def test_a_driver_in_another_pid_namespace_holds(folder, hold, proc):
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("is_zombie", [False, True])
+@pytest.mark.parametrize("is_zombie", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_driver_that_was_killed_here_is_not_waited_for(folder, hold, is_zombie):
     first = hold()
     first.kill()

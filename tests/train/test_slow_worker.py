@@ -60,7 +60,7 @@ def train_beside_another(rank: int, folder: Path, slow: int, cause: str) -> None
     (folder / f"found-{rank}.json").write_text(json.dumps([exported, line.worker_seconds]))
 
 
-@pytest.mark.parametrize(("slow", "cause"), [(1, "data"), (0, "compute")])
+@pytest.mark.parametrize(("slow", "cause"), [pytest.param(1, "data", marks=pytest.mark.slow), (0, "compute")])
 def test_the_slow_worker_is_named_with_its_cause(tmp_path: Path, slow: int, cause: str) -> None:
     start(train_beside_another, tmp_path, slow, cause)
     (exported, recorded), other = (json.loads((tmp_path / f"found-{rank}.json").read_text()) for rank in (slow, 1 - slow))
