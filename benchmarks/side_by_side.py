@@ -6,6 +6,13 @@ PLAN is YAML: `recipe`, `set` (settings of all runs), and `runs`, a list of {nam
 of the run that it leaves, and `after`, the epochs behind which it does; `until` ends a run early, as one that is there
 for its forks alone. OUT, a new file, gets a line of JSON for each epoch.
 
+A fork that switches may have a `rule` (`rank_rules.py` tells them), by which it gets its ranks: `paper`, `uniform`,
+`mlp`, `gradient`, `spectral`, `first_order` or `eva`. Its adapters have at most as many parameters as the settings' own
+ranks would take, those of `method.rank_pattern` or the paper's. A window is the last `method.window_epochs` epochs of
+the trunk, and gradients and inputs are those of the first 8 batches of its last epoch. Each line of such a fork says
+`rule`, its first one `ranks` as well (by family and layer), `adapter_parameters` and their `budget`, and the first of
+each phase `trainable`, the share of all parameters that trains.
+
 The engine gets the same images in the same order as from `prelora train` on one worker, so that losses are the same. A
 trunk is full training (`method.enabled: false`). All images of all epochs are in memory: 3 kB for one of 32 pixels,
 18 GB for 120 epochs of CIFAR-10.
@@ -16,6 +23,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import itertools
 import json
 import math
 import mmap
@@ -33,6 +41,7 @@ import numpy as np
 import torch
 import yaml
 
+from evidence import Weights, evidence_of, weights_of
 from prelora_ray.config import Settings
 from prelora_ray.config_file import load_settings
 from prelora_ray.data.augment import Augmentation, Augmenter, Pixels
@@ -43,15 +52,19 @@ from prelora_ray.data.rows import RowReader
 from prelora_ray.engine.snapshot import Snapshot
 from prelora_ray.engine.state import TrainState
 from prelora_ray.engine.step import TrainStep
-from prelora_ray.method.phases import Phase
+from prelora_ray.method.phases import Phase, count_parameters
+from prelora_ray.method.ranks import rank_choices
 from prelora_ray.method.targets import target_norms
 from prelora_ray.records import NormsLine
 from prelora_ray.schedule import decide, phase_schedule
 from prelora_ray.storage import Storage
 from prelora_ray.train.batch_stream import stream_plan, validates
+from rank_rules import RULES, Evidence, Limits, Ranks, adapter_parameters, by_family
 
 _PIECE = 2500
 """Images that a decoder takes on at once."""
+_MEASURED = 8
+"""Batches that rules of ranks see gradients and inputs of."""
 # What the decoders, which are forks of this process, see of it.
 _encoded: dict[Split, list[bytes]] = {}
 _pixels: dict[Key, Pixels] = {}
@@ -75,6 +88,12 @@ class Run:
     of: str | None
     after: int
     until: int
+    rule: str | None
+
+    @property
+    def window_from(self) -> int:
+        """Epochs that are done when the last window in front of it begins."""
+        return self.after - self.settings.method.window_epochs
 
     def is_trunk(self, after: int, seed: int) -> bool:
         """Whether a fork of the seed may leave it after so many epochs."""
@@ -145,6 +164,10 @@ class Trainer:
         self._images = images
         self._out = out
         self._kept: dict[tuple[str, int], Snapshot] = {}
+        self._windows = {(run.of, run.window_from, run.after) for run in runs if run.rule is not None}
+        self._weights: dict[tuple[str, int], Weights] = {}
+        self._evidence: dict[tuple[str, int, int], Evidence] = {}
+        self._of_rule: dict[str, dict[str, Any]] = {}
         self._records: dict[str, list[NormsLine]] = {}
 
     def train(self, run: Run) -> None:
@@ -153,8 +176,10 @@ class Trainer:
         trunk, record = (None, []) if run.of is None else self._fork(run, run.of)
         state = TrainState(settings, len(plan.manifest.classes), plan.orders["train"].num_batches, device, 1, trunk)
         step = TrainStep(state, plan)
+        self._keep(run, step)
         for epoch in range(run.after, run.until):
             begin, phase, size = time.monotonic(), state.phases.phase, state.image_size
+            of_rule = self._told_of_rule(run, state, epoch)
             step.begin_epoch()
             for batch in self._images.batches(run, "train", epoch):
                 step.train(batch)
@@ -169,10 +194,21 @@ class Trainer:
             decision = state.phases.end_epoch(epoch, norms, loss)
             state.epoch, state.batch = epoch + 1, 0
             state.apply(decision)
-            self._tell(run, epoch=epoch, phase=phase.value, image_size=size, loss=loss, top1=top1, seconds=seconds)
-            if (run.name, epoch + 1) in self._forked:
-                self._kept[run.name, epoch + 1] = state.snapshot([], holds_base=False)
+            self._tell(run, epoch=epoch, phase=phase.value, image_size=size, loss=loss, top1=top1, seconds=seconds, **of_rule)
+            self._keep(run, step)
         self._records[run.name] = record
+
+    def _keep(self, run: Run, step: TrainStep) -> None:
+        """Keeps what forks of a run need of it as it is now."""
+        name, now = run.name, step.state.epoch
+        if (name, now) in self._forked:
+            self._kept[name, now] = step.state.snapshot([], holds_base=False)
+        windows = [(begin, end) for of, begin, end in self._windows if of == name]
+        if any(begin == now for begin, _ in windows):
+            self._weights[name, now] = weights_of(step.state)
+        for begin in {begin for begin, end in windows if end == now}:
+            batches = itertools.islice(self._images.batches(run, "train", now - 1), _MEASURED)
+            self._evidence[name, begin, now] = evidence_of(step, self._weights[name, begin], batches)
 
     def _fork(self, run: Run, trunk: str) -> tuple[Snapshot, list[NormsLine]]:
         """Where a run leaves its trunk, as `sweep/fork.py` has it: the checkpoint, and the record up to there."""
@@ -181,33 +217,69 @@ class Trainer:
         decide(schedule, record)
         if settings.method.enabled and schedule.switched_at != run.after:
             raise ValueError(f"{run.name} switches after epoch {schedule.switched_at}, and leaves {trunk} after {run.after}")
+        if run.rule is not None:
+            assert schedule.ranks is not None, "it has switched"
+            schedule.ranks = self._by_rule(run, run.rule, schedule.ranks)
         snapshot = copy.deepcopy(self._kept[trunk, run.after])  # a run trains its moments
         snapshot.state |= {"phases": schedule.state_dict(), "fork": schedule.phase is not Phase.FULL}
         return snapshot, record
 
+    def _by_rule(self, run: Run, rule: str, paper: Ranks) -> Ranks:
+        """The ranks that a rule gives at the budget of `paper`, which is what the settings alone would have."""
+        assert run.of is not None, "a fork"
+        evidence, method = self._evidence[run.of, run.window_from, run.after], run.settings.method
+        budget = adapter_parameters(paper, evidence.sides)
+        limits = Limits(rank_choices(method.r_min, method.r_max), budget, method.normalize, run.settings.train.seed)
+        begin = time.monotonic()
+        ranks = RULES[rule](evidence, limits, paper)
+        self._of_rule[run.name] = {
+            "ranks": by_family(ranks),
+            "adapter_parameters": adapter_parameters(ranks, evidence.sides),
+            "budget": budget,
+            "rule_seconds": time.monotonic() - begin,
+        }
+        return ranks
+
+    def _told_of_rule(self, run: Run, state: TrainState, epoch: int) -> dict[str, Any]:
+        """What the line of an epoch that begins says of the rule of the run's ranks."""
+        if run.rule is None:
+            return {}
+        told = {"rule": run.rule} | (self._of_rule[run.name] if epoch == run.after else {})
+        if epoch in (run.after, state.phases.frozen_at):
+            trainable, total = count_parameters(state.model)
+            told["trainable"] = trainable / total
+        return told
+
     def _tell(self, run: Run, **of_epoch: Any) -> None:
         with self._out.open("a") as file:
-            file.write(json.dumps({"run": run.name, "seed": run.plan.seed, **of_epoch}) + "\n")
+            file.write(json.dumps({"run": run.name, "seed": run.settings.train.seed, **of_epoch}) + "\n")
 
 
 def read_plan(path: Path) -> list[Run]:
     """Raises ValueError where a name stands twice, a fork's trunk is not in front of it, in phase full there and of its
-    seed, or runs take different images."""
+    seed, runs take different images, or a rule of ranks is unknown or given to a run that does not switch as it leaves
+    a trunk that has trained for a window."""
     content = yaml.safe_load(path.read_text())
     runs: dict[str, Run] = {}
     for entry in content["runs"]:
-        name, of, after = entry["name"], entry.get("of"), entry.get("after", 0)
+        name, of, after, rule = entry["name"], entry.get("of"), entry.get("after", 0), entry.get("rule")
         settings = load_settings(content["recipe"], [*content.get("set", []), *entry.get("set", [])], name=name)
         plan = stream_plan(settings, read_manifest(Storage(settings.data.path)), 0, 1)
         if name in runs:
             raise ValueError(f"{name} stands twice in the plan")
         if of is None and after:
             raise ValueError(f"{name} begins after epoch {after}, and has no run that it leaves")
-        if of is not None and not (of in runs and runs[of].is_trunk(after, plan.seed)):
+        if of is not None and not (of in runs and runs[of].is_trunk(after, settings.train.seed)):
             raise ValueError(f"{name} cannot leave {of} after epoch {after}: no such full training is in front of it")
+        if rule is not None and rule not in RULES:
+            raise ValueError(f"{name} has rule {rule}: known are {', '.join(RULES)}")
+        if rule is not None and (of is None or not settings.method.enabled):
+            raise ValueError(f"{name} has rule {rule}, and is no fork that switches")
+        if rule is not None and of is not None and after - settings.method.window_epochs < runs[of].after:
+            raise ValueError(f"{name} has rule {rule}, and leaves {of} in front of the end of its first window")
         if runs and settings.data != next(iter(runs.values())).settings.data:
             raise ValueError(f"{name} has another section data than the runs in front of it")
-        runs[name] = Run(name, settings, plan, of, after, entry.get("until", settings.train.epochs))
+        runs[name] = Run(name, settings, plan, of, after, entry.get("until", settings.train.epochs), rule)
     return list(runs.values())
 
 
