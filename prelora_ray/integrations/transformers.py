@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from prelora_ray.errors import UserError
 from prelora_ray.integrations.carried import CarriedPreLoRA, vit_of
 
 
 class PreLoRACallback(TrainerCallback):
-    """Takes the timm Vision Transformer inside a trainer's model through the phases, on one device.
+    """Takes a trainer's model through the phases, on one device: one of transformers, or the timm ViT inside it.
 
         trainer = Trainer(model, args, train_dataset=images)
         trainer.add_callback(PreLoRACallback(trainer, tau=0.5))
@@ -24,7 +24,8 @@ class PreLoRACallback(TrainerCallback):
     """
 
     def __init__(self, trainer: Trainer, vit: nn.Module | None = None, **options: Any) -> None:
-        """`vit`: default, the one that the model holds. `options`: as of PreLoRA."""
+        """`vit`: default, the model itself where it is one of transformers, else the timm ViT that it holds. `options`: as
+        of PreLoRA."""
         args = trainer.args
         if args.world_size > 1 or args.n_gpu > 1:
             raise UserError(f"{max(args.world_size, args.n_gpu)} devices are not allowed with PreLoRACallback: use one")
@@ -34,7 +35,12 @@ class PreLoRACallback(TrainerCallback):
             raise UserError("PreLoRACallback needs a train_dataset with a length, or there are no epochs")
         if trainer.lr_scheduler is not None:
             raise UserError("a scheduler of your own is not allowed with PreLoRACallback: set args.lr_scheduler_type")
-        self.prelora = CarriedPreLoRA(vit_of(trainer.model) if vit is None else vit, trainer.create_optimizer(), **options)
+        if isinstance(trainer.model, PreTrainedModel):
+            # Else Trainer saves tensors under names that it does not know when it resumes (transformers #48805).
+            trainer.model._weight_conversions = []
+        if vit is None:
+            vit = trainer.model if isinstance(trainer.model, PreTrainedModel) else vit_of(trainer.model)
+        self.prelora = CarriedPreLoRA(vit, trainer.create_optimizer(), **options)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._logged_step = state.global_step

@@ -48,6 +48,12 @@ _BERT_ATTENTION: Layers = {
     "attention.self.value": ("value",),
     "attention.output.dense": ("proj",),
 }
+_TRANSFORMERS_ATTENTION: Layers = {
+    "attention.q_proj": ("query",),
+    "attention.k_proj": ("key",),
+    "attention.v_proj": ("value",),
+    "attention.o_proj": ("proj",),
+}
 _GATED: tuple[Layers, ...] = ({"fc1": ("fc1",), "conv": (), "fc2": ("fc2",)},)
 
 
@@ -77,6 +83,7 @@ ARCHITECTURES = (
     Architecture("FocalNet", r"layers\.\d+\.blocks", (_MODULATION, _MLP)),
     Architecture("MambaOut", r"stages\.\d+\.blocks", (_GATED,)),
     Architecture("ResNet", r"layer\d+|stages\.\d+\.blocks", (_RESIDUAL,)),
+    Architecture("Vision Transformer of transformers", r"(vit|deit)\.layers", ((_TRANSFORMERS_ATTENTION,), _MLP)),
     Architecture(
         "BERT",
         r"bert\.encoder\.layer",
@@ -253,7 +260,8 @@ def parameters_in_front(model: nn.Module, layer: int) -> list[nn.Parameter]:
 
 def head_parameters(model: nn.Module) -> set[str]:
     """Names of the parameters of the classifier, or of all classifiers; none where the model has none."""
-    classifiers = model.get_classifier() if hasattr(model, "get_classifier") else ()  # type: ignore[operator]
+    own = getattr(model, "classifier", ())  # as transformers names it
+    classifiers = model.get_classifier() if hasattr(model, "get_classifier") else own  # type: ignore[operator]
     if isinstance(classifiers, nn.Module):
         classifiers = (classifiers,)
     head = {id(parameter) for classifier in classifiers for parameter in classifier.parameters()}

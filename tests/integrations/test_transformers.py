@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.nn import functional as F
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification
 
+from prelora_ray.engine.prelora import PreLoRA
 from prelora_ray.errors import UserError
 from prelora_ray.integrations.transformers import PreLoRACallback
+from prelora_ray.method.adapters import base_state_dict
 from prelora_ray.method.phases import Phase
 from tests.integrations.loops import BATCH, EPOCHS, LATE, PHASES, STEPS, assert_same_bits, frozen, samples, tiny_vit
 
@@ -50,10 +53,17 @@ def arguments(folder: Path, **options: Any) -> TrainingArguments:
     return TrainingArguments(str(folder), **basic | quiet | options)
 
 
-def trainer_of(folder: Path, **options: Any) -> tuple[Trainer, PreLoRACallback]:
+def vit_of_transformers() -> ViTForImageClassification:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
+    return ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=2, num_labels=10)).eval()
+
+
+def trainer_of(folder: Path, model: nn.Module | None = None, **options: Any) -> tuple[Trainer, PreLoRACallback]:
     images, labels = samples()
     data = [{"pixel_values": image, "labels": label} for image, label in zip(images, labels, strict=True)]
-    trainer = Trainer(Model(), arguments(folder, **options), train_dataset=data, eval_dataset=data)
+    model = Model() if model is None else model
+    trainer = Trainer(model, arguments(folder, **options), train_dataset=data, eval_dataset=data)
     callback = PreLoRACallback(trainer, **LATE)
     trainer.add_callback(callback)
     return trainer, callback
@@ -81,6 +91,41 @@ def test_a_run_that_goes_on_from_a_checkpoint_has_the_same_bits(tmp_path: Path):
         trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         assert callback.prelora.phase is Phase.LORA
         assert_same_bits(trainer.model.state_dict(), expected)
+
+
+def test_a_vit_of_transformers_is_trained_as_it_is(tmp_path: Path):
+    """Resumed it has the same bits. PEFT and transformers compute the same of what comes out."""
+    undisturbed, callback = trainer_of(tmp_path, vit_of_transformers(), save_strategy="steps", save_steps=1)
+    watch = Watch(callback)
+    undisturbed.add_callback(watch)
+    undisturbed.train()
+    assert watch.phases == PHASES
+    assert not watch.frozen[0] and len(watch.frozen[1]) == 12 * 3  # six weights and biases of each block
+    assert_same_bits(watch.frozen[1], watch.frozen[-1])
+    resumed, _ = trainer_of(tmp_path / "other", vit_of_transformers())
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
+    assert_same_bits(resumed.model.state_dict(), undisturbed.model.state_dict())
+    images, trained = samples()[0], undisturbed.model.eval()
+    with torch.no_grad():
+        expected = trained(pixel_values=images).logits
+        plain = vit_of_transformers()
+        assert (plain(pixel_values=images).logits - expected).abs().max() > 0.1
+        plain.load_state_dict(callback.prelora.merged_state_dict())
+        torch.testing.assert_close(plain(pixel_values=images).logits, expected, rtol=0, atol=1e-5)
+        callback.prelora.save_adapter(tmp_path / "adapter")
+        base = vit_of_transformers()
+        told = base.load_state_dict(base_state_dict(trained), strict=False)
+        assert (told.missing_keys, told.unexpected_keys) == ([], ["prelora"])
+        by_peft = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
+        torch.testing.assert_close(by_peft(pixel_values=images).logits, expected, rtol=0, atol=1e-5)
+
+
+def test_all_but_the_head_of_a_vit_of_transformers_freezes():
+    prelora = PreLoRA(vit_of_transformers(), freeze="all_but_head", **LATE)
+    prelora.end_epoch(1.0)
+    prelora.end_epoch(1.0)
+    trains = [name for name, parameter in prelora.model.named_parameters() if parameter.requires_grad]
+    assert [name for name in trains if "lora_" not in name] == ["classifier.weight", "classifier.bias"]
 
 
 def test_what_cannot_be_is_told(tmp_path: Path):
