@@ -32,7 +32,8 @@ class Bert(BertForMaskedLM):
     def forward(self, tokens: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
         """Tokens (n, length), int64, to logits (n, length, vocabulary); with `positions` (n, k), int64, to those of the
         tokens there, (n, k, vocabulary), which spares the head the others. Sequences are packed: none is padded."""
-        hidden = self.bert(tokens).last_hidden_state
+        # Past BertModel's own forward, some versions of which make a mask once a CUDA graph is captured.
+        hidden = self.bert.encoder(self.bert.embeddings(input_ids=tokens)).last_hidden_state
         if positions is not None:
             hidden = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
         logits: torch.Tensor = self.cls(hidden)

@@ -24,8 +24,8 @@ class PreLoRACallback(TrainerCallback):
     """
 
     def __init__(self, trainer: Trainer, vit: nn.Module | None = None, **options: Any) -> None:
-        """`vit`: default, the model itself where it is one of transformers, else the timm ViT that it holds. `options`: as
-        of PreLoRA."""
+        """`vit`: default, the model itself where it is one of transformers, else the timm ViT that it holds.
+        `options`: as of PreLoRA."""
         args = trainer.args
         if args.world_size > 1 or args.n_gpu > 1:
             raise UserError(f"{max(args.world_size, args.n_gpu)} devices are not allowed with PreLoRACallback: use one")
