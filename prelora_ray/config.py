@@ -63,6 +63,7 @@ _FOR_IMAGES = "|".join(
     ]
 )
 """Keys that say nothing to text."""
+DropPathForm = Literal["auto", "mask", "subset"]
 TEXT_MODELS = ("bert",)
 """Models of transformers, which take tokens; all others are timm's."""
 
@@ -77,9 +78,10 @@ class ModelSettings(Section):
     """Stochastic depth: the probability of leaving out a residual branch, in the last block."""
     drop_path_rule: Literal["linear", "uniform"] = "linear"
     """What the blocks in front of it have: less and less, down to none in the first, as timm has it; or the same."""
-    drop_path_form: Literal["mask", "subset"] = "mask"
+    drop_path_form: DropPathForm = "auto"
     """How it is left out: computed and masked, for each image by chance; or not computed, for a fixed number of each
-    cell's images, drawn, which saves its time."""
+    cell's images, drawn, which saves its time. Auto is a subset where the model's blocks are plain ones and the cell is
+    large enough."""
     batch_norm_in_lora: Annotated[Literal["frozen", "training"], Acts("switch")] = "frozen"
     """Batch norm in phase lora, of models that have it: by the running statistics as they are at the freeze; or as
     before, by the statistics of each cell, which the running ones follow."""
@@ -564,6 +566,8 @@ def inner_section(annotation: Any) -> type[Section] | None:
     return next((part for part in parts if isinstance(part, type) and issubclass(part, Section)), None)
 
 
+_OF_DROP_PATH = ("model.drop_path_rule", "model.drop_path_form")
+"""Keys that say nothing where `model.drop_path` is 0."""
 _PLAIN = ["query", "key", "value", "proj", "fc1", "fc2"]
 """All families of a plain Vision Transformer, as runs of an earlier version have them in their config.yaml."""
 
@@ -576,7 +580,11 @@ def flat(settings: Section) -> dict[str, Any]:
 def comparable(settings: Section) -> dict[str, Any]:
     """`flat`, in which what comes to the same is the same."""
     found = flat(settings)
-    return found | {"method.targets": None} if found.get("method.targets") == _PLAIN else found
+    if found.get("method.targets") == _PLAIN:
+        found["method.targets"] = None
+    if found.get("model.drop_path") == 0:
+        found |= dict.fromkeys(_OF_DROP_PATH)
+    return found
 
 
 def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -627,9 +635,9 @@ def without_effect(settings: Settings) -> list[str]:
         sentences.append("train.adapters has no effect, as method.enabled is false")
     if train.adapters == "plain" and train.precision == "fp8" and train.fp8_from is not Phase.LORA:
         sentences.append(f"train.adapters has no effect, as train.precision is fp8 with train.fp8_from {train.fp8_from}")
-    for key in ("drop_path_rule", "drop_path_form"):
-        if key in settings.model.model_fields_set and settings.model.drop_path == 0:
-            sentences.append(f"model.{key} has no effect, as model.drop_path is 0")
+    for key in _OF_DROP_PATH:
+        if key.removeprefix("model.") in settings.model.model_fields_set and settings.model.drop_path == 0:
+            sentences.append(f"{key} has no effect, as model.drop_path is 0")
     if {"padding"} & augment.model_fields_set and augment.crop != "padded":
         sentences.append(f"augment.padding has no effect, as augment.crop is {augment.crop}")
     if {"min_scale"} & augment.model_fields_set and augment.crop != "random_resized":

@@ -484,6 +484,16 @@ def test_all_families_of_a_plain_vit_by_name_are_all_that_the_model_has():
     assert some["method.targets"] == ["proj", "fc1"]
 
 
+def test_how_drop_path_is_computed_says_nothing_where_there_is_none():
+    """A run whose config.yaml has an earlier version's default goes on with a recipe that says nothing."""
+    for rate, alike in ((0, True), (0.1, False)):
+        default, mask = (
+            comparable(parse_settings({"name": "run", **DATA, "model": {"drop_path": rate, **form}}))
+            for form in ({}, {"drop_path_form": "mask"})
+        )
+        assert (default == mask) == alike
+
+
 @pytest.mark.parametrize(
     ("ramp", "windows", "window_epochs"), [(0, 2, 1), (1, 2, 3), (5, 3, 3), (6, 3, 3), (7, 4, 2), (9, 2, 5)]
 )
@@ -529,7 +539,7 @@ CHANGES = {
 def test_a_resume_and_a_fork_may_change_what_does_not_act_before_them(tmp_path, key):
     value, when = CHANGES[key]
     section, _, name = key.rpartition(".")
-    content = {"name": "run", **DATA}
+    content = {"name": "run", **DATA, "model": {"drop_path": 0.1}}
     before = parse_settings(content)
     now = parse_settings(content | ({section: {**content.get(section, {}), name: value}} if section else {name: value}))
     folder = RunFolder(tmp_path)

@@ -14,7 +14,7 @@ from torch._subclasses import fake_tensor
 
 from prelora_ray.config import Settings
 from prelora_ray.engine.batch_norm import cell_norms
-from prelora_ray.engine.drop_path import compute_subsets, drop_path_modules, set_drop_path
+from prelora_ray.engine.drop_path import drop_path_modules, set_drop_path, use_form
 from prelora_ray.engine.model import create_model, example_inputs
 from prelora_ray.engine.optim import build_optimizer
 from prelora_ray.engine.precision import Format, autocast, keep_residual_in_bf16, phase_format, use_products
@@ -56,8 +56,7 @@ def check_model(settings: Settings) -> list[Target]:
             model.tie_weights()  # type: ignore[operator]  # they came apart
         if settings.train.residual == "bf16":
             keep_residual_in_bf16(model)
-        if settings.model.drop_path_form == "subset":
-            compute_subsets(model, settings.data.cell)
+        use_form(model, settings.model.drop_path_form, settings.data.cell)
         called = _calls(model, targets)
         _try_phase(model, settings, format_, Phase.FULL)
         for step in settings.train.resolution:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from prelora_ray.config import DropPathForm
 from prelora_ray.data.draws import Draw, generator
 from prelora_ray.errors import UserError
 from prelora_ray.method.architecture import blocks_of, residual_branches
@@ -121,11 +122,23 @@ def drop_uniformly(model: nn.Module, drop_prob: float) -> None:
             setattr(block, drop_path, KeyedDropPath(drop_prob))
 
 
+def use_form(model: nn.Module, form: DropPathForm, cell: int) -> None:
+    """Gives a model whose drop paths are masks the form that is asked for; with `auto` that of subsets, where model and
+    cell allow it. Raises UserError as `compute_subsets` does, for the form subset alone."""
+    if form == "mask":
+        return
+    try:
+        compute_subsets(model, cell)
+    except UserError:
+        if form == "subset":
+            raise
+
+
 def compute_subsets(model: nn.Module, cell: int) -> None:
     """Has the blocks compute a residual branch only for the samples of each cell that are not left out of it.
 
-    Blocks that leave out nothing stay as they are. Raises UserError where a block is not of timm's plain kind, and
-    where a cell is too small for a share or a share too small for a cell.
+    Blocks that leave out nothing stay as they are. Raises UserError, and changes nothing, where a block is not of the
+    plain kind, and where a cell is too small for a share or a share too small for a cell.
     """
     blocks = [block for block in blocks_of(model) if drop_path_modules(block)]
     rates = [drop_path_modules(block)[0].drop_prob for block in blocks]
@@ -135,12 +148,12 @@ def compute_subsets(model: nn.Module, cell: int) -> None:
             f"model.drop_path = {max(rates):g} is not allowed with drop_path_form subset and data.cell = {cell}: no block "
             "would leave out any of so many images; it must be larger, or the form mask"
         )
-    for block, count in zip(blocks, counts, strict=True):
-        try:
-            branches = residual_branches(block)
-        except ValueError as error:
-            raise UserError(f"model.drop_path_form = 'subset' is not allowed: {error}") from None
-        for first, drop_path in branches.items():
+    try:
+        branches = [residual_branches(block) for block in blocks]
+    except ValueError as error:
+        raise UserError(f"model.drop_path_form = 'subset' is not allowed: {error}") from None
+    for block, count, of_block in zip(blocks, counts, branches, strict=True):
+        for first, drop_path in of_block.items():
             if count == cell:
                 setattr(block, drop_path, nn.Identity())
                 continue

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from prelora_ray.config import ModelSettings
 from prelora_ray.data.token_rows import masked_tokens
-from prelora_ray.engine.drop_path import compute_subsets, drop_path_modules, set_drop_path
+from prelora_ray.engine.drop_path import drop_path_modules, set_drop_path, use_form
 from prelora_ray.engine.model import create_model, example_inputs
 from prelora_ray.method.phases import Phase
 
@@ -39,15 +39,15 @@ def forward_flops(
     """Operations of one sample's forward through the model without adapters; by default of an image of
     `model.image_size`, or of a sequence of the model's full length.
 
-    With `cell`, slots in a cell, it is one in training, without what `model.drop_path_form: subset` does not compute.
+    With `cell`, slots in a cell, it is one in training, without what drop path as a subset does not compute.
     """
     size = image_size or settings.image_size
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         model = create_model(settings, num_classes, seed=0, any_size=size != settings.image_size)
         images = 1
-        if cell is not None and settings.drop_path_form == "subset":
+        if cell is not None and settings.drop_path_form != "mask":
             images = cell
-            compute_subsets(model, cell)
+            use_form(model, settings.drop_path_form, cell)
             modules = drop_path_modules(model)
             set_drop_path(modules, torch.ones(len(modules), cell))
         resized = settings.model_copy(update={"image_size": size})

@@ -11,7 +11,7 @@ from torch import nn
 
 from prelora_ray.config import Settings
 from prelora_ray.engine.batch_norm import CellStatistics, cell_norms
-from prelora_ray.engine.drop_path import compute_subsets, drop_path_modules
+from prelora_ray.engine.drop_path import drop_path_modules, use_form
 from prelora_ray.engine.ema import Ema
 from prelora_ray.engine.exchange import Exchange, align_gradients
 from prelora_ray.engine.model import compile_blocks, create_model, example_inputs
@@ -75,8 +75,7 @@ class TrainState:
             keep_residual_in_bf16(self.model)
         if world_size > 1:
             align_gradients(self.model)
-        if settings.model.drop_path_form == "subset":
-            compute_subsets(self.model, settings.data.cell)
+        use_form(self.model, settings.model.drop_path_form, settings.data.cell)
         self.drop_path = drop_path_modules(self.model)
         self.batch_norm = CellStatistics(self.model) if cell_norms(self.model) else None
         method, ramp_epochs = settings.method.model_dump(), settings.train.ramp_epochs

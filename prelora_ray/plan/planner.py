@@ -22,7 +22,7 @@ from prelora_ray.plan.cost import (
 )
 from prelora_ray.plan.measured import Estimator, Expected, read_benches
 from prelora_ray.plan.result import PhasePlan, Plan, RunPlan
-from prelora_ray.plan.sizes import parameters_by_phase
+from prelora_ray.plan.sizes import computes_subsets, parameters_by_phase
 from prelora_ray.plan.source import Source, read_source, workload
 from prelora_ray.words import counted
 
@@ -169,7 +169,7 @@ class _Planner:
         Where there is one of these no step counts them: phases of which some do would not compare.
         """
         model = self.settings.model
-        if model.drop_path == 0 or model.drop_path_form == "mask":
+        if model.drop_path == 0 or not computes_subsets(model, self.settings.data.cell):
             return {}, []
         found: dict[Workload, Expected] = {}
         missing: dict[str, None] = {}
@@ -262,8 +262,8 @@ class _Planner:
             )
         if self.without_subsets:
             notes.append(
-                "what model.drop_path_form = 'subset' spares is not counted in any phase: no file has it at this "
-                f"model.drop_path for {' and '.join(self.without_subsets)}"
+                "what drop path as a subset spares is not counted in any phase: no file has it at this model.drop_path for "
+                f"{' and '.join(self.without_subsets)}"
             )
         if self.settings.method.enabled and self.settings.method.freeze == "prefix":
             notes.append("what method.freeze = 'prefix' spares is not counted: the first adapted block is known at the switch")

@@ -10,14 +10,16 @@ import pytest
 import torch
 from torch import nn
 
-from prelora_ray.config import ModelSettings
+from prelora_ray.config import DropPathForm, ModelSettings
 from prelora_ray.engine.drop_path import (
+    KeyedDropPath,
     SubsetDropPath,
     compute_subsets,
     draw_drop_path,
     drop_path_modules,
     kept_counts,
     set_drop_path,
+    use_form,
 )
 from prelora_ray.engine.model import compile_blocks, create_model
 from prelora_ray.engine.precision import autocast, use_products
@@ -43,6 +45,22 @@ def model_of(rate: float, rule: str = "linear", cell: int | None = None, **optio
     if cell is not None:
         compute_subsets(model, cell)
     return model
+
+
+def forms(model: nn.Module, form: DropPathForm, cell: int) -> set[type]:
+    """What drop paths are once a form was asked for."""
+    use_form(model, form, cell)
+    return {type(module) for module in drop_path_modules(model)}
+
+
+def test_auto_is_a_subset_where_model_and_cell_allow_it():
+    assert forms(model_of(0.5), "auto", CELL) == {SubsetDropPath}
+    assert forms(model_of(0.5), "mask", CELL) == {KeyedDropPath}
+    assert forms(model_of(0.5), "auto", cell=1) == {KeyedDropPath}  # which leaves out none
+    shared = ModelSettings(name="cait_xxs24_224", image_size=8, options={**TINY_VIT, "depth_token_only": 1}, drop_path=0.5)
+    assert forms(create_model(shared, num_classes=10, seed=0), "auto", CELL) == {KeyedDropPath}
+    with pytest.raises(UserError, match="a LayerScaleBlock is made of"):
+        use_form(create_model(shared, num_classes=10, seed=0), "subset", CELL)
 
 
 def images(samples: int = SAMPLES) -> torch.Tensor:

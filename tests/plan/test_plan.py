@@ -192,7 +192,7 @@ def test_the_nearest_row_is_taken(tmp_path, recipe):
 def test_subsets_count_only_where_every_phase_was_measured_with_them(tmp_path, recipe, bench):
     """Else a phase that was would be too fast beside one that was not, and a switch would look as if it cost time."""
     subsets = {f"prelora bf16 uniform subset {phase}": rate for phase, rate in (("full", 160.0), ("lora", 280.0))}
-    drop_path = "model={name: vit_large_patch16_224, drop_path: 0.4, drop_path_rule: uniform, drop_path_form: subset}"
+    drop_path = "model={name: vit_large_patch16_224, drop_path: 0.4, drop_path_rule: uniform}"
 
     def speeds(rows: dict[str, float]) -> tuple[list[float], str]:
         file = bench_file(tmp_path / "subsets.json", rows, drop_path=0.4)
