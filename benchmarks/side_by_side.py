@@ -13,6 +13,10 @@ the trunk, and gradients and inputs are those of the first 8 batches of its last
 `rule`, its first one `ranks` as well (by family and layer), `adapter_parameters` and their `budget`, and the first of
 each phase `trainable`, the share of all parameters that trains.
 
+A run of full training from the first epoch on may have `criteria: true`. At the end of each window it gets a line more,
+with candidates for the criterion of a switch (`switch_criteria.py` tells them, `criteria.py` reads them). Their losses
+are those of the 4,096 first training images, as evaluation takes them; `prelora prepare` has shuffled them.
+
 The engine gets the same images in the same order as from `prelora train` on one worker, so that losses are the same. A
 trunk is full training (`method.enabled: false`). All images of all epochs are in memory: 3 kB for one of 32 pixels,
 18 GB for 120 epochs of CIFAR-10.
@@ -60,11 +64,14 @@ from prelora_ray.schedule import decide, phase_schedule
 from prelora_ray.storage import Storage
 from prelora_ray.train.batch_stream import stream_plan, validates
 from rank_rules import RULES, Evidence, Limits, Ranks, adapter_parameters, by_family
+from window_meter import WindowMeter
 
 _PIECE = 2500
 """Images that a decoder takes on at once."""
 _MEASURED = 8
 """Batches that rules of ranks see gradients and inputs of."""
+_FIXED = 4096
+"""Training images that criteria of a switch see the loss of."""
 # What the decoders, which are forks of this process, see of it.
 _encoded: dict[Split, list[bytes]] = {}
 _pixels: dict[Key, Pixels] = {}
@@ -89,6 +96,7 @@ class Run:
     after: int
     until: int
     rule: str | None
+    criteria: bool
 
     @property
     def window_from(self) -> int:
@@ -139,6 +147,13 @@ class Images:
             labels = torch.where(torch.from_numpy(ids) >= 0, self.labels[split][ids], -1)
             yield Batch(split, epoch, batch, {"images": torch.from_numpy(_pixels[key][ids]), "labels": labels}, ids)
 
+    def fixed(self, run: Run) -> Batch:
+        """The first training images as evaluation takes them: the same in all runs and epochs."""
+        key, ids = run.key("val", 0), np.arange(min(_FIXED, len(_encoded["train"])))
+        augmenter = _augmenter(key.augmentation, key.seed, key.crop_ratio)
+        images = np.stack([augmenter.evaluate(_encoded["train"][sample]) for sample in ids])
+        return Batch("train", 0, 0, {"images": torch.from_numpy(images), "labels": self.labels["train"][ids]}, ids)
+
     def close(self) -> None:
         self._decoders.shutdown(cancel_futures=True)
 
@@ -177,6 +192,7 @@ class Trainer:
         state = TrainState(settings, len(plan.manifest.classes), plan.orders["train"].num_batches, device, 1, trunk)
         step = TrainStep(state, plan)
         self._keep(run, step)
+        meter = WindowMeter(step, self._images.fixed(run)) if run.criteria else None
         for epoch in range(run.after, run.until):
             begin, phase, size = time.monotonic(), state.phases.phase, state.image_size
             of_rule = self._told_of_rule(run, state, epoch)
@@ -195,6 +211,10 @@ class Trainer:
             state.epoch, state.batch = epoch + 1, 0
             state.apply(decision)
             self._tell(run, epoch=epoch, phase=phase.value, image_size=size, loss=loss, top1=top1, seconds=seconds, **of_rule)
+            if meter is not None:
+                meter.end_epoch()
+                if decision.verdict is not None:
+                    self._tell(run, **meter.end_window(decision.verdict, [line.loss for line in record]))
             self._keep(run, step)
         self._records[run.name] = record
 
@@ -251,14 +271,16 @@ class Trainer:
         return told
 
     def _tell(self, run: Run, **of_epoch: Any) -> None:
+        """Of an epoch, or of a window."""
         with self._out.open("a") as file:
-            file.write(json.dumps({"run": run.name, "seed": run.settings.train.seed, **of_epoch}) + "\n")
+            of = {"of": run.of} if run.of is not None else {}
+            file.write(json.dumps({"run": run.name, **of, "seed": run.settings.train.seed, **of_epoch}) + "\n")
 
 
 def read_plan(path: Path) -> list[Run]:
     """Raises ValueError where a name stands twice, a fork's trunk is not in front of it, in phase full there and of its
-    seed, runs take different images, or a rule of ranks is unknown or given to a run that does not switch as it leaves
-    a trunk that has trained for a window."""
+    seed, runs take different images, a rule of ranks is unknown or given to a run that does not switch as it leaves a
+    trunk that has trained for a window, or criteria are asked of a run that is no full training from the beginning."""
     content = yaml.safe_load(path.read_text())
     runs: dict[str, Run] = {}
     for entry in content["runs"]:
@@ -277,9 +299,12 @@ def read_plan(path: Path) -> list[Run]:
             raise ValueError(f"{name} has rule {rule}, and is no fork that switches")
         if rule is not None and of is not None and after - settings.method.window_epochs < runs[of].after:
             raise ValueError(f"{name} has rule {rule}, and leaves {of} in front of the end of its first window")
+        if entry.get("criteria", False) and (of is not None or settings.method.enabled):
+            raise ValueError(f"{name} has criteria, and is no full training from its first epoch on")
         if runs and settings.data != next(iter(runs.values())).settings.data:
             raise ValueError(f"{name} has another section data than the runs in front of it")
-        runs[name] = Run(name, settings, plan, of, after, entry.get("until", settings.train.epochs), rule)
+        until, criteria = entry.get("until", settings.train.epochs), entry.get("criteria", False)
+        runs[name] = Run(name, settings, plan, of, after, until, rule, criteria)
     return list(runs.values())
 
 

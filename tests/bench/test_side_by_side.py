@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import subprocess
@@ -14,6 +15,7 @@ import timm
 import yaml
 from torch import nn
 
+from criteria import CRITERIA
 from prelora_ray.run_folder import RunFolder
 from rank_rules import RULES
 from side_by_side import read_plan
@@ -49,7 +51,7 @@ def test_a_run_and_its_fork_have_the_losses_of_a_run_under_ray(undisturbed, tmp_
 
 
 @pytest.mark.slow
-def test_forks_by_rules_of_ranks(digits, tmp_path):
+def test_forks_by_rules_of_ranks_of_a_trunk_with_criteria(digits, tmp_path):
     of, left = settings(digits, tmp_path, "rules", 1, method={"switch_epoch": SWITCH}), ["method.enabled=false"]
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(of.model_dump(mode="json", exclude_unset=True)))
     forks = [{"name": rule, "of": "trunk", "after": SWITCH, "rule": rule} for rule in RULES]
@@ -57,15 +59,16 @@ def test_forks_by_rules_of_ranks(digits, tmp_path):
         "recipe": str(tmp_path / "recipe.yaml"),
         "runs": [
             {"name": "alone", "until": SWITCH + 1, "set": left},
-            {"name": "trunk", "until": SWITCH + 1, "set": left},
+            {"name": "trunk", "until": SWITCH + 1, "set": left, "criteria": True},
             {"name": "plain", "of": "trunk", "after": SWITCH},
             *forks,
         ],
     }
-    lines = side_by_side(plan, tmp_path)
+    told = side_by_side(plan, tmp_path)
+    windows, lines = ([line for line in told if ("window" in line) == is_window] for is_window in (True, False))
     runs = {name: [line for line in lines if line["run"] == name] for name in ("alone", "trunk", "plain", *RULES)}
     losses = {name: [line["loss"] for line in of_run] for name, of_run in runs.items()}
-    assert losses["trunk"] == losses["alone"]  # that forks are measured for costs the trunk nothing
+    assert losses["trunk"] == losses["alone"]  # what is measured of the trunk costs it nothing
     assert losses["paper"] == losses["plain"]
     model = timm.create_model("vit_tiny_patch16_224", img_size=8, num_classes=10, **TINY_VIT)
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -85,11 +88,18 @@ def test_forks_by_rules_of_ranks(digits, tmp_path):
     assert len({json.dumps(runs[rule][0]["ranks"]) for rule in RULES}) == len(RULES)
     assert runs["mlp"][0]["ranks"]["query"] == [0, 0, 0]
     assert len({losses[rule][-1] for rule in RULES}) == len(RULES)
+    assert [(line["run"], line["epoch_end"], line["in_ramp"]) for line in windows] == [
+        ("trunk", end, end == 1) for end in range(1, SWITCH + 2)
+    ]
+    assert all({*CRITERIA} <= line.keys() for line in windows)
+    assert all(line["recovery_losses"][2] == after["recovery_losses"][0] for line, after in itertools.pairwise(windows))
+    assert [line.get("of") for line in (runs["alone"][0], runs["trunk"][0], runs["plain"][0])] == [None, None, "trunk"]
 
 
 @pytest.mark.parametrize(
     ("fork", "message"),
     [
+        ({"criteria": True}, "is no full training from its first epoch on"),
         ({"rule": "best"}, "has rule best: known are paper, uniform"),
         ({"rule": "mlp", "set": ["method.enabled=false"]}, "is no fork that switches"),
         (
@@ -98,7 +108,7 @@ def test_forks_by_rules_of_ranks(digits, tmp_path):
         ),
     ],
 )
-def test_rules_that_a_plan_may_not_have(digits, tmp_path, fork, message):
+def test_what_a_plan_may_not_have(digits, tmp_path, fork, message):
     of = settings(digits, tmp_path, "rules", 1, method={"switch_epoch": SWITCH})
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(of.model_dump(mode="json", exclude_unset=True)))
     runs = [{"name": "trunk", "set": ["method.enabled=false"]}, {"name": "fork", "of": "trunk", "after": SWITCH, **fork}]

@@ -139,6 +139,11 @@ def test_the_share_of_the_rates_sum_that_is_left_by_hand():
     assert (left[0], left[100]) == (1.0, 0.0)
     bent = rates_left(settings(epochs=70, ramp_epochs=10, final_learning_rate_scale=0.0, bend={"after": 40, "of": 100}))
     assert bent[40] == pytest.approx(left[40] / 2 / (1 - left[40] / 2), abs=1e-3)  # at twice the pace half of it is spent
+    # A ramp's half of 10, 70 at the peak, and a third of the last 20, over which 1 - sqrt falls.
+    decays = rates_left(settings(epochs=100, ramp_epochs=10, schedule="constant-then-decay", final_learning_rate_scale=0.0))
+    assert [decays[epoch] for epoch in (10, 45, 80)] == pytest.approx(
+        [(70 + 20 / 3) / (75 + 20 / 3), (35 + 20 / 3) / (75 + 20 / 3), 20 / 3 / (75 + 20 / 3)], abs=2e-3
+    )
 
 
 @pytest.mark.parametrize(("phase", "scale"), [(Phase.WARMUP, 1), (Phase.LORA, 3)])
