@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 import torch
 from transformers import BertForMaskedLM
+from transformers.models.bert import modeling_bert
 
 from prelora_ray.config import Settings
 from prelora_ray.config_file import parse_settings
@@ -132,6 +133,17 @@ def test_loss_and_gradients_are_those_of_transformers(tmp_path, micro_batch):
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-9, atol=1e-12)
     count = 14 * masked_tokens(LENGTH)
     assert step.epoch_sums() == (pytest.approx(count * result.loss.item(), rel=1e-9), count)
+
+
+def test_bert_makes_no_mask(tmp_path, monkeypatch):
+    """What transformers decides of one may depend on whether a CUDA graph is captured, and blocks are compiled once."""
+    masked: list[Any] = []
+    step = train_step(settings(tmp_path))
+    block = step.state.model.get_submodule("bert.encoder.layer.0")
+    block.register_forward_pre_hook(lambda _, given, named: masked.extend([*given[1:], *named.values()]), with_kwargs=True)
+    monkeypatch.setattr(modeling_bert, "create_bidirectional_mask", lambda **_: pytest.fail("a mask is made"))
+    step.train(batch())
+    assert not [argument for argument in masked if isinstance(argument, torch.Tensor)]
 
 
 def test_evaluation_is_of_masked_tokens_alone(tmp_path):
