@@ -34,7 +34,7 @@ from tests.disk import Disk, HangingDisk
 from tests.disturbed import EACH_PHASE, Disturbed, train_disturbed
 from tests.prometheus import Prometheus
 from tests.proxy import Proxy, s3_server
-from tests.runs import TINY_VIT, settings
+from tests.runs import TINY_VIT, Reports, settings
 
 make_importable()
 
@@ -174,13 +174,14 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def undisturbed(digits: Path, storage: Path) -> Callable[..., Settings]:
-    """The undisturbed run on a number of workers, trained once; what it exported is beside it, in `<name>.metrics`."""
+    """The undisturbed run on a number of workers, trained once; what it exported is beside it, in `<name>.metrics`, and
+    what its workers reported to Ray in `<name>.reports`."""
     done: dict[tuple[int, str], Settings] = {}
 
     def get(workers: int, precision: str = "fp32") -> Settings:
         if (workers, precision) not in done:
             run = settings(digits, storage, f"plain-{workers}-{precision}", workers, train={"precision": precision})
-            train(run)
+            train(run, callbacks=[Reports(RunFolder.of(run))])
             done[workers, precision] = run
             with urllib.request.urlopen(f"http://{exporter(run)}/metrics", timeout=10) as answer:
                 Path(RunFolder.of(run).path).with_suffix(".metrics").write_bytes(answer.read())

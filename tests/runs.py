@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import psutil
+import ray.train
 import torch
 
 from prelora_ray.config import Settings
@@ -59,6 +61,17 @@ def settings(digits: Path, storage: Path, name: str, workers: int, /, **sections
     for section, keys in sections.items():
         content[section] = content.get(section, {}) | keys
     return parse_settings({"name": name, "storage": str(storage), "audit_samples": True, **content})
+
+
+class Reports(ray.train.UserCallback):
+    """Writes what all workers report to Ray Train beside a run folder, a line each time."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.path = Path(folder.path).with_suffix(".reports")
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        with open(self.path, "a") as file:
+            print(json.dumps(metrics), file=file)
 
 
 def final(run: Settings) -> Snapshot:

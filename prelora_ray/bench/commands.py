@@ -186,6 +186,25 @@ def _exporter(
     _measure(lambda: run(workers, seconds), out, as_json)
 
 
+@app.command("scale")
+def _scale(
+    workers: Annotated[list[int] | None, typer.Option(min=1, help="Workers; repeatable. Default: 8, 16, 32, 64.")] = None,
+    workers_per_node: Annotated[int, typer.Option(min=1, help="Workers on one node, which is a raylet.")] = 8,
+    seconds: Annotated[int, typer.Option(min=1, help="Steps that are a second apart.")] = 20,
+    steps: Annotated[int, typer.Option(min=2, help="Steps one after the other.")] = 200,
+    epochs: Annotated[int, typer.Option(min=2, help="Epochs of one step each.")] = 20,
+    picture: Annotated[str | None, typer.Option(help="Also draw the growth into this HTML file.")] = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """What each part of a run costs by its number of workers, all of them on this machine, and a worker's death."""
+    from prelora_ray.bench.scale import WORKERS, Options
+    from prelora_ray.bench.scale import bench_scale as run
+
+    options = Options(tuple(workers or WORKERS), workers_per_node, seconds, steps, epochs)
+    _measure(lambda: run(options), out, as_json, picture)
+
+
 @app.command("rehearsal")
 def _rehearsal(out: Out = None, as_json: Json = False) -> None:
     """What the size of ImageNet-1k and 21k costs beside its images, with made-up manifests."""
@@ -219,10 +238,10 @@ def _measure(run: Callable[[], dict[str, Any]], out: str | None, as_json: bool, 
                 console.out.print(f"{row['name']}: {milliseconds:8.3f} ms  {kernel[:110]}")
     if out is not None:
         Path(absolute(out)).write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    if picture is not None:
-        from prelora_ray.report.page import write_network
+    if picture is not None and result["rows"]:
+        from prelora_ray.report.page import write_benchmark
 
-        write_network(result, picture)
+        write_benchmark(result, picture)
     for name, reason in result.get("missing", {}).items():
         print(f"not measured: {name} ({reason})", file=sys.stderr)
     if (failed := result.get("failed")) is not None:

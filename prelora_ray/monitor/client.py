@@ -1,4 +1,4 @@
-"""What a worker calls: sends its metrics about once a second, and never waits."""
+"""What a worker calls: sends its metrics about once a second, less often in a large group, and never waits."""
 
 from __future__ import annotations
 
@@ -12,6 +12,13 @@ from prelora_ray.monitor.exporter import NAME, NAMESPACE
 from prelora_ray.monitor.metrics import RunMetrics, WorkerMetrics
 
 SEND_SECONDS = 1.0
+_MOST_MESSAGES = 128
+"""That a run's workers send in a second, all together: each takes the exporter about a millisecond."""
+
+
+def send_seconds(world_size: int) -> float:
+    """Between two messages of a worker."""
+    return max(SEND_SECONDS, world_size / _MOST_MESSAGES)
 
 
 class Client:
@@ -21,7 +28,7 @@ class Client:
         self._run = run
         self._source = source
         self._metrics = metrics
-        self._time = float("-inf")
+        self._due = float("-inf")
         self._actor: Any = None
         if enabled:
             with contextlib.suppress(ValueError):
@@ -29,12 +36,12 @@ class Client:
 
     @property
     def is_due(self) -> bool:
-        return self._actor is not None and time.monotonic() - self._time >= SEND_SECONDS
+        return self._actor is not None and time.monotonic() >= self._due
 
     def send(self, world_size: int) -> None:
         if self._actor is None:
             return
-        self._time = time.monotonic()
+        self._due = time.monotonic() + send_seconds(world_size)
         with contextlib.suppress(ray.exceptions.PendingCallsLimitExceeded, ray.exceptions.RayActorError):
             self._actor.update.remote(self._run, self._source, self._metrics.collect(), world_size)
 

@@ -44,6 +44,7 @@ class Board(Collector):
         self._clock = clock
         self._lock = threading.Lock()
         self._said: dict[str, dict[str, tuple[float, list[Metric]]]] = {}
+        self._world_sizes: dict[str, int] = {}
         self._finished: dict[str, float] = {}
 
     def update(self, run: str, source: str, metrics: list[Metric], world_size: int) -> None:
@@ -52,8 +53,10 @@ class Board(Collector):
             self._finished.pop(run, None)
             said = self._said.setdefault(run, {})
             said[source] = self._clock(), metrics
-            for rank in [other for other in said if other.isdigit() and int(other) >= world_size]:
-                del said[rank]
+            if self._world_sizes.get(run) != world_size:  # no message is to cost more for having more workers
+                self._world_sizes[run] = world_size
+                for rank in [other for other in said if other.isdigit() and int(other) >= world_size]:
+                    del said[rank]
 
     def finish(self, run: str) -> None:
         with self._lock:
@@ -66,6 +69,7 @@ class Board(Collector):
                 last = max((at for at, _ in said.values()), default=float("-inf"))
                 if now - self._finished.get(run, last) > KEEP_SECONDS:
                     del self._said[run]
+                    del self._world_sizes[run]
                     self._finished.pop(run, None)
                 elif run not in self._finished and now - last <= SILENT_SECONDS:
                     for source in [source for source, (at, _) in said.items() if now - at > SILENT_SECONDS]:

@@ -54,12 +54,21 @@ class Memory:
 
     def peak(self, images: int) -> float:
         """Bytes of a step with so many images at once."""
-        return state_bytes(self.trainable, self.parameters) + 4 * self.averaged + images * self.bytes_per_image
+        return self.state + images * self.bytes_per_image
 
-    def fits(self, images: int, total: float) -> bool:
-        """Whether a step and a checkpoint's copy of all but gradients leave the spare share of `total` bytes free."""
-        snapshot = 4 * self.parameters + 8 * self.trainable + 4 * self.averaged
-        return self.peak(images) + snapshot <= (1 - SPARE_SHARE) * total
+    @property
+    def state(self) -> int:
+        """Bytes that do not grow with the images, on every GPU, however many there are."""
+        return state_bytes(self.trainable, self.parameters) + 4 * self.averaged
+
+    @property
+    def snapshot(self) -> int:
+        """Bytes of a checkpoint's copy of all but gradients."""
+        return 4 * self.parameters + 8 * self.trainable + 4 * self.averaged
+
+    def needs(self, images: int) -> float:
+        """Bytes of a GPU of which a step with so many images at once and a snapshot leave the spare share free."""
+        return (self.peak(images) + self.snapshot) / (1 - SPARE_SHARE)
 
 
 def state_bytes(trainable: int, parameters: int) -> int:

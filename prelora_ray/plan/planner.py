@@ -156,6 +156,7 @@ class _Planner:
             micro_batch=micro_batch,
             memory_gib=None if memory is None else memory.peak(micro_batch) / 2**30,
             largest_micro_batch=largest,
+            least_gib=None if memory is None else memory.needs(self.settings.data.cell) / 2**30,
             fits=None if largest is None else micro_batch <= largest,
             epoch_gpu_hours=self._epoch_gpu_hours(step),
             measured_batch=expected.batch,
@@ -191,11 +192,13 @@ class _Planner:
             return None
         cell = self.settings.data.cell
         for size in micro_batch_sizes(self.share, cell):
-            if memory.fits(size, self.memory_gib * 2**30):
+            if memory.needs(size) <= self.memory_gib * 2**30:
                 return size
         raise UserError(
-            f"{self.settings.model.name} does not fit on a GPU of {self.memory_gib:.0f} GiB: phase {phase} takes "
-            f"{memory.peak(cell) / 2**30:.1f} GiB for data.cell = {cell}, and a checkpoint's snapshot must fit beside it"
+            f"{self.settings.model.name} does not fit on a GPU of {self.memory_gib:.0f} GiB: with {counted(cell, 'image')} at "
+            f"once (data.cell) phase {phase} needs one of {_gib(memory.needs(cell))}, {_gib(memory.state)} of it for the "
+            f"weights, gradients and moments of {memory.parameters:,} parameters and {_gib(memory.snapshot)} for a "
+            "checkpoint's snapshot, which every GPU holds, however many there are"
         )
 
     def _step(self, expected: Expected, micro_batch: int, trainable: int, exchanged_bytes: int) -> Step:
@@ -268,3 +271,7 @@ class _Planner:
         if self.settings.method.enabled and self.settings.method.freeze == "prefix":
             notes.append("what method.freeze = 'prefix' spares is not counted: the first adapted block is known at the switch")
         return [*notes, "not counted: starting and compiling, waiting for images, validation, checkpoints"]
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB"

@@ -32,6 +32,8 @@ class PhasePlan:
     """Peak with so many at once; None where the benchmark ran on a CPU."""
     largest_micro_batch: int | None
     """Most images at once that fit beside a checkpoint's snapshot; None where the GPU's memory is not known."""
+    least_gib: float | None
+    """Memory of the smallest GPU that a cell at once and a snapshot fit on; None where the benchmark ran on a CPU."""
     fits: bool | None
     epoch_gpu_hours: float
     measured_batch: int

@@ -25,6 +25,8 @@ _SIZE_MARK = "#000000"
 _SYMBOLS = ("star", "circle", "square", "diamond", "cross", "x")
 _WIDE = 300.0
 """Between values that are so many times as large and more, a log axis has ticks at powers of 10 alone."""
+_GROWTH = ("fixed", "per_worker", "per_worker_squared")
+"""Factors of a benchmark's figure, by the power of the number of workers."""
 _NEAR = 0.05
 """Marks closer than this share of the epochs have one label, or theirs would lie over each other on a narrow screen."""
 
@@ -197,6 +199,34 @@ def network(rows: Sequence[dict[str, Any]]) -> go.Figure:
     for panel, title in enumerate(panels.values(), 1):
         figure.update_yaxes(title=title, type="log", row=panel, col=1)
     figure.update_xaxes(title="link of each worker", type="category", row=2, col=1)
+    return figure
+
+
+def scale(rows: Sequence[dict[str, Any]], far: int) -> go.Figure:
+    """CPU that the parts of a run take, over its number of workers; dotted what it would grow to up to `far`."""
+    own = [row for row in rows if row["measured"] == "cpu_ms"]
+    given = {row["each"] for row in own}
+    panels = [each for each in ("second", "step", "epoch", "start", "restart") if each in given]
+    parts = list(dict.fromkeys(row["name"] for row in own))
+    numbers: set[int] = set()
+    figure = make_subplots(rows=len(panels), cols=1, shared_xaxes=True, vertical_spacing=0.03)
+    figure.update_layout(_layout(height=90 + 300 * len(panels), left=80, modebar="v"))
+    for row in own:
+        values = {int(key.removesuffix("_workers")): row[key] for key in row if key.endswith("_workers")}
+        measured = {workers: value or None for workers, value in values.items()}  # 0 has no place on a log axis
+        numbers |= measured.keys()
+        panel, index = panels.index(row["each"]) + 1, parts.index(row["name"])
+        _line(figure, panel, list(measured), list(measured.values()), row["name"], index, markers=True, legend=panel == 1)
+        if row["fixed"] is None:
+            continue
+        beyond, color = [max(measured), far], COLORS[index % len(COLORS)]
+        growth = [sum(row[key] * n**power for power, key in enumerate(_GROWTH)) for n in beyond]
+        dotted = {"line": {"color": color, "dash": "dot", "width": 1}, "showlegend": False, "hoverinfo": "skip"}
+        figure.add_trace(go.Scatter(x=beyond, y=growth, mode="lines", legendgroup=row["name"], **dotted), row=panel, col=1)
+    for panel, each in enumerate(panels, 1):
+        figure.update_yaxes(title=f"CPU, ms for each {each}", type="log", row=panel, col=1)
+    figure.update_xaxes(type="log", tickvals=sorted({*numbers, far}))
+    figure.update_xaxes(title="workers; dotted: extrapolated", row=len(panels), col=1)
     return figure
 
 

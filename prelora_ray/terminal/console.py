@@ -319,7 +319,7 @@ def planned(plan: Plan) -> Iterator[str | Table]:
 def _steps_table(plan: Plan) -> Table:
     table = Table()
     compares = any(step.measured_images_per_second is not None for step in plan.phases)
-    columns = ["images/s a GPU", "step, ms", "waits, ms", "grads, MB", "trains", "at once", "GiB", "fits", "speed"]
+    columns = ["images/s a GPU", "step, ms", "waits, ms", "grads, MB", "trains", "at once", "GiB", "least", "fits", "speed"]
     if compares:
         columns[1:1] = ["measured", "off by"]
     for column in ("phase", "pixels", "format", *columns):
@@ -339,6 +339,7 @@ def _steps_table(plan: Plan) -> Table:
             percent(step.trainable_parameters / step.parameters),
             str(step.micro_batch),
             number(step.memory_gib),
+            number(step.least_gib),
             {None: "?", True: "yes", False: f"no, {step.largest_micro_batch} do"}[step.fits],
             step.source,
         )

@@ -28,6 +28,7 @@ from prelora_ray.measures import measures_of
 from prelora_ray.method.phases import Decision, Phase
 from prelora_ray.method.targets import target_norms
 from prelora_ray.monitor.telemetry import WorkerTelemetry
+from prelora_ray.records import EpochLine
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage, once_reachable
 from prelora_ray.tasks.task import Evaluation
@@ -36,7 +37,7 @@ from prelora_ray.train.epoch_meter import EpochMeter
 from prelora_ray.train.found_sizes import read_found
 from prelora_ray.train.initial_weights import initial_weights
 from prelora_ray.train.recorder import RankZeroRecorder, Recorder
-from prelora_ray.train.report import report_to_ray
+from prelora_ray.train.report import join_report, report_to_ray
 from prelora_ray.train.saving import RankZeroSaving, Saving
 from prelora_ray.words import counted
 
@@ -51,7 +52,10 @@ class StoppedError(Exception):
 class WorkerAttempt:
     """One worker's part in one attempt. Every worker trains; rank 0 also decides, records and saves."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, reports_epochs: bool) -> None:
+        """`reports_epochs`: whether each epoch is reported to Ray Train, which every worker then waits for; else the
+        last one alone is."""
+        self._reports_epochs = reports_epochs
         self.watchdog = Watchdog(settings.workers.hang_seconds)
         self.settings = settings
         context = ray.train.get_context()
@@ -183,7 +187,14 @@ class WorkerAttempt:
             self._end_last_epoch()
         self._saving.record()
         self._recorder.flush_beside()
-        has_all = self.rank == 0 and is_last and self._saving.failure is None
+        if is_last or self._reports_epochs:
+            self._report(line, decision, is_last=is_last)
+
+    def _report(self, line: EpochLine, decision: Decision, *, is_last: bool) -> None:
+        if self.rank != 0:
+            join_report()
+            return
+        has_all = is_last and self._saving.failure is None
         pointer = {"run": str(self.folder), "checkpoint": self._saving.newest()} if has_all else None
         report_to_ray(line, decision, self.state, pointer)
 

@@ -1,4 +1,4 @@
-"""What each epoch reports to Ray Train, and to Tune above it."""
+"""What an epoch reports to Ray Train, and to Tune above it, where somebody hears of it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,15 @@ from prelora_ray.engine.state import TrainState
 from prelora_ray.method.phases import Decision
 from prelora_ray.records import EpochLine, to_json
 from prelora_ray.summaries import rank_counts
+
+
+def join_report() -> None:
+    """What a worker other than rank 0 calls where rank 0 calls `report_to_ray`.
+
+    Ray Train waits for a report of every worker, and goes by rank 0's. An epoch's line tells of each worker, so that
+    with it from all of them its controller would take in the square of their number.
+    """
+    ray.train.report({})
 
 
 def report_to_ray(line: EpochLine, decision: Decision, state: TrainState, pointer: dict[str, Any] | None) -> None:

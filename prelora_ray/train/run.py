@@ -57,10 +57,12 @@ from prelora_ray.words import counted
 
 logger = logging.getLogger(__name__)
 
-_RAY_TRAIN = {
-    "HEALTH_CHECK_INTERVAL_S": "0.25",  # the controller takes up one report a look, and an epoch may be short
-    "PREEMPTION_POLL_INTERVAL_S": "0.25",  # the notice has to reach the loop before its data dries up
-}
+_PREEMPTION_POLL_SECONDS = 0.25
+"""Between looks for a notice of preemption, which has to reach the loop before its data dries up."""
+_HEALTH_CHECK_SECONDS = 0.25
+"""Between looks at the workers, at each of which Ray Train's controller takes up one report: an epoch may be short."""
+_HEALTH_CHECKS = 256
+"""Most workers that the controller looks at in a second; it has one core."""
 _RESIZE_POLL_SECONDS = 5.0
 """Between polls whether there is room for more workers."""
 _STOP_SECONDS = 0.5
@@ -102,10 +104,16 @@ def check_settings(settings: Settings, folder: RunFolder) -> Settings | None:
     return before
 
 
-def train(settings: Settings, *, debug: bool = False, callbacks: Sequence[ray.train.UserCallback] = ()) -> dict[str, Any]:
+def train(
+    settings: Settings,
+    *,
+    debug: bool = False,
+    callbacks: Sequence[ray.train.UserCallback] = (),
+    loop: Callable[[dict[str, Any]], None] = train_worker,
+) -> dict[str, Any]:
     """Trains a run to its end, from wherever it stands, and returns the contents of result.json.
 
-    `callbacks` are Ray Train's, which hear of every report.
+    `callbacks` are Ray Train's, which hear of every report. `loop` is what each worker runs.
 
     Raises UserError for settings that cannot work, before Ray starts; TrainError where the work
     fails; InterruptedRunError on Ctrl-C; HeldRunError and LostRunError as DriverLock does.
@@ -127,7 +135,7 @@ def train(settings: Settings, *, debug: bool = False, callbacks: Sequence[ray.tr
         folder.remove_file(STOP_FILE)
         _start_exporter(settings)
         with stop_on_sigterm(folder):
-            _fit(settings, folder, lock.check, callbacks)
+            _fit(settings, folder, lock.check, callbacks, loop)
         tell_end(run_label(settings))
         _wait_for_storage(folder, settings.workers)
         check_finished(folder, settings.train.epochs)
@@ -295,19 +303,18 @@ def _written(settings: Settings, folder: RunFolder, *, is_ready: bool) -> list[s
 
 
 def _fit(
-    settings: Settings, folder: RunFolder, check_lock: Callable[[], None], callbacks: Sequence[ray.train.UserCallback]
+    settings: Settings,
+    folder: RunFolder,
+    check_lock: Callable[[], None],
+    callbacks: Sequence[ray.train.UserCallback],
+    loop: Callable[[dict[str, Any]], None],
 ) -> None:
     workers = settings.workers
     is_elastic = workers.min < workers.max
-    for key, value in _RAY_TRAIN.items():
-        os.environ.setdefault(f"RAY_TRAIN_{key}", value)
-    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(workers.hang_seconds)
-    if is_elastic:  # a group that finds no room is to become smaller; one of fixed size has nothing to do but wait
-        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "5")
     use_gpu = workers.gpu is True
     trainer = TorchTrainer(
-        train_worker,
-        train_loop_config={"settings": settings.model_dump(mode="json")},
+        loop,
+        train_loop_config={"settings": settings.model_dump(mode="json"), "reports_epochs": bool(callbacks)},
         scaling_config=ray.train.ScalingConfig(
             num_workers=(workers.min, workers.max) if is_elastic else workers.max,
             elastic_resize_monitor_interval_s=_RESIZE_POLL_SECONDS,
@@ -324,7 +331,8 @@ def _fit(
         ),
     )
     try:
-        _fit_again_and_again(trainer, folder, check_lock, workers)
+        with _ray_train_environment(workers):
+            _fit_again_and_again(trainer, folder, check_lock, workers)
     except (SystemExit, KeyboardInterrupt):  # Ray Train's own handler of Ctrl-C ends its workers and exits
         with contextlib.suppress(SystemExit, KeyboardInterrupt):  # once more, where this takes too long
             _tell_services(settings, "stop")
@@ -336,6 +344,26 @@ def _fit(
             write_end(folder, End("failed", message=told))
         _tell_services(settings, "failed")
         raise TrainError(told) from error
+
+
+@contextmanager
+def _ray_train_environment(workers: WorkerSettings) -> Iterator[None]:
+    """Ray Train's own settings, where the user gives none, for the time of the block."""
+    own = {
+        "HEALTH_CHECK_INTERVAL_S": max(_HEALTH_CHECK_SECONDS, workers.max / _HEALTH_CHECKS),
+        "PREEMPTION_POLL_INTERVAL_S": _PREEMPTION_POLL_SECONDS,
+        "WORKER_HEALTH_CHECK_TIMEOUT_S": workers.hang_seconds,
+    }
+    if workers.min < workers.max:  # a group that finds no room is to become smaller; one of fixed size can only wait
+        own["WORKER_GROUP_START_TIMEOUT_S"] = 5
+    names = {f"RAY_TRAIN_{name}": f"{value:g}" for name, value in own.items()}
+    before = {name: os.environ[name] for name in names if name in os.environ}
+    os.environ |= names | before
+    try:
+        yield
+    finally:
+        for name in names.keys() - before:
+            os.environ.pop(name, None)
 
 
 def _tell_services(settings: Settings, outcome: Outcome) -> None:

@@ -19,12 +19,12 @@ def train_worker(config: dict[str, Any]) -> None:
     """Trains from the newest whole checkpoint, or from the start, to the end of the run.
 
     Ray Train calls this on every worker, and again after each failure or resize. `config["settings"]`
-    holds the run's settings.
+    holds the run's settings, and `config["reports_epochs"]` whether somebody hears of each epoch.
     """
     with own_failures(lambda: None):
         settings = parse_settings(config["settings"])
         check_precision(settings.train.precision, ray.train.torch.get_device())
-        attempt = WorkerAttempt(settings)
+        attempt = WorkerAttempt(settings, reports_epochs=config["reports_epochs"])
     with closing(attempt), own_failures(lambda: attempt.state.step):
         try:
             for epoch in range(attempt.state.epoch, attempt.settings.train.epochs):

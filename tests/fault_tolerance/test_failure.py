@@ -198,11 +198,10 @@ def _attempts(storage: str, name: str) -> int:
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_alike_ends(digits, storage, monkeypatch, trackers):
+def test_a_run_that_fails_alike_ends(digits, storage, trackers):
     """And not where its surroundings are to blame. MLflow hears that it failed."""
-    monkeypatch.setattr(driver, "train_worker", fail_thrice)
     run = settings(digits, storage, "fails", 1, **ONCE, monitor={"loggers": trackers})
-    assert ends(run, attempts=3) == f"training failed twice at step 3: RuntimeError: {SHAPES}"
+    assert ends(run, attempts=3, loop=fail_thrice) == f"training failed twice at step 3: RuntimeError: {SHAPES}"
     assert [found.info.status for found in at_mlflow(run)] == ["FAILED" for _ in trackers]
 
 
@@ -213,10 +212,10 @@ def test_a_run_that_cannot_start_ends_at_once(digits, storage, monkeypatch):
     assert ends(run, attempts=0).startswith("training failed before its first step: model.name = ")
 
 
-def ends(run: Settings, attempts: int) -> str:
+def ends(run: Settings, attempts: int, **options: Any) -> str:
     """What is told of a run that fails in the last of so many attempts that got to their first step."""
     with pytest.raises(TrainError) as error:
-        train(run)
+        train(run, **options)
     told = str(error.value)
     assert told.startswith("training failed ") and "\n" not in told
     assert read_end(RunFolder.of(run)) == End("failed", message=told)

@@ -222,6 +222,40 @@ def test_an_exporter_that_dies_comes_back_with_what_workers_say(ray_cluster):
     assert wait_for(again, 30, "the exporter's return") == 4
 
 
+@pytest.mark.parametrize(("workers", "seconds"), [(1, 1.0), (128, 1.0), (512, 4.0)])
+def test_so_many_messages_a_second_at_most(ray_cluster, monkeypatch, workers, seconds):
+    start_exporter("127.0.0.1", 19500)
+    now = 100.0
+    monkeypatch.setattr("prelora_ray.monitor.client.time.monotonic", lambda: now)
+    client = Client("a", "0", WorkerMetrics())
+    assert client.is_due
+    client.send(workers)
+    now += seconds - 0.01
+    assert not client.is_due
+    now += 0.01
+    assert client.is_due
+
+
+def test_a_message_costs_the_same_among_any_number_of_workers():
+    """Looks at the ranks that a run has, counted by a clock-free board: none where the group is as large as before."""
+    looks = 0
+
+    class Rank(str):
+        def isdigit(self) -> bool:
+            nonlocal looks
+            looks += 1
+            return super().isdigit()
+
+    board = Board()
+    for _ in range(3):
+        for rank in range(50):
+            board.update("a", Rank(rank), [], world_size=50)
+    assert looks == 1, "at the group's first message"
+    board.update("a", Rank(0), [], world_size=20)
+    assert looks == 1 + 50
+    assert sorted(map(int, board._said["a"])) == list(range(20))
+
+
 def test_runs_are_told_apart_by_their_folder(monkeypatch, tmp_path):
     def label(storage: str) -> str:
         return run_label(parse_settings({"name": "digits", "storage": storage, "data": {"path": "x"}}))

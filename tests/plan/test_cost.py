@@ -65,12 +65,10 @@ def test_memory_is_state_and_images():
     # 100 parameters, 10 of them trained: 4 x 100 + 12 x 10 = 520 bytes; their snapshot 4 x 100 + 8 x 10 = 480.
     memory = Memory(trainable=10, parameters=100, bytes_per_image=50)
     assert memory.peak(8) == 520 + 400
-    assert memory.fits(8, total=(520 + 400 + 480) / 0.96)
-    assert not memory.fits(9, total=(520 + 400 + 480) / 0.96)
+    assert memory.needs(8) == pytest.approx((520 + 400 + 480) / 0.96)
     averaging = Memory(trainable=10, parameters=100, bytes_per_image=50, averaged=90)  # 360 bytes more in each
     assert averaging.peak(8) == 520 + 400 + 360
-    assert averaging.fits(8, total=(520 + 400 + 480 + 720) / 0.96)
-    assert not averaging.fits(8, total=(520 + 400 + 480 + 719) / 0.96)
+    assert averaging.needs(8) == pytest.approx((520 + 400 + 480 + 720) / 0.96)
 
 
 def test_a_run_is_the_sum_of_its_phases():

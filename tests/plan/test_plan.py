@@ -230,6 +230,27 @@ def test_the_micro_batch_that_a_run_found(tmp_path, recipe):
     assert unknown["fits"] is None and unknown["images_per_second"] == pytest.approx(50)
 
 
+def test_a_model_that_no_gpu_holds_is_refused_with_its_bytes(recipe):
+    """ViT-22B's width and depth, by hand: 12 d**2 + 13 d a block; patches, token, positions, norm and head."""
+    width, classes = 6144, 1000
+    blocks, patches, head = 48 * (12 * width**2 + 13 * width), 14 * 14 * 3 + 1, classes * (width + 1)
+    parameters = blocks + (patches + 1 + 257 + 2) * width + head
+    options = f"model.options={{embed_dim: {width}, depth: 48, num_heads: 48, mlp_ratio: 4}}"
+    told = refused(recipe, "--images", "3600", "--set", "model.name=vit_giant_patch14_224", "--set", options)
+    assert "vit_giant_patch14_224 does not fit on a GPU of 79 GiB: with 12 images at once (data.cell) phase full" in told
+    assert f" {16 * parameters / 2**30:.1f} GiB of it for the weights, gradients and moments of {parameters:,} " in told
+    assert f" and {12 * parameters / 2**30:.1f} GiB for a checkpoint's snapshot" in told
+
+
+def test_the_smallest_gpu_that_does(tmp_path, recipe):
+    """Of ViT-L measured with 43.7 GiB: weights, gradients, moments, a snapshot, and a cell's share of the rest."""
+    bench = bench_file(tmp_path / "bench.json", {"prelora bf16 full": 100.0}, peak_gib=43.7, batch=240)
+    (full,) = planned(recipe, "--bench", bench, "--images", "4800", "--set", "method.enabled=false")["phases"]
+    parameters = 1_217_306_528 / 4
+    activations = 43.7 * 2**30 - 16 * parameters
+    assert full["least_gib"] == pytest.approx((28 * parameters + activations * 12 / 240) / 0.96 / 2**30)
+
+
 def test_epochs_on_smaller_images_have_a_speed_of_their_own(tmp_path, recipe, bench):
     """By hand: an epoch of full takes 0.005 h at 160 pixels and 0.01 h at 224; timm has all at 224."""
     small = bench_file(tmp_path / "small.json", {"prelora bf16 full": 200.0, "prelora bf16 warmup": 160.0}, image_size=160)
@@ -346,7 +367,7 @@ def test_what_cannot_be_planned_is_told(tmp_path, recipe, bench):
     for option in ("--bandwidth", "--memory", "--assume-speed"):
         assert refused(*own, option, "0") == f"{option} 0 is not allowed: it must be a number above 0"
     assert refused(*own, "--gpus", "21").startswith("--gpus 21 is not allowed: a batch of 240 has 20 cells of 12")
-    assert "phase full takes 6.2 GiB for data.cell = 12, and" in refused(*own, "--memory", "8")
+    assert "(data.cell) phase full needs one of 10.0 GiB, 4.5 GiB of it for the" in refused(*own, "--memory", "8")
     assert "model.name = 'vit_huge' is not allowed" in refused(*own, "--set", "model.name=vit_huge")
     assert "Twins has no blocks.0.attn.qkv as a Vision Transformer has it" in refused(
         *own, "--set", "model.name=twins_svt_small"

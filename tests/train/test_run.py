@@ -20,7 +20,7 @@ import pytest
 import ray
 import torch
 
-from prelora_ray.config import Settings
+from prelora_ray.config import Settings, WorkerSettings
 from prelora_ray.data.manifest import read_manifest, write_manifest
 from prelora_ray.data.prepare import prepare
 from prelora_ray.engine.state import TrainState
@@ -193,6 +193,14 @@ def test_one_run_through_all_phases(undisturbed):
         assert sorted(ids) == list(range(1438))
 
 
+def test_rank_0_alone_reports_to_ray_what_grows_with_the_workers(undisturbed):
+    path = Path(RunFolder.of(undisturbed(2)).path).with_suffix(".reports")
+    reports = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(report["epoch"], len(report["worker_seconds"]["data"]), *others) for report, *others in reports] == [
+        (epoch, 2, {}) for epoch in range(EPOCHS)
+    ]
+
+
 def test_replaying_the_record_gives_the_runs_own_switch_and_ranks(undisturbed):
     folder = RunFolder.of(undisturbed(2))
     record = read_record(str(folder))
@@ -344,3 +352,20 @@ def test_config_holds_every_key_and_reads_back(undisturbed):
     assert run.workers.gpu == "auto" and read.workers.gpu is False
     assert read == run.model_copy(update={"workers": run.workers.model_copy(update={"gpu": False})})
     assert json.loads(read.model_dump_json())["method"]["scaling"] == 2.0
+
+
+def test_a_controller_looks_at_so_many_workers_a_second_at_most(monkeypatch):
+    monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "9")
+    monkeypatch.delenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", raising=False)
+    before = dict(os.environ)
+    seconds = {}
+    for workers in (1, 64, 128, 512):
+        with run_module._ray_train_environment(WorkerSettings(min=workers, max=workers)):
+            seconds[workers] = float(os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"])
+            assert os.environ["RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"] == "9", "the user's"
+        assert dict(os.environ) == before
+    assert seconds == {1: 0.25, 64: 0.25, 128: 0.5, 512: 2.0}
+    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "7")
+    with run_module._ray_train_environment(WorkerSettings(max=512)):
+        assert os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] == "7"
+    assert os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] == "7"
