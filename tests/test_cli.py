@@ -88,7 +88,7 @@ def test_models_are_told_with_what_they_have_and_lack():
         for name in ("Vision Transformer", "in stages", "MLP-Mixer", "tokens_fc1", "ConvNeXt", "conv_dw (no adapter)")
     )
     assert "fc1 (fc1)" not in table
-    assert len(json.loads(prelora_here("models", "--json").stdout)["architectures"]) == 10
+    assert len(json.loads(prelora_here("models", "--json").stdout)["architectures"]) == 11
     wrong = prelora_here("models", "vit_tinny")
     assert wrong.returncode == 2
     assert wrong.stderr == "prelora: 'vit_tinny' is no model of timm: give a name, or a pattern such as 'swin*'\n"

@@ -53,8 +53,8 @@ class WorkerAttempt:
     """One worker's part in one attempt. Every worker trains; rank 0 also decides, records and saves."""
 
     def __init__(self, settings: Settings, *, reports_epochs: bool) -> None:
-        """`reports_epochs`: whether each epoch is reported to Ray Train, which every worker then waits for; else the
-        last one alone is."""
+        """`reports_epochs`: whether each epoch is reported to Ray Train, which every worker then waits for; else those
+        that end a phase or the run are."""
         self._reports_epochs = reports_epochs
         self.watchdog = Watchdog(settings.workers.hang_seconds)
         self.settings = settings
@@ -187,7 +187,7 @@ class WorkerAttempt:
             self._end_last_epoch()
         self._saving.record()
         self._recorder.flush_beside()
-        if is_last or self._reports_epochs:
+        if is_last or decision.begins_phase or self._reports_epochs:
             self._report(line, decision, is_last=is_last)
 
     def _report(self, line: EpochLine, decision: Decision, *, is_last: bool) -> None:

@@ -1,4 +1,4 @@
-"""What an epoch reports to Ray Train, and to Tune above it, where somebody hears of it."""
+"""What an epoch reports to Ray Train, and to Tune above it."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 from unittest.mock import ANY
 
 import pytest
@@ -35,6 +36,7 @@ from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
 from prelora_ray.train import run as run_module
 from prelora_ray.train.run import TrainError, _identity, check_data, train
+from prelora_ray.train.worker import train_worker
 from tests.chaos.faults import give_notice
 from tests.chaos.site import wait_for
 from tests.conftest import samples
@@ -199,6 +201,26 @@ def test_rank_0_alone_reports_to_ray_what_grows_with_the_workers(undisturbed):
     assert [(report["epoch"], len(report["worker_seconds"]["data"]), *others) for report, *others in reports] == [
         (epoch, 2, {}) for epoch in range(EPOCHS)
     ]
+
+
+def tell_reports(config: dict[str, Any]) -> None:
+    """The loop of a run, which also writes down what it reports to Ray Train."""
+    report, told = ray.train.report, Path(config["settings"]["storage"], "reports")
+
+    def tell(metrics: dict[str, Any], *checkpoint: Any) -> None:
+        with told.open("a") as file:
+            print(json.dumps([metrics["epoch"], metrics["next_phase"], metrics["switch_epoch"]]), file=file)
+        report(metrics, *checkpoint)
+
+    ray.train.report = tell
+    train_worker(config)
+
+
+@pytest.mark.slow
+def test_a_run_of_which_nobody_hears_reports_the_ends_of_its_phases(digits, tmp_path):
+    train(settings(digits, tmp_path, "alone", 1), loop=tell_reports)
+    reports = [json.loads(line) for line in (tmp_path / "reports").read_text().splitlines()]
+    assert reports == [[SWITCH - 1, "warmup", SWITCH], [FREEZE - 1, "lora", SWITCH], [EPOCHS - 1, "lora", SWITCH]]
 
 
 def test_replaying_the_record_gives_the_runs_own_switch_and_ranks(undisturbed):
