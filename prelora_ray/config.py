@@ -566,8 +566,8 @@ def inner_section(annotation: Any) -> type[Section] | None:
     return next((part for part in parts if isinstance(part, type) and issubclass(part, Section)), None)
 
 
-_OF_DROP_PATH = ("model.drop_path_rule", "model.drop_path_form")
-"""Keys that say nothing where `model.drop_path` is 0."""
+_OF_DROP_PATH = {"model.drop_path_rule": "linear", "model.drop_path_form": "mask"}
+"""Keys that say nothing where `model.drop_path` is 0, with what they are taken for there."""
 _PLAIN = ["query", "key", "value", "proj", "fc1", "fc2"]
 """All families of a plain Vision Transformer, as runs of an earlier version have them in their config.yaml."""
 
@@ -583,8 +583,15 @@ def comparable(settings: Section) -> dict[str, Any]:
     if found.get("method.targets") == _PLAIN:
         found["method.targets"] = None
     if found.get("model.drop_path") == 0:
-        found |= dict.fromkeys(_OF_DROP_PATH)
+        found |= _OF_DROP_PATH
     return found
+
+
+def settled_alike(settings: Settings, other: Settings) -> Settings:
+    """Settings whose `model.drop_path_form: auto` is what it came to in a run of other settings; as they are where it
+    came to nothing there yet."""
+    form = other.model.drop_path_form if settings.model.drop_path_form == "auto" else settings.model.drop_path_form
+    return settings.model_copy(update={"model": settings.model.model_copy(update={"drop_path_form": form})})
 
 
 def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:

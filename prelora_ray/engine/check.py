@@ -5,16 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses import fake_tensor
 
-from prelora_ray.config import Settings
+from prelora_ray.config import ModelSettings, Settings
 from prelora_ray.engine.batch_norm import cell_norms
-from prelora_ray.engine.drop_path import drop_path_modules, set_drop_path, use_form
+from prelora_ray.engine.drop_path import SubsetDropPath, drop_path_modules, set_drop_path, use_form
 from prelora_ray.engine.model import create_model, example_inputs
 from prelora_ray.engine.optim import build_optimizer
 from prelora_ray.engine.precision import Format, autocast, keep_residual_in_bf16, phase_format, use_products
@@ -76,6 +76,16 @@ def check_model(settings: Settings) -> list[Target]:
                 raise UserError(f"method.freeze = {method.freeze!r} is not allowed: {error}") from None
             _try_phase(model, settings, format_, Phase.LORA)
     return targets
+
+
+def drop_path_form(settings: ModelSettings, cell: int) -> Literal["mask", "subset"]:
+    """What `model.drop_path_form` comes to in cells of so many samples. Raises UserError as a run does."""
+    if settings.drop_path == 0:
+        return "mask"
+    with torch.device("meta"):
+        model = create_model(settings, _CLASSES, seed=0)
+    use_form(model, settings.drop_path_form, cell)
+    return "subset" if any(isinstance(module, SubsetDropPath) for module in model.modules()) else "mask"
 
 
 @contextmanager

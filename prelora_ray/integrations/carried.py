@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from prelora_ray.engine.prelora import PreLoRA
 from prelora_ray.errors import UserError
+from prelora_ray.method.architecture import architecture_of
 from prelora_ray.method.phases import Phase
 
 _NAME = "prelora"
@@ -74,8 +76,15 @@ class CarriedPreLoRA(PreLoRA):
 
 
 def vit_of(model: nn.Module) -> nn.Module:
-    """The timm Vision Transformer inside a model. Raises UserError where there is none, or more than one."""
+    """The timm Vision Transformer inside a model, or the model itself where it holds none and can be adapted.
+
+    Raises UserError where neither is so, or it holds more than one.
+    """
     found = [module for module in model.modules() if isinstance(module, VisionTransformer)]
+    if not found:
+        with contextlib.suppress(ValueError):
+            architecture_of(model)
+            return model
     if len(found) != 1:
         raise UserError(f"{type(model).__name__} holds {len(found)} timm Vision Transformers: name the model to adapt as vit=")
     return found[0]

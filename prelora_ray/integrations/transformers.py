@@ -12,7 +12,7 @@ from prelora_ray.integrations.carried import CarriedPreLoRA, vit_of
 
 
 class PreLoRACallback(TrainerCallback):
-    """Takes a trainer's model through the phases, on one device: one of transformers, or the timm ViT inside it.
+    """Takes a trainer's model through the phases, on one device: a ViT of transformers, or the timm ViT inside it.
 
         trainer = Trainer(model, args, train_dataset=images)
         trainer.add_callback(PreLoRACallback(trainer, tau=0.5))
@@ -24,8 +24,7 @@ class PreLoRACallback(TrainerCallback):
     """
 
     def __init__(self, trainer: Trainer, vit: nn.Module | None = None, **options: Any) -> None:
-        """`vit`: default, the model itself where it is one of transformers, else the timm ViT that it holds.
-        `options`: as of PreLoRA."""
+        """`vit`: default, the timm ViT that the model holds, or itself. `options`: as of PreLoRA."""
         args = trainer.args
         if args.world_size > 1 or args.n_gpu > 1:
             raise UserError(f"{max(args.world_size, args.n_gpu)} devices are not allowed with PreLoRACallback: use one")
@@ -38,9 +37,7 @@ class PreLoRACallback(TrainerCallback):
         if isinstance(trainer.model, PreTrainedModel):
             # Else Trainer saves tensors under names that it does not know when it resumes (transformers #48805).
             trainer.model._weight_conversions = []
-        if vit is None:
-            vit = trainer.model if isinstance(trainer.model, PreTrainedModel) else vit_of(trainer.model)
-        self.prelora = CarriedPreLoRA(vit, trainer.create_optimizer(), **options)
+        self.prelora = CarriedPreLoRA(vit_of(trainer.model) if vit is None else vit, trainer.create_optimizer(), **options)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._logged_step = state.global_step

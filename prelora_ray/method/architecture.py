@@ -92,6 +92,8 @@ ARCHITECTURES = (
 )
 _ANY_STAGE = "|".join(architecture.stages for architecture in ARCHITECTURES)
 
+_CLASSIFIERS = ("classifier", "cls_classifier", "distillation_classifier")
+"""As transformers names those of its ViT and DeiT."""
 _BLOCK = ("norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2")
 """The parts of a plain block but layer scales: two residual branches, each a norm, what it is for, and a drop path."""
 
@@ -260,7 +262,7 @@ def parameters_in_front(model: nn.Module, layer: int) -> list[nn.Parameter]:
 
 def head_parameters(model: nn.Module) -> set[str]:
     """Names of the parameters of the classifier, or of all classifiers; none where the model has none."""
-    own = getattr(model, "classifier", ())  # as transformers names it
+    own = tuple(getattr(model, name) for name in _CLASSIFIERS if hasattr(model, name))
     classifiers = model.get_classifier() if hasattr(model, "get_classifier") else own  # type: ignore[operator]
     if isinstance(classifiers, nn.Module):
         classifiers = (classifiers,)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from prelora_ray.engine.check import drop_path_form
 from prelora_ray.engine.micro_batch import micro_batch_sizes
 from prelora_ray.errors import UserError
 from prelora_ray.method.phases import Phase
@@ -22,7 +23,7 @@ from prelora_ray.plan.cost import (
 )
 from prelora_ray.plan.measured import Estimator, Expected, read_benches
 from prelora_ray.plan.result import PhasePlan, Plan, RunPlan
-from prelora_ray.plan.sizes import computes_subsets, parameters_by_phase
+from prelora_ray.plan.sizes import parameters_by_phase
 from prelora_ray.plan.source import Source, read_source, workload
 from prelora_ray.words import counted
 
@@ -170,7 +171,7 @@ class _Planner:
         Where there is one of these no step counts them: phases of which some do would not compare.
         """
         model = self.settings.model
-        if model.drop_path == 0 or not computes_subsets(model, self.settings.data.cell):
+        if drop_path_form(model, self.settings.data.cell) == "mask":
             return {}, []
         found: dict[Workload, Expected] = {}
         missing: dict[str, None] = {}

@@ -10,7 +10,6 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from prelora_ray.config import MethodSettings, ModelSettings
-from prelora_ray.engine.drop_path import SubsetDropPath, use_form
 from prelora_ray.engine.model import create_model
 from prelora_ray.errors import UserError
 from prelora_ray.method.adapters import inject
@@ -27,14 +26,6 @@ class ForwardSize:
     flops: float
     outputs: int
     """Numbers that linear layers and convolutions put out, as what a backward needs of a forward grows with them."""
-
-
-def computes_subsets(settings: ModelSettings, cell: int) -> bool:
-    """Whether some block is computed only for the samples that drop path leaves in. Raises UserError as a run does."""
-    with torch.device("meta"):
-        model = create_model(settings, 1, seed=0)
-    use_form(model, settings.drop_path_form, cell)
-    return any(isinstance(module, SubsetDropPath) for module in model.modules())
 
 
 def forward_size(settings: ModelSettings, num_classes: int) -> ForwardSize:

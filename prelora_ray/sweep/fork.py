@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from prelora_ray.config import Settings, acts, comparable
+from prelora_ray.config import Settings, acts, comparable, settled_alike
 from prelora_ray.engine.snapshot import checkpoint_name
 from prelora_ray.errors import UserError
 from prelora_ray.fault_tolerance.checkpoint import Checkpoints
@@ -91,6 +91,7 @@ def _check_bend(trunk: RunFolder, settings: Settings, epoch: int) -> None:
 
 def _check_same_trunk(trunk: RunFolder, settings: Settings) -> None:
     of_trunk = trunk.read_settings()
+    settings = settled_alike(settings, of_trunk)
     ours, theirs = comparable(_in_front_of_bend(trunk, settings, of_trunk)), comparable(of_trunk)
     now, before = _in_phase_full(ours), _in_phase_full(theirs)
     for key in ours | theirs:

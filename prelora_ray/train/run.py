@@ -17,10 +17,18 @@ import ray.train
 import ray.train.torch
 import torch
 
-from prelora_ray.config import Settings, WorkerSettings, acts, comparable, with_absolute_paths, without_effect
+from prelora_ray.config import (
+    Settings,
+    WorkerSettings,
+    acts,
+    comparable,
+    settled_alike,
+    with_absolute_paths,
+    without_effect,
+)
 from prelora_ray.data.manifest import Manifest, read_manifest
 from prelora_ray.data.prepare import prepare
-from prelora_ray.engine.check import check_model
+from prelora_ray.engine.check import check_model, drop_path_form
 from prelora_ray.engine.model import check_length, create_model
 from prelora_ray.engine.precision import check_precision
 from prelora_ray.engine.pretrained import load_pretrained
@@ -125,6 +133,7 @@ def train(
         result = folder.read_result()
         logger.info("run %s has finished already; give another --name for a new one", folder)
         return result
+    settings = _settle_drop_path(settings, before)
     with DriverLock(folder) as lock, _starting(folder), ray_session(debug=debug) as is_embedded:
         settings = check_cluster(settings, folder, before, is_embedded=is_embedded)
         _prepare_once(settings, folder)
@@ -257,6 +266,19 @@ def stop_on_sigterm(folder: RunFolder) -> Iterator[None]:
             folder.remove_file(STOP_FILE)
 
 
+def _settle_drop_path(settings: Settings, before: Settings | None) -> Settings:
+    """The settings with `model.drop_path_form: auto` resolved: to what the run had, or at first by model and cell."""
+    if before is not None:
+        settings = settled_alike(settings, before)
+    model = settings.model
+    if model.drop_path_form != "auto":
+        return settings
+    form = drop_path_form(model, settings.data.cell)
+    if model.drop_path > 0:
+        logger.info("model.drop_path_form: auto is %s", form)
+    return settings.model_copy(update={"model": model.model_copy(update={"drop_path_form": form})})
+
+
 def _settle_gpu(settings: Settings, before: Settings | None, gpus: float) -> Settings:
     """The settings with `workers.gpu: auto` resolved: to what the run had, or at first whether Ray has enough GPUs."""
     workers = settings.workers
@@ -348,22 +370,23 @@ def _fit(
 
 @contextmanager
 def _ray_train_environment(workers: WorkerSettings) -> Iterator[None]:
-    """Ray Train's own settings, where the user gives none, for the time of the block."""
+    """Ray Train's own settings for the time of the block: `workers.hang_seconds`, others where the user gives none."""
     own = {
-        "HEALTH_CHECK_INTERVAL_S": max(_HEALTH_CHECK_SECONDS, workers.max / _HEALTH_CHECKS),
-        "PREEMPTION_POLL_INTERVAL_S": _PREEMPTION_POLL_SECONDS,
-        "WORKER_HEALTH_CHECK_TIMEOUT_S": workers.hang_seconds,
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": max(_HEALTH_CHECK_SECONDS, workers.max / _HEALTH_CHECKS),
+        "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": _PREEMPTION_POLL_SECONDS,
     }
     if workers.min < workers.max:  # a group that finds no room is to become smaller; one of fixed size can only wait
-        own["WORKER_GROUP_START_TIMEOUT_S"] = 5
-    names = {f"RAY_TRAIN_{name}": f"{value:g}" for name, value in own.items()}
-    before = {name: os.environ[name] for name in names if name in os.environ}
-    os.environ |= names | before
+        own["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = 5
+    set_here = {name: value for name, value in own.items() if name not in os.environ}
+    set_here["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = workers.hang_seconds
+    before = dict(os.environ)
+    os.environ |= {name: f"{value:g}" for name, value in set_here.items()}
     try:
         yield
     finally:
-        for name in names.keys() - before:
+        for name in set_here:
             os.environ.pop(name, None)
+            os.environ |= {name: before[name]} if name in before else {}
 
 
 def _tell_services(settings: Settings, outcome: Outcome) -> None:
@@ -442,7 +465,7 @@ def _prepare_once(settings: Settings, folder: RunFolder) -> None:
 
 def _check_unchanged(before: Settings, now: Settings, folder: RunFolder) -> None:
     """Raises UserError where a run is resumed with settings that would change its result."""
-    old, new = (comparable(settings) for settings in (before, now))
+    old, new = comparable(before), comparable(settled_alike(now, before))
     for key in sorted(old | new):
         if old.get(key) == new.get(key) or acts(key) == "never":
             continue

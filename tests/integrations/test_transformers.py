@@ -10,7 +10,18 @@ import torch
 from peft import PeftModel
 from torch import nn
 from torch.nn import functional as F
-from transformers import Trainer, TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification
+from transformers import (
+    DeiTConfig,
+    DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from prelora_ray.engine.prelora import PreLoRA
 from prelora_ray.errors import UserError
@@ -53,10 +64,25 @@ def arguments(folder: Path, **options: Any) -> TrainingArguments:
     return TrainingArguments(str(folder), **basic | quiet | options)
 
 
+SIZES = {
+    **{"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64},
+    **{"image_size": 8, "patch_size": 2, "num_labels": 10},
+}
+
+
 def vit_of_transformers() -> ViTForImageClassification:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
-    return ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=2, num_labels=10)).eval()
+    return ViTForImageClassification(ViTConfig(**SIZES)).eval()
+
+
+class Wrapper(PreTrainedModel):
+    """A model of transformers' kind around a timm ViT."""
+
+    config_class = PreTrainedConfig
+
+    def __init__(self) -> None:
+        super().__init__(PreTrainedConfig())
+        self.vit = tiny_vit()
 
 
 def trainer_of(folder: Path, model: nn.Module | None = None, **options: Any) -> tuple[Trainer, PreLoRACallback]:
@@ -120,12 +146,28 @@ def test_a_vit_of_transformers_is_trained_as_it_is(tmp_path: Path):
         torch.testing.assert_close(by_peft(pixel_values=images).logits, expected, rtol=0, atol=1e-5)
 
 
-def test_all_but_the_head_of_a_vit_of_transformers_freezes():
-    prelora = PreLoRA(vit_of_transformers(), freeze="all_but_head", **LATE)
+@pytest.mark.parametrize(
+    ("model", "heads"),
+    [
+        (ViTForImageClassification(ViTConfig(**SIZES)), ["classifier"]),
+        (DeiTForImageClassification(DeiTConfig(**SIZES)), ["classifier"]),
+        (DeiTForImageClassificationWithTeacher(DeiTConfig(**SIZES)), ["cls_classifier", "distillation_classifier"]),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_all_but_the_heads_freezes(model: nn.Module, heads: list[str]):
+    prelora = PreLoRA(model, freeze="all_but_head", **LATE)
     prelora.end_epoch(1.0)
     prelora.end_epoch(1.0)
-    trains = [name for name, parameter in prelora.model.named_parameters() if parameter.requires_grad]
-    assert [name for name in trains if "lora_" not in name] == ["classifier.weight", "classifier.bias"]
+    assert len(prelora.ranks or {}) == 18
+    trains = [name for name, parameter in model.named_parameters() if parameter.requires_grad and "lora_" not in name]
+    assert trains == [f"{head}.{kind}" for head in heads for kind in ("weight", "bias")]
+
+
+def test_of_a_wrapper_the_timm_vit_is_adapted(tmp_path: Path):
+    wrapper = Wrapper()
+    callback = PreLoRACallback(Trainer(wrapper, arguments(tmp_path), train_dataset=[1]), **LATE)
+    assert callback.prelora.model is wrapper.vit
 
 
 def test_what_cannot_be_is_told(tmp_path: Path):

@@ -388,6 +388,9 @@ def test_a_controller_looks_at_so_many_workers_a_second_at_most(monkeypatch):
         assert dict(os.environ) == before
     assert seconds == {1: 0.25, 64: 0.25, 128: 0.5, 512: 2.0}
     monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "7")
-    with run_module._ray_train_environment(WorkerSettings(max=512)):
+    monkeypatch.setenv("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "8")
+    with run_module._ray_train_environment(WorkerSettings(max=512, hang_seconds=30)):
         assert os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] == "7"
+        assert os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] == "30", "workers.hang_seconds"
+    assert os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] == "8"
     assert os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] == "7"
