@@ -228,6 +228,18 @@ def _rehearsal(out: Out = None, as_json: Json = False) -> None:
     _measure(run, out, as_json)
 
 
+@app.command("records")
+def _records(
+    epochs: Annotated[list[int] | None, typer.Option(min=1, help="Of a run; repeatable. Default: 100, 300, 1000.")] = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Bytes that the records of long runs come to in a bucket, with segments and without."""
+    from prelora_ray.bench.records import bench_records as run
+
+    _measure(lambda: run(tuple(epochs or (100, 300, 1000))), out, as_json)
+
+
 def _size(model: str | None, image_size: int | None, batch: int | None, *, batch_on_cpu: int) -> dict[str, Any]:
     from prelora_ray.bench.machine import usual_size
 
