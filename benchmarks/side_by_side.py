@@ -122,9 +122,7 @@ class Images:
         manifest = read_manifest(Storage(path))
         for split in ("train", "val"):
             ids = np.arange(runs[0].plan.orders[split].num_rows)
-            reader = RowReader(path, tuple(manifest.splits[split]), COLUMNS)
-            reader.expect(ids)
-            columns = reader.take(ids)
+            columns = RowReader(path, manifest.splits[split], COLUMNS).read(ids)
             _encoded[split] = columns["image"].to_pylist()
             self.labels[split] = torch.from_numpy(columns["label"].to_numpy().copy())
         epochs = [(run, epoch) for run in runs for epoch in range(run.after, run.until)]

@@ -11,7 +11,7 @@ from prelora_ray.errors import UserError, one_line
 from prelora_ray.fault_tolerance.checkpoint import Checkpoints, DamagedCheckpointError, OtherSchemaError
 from prelora_ray.fault_tolerance.notices import STOP_FILE
 from prelora_ray.records import EpochLine, Event, NormsLine, WindowLine, from_json
-from prelora_ray.run_folder import RunFolder
+from prelora_ray.run_folder import RunFolder, name_without_segment
 
 
 def examine(path: str, on_progress: Callable[[int, int], None] = lambda done, total: None) -> list[str]:
@@ -39,8 +39,8 @@ def _check_records(folder: RunFolder) -> list[str]:
         try:
             if name.endswith(".json"):
                 json.loads(folder.read_bytes(name))
-            elif name.endswith(".jsonl"):
-                _parse_each_line(folder.read_bytes(name), name)
+            elif (of := name_without_segment(name)).endswith(".jsonl"):
+                _parse_each_line(folder.read_bytes(name), of)
         except (OSError, ValueError) as error:
             findings.append(f"{folder}/{name} cannot be read: {one_line(error)}")
     return findings

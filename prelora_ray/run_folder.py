@@ -5,16 +5,18 @@
       ranks.json, micro_batch.json, starting.json, progress.json, end.json, result.json,
       checkpoints/, tensorboard/, wandb/, ray/
 
-docs/run-folder.md describes every file. Lines carry an ``attempt`` that counts restarts: where two
-lines are of the same epoch, window or batch, the later attempt's stands.
+docs/run-folder.md describes every file. In a bucket a file that grows has segments (`segment`). Lines carry an
+``attempt`` that counts restarts: where two lines are of the same epoch, window or batch, the later attempt's stands.
 """
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import json
 import math
 import os
+import re
 import tempfile
 import threading
 import time
@@ -99,10 +101,9 @@ class RunFolder(Storage):
         )
 
     def read_lines(self, name: str) -> list[dict[str, Any]]:
-        """All whole lines of a JSON-lines file, in file order; none where there is no file."""
-        if not self.exists(name):
-            return []
-        return parse_lines(self.read_bytes(name))
+        """All whole lines of a JSON-lines file and its segments, in file order; none where there is no file."""
+        segments = [segment(name, number) for number in range(count_segments(self, name))]
+        return [line for each in segments for line in parse_lines(self.read_bytes(each))]
 
     def records(self, kind: type[RecordT], name: str | None = None) -> list[RecordT]:
         """All lines of a kind, in file order, of its own file or of `name`. One that lacks a key is ignored."""
@@ -184,13 +185,38 @@ def parse_lines(content: bytes) -> list[dict[str, Any]]:
     return lines
 
 
+SEGMENT_BYTES = 2**18
+"""Of a file that is appended to in a bucket, from which on it goes on in a further segment."""
+_SEGMENT = re.compile(r"(.+\.jsonl)\.\d{4,}")
+
+
+def segment(name: str, number: int) -> str:
+    """Name of one of the segments of a file, from 0: `epochs.jsonl`, `epochs.jsonl.0001`, `epochs.jsonl.0002`."""
+    return f"{name}.{number:04d}" if number else name
+
+
+def name_without_segment(name: str) -> str:
+    """`epochs.jsonl` of any segment of it; other names as they are."""
+    match = _SEGMENT.fullmatch(name)
+    return match[1] if match else name
+
+
+def count_segments(folder: Storage, name: str) -> int:
+    """Segments that a file has, which follow each other without a gap: none where there is no file."""
+    above = 1
+    while folder.exists(segment(name, above - 1)):
+        above *= 2
+    return bisect.bisect_left(range(above), True, lo=above // 2, key=lambda i: not folder.exists(segment(name, i)))
+
+
 class Appender:
     """Appends to one file of a run folder, without ever waiting for the storage.
 
     On a disk a thread writes what is appended at once; on a full one it waits in memory for room, and so does the
-    file's creation. Object stores cannot append: there it gathers in memory until `flush`, which adds it to a local
-    file and uploads that whole. What was appended survives this process's end once `flush` has returned True. One
-    thread may append while another flushes.
+    file's creation. Object stores cannot append: there it gathers in a local file until `flush`, which uploads that
+    whole as the last segment of the file. One of `SEGMENT_BYTES` or more stays as it is, and a further one begins.
+    What was appended survives this process's end once `flush` has returned True. One thread may append while another
+    flushes.
     """
 
     def __init__(self, folder: Storage, name: str) -> None:
@@ -203,11 +229,11 @@ class Appender:
         """Held for a moment, for what follows."""
         self._has_writer = False
         """Whether a thread of its own writes what is appended."""
-        self._pending = b"" if folder.is_local or not folder.exists(name) else folder.read_bytes(name)
+        self._segment, self._pending = (0, b"") if folder.is_local else _last_segment(folder, name)
         self._num_bytes = 0
-        """Bytes in the file."""
+        """Bytes in the file, in a bucket those of the segment."""
         self._uploaded = len(self._pending)
-        """Bytes of the file that are in the bucket."""
+        """Bytes of the segment that are in the bucket."""
 
     def append(self, content: bytes) -> None:
         with self._lock:
@@ -225,10 +251,17 @@ class Appender:
                 return has_all
             if self._num_bytes != self._uploaded:
                 assert self._file is not None
-                with contextlib.suppress(OSError):
-                    self._folder.write_bytes(self._name, os.pread(self._file.fileno(), self._num_bytes, 0))
-                    self._uploaded = self._num_bytes
-            return self._num_bytes == self._uploaded
+                content = os.pread(self._file.fileno(), self._num_bytes, 0)
+                try:
+                    self._folder.write_bytes(segment(self._name, self._segment), content)
+                except OSError:
+                    return False
+                self._uploaded = self._num_bytes
+                if self._uploaded >= SEGMENT_BYTES:
+                    self._file = None
+                    self._segment += 1
+                    self._num_bytes = self._uploaded = 0
+            return True
 
     def _write_beside(self) -> None:
         while True:
@@ -255,9 +288,18 @@ class Appender:
     def _open(self) -> IO[bytes]:
         if not self._folder.is_local:
             return tempfile.TemporaryFile(buffering=0)
-        path = Path(self._folder.file(self._name))
+        path = Path(self._folder.file(segment(self._name, max(0, count_segments(self._folder, self._name) - 1))))
         path.parent.mkdir(parents=True, exist_ok=True)
         return open(path, "a+b", buffering=0)
+
+
+def _last_segment(folder: Storage, name: str) -> tuple[int, bytes]:
+    """The segment of a file in a bucket to go on with, and what it holds."""
+    last = count_segments(folder, name) - 1
+    if last < 0:
+        return 0, b""
+    size = folder.num_bytes(segment(name, last)) or 0
+    return (last + 1, b"") if size >= SEGMENT_BYTES else (last, folder.read_bytes(segment(name, last)))
 
 
 class LineWriter(Appender):

@@ -217,7 +217,7 @@ def samples(folder: RunFolder) -> dict[tuple[int, int], list[int]]:
     """Samples of every global batch, sorted: those of the latest attempt at it, over all its workers."""
     batches: dict[tuple[int, int], tuple[int, list[int]]] = {}
     for name in folder.list_files():
-        for line in folder.read_lines(name) if name.startswith("samples-") else []:
+        for line in folder.read_lines(name) if name.startswith("samples-") and name.endswith(".jsonl") else []:
             place = line["epoch"], line["batch"]
             attempt, ids = batches.get(place, (-1, []))
             if line["attempt"] >= attempt:

@@ -105,7 +105,7 @@ MAY_IMPORT = {
     "doctor.py": {"fault_tolerance", "data", "run_folder.py", "records.py", "errors.py"},
     "bench": {
         *("bench", "ray_session.py", "train", "fault_tolerance", "monitor", "engine", "method", "data"),
-        *("run_folder.py", "config.py", "config_file.py", "storage.py", "errors.py", "extras.py", "words.py"),
+        *("run_folder.py", "records.py", "config.py", "config_file.py", "storage.py", "errors.py", "extras.py", "words.py"),
     },
     "plan": {
         *("plan", "recorded/run.py", "engine", "method", "data/manifest.py", "schedule.py"),

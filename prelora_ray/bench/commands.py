@@ -115,6 +115,21 @@ def _data(
     _measure(lambda: run(options), out, as_json)
 
 
+@app.command("reading")
+def _reading(
+    images: Annotated[int, typer.Option(min=1, help="Images of 34 kB, which are read once for each row.")] = 16_384,
+    latency: Annotated[float, typer.Option(min=0, help="Milliseconds that the bucket takes for a request.")] = 20.0,
+    requests_per_second: Annotated[float, typer.Option(min=1, help="That the bucket of the last row allows.")] = 100.0,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Images a second that a worker's reader gets from a bucket with a delay, and from a disk, without decoding."""
+    from prelora_ray.bench.reading import Options
+    from prelora_ray.bench.reading import bench_reading as run
+
+    _measure(lambda: run(Options(images, latency, requests_per_second)), out, as_json)
+
+
 @app.command("loop")
 def _loop(
     model: UsualModel = None,
@@ -211,6 +226,18 @@ def _rehearsal(out: Out = None, as_json: Json = False) -> None:
     from prelora_ray.bench.rehearsal import bench_rehearsal as run
 
     _measure(run, out, as_json)
+
+
+@app.command("records")
+def _records(
+    epochs: Annotated[list[int] | None, typer.Option(min=1, help="Of a run; repeatable. Default: 100, 300, 1000.")] = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Bytes that the records of long runs come to in a bucket, with segments and without."""
+    from prelora_ray.bench.records import bench_records as run
+
+    _measure(lambda: run(tuple(epochs or (100, 300, 1000))), out, as_json)
 
 
 def _size(model: str | None, image_size: int | None, batch: int | None, *, batch_on_cpu: int) -> dict[str, Any]:

@@ -1,18 +1,21 @@
 """What the number of images of a data set costs, apart from reading them, with a made-up manifest.
 
-In training, what one of 8 workers does, with the batch and cells of `jobs/configs/imagenet_vit_large.yaml`. No image is
-read or decoded: every row group comes back empty. A part is a function from a number of images to what it measured.
+In training, what one of 8 workers does, or the last of other numbers of workers, with the batch and cells of
+`jobs/configs/imagenet_vit_large.yaml`. No image is read or decoded: every row group comes back empty. A part is a
+function from a number of images to what it measured.
 """
 
 from __future__ import annotations
 
+import functools
 import pickle
 import statistics
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 from ray import cloudpickle
@@ -24,6 +27,7 @@ from prelora_ray.data.batch import Pass, StreamPlan
 from prelora_ray.data.manifest import Manifest, Shard, Split
 from prelora_ray.data.prepare import plan as plan_tasks
 from prelora_ray.data.prepare_settings import PrepareSettings
+from prelora_ray.data.rows import AHEAD
 from prelora_ray.data.sources import Columns, Splits
 from prelora_ray.data.sources.files import File
 from prelora_ray.data.sources.folder import open_folders
@@ -31,6 +35,10 @@ from prelora_ray.train.batch_stream import stream_plan
 
 SIZES = {"imagenet-1k": 1_281_167, "imagenet-21k": 14_197_122}
 """Training images."""
+_LARGE_SIZES = {**SIZES, "400 million": 400_000_000}
+_WORKERS = (1, 8, 64)
+_MOST_IMAGES = 2 * 10**7
+"""Of one worker: for more it would take minutes and gigabytes to measure what they take."""
 
 
 def made_up_plan(images: int, rank: int = 0, world_size: int = 8) -> StreamPlan:
@@ -84,14 +92,37 @@ def before_epoch(images: int) -> dict[str, Any]:
     return {"seconds_to_the_first_block": first, "seconds_for_the_epoch": first + seconds(lambda: list(blocks))}
 
 
-def order(images: int) -> dict[str, Any]:
-    """Drawing an epoch's order, by the last of 8 workers, whom it takes longest."""
-    plan = made_up_plan(images, rank=7)
+def order(images: int, workers: int) -> dict[str, Any]:
+    """Drawing an epoch's order, by the last of the workers, whom it takes longest."""
+    plan = made_up_plan(images, workers - 1, workers)
 
     def draw() -> object:
         return plan.orders["train"].epoch(0, plan.cells)
 
     return {"seconds": seconds(draw), "bytes": most_bytes(draw)}
+
+
+def reader(images: int, workers: int) -> dict[str, Any]:
+    """Row groups that a reader holds at most in an epoch, and those that the last worker reads of those of all."""
+    plan = made_up_plan(images, workers - 1, workers)
+    of_rows, in_use = row_groups_in_use(plan)
+    return {"row_groups_held": in_use + AHEAD, "share_read": of_rows / len(plan.orders["train"].row_groups)}
+
+
+def row_groups_in_use(plan: StreamPlan) -> tuple[int, int]:
+    """Row groups that a worker needs in an epoch of training, and the most at a time: of which it has taken rows, or is
+    about to, and has more to take."""
+    order, cells = plan.orders["train"], plan.cells
+    a_block = order.cell * plan.batches_per_block(plan.rows.row_bytes("train", 0))
+    rows_of_streams = np.diff([cell * order.num_rows // order.num_cells for cell in (*cells, cells[-1] + 1)])
+    blocks = np.concatenate([np.arange(rows, dtype=np.int32) // a_block for rows in rows_of_streams])
+    groups = np.searchsorted(np.cumsum(order.row_groups), order.epoch(0, cells), "right")
+    first, last = np.full(len(order.row_groups), len(blocks)), np.full(len(order.row_groups), -1)
+    np.minimum.at(first, groups, blocks)
+    np.maximum.at(last, groups, blocks)
+    used = last >= 0
+    begun, ended = (np.bincount(at, minlength=blocks.max() + 2) for at in (first[used], last[used] + 1))
+    return int(used.sum()), int(np.cumsum(begun - ended).max())
 
 
 def most_bytes(call: Callable[[], object]) -> int:
@@ -132,23 +163,29 @@ def prepare(images: int) -> dict[str, Any]:
     }
 
 
-_PARTS: dict[str, Callable[[int], dict[str, Any]]] = {
-    "step": step,
-    "epoch_end": epoch_end,
-    "before_epoch": before_epoch,
-    "order": order,
-    "plan": plan,
-    "prepare": prepare,
+_PARTS: dict[str, tuple[Callable[[int], dict[str, Any]], dict[str, int]]] = {
+    "step": (step, _LARGE_SIZES),
+    "epoch_end": (epoch_end, _LARGE_SIZES),
+    "before_epoch": (before_epoch, SIZES),
+    "plan": (plan, _LARGE_SIZES),
+    "prepare": (prepare, SIZES),
 }
+_PARTS_OF_WORKERS: dict[str, Callable[..., dict[str, Any]]] = {"order": order, "reader": reader}
 
 
 def bench_rehearsal() -> dict[str, Any]:
-    """Seconds of processor time and bytes for ImageNet-1k and 21k; each row is one figure of one part at one size."""
+    """Seconds of processor time, bytes and row groups by number of images, and of workers where it depends on these;
+    each row is one figure of one part."""
     stream.RowReader = NoImages  # type: ignore[misc]  # for the rest of this process
-    rows = [
-        {"name": f"{part}, {name}", "images": images, "measured": measured, "value": value}
-        for part, measure in _PARTS.items()
-        for name, images in SIZES.items()
-        for measured, value in measure(images).items()
-    ]
+    rows = [row for part, (measure, sizes) in _PARTS.items() for row in _rows(part, measure, sizes, 8)]
+    for workers in _WORKERS:
+        sizes = {name: images for name, images in _LARGE_SIZES.items() if images // workers <= _MOST_IMAGES}
+        for part, measure_of in _PARTS_OF_WORKERS.items():
+            rows += _rows(part, functools.partial(measure_of, workers=workers), sizes, workers)
     return {"benchmark": "rehearsal", **describe(torch.device("cpu")), "rows": rows}
+
+
+def _rows(part: str, measure: Callable[[int], dict[str, Any]], sizes: dict[str, int], workers: int) -> Iterator[dict[str, Any]]:
+    for name, images in sizes.items():
+        for measured, value in measure(images).items():
+            yield {"name": f"{part}, {name}", "images": images, "workers": workers, "measured": measured, "value": value}

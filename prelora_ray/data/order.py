@@ -8,8 +8,9 @@ samples of a batch follow from (seed, epoch, batch), every sample comes once an 
 number of workers up to C can serve a batch: worker r of W serves cells ``r C / W`` to ``(r + 1) C / W``
 (rounded down). The idea is Mosaic Streaming's elastic determinism.
 
-A larger buffer shuffles better and holds more encoded bytes: a worker keeps up to
-(streams it serves) x (row groups in a buffer) row groups in memory.
+A larger buffer shuffles better and holds more encoded bytes: a worker keeps up to twice (streams it serves) x (row
+groups in a buffer) row groups in memory. Of each stream these are the buffer that it is in, and the one that its begin
+shares with the end of the stream before, which is done with last.
 """
 
 from __future__ import annotations
@@ -84,15 +85,20 @@ class Order:
         rng = generator(self.seed, Draw.ORDER, epoch)
         start = np.concatenate([[0], np.cumsum(self.row_groups)])
         permutation = rng.permutation(len(self.row_groups))
-        parts, begin = [], 0
+        ids, begin = np.empty(last - first, np.int64), 0
         for i in range(0, len(permutation), self.buffer):
-            rows = np.concatenate([np.arange(start[g], start[g + 1]) for g in permutation[i : i + self.buffer]])
-            rng.shuffle(rows)
-            parts.append(rows[max(first - begin, 0) : last - begin].copy())  # a view would keep the whole buffer
-            begin += len(rows)
+            groups = permutation[i : i + self.buffer]
+            end = begin + int((start[groups + 1] - start[groups]).sum())
+            if end <= first:
+                rng.shuffle(np.empty(end - begin, np.int64))  # draws as much as for rows
+            else:
+                rows = np.concatenate([np.arange(start[g], start[g + 1]) for g in groups])
+                rng.shuffle(rows)
+                ids[max(begin - first, 0) : end - first] = rows[max(first - begin, 0) : last - begin]
+            begin = end
             if begin >= last:
                 break
-        return np.concatenate(parts)
+        return ids
 
     def _first_row(self, cell: int) -> int:
         """Where the stream of a cell begins in an epoch's order."""

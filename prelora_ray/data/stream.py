@@ -10,6 +10,7 @@ epoch boundary starts nothing anew.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -21,9 +22,10 @@ import ray
 import ray.data
 from ray.data.block import BlockMetadata
 
-from prelora_ray.data.batch import Batch, Pass, StreamPlan
+from prelora_ray.data.batch import Batch, Pass, Rows, StreamPlan
 from prelora_ray.data.damage import DamagedDataError, UndecodableError, damaged_image
-from prelora_ray.data.manifest import Split
+from prelora_ray.data.manifest import Split, parse_manifest
+from prelora_ray.data.order import Ids
 from prelora_ray.data.rows import RowReader
 from prelora_ray.storage import Storage
 
@@ -64,7 +66,7 @@ def stream_batches(plan: StreamPlan, schedule: Sequence[Pass], decoders: int) ->
     )
     dataset = dataset.map_batches(
         cast(Any, _Decode),
-        fn_constructor_args=(plan,),
+        fn_constructor_args=(plan.path, plan.rows, plan.num_slots),  # they hold no manifest, which grows with the images
         batch_size=None,
         batch_format="pyarrow",
         concurrency=decoders,
@@ -127,15 +129,14 @@ def _read(plan: StreamPlan, schedule: Sequence[Pass]) -> Iterator[pa.Table]:
 
 def _read_slices(plan: StreamPlan, schedule: Sequence[Pass]) -> Iterator[pa.Table]:
     readers = {split: RowReader(plan.path, plan.manifest.splits[split], plan.rows.columns) for split in plan.orders}
-    for split, epoch, first_batch in schedule:
-        order, reader = plan.orders[split], readers[split]
-        ids = order.epoch(epoch, plan.cells)
-        reader.expect(order.ids_from(ids, first_batch, plan.cells))
-        batches_per_block = plan.batches_per_block(plan.rows.row_bytes(split, epoch))
-        for first in range(first_batch, order.num_batches, batches_per_block):
-            batches = range(first, min(first + batches_per_block, order.num_batches))
-            slots = np.stack([order.slots(ids, batch, plan.cells, plan.num_slots) for batch in batches])
-            columns = reader.take(slots[slots >= 0])
+    for pass_ in schedule:
+        split, epoch, first_batch = pass_
+        ids = plan.orders[split].epoch(epoch, plan.cells)
+        blocks, to_read = itertools.tee(_blocks(plan, pass_, ids))
+        columns_of_blocks = readers[split].read_blocks(
+            (slots[slots >= 0] for _, slots in to_read), plan.orders[split].ids_from(ids, first_batch, plan.cells)
+        )
+        for (first, slots), columns in zip(blocks, columns_of_blocks, strict=True):
             yield pa.table(
                 {
                     "is_train": [split == "train"],
@@ -147,14 +148,24 @@ def _read_slices(plan: StreamPlan, schedule: Sequence[Pass]) -> Iterator[pa.Tabl
             )
 
 
+def _blocks(plan: StreamPlan, pass_: Pass, ids: Ids) -> Iterator[tuple[int, Ids]]:
+    """The first batch of each block, and its slots, (batches, num_slots); `ids` is the order of the epoch."""
+    order = plan.orders[pass_.split]
+    batches_per_block = plan.batches_per_block(plan.rows.row_bytes(pass_.split, pass_.epoch))
+    for first in range(pass_.first_batch, order.num_batches, batches_per_block):
+        batches = range(first, min(first + batches_per_block, order.num_batches))
+        yield first, np.stack([order.slots(ids, batch, plan.cells, plan.num_slots) for batch in batches])
+
+
 class _Decode:
     """Stored rows of one block to padded arrays."""
 
-    def __init__(self, plan: StreamPlan) -> None:
+    def __init__(self, path: str, rows: Rows, num_slots: int) -> None:
         os.nice(10)  # a training loop on the same cores goes first; decoding takes what it leaves
-        self._decode = plan.rows.decoder()
-        self._plan = plan
-        self._num_slots = plan.num_slots
+        self._decode = rows.decoder()
+        self._path = path
+        self._columns = rows.columns
+        self._num_slots = num_slots
 
     def __call__(self, block: pa.Table) -> dict[str, Any]:
         try:
@@ -168,12 +179,12 @@ class _Decode:
         is_train, epoch = block["is_train"][0].as_py(), block["epoch"][0].as_py()
         split: Split = "train" if is_train else "val"
         ids = block["slots"].combine_chunks().flatten().to_numpy()
-        columns = {name: block[name].combine_chunks().flatten() for name in self._plan.rows.columns}
+        columns = {name: block[name].combine_chunks().flatten() for name in self._columns}
         try:
             arrays = self._decode(split, epoch, ids, columns)
         except UndecodableError as error:
-            shards = self._plan.manifest.splits[split]
-            raise damaged_image(Storage(self._plan.path), shards, error.sample, str(error)) from None
+            folder = Storage(self._path)
+            raise damaged_image(folder, parse_manifest(folder).splits[split], error.sample, str(error)) from None
         batches = {name: array.reshape(1, -1, self._num_slots, *array.shape[1:]) for name, array in arrays.items()}
         return {
             "is_train": np.array([is_train]),

@@ -42,6 +42,25 @@ def test_data_takes_every_way(tmp_path: Path):
 
 
 @pytest.mark.slow
+def test_reading_counts_the_requests_of_a_row_group():
+    rows = measured("reading", "--images", "620", "--latency", "5", "--requests-per-second", "60")
+    disk, *buckets = rows.values()
+    assert disk["requests_per_row_group"] == 0
+    for row in buckets:  # 9 row groups of 31 in each of 2 files and 4 in the last, and 2 for each file
+        assert row["requests_per_row_group"] == pytest.approx((22 + 2 * 3) / 22)
+    assert buckets[-1]["refused_per_row_group"] > 0
+
+
+@pytest.mark.slow
+def test_records_are_written_in_bytes_that_grow_with_the_epochs():
+    rows = measured("records", "--epochs", "100", "--epochs", "200")
+    written = {name: row["written_bytes"] for name, row in rows.items()}
+    assert written["segments, 200 epochs"] < 2.5 * written["segments, 100 epochs"]
+    assert written["whole files, 200 epochs"] > 3.5 * written["whole files, 100 epochs"]
+    assert rows["segments, 200 epochs"]["recorded_bytes"] == rows["whole files, 200 epochs"]["recorded_bytes"]
+
+
+@pytest.mark.slow
 def test_loop_compares_the_same_steps():
     rows = measured("loop", "--image-size", "32", "--epochs", "3")
     bare, under_ray = rows.values()
