@@ -14,7 +14,8 @@ the one that is worth most first, as long as there is budget.
 | `first_order` | sigma_k abs(<M, u_k v_k'>) of dW's singular values and vectors, M being Adam's first moment of W |
 | `eva` | the share of the variance of a layer's inputs that its directions explain (EVA, arXiv 2410.07170) |
 
-The last three count by parameter, and may leave a module without an adapter.
+`spectral`, `first_order` and `eva` count what a rank is worth by its parameters, and may leave a module without an
+adapter.
 """
 
 from __future__ import annotations
@@ -160,7 +161,7 @@ def _by_spectrum(terms: Mapping[str, torch.Tensor], evidence: Evidence, limits: 
 
 def squared_singular_values(change: torch.Tensor) -> torch.Tensor:
     """Of dW (out, in), the largest first: (min(out, in),), float64; as eigenvalues of the smaller Gram matrix."""
-    return torch.linalg.eigvalsh(_gram(_wide(change))).clamp(min=0).flip(0)
+    return torch.linalg.eigvalsh(_gram(wide_of(change))).clamp(min=0).flip(0)
 
 
 def first_order_terms(change: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
@@ -168,12 +169,13 @@ def first_order_terms(change: torch.Tensor, moment: torch.Tensor) -> torch.Tenso
 
     As sigma_k v_k = dW' u_k, that is abs(u_k' M dW' u_k).
     """
-    wide, along = _wide(change), moment.double() if len(change) <= change.shape[1] else moment.double().T
+    wide, along = wide_of(change), moment.double() if len(change) <= change.shape[1] else moment.double().T
     u = torch.linalg.eigh(_gram(wide)).eigenvectors
     return ((u.T @ along) * (u.T @ wide)).sum(1).abs().sort(descending=True).values
 
 
-def _wide(matrix: torch.Tensor) -> torch.Tensor:
+def wide_of(matrix: torch.Tensor) -> torch.Tensor:
+    """The matrix or its transpose, whichever has no more rows than columns, in float64."""
     return matrix.double() if len(matrix) <= matrix.shape[1] else matrix.double().T
 
 

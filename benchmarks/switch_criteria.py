@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
-from rank_rules import squared_singular_values
+from rank_rules import squared_singular_values, wide_of
 
 Floats = NDArray[np.float64]
 
@@ -40,7 +40,7 @@ def recovery_ratio(before: float, recovered: float, now: float) -> float | None:
 
 def truncated(change: torch.Tensor, rank: int) -> torch.Tensor:
     """The closest matrix of a rank to a change (out, in) of a weight, in its own number format."""
-    wide = change.double() if len(change) <= change.shape[1] else change.double().T
+    wide = wide_of(change)
     u = torch.linalg.eigh(wide @ wide.T).eigenvectors[:, len(wide) - min(rank, len(wide)) :]
     closest = u @ (u.T @ wide)
     return (closest if len(change) <= change.shape[1] else closest.T).to(change.dtype)

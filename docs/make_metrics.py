@@ -13,9 +13,9 @@ says so. It also says so in `prelora-exporter-<port>.json` in Ray's folder for t
 `dashboards/prometheus/prometheus.yml` follows: all exporters of a machine are found, whichever port they have.
 `/healthz` answers `ok`; all else is 404.
 
-Every worker sends all of its values about once a second and never waits for an answer; of more than 128 workers each
-sends as much less often as there are more. So a lost message costs nothing, and an exporter that died has all values
-again after the next ones. Workers that leave the group are dropped at once, silent ones after 60 s; a finished run's
+Every worker sends all of its values about once a second, in a group of n > 128 every n / 128 seconds, and never waits
+for an answer. So a lost message costs nothing, and an exporter that died has all values again once each worker has
+sent. Workers that leave the group are dropped at once, silent ones after 60 s; a finished run's
 last values stay for 5 minutes.
 
 `run` is the path or address of the run's folder, such as `/mnt/shared/runs/digits`, which no two runs share. Workers'

@@ -21,7 +21,7 @@ from prelora_ray.section import Section
 from prelora_ray.sweep.fork import _check_same_trunk
 from prelora_ray.sweep.settings import SEARCHABLE, SweepSettings
 from prelora_ray.torchvision_ops import make_importable
-from prelora_ray.train.run import _check_unchanged
+from prelora_ray.train.run import _check_unchanged, _settle_drop_path
 
 make_importable()
 
@@ -482,6 +482,24 @@ def test_all_families_of_a_plain_vit_by_name_are_all_that_the_model_has():
     assert flat(of_names)["method.targets"] == named["targets"]  # as it is recorded
     some = comparable(parse_settings({"name": "run", **DATA, "method": {"targets": ["proj", "fc1"]}}))
     assert some["method.targets"] == ["proj", "fc1"]
+
+
+def test_the_form_of_drop_path_is_settled_once(tmp_path):
+    """By the first driver; later ones go by what it wrote."""
+    plain = {"name": "run", **DATA, "model": {"drop_path": 0.1}}
+    auto = parse_settings(plain)
+    first = _settle_drop_path(auto, None)
+    assert first.model.drop_path_form == "subset"
+    small = parse_settings({**plain, "data": {"path": "x", "cell": 1}})
+    assert _settle_drop_path(small, None).model.drop_path_form == "mask"
+    masks = parse_settings({**plain, "model": {"drop_path": 0.1, "drop_path_form": "mask"}})
+    assert _settle_drop_path(auto, masks).model.drop_path_form == "mask"
+    folder = RunFolder(tmp_path)
+    folder.write_settings(masks)
+    _check_unchanged(masks, auto, folder)
+    _check_same_trunk(folder, auto)
+    with pytest.raises(UserError, match=r"model\.drop_path_form = 'subset' is not allowed"):
+        _check_unchanged(masks, first, folder)
 
 
 def test_how_drop_path_is_computed_says_nothing_where_there_is_none():

@@ -266,9 +266,11 @@ def _measure(run: Callable[[], dict[str, Any]], out: str | None, as_json: bool, 
     if out is not None:
         Path(absolute(out)).write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     if picture is not None and result["rows"]:
-        from prelora_ray.report.page import write_benchmark
+        from prelora_ray.report import page
 
-        write_benchmark(result, picture)
+        (page.write_scale if result["benchmark"] == "scale" else page.write_network)(result, picture)
+    elif picture is not None:
+        print(f"{picture} was not written: nothing was measured", file=sys.stderr)
     for name, reason in result.get("missing", {}).items():
         print(f"not measured: {name} ({reason})", file=sys.stderr)
     if (failed := result.get("failed")) is not None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 _PROC = Path("/proc")
 _NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY, _DUMP = 4, 20, 0x301
+_NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _INET_DIAG_INFO = 2
 _INODE, _ATTRIBUTES = 68, 72
 """Where in a kernel's `inet_diag_msg` a socket's inode is, and where its attributes begin."""
@@ -104,25 +105,28 @@ def _sockets() -> dict[int, tuple[int, int]]:
         header = struct.pack("=IHHII", 16 + len(request), _SOCK_DIAG_BY_FAMILY, _DUMP, 0, 0)
         with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as kernel:
             kernel.send(header + request)
-            while (part := _part(kernel.recv(2**18))) is not None:
-                found |= part
+            while _add_part(found, kernel.recv(2**18)):
+                pass
     return found
 
 
-def _part(answer: bytes) -> dict[int, tuple[int, int]] | None:
-    """What a part of the kernel's answer tells; None at its end."""
-    found, at = {}, 0
+def _add_part(found: dict[int, tuple[int, int]], answer: bytes) -> bool:
+    """Takes in a part of the kernel's answer; whether more follows. Raises OSError where the kernel refuses."""
+    at = 0
     while at < len(answer):
         length, kind = struct.unpack_from("=IH", answer, at)
-        if kind != _SOCK_DIAG_BY_FAMILY:
-            return None
+        if kind == _NLMSG_ERROR:
+            (code,) = struct.unpack_from("=i", answer, at + 16)
+            raise OSError(-code, os.strerror(-code))
+        if kind == _NLMSG_DONE:
+            return False
         message = answer[at + 16 : at + length]
         (inode,) = struct.unpack_from("=I", message, _INODE)
         if (info := _tcp_info(message)) is not None and len(info) >= _ALL_COUNTS:
             packets, num_bytes = (struct.unpack_from(form, info, place) for form, place in _COUNTS)
             found[inode] = sum(packets), sum(num_bytes)
         at += (length + 3) & ~3
-    return found
+    return True
 
 
 def _tcp_info(message: bytes) -> bytes | None:

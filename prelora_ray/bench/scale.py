@@ -175,7 +175,7 @@ def _rehearse(options: Options, workers: int, folder: str) -> list[Sample]:
         train(settings, loop=_Loop(tuple(run), os.getpid(), str(own)))
     samples = [Sample.from_json(line) for line in Path(own, "samples.jsonl").read_text().splitlines()]
     if len(samples) != len(run) + 1:
-        raise WorkError(f"the run of {workers} workers restarted {len(samples) - len(run)} times, and not once")
+        raise WorkError(f"the run of {workers} workers went through {len(samples)} of the {len(run) + 1} moments looked at")
     death = replace(samples[-2], time=float(Path(own, "death").read_text()))
     return [before, *samples[:-1], death, samples[-1]]
 

@@ -61,8 +61,8 @@ class PreLoRA:
         precision: Literal["fp32", "bf16", "fp8"] = "fp32",
         **method: Any,
     ) -> None:
-        """`model` is one of timm's that `prelora models` knows, without a wrapper; without `optimizer` handing it over
-        is the caller's.
+        """`model` is one that `prelora models` knows, timm's or transformers', without a wrapper; without `optimizer`
+        handing it over is the caller's.
 
         `ramp_epochs`: of the learning rate, before which the test takes no verdict. `seed`: of the adapters' A.
         `adapters`, `precision`: as `train.adapters` and `train.precision` of a recipe, for a loop that calls the model

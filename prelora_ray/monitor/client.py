@@ -13,7 +13,7 @@ from prelora_ray.monitor.metrics import RunMetrics, WorkerMetrics
 
 SEND_SECONDS = 1.0
 _MOST_MESSAGES = 128
-"""That a run's workers send in a second, all together: each takes the exporter about a millisecond."""
+"""That a run's workers send in a second, all together: each takes the exporter some 2 ms of CPU (`bench scale`)."""
 
 
 def send_seconds(world_size: int) -> float:

@@ -77,13 +77,15 @@ def write_switch_map(
     _write("Where tau and zeta switch", sections, out)
 
 
-def write_benchmark(result: dict[str, Any], out: str) -> None:
-    """Writes what `prelora bench network` or `scale` found as a picture to the file `out`."""
-    if result["benchmark"] == "scale":
-        text = "<p>All workers on one machine. What is dotted was not measured: it is what the growth would come to.</p>"
-        title = f"{result['device']}, {result['cpus']} cores, {result['date']}"
-        _write("What a run's parts cost", [("scale", title, text, figures.scale(result["rows"], result["far"]))], out)
-        return
+def write_scale(result: dict[str, Any], out: str) -> None:
+    """Writes what `prelora bench scale` found as a picture to the file `out`."""
+    text = "<p>All workers on one machine. What is dotted was not measured: it is what the growth would come to.</p>"
+    title = f"{result['device']}, {result['cpus']} cores, {result['date']}"
+    _write("What a run's parts cost", [("scale", title, text, figures.scale(result["rows"], result["far"]))], out)
+
+
+def write_network(result: dict[str, Any], out: str) -> None:
+    """Writes what `prelora bench network` found as a picture to the file `out`."""
     title = f"{result['options']['model']} on {result['options']['workers']} x {result['device']}, {result['date']}"
     text = "<p>A simulated link of each worker, behind the exchange that this machine makes without limit.</p>"
     _write("What a step costs over a network", [("network", title, text, figures.network(result["rows"]))], out)

@@ -103,10 +103,10 @@ def figures(tmp_path_factory) -> dict[tuple[str, str, str], list[float]]:
 @pytest.mark.timeout(600)
 def test_messages_and_bytes_of_a_worker_do_not_grow_with_their_number(figures):
     """What two workers have in each second and step, three have too; rank 0 hears no more of others than of none."""
-    nothing = [0.0, 0.0, 0.0]
     for what, slack in (("packets", 2.0), ("bytes", 1000.0)):
         for each in ("second", "step"):
-            _, of_two, of_three = figures.get(("another worker", each, what), nothing)
+            _, of_two, of_three = figures.get(("another worker", each, what), [0.0, 0.0, 0.0])
+            assert (each, what) == ("step", "bytes") or of_two > 0
             assert of_three < 1.25 * of_two + slack, (each, what)
         alone, _, of_three = figures["rank 0", "second", what]
         assert of_three < 1.25 * alone + slack, what
@@ -126,7 +126,7 @@ def test_a_worker_more_sends_as_much_as_the_one_before(figures):
 def test_a_request_goes_once_to_each_worker(figures):
     """Rank 0's of a step: a packet to each of two others, and gloo's own answer to each."""
     _, of_two, of_three = figures["rank 0", "step", "packets"]
-    assert of_two < 4 and of_three < 8
+    assert 0 < of_two < 4 and of_two < of_three < 8
 
 
 @pytest.mark.slow
