@@ -503,7 +503,7 @@ class Settings(Section):
         for key in self.data.prepare.of_other_tasks(self.task):
             raise ValueError(f"data.prepare.{key} = {getattr(self.data.prepare, key)!r} {told}")
         if self.task == "mlm":
-            values, defaults = flat(self), flat(Settings(name="default", data=DataSettings(path="none")))
+            values, defaults = comparable(self), comparable(Settings(name="default", data=DataSettings(path="none")))
             for key in values:
                 if re.fullmatch(_FOR_IMAGES, key) and values[key] != defaults[key]:
                     raise ValueError(f"{key} = {values[key]!r} {told}")

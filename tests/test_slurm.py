@@ -68,7 +68,9 @@ def told(environment: dict[str, str]) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-@pytest.mark.parametrize(("told_by", "goes_on"), [(signal.SIGUSR1, True), (signal.SIGTERM, False)])
+@pytest.mark.parametrize(
+    ("told_by", "goes_on"), [(signal.SIGUSR1, True), pytest.param(signal.SIGTERM, False, marks=pytest.mark.slow)]
+)
 def test_a_signal_stops_the_run_and_the_end_of_its_time_brings_it_back(environment, start, told_by, goes_on):
     job = start(environment, "--set", "a=b c")
     wait_for(lambda: "run train recipe.yaml --set a=b c" in told(environment), 20, "the run")
@@ -88,7 +90,13 @@ def test_a_run_whose_ray_was_ended_comes_back(environment, start):
     assert "scontrol requeue 7" in told(environment)
 
 
-@pytest.mark.parametrize(("told_by", "goes_on"), [(signal.SIGUSR1, True), (signal.SIGTERM, False), (None, True)])
+@pytest.mark.parametrize(
+    ("told_by", "goes_on"),
+    [
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((signal.SIGUSR1, True), (signal.SIGTERM, False))),
+        (None, True),
+    ],
+)
 def test_what_happens_while_nodes_are_awaited_counts_too(environment, start, told_by, goes_on):
     """A signal, or the end of Ray."""
     job = start(environment | {"RAY_NODES": "2"})
@@ -110,7 +118,7 @@ def test_a_job_whose_ray_does_not_start_ends_for_good(environment, start):
     assert not [line for line in told(environment) if line.startswith(("run", "scontrol"))]
 
 
-@pytest.mark.parametrize("status", [0, 1, 2])
+@pytest.mark.parametrize("status", [0, 1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_job_ends_as_its_run_does(environment, start, status):
     assert start(environment | {"ENDS": str(status)}).wait(20) == status
     assert not [line for line in told(environment) if line.startswith("scontrol")]

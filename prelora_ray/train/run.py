@@ -271,11 +271,10 @@ def _settle_drop_path(settings: Settings, before: Settings | None) -> Settings:
     if before is not None:
         settings = settled_alike(settings, before)
     model = settings.model
-    if model.drop_path_form != "auto":
+    if model.drop_path_form != "auto" or model.drop_path == 0:
         return settings
     form = drop_path_form(model, settings.data.cell)
-    if model.drop_path > 0:
-        logger.info("model.drop_path_form: auto is %s", form)
+    logger.info("model.drop_path_form: auto is %s", form)
     return settings.model_copy(update={"model": model.model_copy(update={"drop_path_form": form})})
 
 

@@ -82,6 +82,7 @@ def test_checkpoint_tells_what_it_holds_up():
     assert rows["snapshot, which holds up the loop"]["most_ms"] < rows["until the commit"]["most_ms"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_finds_no_room_is_told_in_one_sentence(disk, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(disk.path))
     done = prelora_here("bench", *CHECKPOINT)
@@ -104,6 +105,7 @@ def test_a_gpu_that_is_too_small_for_a_checkpoint_is_told_in_one_sentence(monkey
     )
 
 
+@pytest.mark.slow
 def test_a_save_that_is_done_before_the_next_step_slows_none(monkeypatch):
     start = AsyncCheckpointer.start
 

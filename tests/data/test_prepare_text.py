@@ -191,6 +191,7 @@ def test_sequences_hold_the_text(ray_cluster, tmp_path, poems, kind):
     assert f"{folder}/train-00000.parquet has token {rows.max()}, and there are {rows.max()} tokens" in check_prepared(folder)
 
 
+@pytest.mark.slow
 def test_a_job_that_goes_on_makes_the_same_bytes_and_only_what_is_missing(ray_cluster, tmp_path, poems):
     settings = PrepareSettings(**SMALL, shard_rows=16)
 

@@ -116,7 +116,7 @@ def grown(growing: Settings, ray_cluster: None) -> Cells:
     [
         pytest.param([("train", 0), ("train", 1)], 4, 1, None, marks=pytest.mark.slow),
         pytest.param([("train", 2)], 6, 2, "rand-m5-inc1", marks=pytest.mark.slow),
-        ([("val", 1), ("train", 3), ("val", 3)], 8, 2, None),
+        pytest.param([("val", 1), ("train", 3), ("val", 3)], 8, 2, None, marks=pytest.mark.slow),
     ],
     ids=["4", "6", "8"],
 )

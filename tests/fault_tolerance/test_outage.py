@@ -61,6 +61,7 @@ def test_a_bucket_that_is_out_through_a_change_of_phase_costs_only_saves(
     assert_same_bits(final(run), final(undisturbed(1)))
 
 
+@pytest.mark.slow
 def test_what_failed_is_told_though_the_lock_cannot_be_given_back(bucket: str, proxy: Proxy) -> None:
     folder = RunFolder(f"{bucket}/lock-out")
     with contextlib.ExitStack() as outage:

@@ -19,7 +19,9 @@ from tests.disturbed import train_disturbed
 from tests.runs import EPOCHS, FREEZE, SWITCH, assert_same_bits, final, last, settings
 
 
+@pytest.mark.slow
 def test_a_fork_ends_with_the_bits_of_the_straight_run(grid, undisturbed):
+    """The straight run's on Ray Train alone, without Tune."""
     straight, forked = RunFolder.of(undisturbed(1)), grid.run("like the recipe")
     result = forked.read_json("result.json")
     assert (result["switch_epoch"], result["freeze_epoch"], result["restarts"]) == (SWITCH, FREEZE, 0)

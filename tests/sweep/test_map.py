@@ -11,7 +11,6 @@ from prelora_ray.config import MethodSettings
 from prelora_ray.recorded.replay import Record, read_record, replay
 from prelora_ray.recorded.run import RunRecords
 from prelora_ray.records import Switch
-from prelora_ray.run_folder import RunFolder
 from prelora_ray.sweep.map import switch_map, what_it_means
 from tests.lines import norms_line
 
@@ -40,8 +39,8 @@ def test_every_point_is_what_a_replay_gives(windows):
     assert len({point.switch_epoch for point in points}) > 3
 
 
-def test_what_a_switch_means_is_what_the_run_measured(undisturbed):
-    run = RunFolder.of(undisturbed(1))
+def test_what_a_switch_means_is_what_the_run_measured(grid):
+    run = grid.run("like the recipe")
     record = read_record(str(run))
     meaning = what_it_means(str(run), record.method)
     (point,) = switch_map(record, record.method, record.ramp_epochs, [1000], [1000], meaning)
@@ -61,9 +60,9 @@ def test_what_a_switch_means_is_what_the_run_measured(undisturbed):
     assert meaning.hours(3, warmup_epochs=4) is None  # of images of 8 pixels it measured no warmup
 
 
-def test_a_frozen_prefix_is_taken_off_what_lora_trains(undisturbed):
+def test_a_frozen_prefix_is_taken_off_what_lora_trains(grid):
     """By hand: block 0 of the tiny ViT (width 16) is frozen whole, and what stands in front of the blocks."""
-    run = RunFolder.of(undisturbed(1))
+    run = grid.run("like the recipe")
     record = read_record(str(run))
     adapted = what_it_means(str(run), record.method)
     prefix = what_it_means(str(run), record.method.model_copy(update={"freeze": "prefix"}))

@@ -30,7 +30,6 @@ from prelora_ray.sweep.run import _asha, _optuna
 from prelora_ray.sweep.settings import Plan, SweepSettings, keys_without_effect, load_sweep
 from tests.chaos.site import wait_for
 from tests.lines import epoch_line, norms_line
-from tests.runs import assert_same_bits, final, last
 from tests.sweep.conftest import DIVERGING, GRID, listed, load_over_recipe, run
 
 SWEEPS = Path(__file__).parents[2] / "jobs" / "sweeps"
@@ -50,14 +49,13 @@ def stale_address():
         STALE_ADDRESS.write_text(before)
 
 
-def test_settings_that_agree_are_one_run_with_the_bits_of_a_straight_one(grid, undisturbed):
-    """The straight run's on Ray Train alone; tests/sweep/test_fork.py compares what else the trial has."""
+def test_settings_that_agree_are_one_run(grid):
+    """tests/sweep/test_fork.py compares it with a straight one's."""
     assert grid.entry("never")["trial"] == "trunk"
     assert grid.entry("like the recipe")["trial"] == grid.entry("alike")["trial"]
     assert [entry["ended"] for entry in grid.result["settings"]] == ["finished"] * len(GRID)
     assert grid.result["trials"] == len(GRID) - 2  # the trunk, and one for two that agree
     assert grid.result["controls"] == []
-    assert_same_bits(last(grid.run("like the recipe")), final(undisturbed(1)))
 
 
 def test_a_sweep_that_is_done_trains_nothing_again(grid, digits):
