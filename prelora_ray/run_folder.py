@@ -206,7 +206,7 @@ def count_segments(folder: Storage, name: str) -> int:
     above = 1
     while folder.exists(segment(name, above - 1)):
         above *= 2
-    return bisect.bisect_left(range(above), True, lo=above // 2, key=lambda i: not folder.exists(segment(name, i)))
+    return bisect.bisect_left(range(above - 1), True, lo=above // 2, key=lambda i: not folder.exists(segment(name, i)))
 
 
 class Appender:
@@ -214,9 +214,9 @@ class Appender:
 
     On a disk a thread writes what is appended at once; on a full one it waits in memory for room, and so does the
     file's creation. Object stores cannot append: there it gathers in a local file until `flush`, which uploads that
-    whole as the last segment of the file. One of `SEGMENT_BYTES` or more stays as it is, and a further one begins.
-    What was appended survives this process's end once `flush` has returned True. One thread may append while another
-    flushes.
+    whole as a segment of its own, so that a writer of an earlier attempt that is not dead yet overwrites nothing of
+    it. One of `SEGMENT_BYTES` or more stays as it is, and a further one begins. What was appended survives this
+    process's end once `flush` has returned True. One thread may append while another flushes.
     """
 
     def __init__(self, folder: Storage, name: str) -> None:
@@ -229,10 +229,11 @@ class Appender:
         """Held for a moment, for what follows."""
         self._has_writer = False
         """Whether a thread of its own writes what is appended."""
-        self._segment, self._pending = (0, b"") if folder.is_local else _last_segment(folder, name)
+        self._pending = b""
+        self._segment = 0 if folder.is_local else count_segments(folder, name)
         self._num_bytes = 0
         """Bytes in the file, in a bucket those of the segment."""
-        self._uploaded = len(self._pending)
+        self._uploaded = 0
         """Bytes of the segment that are in the bucket."""
 
     def append(self, content: bytes) -> None:
@@ -293,15 +294,6 @@ class Appender:
         return open(path, "a+b", buffering=0)
 
 
-def _last_segment(folder: Storage, name: str) -> tuple[int, bytes]:
-    """The segment of a file in a bucket to go on with, and what it holds."""
-    last = count_segments(folder, name) - 1
-    if last < 0:
-        return 0, b""
-    size = folder.num_bytes(segment(name, last)) or 0
-    return (last + 1, b"") if size >= SEGMENT_BYTES else (last, folder.read_bytes(segment(name, last)))
-
-
 class LineWriter(Appender):
     """Appends JSON lines; infinite numbers become null. A line that a killed writer left unfinished is ended first."""
 
@@ -354,12 +346,14 @@ class RecordWriter:
 
 def _with_keys_of_now(content: dict[str, Any]) -> dict[str, Any]:
     """Settings of a run folder that an earlier version wrote: there `rank_floor` says whether `rank_floor_percent`
-    counts."""
-    method = content.get("method")
-    if not isinstance(method, dict) or "rank_floor" not in method:
-        return content
-    dropped = ("rank_floor",) if method["rank_floor"] == 0 else ("rank_floor", "rank_floor_percent")
-    return {**content, "method": {key: value for key, value in method.items() if key not in dropped}}
+    counts, and where `drop_path_form` is missing a model had masks."""
+    method, model = content.get("method"), content.get("model")
+    if isinstance(method, dict) and "rank_floor" in method:
+        dropped = ("rank_floor",) if method["rank_floor"] == 0 else ("rank_floor", "rank_floor_percent")
+        content = {**content, "method": {key: value for key, value in method.items() if key not in dropped}}
+    if isinstance(model, dict):
+        content = {**content, "model": {"drop_path_form": "mask", **model}}
+    return content
 
 
 def _encoded(line: dict[str, Any]) -> bytes:

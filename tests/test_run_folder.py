@@ -86,3 +86,9 @@ def test_the_two_keys_of_the_rank_floor_are_read_as_one(tmp_path, rank_floor, pe
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(written))
     method = RunFolder(tmp_path).read_settings().method
     assert (method.rank_floor_percent, method.tau) == (percent, 1.0)
+
+
+def test_a_run_from_before_the_form_of_drop_path_had_masks(tmp_path):
+    written = {"name": "run", "data": {"path": "x"}, "model": {"drop_path": 0.1}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(written))
+    assert RunFolder(tmp_path).read_settings().model.drop_path_form == "mask"

@@ -57,14 +57,39 @@ def test_bytes_written_grow_with_the_epochs_and_not_with_their_square(tmp_path):
     assert written[2] < 2.1 * written[1] < 4.4 * written[0]
 
 
-def test_a_restart_reads_a_segment_at_most(tmp_path):
+def test_a_restart_reads_nothing_and_begins_a_segment(tmp_path):
     folder = Bucket(tmp_path)
     write(folder, range(300), bytes_of_a_line=7000)
-    read, files = folder.num_read, len(folder.list_files())
+    files = len(folder.list_files())
     assert files > 5
     write(folder, range(300, 301))
-    assert folder.num_read - read < SEGMENT_BYTES
-    assert numbers(folder) == list(range(301)) and len(folder.list_files()) == files
+    assert folder.num_read == 0
+    assert numbers(folder) == list(range(301)) and len(folder.list_files()) == files + 1
+
+
+def test_a_writer_that_is_not_dead_yet_overwrites_no_line_of_the_next_one(tmp_path, monkeypatch):
+    """However much that one has written since; what it adds comes in front, with its own attempt."""
+    monkeypatch.setattr(run_folder, "SEGMENT_BYTES", 60)
+    folder = Bucket(tmp_path)
+    old = LineWriter(folder, "epochs.jsonl")
+    old.write(number=0)
+    assert old.flush()
+    write(folder, range(10, 20))
+    old.write(number=1)
+    assert old.flush()
+    assert numbers(folder) == [0, 1, *range(10, 20)]
+
+
+@pytest.mark.parametrize("count", range(10))
+def test_segments_are_counted_in_few_requests(tmp_path, monkeypatch, count):
+    folder = Bucket(tmp_path)
+    for number in range(count):
+        folder.write_bytes(segment("a.jsonl", number), b"")
+    asked: list[str] = []
+    exists = folder.exists
+    monkeypatch.setattr(folder, "exists", lambda name: asked.append(name) or exists(name))
+    assert count_segments(folder, "a.jsonl") == count
+    assert len(asked) == len(set(asked)) <= 2 * (count + 1).bit_length()
 
 
 @pytest.mark.parametrize("restarts", [1, 4, 9])
