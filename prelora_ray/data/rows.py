@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import random
 import threading
-import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +16,7 @@ import pyarrow.parquet as pq
 
 from prelora_ray.data.augment import undecodable
 from prelora_ray.data.batch import Columns
-from prelora_ray.data.damage import check_shard, damaged_image
+from prelora_ray.data.damage import DamagedDataError, check_shard, damaged_image
 from prelora_ray.data.image_rows import COLUMNS
 from prelora_ray.data.manifest import Manifest, Shard
 from prelora_ray.data.order import Ids
@@ -35,6 +34,8 @@ _OPEN_OBJECTS = 1024
 """Files of a bucket whose sizes and footers are kept, with the default settings 140 kB each."""
 _BUCKET_WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Seconds, more or less, before each further try of a read. In each try the bucket's own client tries for some 6 s."""
+_CHECKED_AFTER = 2
+"""Failures of a read in a bucket after which its shard is checked for damage, which reads fail of too."""
 _Group = Mapping[str, pa.Array]
 """The columns of a row group."""
 
@@ -76,7 +77,13 @@ class RowReader:
         self._files: OrderedDict[str, Future[_File]] = OrderedDict()
         """By name, the one that was read last behind all others."""
         self._files_lock = threading.Lock()
-        pa.set_io_thread_count(max(pa.io_thread_count(), num_reads))  # which a bucket's requests wait in
+        self._checked: dict[str, DamagedDataError | None] = {}
+        """By name, what is wrong with each shard that was read whole; None where nothing is."""
+        self._check_lock = threading.Lock()
+        self._is_over = threading.Event()
+        """Set once nobody waits for what is read any more."""
+        if not self._folder.is_local:
+            pa.set_io_thread_count(max(pa.io_thread_count(), num_reads))  # which a bucket's requests wait in
 
     def read(self, ids: Ids) -> dict[str, pa.Array]:
         """The columns of `ids`, in their order."""
@@ -91,6 +98,7 @@ class RowReader:
         """`rows`: of each row group, how many the blocks have together."""
         next_blocks: deque[Ids] = deque()
         pool = ThreadPoolExecutor(self._num_reads)
+        self._is_over.clear()
         ahead = _ReadAhead(self._read, pool, rows)
         try:
             while True:
@@ -101,6 +109,7 @@ class RowReader:
                     return
                 yield self._take(next_blocks.popleft(), ahead)
         finally:
+            self._is_over.set()
             pool.shutdown(cancel_futures=True)
 
     def _take(self, ids: Ids, ahead: _ReadAhead) -> dict[str, pa.Array]:
@@ -123,26 +132,41 @@ class RowReader:
         return np.searchsorted(self._start, ids, "right") - 1
 
     def _read(self, group: int) -> _Group:
-        """Raises DamagedDataError where the shard is not what its manifest says; any other error may pass."""
+        """Raises DamagedDataError where the shard is not what its manifest says; any other error may pass.
+
+        In a bucket it is tried again, after growing waits that differ from thread to thread, until the pass is over.
+        """
         of = int(np.searchsorted(self._first_group, group, "right")) - 1
         shard, index = self._shards[of], group - int(self._first_group[of])
-        try:
-            table = self._patiently(lambda: self._read_table(shard.file, index))
-            return {name: table[name].combine_chunks().cast(type_) for name, type_ in self._columns.items()}
-        except Exception:
-            check_shard(self._folder, shard, self._folder.read_bytes(shard.file))
-            raise
-
-    def _patiently(self, read: Callable[[], pa.Table]) -> pa.Table:
-        """What a read returns. In a bucket it is tried again, after growing waits that differ from thread to thread."""
-        for wait in () if self._folder.is_local else _BUCKET_WAITS:
+        waits = () if self._folder.is_local else _BUCKET_WAITS
+        for failures in itertools.count(1):
             try:
-                return read()
-            except FileNotFoundError:
-                raise
-            except OSError:
-                time.sleep(wait * random.uniform(0.5, 1.5))
-        return read()
+                table = self._read_table(shard.file, index)
+                return {name: table[name].combine_chunks().cast(type_) for name, type_ in self._columns.items()}
+            except Exception as error:
+                may_pass = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+                is_last = failures > len(waits) or not may_pass
+                if is_last or failures == _CHECKED_AFTER:
+                    self._check(shard)
+                if is_last or self._is_over.wait(waits[failures - 1] * random.uniform(0.5, 1.5)):
+                    raise
+        raise AssertionError("the last failure is raised")
+
+    def _check(self, shard: Shard) -> None:
+        """Raises DamagedDataError where a shard that can be read is not what its manifest says. One is read at a time,
+        and each once: it is large, and what failed may be the bucket."""
+        with self._check_lock:
+            if shard.file not in self._checked:
+                try:
+                    check_shard(self._folder, shard, self._folder.read_bytes(shard.file))
+                except OSError:
+                    return
+                except DamagedDataError as error:
+                    self._checked[shard.file] = error
+                else:
+                    self._checked[shard.file] = None
+            if (damaged := self._checked[shard.file]) is not None:
+                raise damaged
 
     def _read_table(self, name: str, index: int) -> pa.Table:
         file = self._file(name)

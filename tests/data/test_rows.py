@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
+import threading
+import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +19,7 @@ from prelora_ray.bench.bucket import bucket as bucket_of
 from prelora_ray.bench.rehearsal import made_up_plan, row_groups_in_use
 from prelora_ray.data import rows
 from prelora_ray.data.batch import Pass
+from prelora_ray.data.damage import DamagedDataError
 from prelora_ray.data.image_rows import COLUMNS
 from prelora_ray.data.manifest import Shard
 from prelora_ray.data.order import Ids
@@ -41,7 +45,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def shards(folder: Path) -> tuple[Shard, ...]:
     groups = (GROUP,) * (ROWS // GROUP) + (ROWS % GROUP,)
-    return tuple(Shard(f"{i}.parquet", groups, (folder / f"{i}.parquet").stat().st_size, "") for i in range(FILES))
+    contents = [(folder / f"{i}.parquet").read_bytes() for i in range(FILES)]
+    return tuple(
+        Shard(f"{i}.parquet", groups, len(content), hashlib.sha256(content).hexdigest()) for i, content in enumerate(contents)
+    )
 
 
 def blocks_of(ids: Ids, size: int = 16) -> list[Ids]:
@@ -99,7 +106,6 @@ def test_a_bucket_that_throttles_is_read_all_the_same(folder, shards):
 def test_a_bucket_is_asked_again_after_growing_waits_and_a_disk_is_not(folder, shards, monkeypatch, place):
     """Where its own client has given up."""
     waits: list[float] = []
-    monkeypatch.setattr(rows, "time", SimpleNamespace(sleep=waits.append))
     failures = iter([True, True, True, False])
 
     class Throttled(RowReader):
@@ -109,18 +115,59 @@ def test_a_bucket_is_asked_again_after_growing_waits_and_a_disk_is_not(folder, s
             return super()._read_table(name, index)
 
     def read() -> dict[str, pa.Array]:
-        return Throttled(str(folder) if place == "disk" else uri, shards, COLUMNS).read(np.arange(GROUP))
+        reader = Throttled(str(folder) if place == "disk" else uri, shards, COLUMNS)
+        monkeypatch.setattr(reader._is_over, "wait", waits.append)
+        return reader.read(np.arange(GROUP))
 
     with bucket_of(folder, latency=0) as served:
         uri = served.uri
         if place == "disk":
-            monkeypatch.setattr(rows, "check_shard", lambda *_: None)
             with pytest.raises(OSError, match="SLOW_DOWN"):
                 read()
             assert waits == []
         else:
             assert read()["image"].to_pylist() == [b"0", b"1", b"2", b"3"]
             assert [wait / base for wait, base in zip(waits, (1, 2, 4), strict=True)] == pytest.approx([1, 1, 1], abs=0.5)
+
+
+def test_damage_in_a_bucket_is_named_behind_a_further_try_and_looked_for_once(folder, shards, tmp_path, monkeypatch):
+    """Parquet tells much of it as an OSError, as a bucket tells that it is busy."""
+    copy = shutil.copytree(folder, tmp_path / "damaged")
+    content = bytearray((copy / shards[0].file).read_bytes())
+    content[4:40] = bytes(36)  # the first page's header
+    (copy / shards[0].file).write_bytes(content)
+    whole: list[str] = []
+    read_bytes = Storage.read_bytes
+    monkeypatch.setattr(Storage, "read_bytes", lambda self, name: whole.append(name) or read_bytes(self, name))
+    waits: list[float] = []
+    with bucket_of(copy, latency=0) as place:
+        reader = RowReader(place.uri, shards, COLUMNS)
+        monkeypatch.setattr(reader._is_over, "wait", waits.append)
+        for _ in range(2):
+            with pytest.raises(DamagedDataError, match=f"{shards[0].file} is damaged: its SHA-256 is"):
+                reader.read(np.arange(GROUP))
+    assert len(waits) <= 2 and whole == [shards[0].file]
+
+
+def test_who_stops_reading_does_not_wait_for_the_next_try(folder, shards, monkeypatch):
+    monkeypatch.setattr(rows, "_BUCKET_WAITS", (60.0,))
+    waits = threading.Event()
+
+    class Throttled(RowReader):
+        def _read_table(self, name: str, index: int) -> pa.Table:
+            if name != shards[0].file:
+                waits.set()
+                raise OSError("AWS Error SLOW_DOWN")
+            return super()._read_table(name, index)
+
+    ids = np.arange(2 * ROWS)
+    with bucket_of(folder, latency=0) as place:
+        blocks = Throttled(place.uri, shards, COLUMNS).read_blocks([ids[:GROUP], ids[GROUP:]], ids)
+        next(blocks)
+        assert waits.wait(10)
+        begin = time.monotonic()
+        blocks.close()
+    assert time.monotonic() - begin < 20
 
 
 class Group(dict[str, pa.Array]):
