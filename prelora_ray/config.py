@@ -588,10 +588,11 @@ def comparable(settings: Section) -> dict[str, Any]:
 
 
 def settled_alike(settings: Settings, other: Settings) -> Settings:
-    """Settings whose `model.drop_path_form: auto` is what it came to in a run of other settings; as they are where it
-    came to nothing there yet."""
-    form = other.model.drop_path_form if settings.model.drop_path_form == "auto" else settings.model.drop_path_form
-    return settings.model_copy(update={"model": settings.model.model_copy(update={"drop_path_form": form})})
+    """Settings whose `model.drop_path_form: auto` is what it came to in a run of other settings."""
+    if settings.model.drop_path_form != "auto":
+        return settings
+    model = settings.model.model_copy(update={"drop_path_form": other.model.drop_path_form})
+    return settings.model_copy(update={"model": model})
 
 
 def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:

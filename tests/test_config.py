@@ -21,7 +21,7 @@ from prelora_ray.section import Section
 from prelora_ray.sweep.fork import _check_same_trunk
 from prelora_ray.sweep.settings import SEARCHABLE, SweepSettings
 from prelora_ray.torchvision_ops import make_importable
-from prelora_ray.train.run import _check_unchanged, _settle_drop_path
+from prelora_ray.train.checks import _check_unchanged, _settle_drop_path
 
 make_importable()
 

@@ -62,6 +62,7 @@ def fork(trunk: RunFolder, settings: Settings) -> int:
         begin_and_end = [Fork(**before, time=time, epoch=epoch, trunk=str(trunk)) for time in (min(times), max(times))]
         folder.write_records(Event, begin_and_end)
         folder.write_json("data.json", trunk.read_json("data.json"))  # `train` then refuses other images
+        folder.write_settings(settled_alike(settings, trunk.read_settings()))  # and goes on with what the trunk settled
         checkpoint = kept.load(name)
         checkpoint.state |= {"phases": schedule.state_dict(), "fork": schedule.phase is not Phase.FULL}
         own.save(checkpoint)

@@ -14,6 +14,7 @@ from prelora_ray.method.phases import Phase
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.sweep.fork import fork
 from prelora_ray.sweep.map import what_it_means
+from prelora_ray.train.checks import _settle_drop_path
 from prelora_ray.train.run import train
 from tests.disturbed import train_disturbed
 from tests.runs import EPOCHS, FREEZE, SWITCH, assert_same_bits, final, last, settings
@@ -88,6 +89,18 @@ def test_a_fork_is_made_once_and_refuses_other_images_as_its_trunk_does(trunk, d
     assert fork(trunk, run) == SWITCH
     assert {name: folder.read_bytes(name) for name in folder.list_files()} == before
     assert folder.read_json("data.json") == trunk.read_json("data.json")
+
+
+def test_a_fork_goes_on_with_the_form_of_drop_path_that_its_trunk_settled(trunk, digits, storage):
+    """Which an earlier version may have settled otherwise than this one would."""
+    masks = RunFolder(shutil.copytree(trunk.path, storage / "masks"))
+    masks.write_settings(trunk.read_settings(["model.drop_path_form=mask"]))
+    run = settings(digits, storage, "forked-masks", 1, model={"drop_path_form": "auto"})
+    assert fork(masks, run) == SWITCH
+    begun = RunFolder.of(run).read_settings()
+    assert begun.model.drop_path_form == "mask"
+    assert _settle_drop_path(run, begun).model.drop_path_form == "mask"
+    assert _settle_drop_path(run, None).model.drop_path_form == "subset"
 
 
 def test_a_folder_that_another_driver_holds_is_not_forked_into(trunk, digits, storage):
