@@ -53,6 +53,11 @@ def test_correlations_by_hand():
     assert found["norm_change", "trunk"]["top1_lost"] is None  # all are alike
 
 
+def test_forks_with_a_rule_of_ranks_are_left_out():
+    by_rule = [line | {"run": "eva", "rule": "eva"} for line in fork(6, 0.1, 9.0)]
+    assert lines_of([[*LINES, *by_rule]]) == lines_of([LINES])
+
+
 def test_all_trunks_as_one():
     other = [*trunk("other", WINDOWS, top1=0.7), *fork(6, 0.5, 2.0, "other"), *fork(9, 0.69, 2.1, "other")]
     found = lines_of([LINES, other])
