@@ -48,10 +48,7 @@ MAY_IMPORT = {
             "torchvision_ops.py",
         ),
     },
-    "integrations": {
-        *("integrations", "engine/prelora.py", "method/architecture.py", "method/phases.py"),
-        *("torchvision_ops.py", "errors.py"),
-    },
+    "integrations": {"integrations", "engine/prelora.py", "method/phases.py", "torchvision_ops.py", "errors.py"},
     "fault_tolerance": {
         *("fault_tolerance", "engine/agreement.py", "engine/optim.py", "engine/snapshot.py", "data/damage.py"),
         *("run_folder.py", "records.py", "config.py", "storage.py", "errors.py", "words.py"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import re
 import threading
 import time
@@ -15,6 +14,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from prelora_ray.ray_session import environment
 
 _SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 
@@ -54,18 +55,16 @@ def bucket(folder: Path, latency: float, requests_per_second: float = float("inf
     process = context.Process(target=_serve, args=(theirs, str(folder), latency, requests_per_second, counts), daemon=True)
     process.start()
     theirs.close()  # so that a process that dies is noticed
-    before = dict(os.environ)
-    os.environ |= {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ours.recv()}",
-        "AWS_ACCESS_KEY_ID": "bench",
-        "AWS_SECRET_ACCESS_KEY": "bench",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
     try:
-        yield Bucket("s3://bucket", counts)
+        here = {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ours.recv()}",
+            "AWS_ACCESS_KEY_ID": "bench",
+            "AWS_SECRET_ACCESS_KEY": "bench",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+        with environment(here):
+            yield Bucket("s3://bucket", counts)
     finally:
-        os.environ.clear()
-        os.environ.update(before)
         process.terminate()
         process.join()
 

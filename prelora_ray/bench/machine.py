@@ -95,6 +95,13 @@ def free_memory(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
+def cpu_time_of(call: Callable[[], object]) -> float:
+    """Seconds of processor time of a call, which depend little on what else the machine does."""
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
 def seconds_per_call(call: Callable[[], object], device: torch.device, calls: int, rounds: int = 5) -> float:
     """Wall-clock seconds of a call, in the median of rounds of `calls`, the device's work included."""
     took = []

@@ -52,7 +52,7 @@ def usages(root: int) -> dict[int, Usage]:
     return found
 
 
-def free_memory() -> int:
+def available_memory() -> int:
     """Bytes that new processes can have before the machine swaps."""
     line = next(line for line in Path(_PROC, "meminfo").read_text().splitlines() if line.startswith("MemAvailable:"))
     return int(line.split()[1]) * 1024

@@ -1,6 +1,7 @@
 """Images a second that a worker's reader gets from a bucket which takes its time, and from a disk.
 
-Read is what one of 64 workers reads of batches of 4096 images in cells of 16: 4 streams. No image is decoded.
+A batch has 4 cells of 16, as that of one of 64 workers has of 4096 images; the data set is small, and is read whole. No
+image is decoded.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class Options:
 
 
 def bench_reading(options: Options) -> dict[str, Any]:
-    """An epoch of each way; a bucket's requests are counted, and `peak_bytes` is what Arrow held at most."""
+    """An epoch of each way; a bucket's requests are counted, and `peak_bytes` is the most that Arrow held as a
+    block was done."""
     seconds = options.latency / 1000
     ways: list[tuple[str, Way, int]] = [
         ("a disk", _disk, READS),

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import pickle
 import statistics
-import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,7 +19,7 @@ import pyarrow as pa
 import torch
 from ray import cloudpickle
 
-from prelora_ray.bench.machine import describe
+from prelora_ray.bench.machine import cpu_time_of, describe
 from prelora_ray.config_file import parse_settings
 from prelora_ray.data import stream
 from prelora_ray.data.batch import Pass, StreamPlan
@@ -66,30 +65,23 @@ class NoImages(stream.RowReader):
         return {"image": pa.array([b""] * rows, pa.large_binary()), "label": pa.array([0] * rows, pa.int64())}
 
 
-def seconds(call: Callable[[], object]) -> float:
-    """Processor time of a call, which depends little on what else the machine does."""
-    start = time.process_time()
-    call()
-    return time.process_time() - start
-
-
 def step(images: int) -> dict[str, Any]:
     """What the loop's thread asks of the order at each step."""
     train = made_up_plan(images).orders["train"]
-    return {"seconds": statistics.median(seconds(lambda: train.batch_size(7)) for _ in range(5))}
+    return {"seconds": statistics.median(cpu_time_of(lambda: train.batch_size(7)) for _ in range(5))}
 
 
 def epoch_end(images: int) -> dict[str, Any]:
     """Counting the images of an epoch, while GPUs wait."""
     train = made_up_plan(images).orders["train"]
-    return {"seconds": seconds(lambda: train.rows_from(0))}
+    return {"seconds": cpu_time_of(lambda: train.rows_from(0))}
 
 
 def before_epoch(images: int) -> dict[str, Any]:
     """The reader's way to its first block, and through the whole epoch."""
     blocks = stream._read(made_up_plan(images), [Pass("train", 0)])
-    first = seconds(lambda: next(blocks))
-    return {"seconds_to_the_first_block": first, "seconds_for_the_epoch": first + seconds(lambda: list(blocks))}
+    first = cpu_time_of(lambda: next(blocks))
+    return {"seconds_to_the_first_block": first, "seconds_for_the_epoch": first + cpu_time_of(lambda: list(blocks))}
 
 
 def order(images: int, workers: int) -> dict[str, Any]:
@@ -99,7 +91,7 @@ def order(images: int, workers: int) -> dict[str, Any]:
     def draw() -> object:
         return plan.orders["train"].epoch(0, plan.cells)
 
-    return {"seconds": seconds(draw), "bytes": most_bytes(draw)}
+    return {"seconds": cpu_time_of(draw), "bytes": most_bytes(draw)}
 
 
 def reader(images: int, workers: int) -> dict[str, Any]:
@@ -151,8 +143,8 @@ def prepare(images: int) -> dict[str, Any]:
     """`prelora prepare` before its first shard: classes and splits from file names, and what is sent to each task."""
     files = made_up_source(images)
     found: list[Any] = []
-    reading = seconds(lambda: found.append(open_folders("nowhere", files, Splits(), Columns())))
-    planning = seconds(lambda: found.append(plan_tasks(found[0], "nowhere", PrepareSettings())))
+    reading = cpu_time_of(lambda: found.append(open_folders("nowhere", files, Splits(), Columns())))
+    planning = cpu_time_of(lambda: found.append(plan_tasks(found[0], "nowhere", PrepareSettings())))
     sizes = [len(cloudpickle.dumps(task)) for task in found[1]]
     return {
         "seconds_of_reading_names": reading,

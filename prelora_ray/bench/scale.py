@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from ray.cluster_utils import Cluster
 from prelora_ray.bench.growth import Growth, fit
 from prelora_ray.bench.machine import INTERRUPTED, describe
 from prelora_ray.bench.parts import Costs, Sample, Span, costs
-from prelora_ray.bench.processes import cpu_seconds, free_memory, usages
+from prelora_ray.bench.processes import available_memory, cpu_seconds, usages
 from prelora_ray.config import Settings
 from prelora_ray.config_file import parse_settings
 from prelora_ray.data.batch import Batch, Pass, StreamPlan
@@ -36,7 +36,7 @@ from prelora_ray.data.prepare import prepare
 from prelora_ray.engine.exchange import Exchange
 from prelora_ray.errors import InterruptedRunError, UserError, WorkError
 from prelora_ray.fault_tolerance.ray_private import in_process_groups_of_their_own
-from prelora_ray.ray_session import ray_session
+from prelora_ray.ray_session import environment, ray_session
 from prelora_ray.train import batch_stream
 from prelora_ray.train.run import train
 from prelora_ray.train.worker import train_worker
@@ -109,7 +109,7 @@ def bench_scale(options: Options) -> dict[str, Any]:
             prepare("digits", f"{folder}/data")
         try:
             for workers in sorted(set(options.workers)):
-                needed, free = each * workers + _SPARE_BYTES, free_memory()
+                needed, free = each * workers + _SPARE_BYTES, available_memory()
                 if needed > free:
                     gib = f"{needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} are free"
                     missing[f"{workers} workers"] = f"they need about {gib}"
@@ -184,24 +184,19 @@ def _rehearse(options: Options, workers: int, folder: str) -> list[Sample]:
 def _cluster(nodes: int, workers: int) -> Iterator[None]:
     """A head without room for workers and nodes with room for `workers` each, which a run takes, for the time of the
     block."""
-    environment = dict(os.environ)
-    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:  # a socket's path must be short
-        os.environ |= {"RAY_TMPDIR": folder, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(_START_SECONDS)}
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder, ExitStack() as stack:  # a socket's path is short
+        own = {"RAY_TMPDIR": folder, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(_START_SECONDS)}
+        stack.enter_context(environment(own))
         system = {"worker_register_timeout_seconds": _START_SECONDS}
         head = {"num_cpus": 0, "include_dashboard": False, "_system_config": system}
         with in_process_groups_of_their_own():
             cluster = Cluster(initialize_head=True, head_node_args=head)
-        try:
-            with in_process_groups_of_their_own():
-                for _ in range(nodes):
-                    cluster.add_node(wait=False, num_cpus=workers)
-            cluster.wait_for_nodes(_START_SECONDS)
-            os.environ["RAY_ADDRESS"] = cluster.address
+            stack.callback(cluster.shutdown)
+            for _ in range(nodes):
+                cluster.add_node(wait=False, num_cpus=workers)
+        cluster.wait_for_nodes(_START_SECONDS)
+        with environment({"RAY_ADDRESS": cluster.address}):
             yield
-        finally:
-            cluster.shutdown()
-            os.environ.clear()
-            os.environ |= environment
 
 
 def _settings(data: str, storage: str, workers: int, epochs: int) -> Settings:

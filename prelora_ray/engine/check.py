@@ -14,7 +14,7 @@ from torch._subclasses import fake_tensor
 
 from prelora_ray.config import ModelSettings, Settings
 from prelora_ray.engine.batch_norm import cell_norms
-from prelora_ray.engine.drop_path import SubsetDropPath, drop_path_modules, set_drop_path, use_form
+from prelora_ray.engine.drop_path import compute_subsets, drop_path_modules, set_drop_path, use_form
 from prelora_ray.engine.model import create_model, example_inputs
 from prelora_ray.engine.optim import build_optimizer
 from prelora_ray.engine.precision import Format, autocast, keep_residual_in_bf16, phase_format, use_products
@@ -78,14 +78,22 @@ def check_model(settings: Settings) -> list[Target]:
     return targets
 
 
-def drop_path_form(settings: ModelSettings, cell: int) -> Literal["mask", "subset"]:
-    """What `model.drop_path_form` comes to in cells of so many samples. Raises UserError as a run does."""
-    if settings.drop_path == 0:
-        return "mask"
+def drop_path_form(settings: ModelSettings, cell: int) -> tuple[Literal["mask", "subset"], str | None]:
+    """What `model.drop_path_form` comes to in cells of so many samples; of `auto` that comes to a mask, why.
+
+    Raises UserError as a run does.
+    """
+    if settings.drop_path == 0 or settings.drop_path_form == "mask":
+        return "mask", None
     with torch.device("meta"):
         model = create_model(settings, _CLASSES, seed=0)
-    use_form(model, settings.drop_path_form, cell)
-    return "subset" if any(isinstance(module, SubsetDropPath) for module in model.modules()) else "mask"
+    try:
+        compute_subsets(model, cell)
+    except UserError as error:
+        if settings.drop_path_form == "subset":
+            raise
+        return "mask", str(error)
+    return "subset", None
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from typing import Any
 
@@ -12,7 +11,6 @@ from torch import nn
 
 from prelora_ray.engine.prelora import PreLoRA
 from prelora_ray.errors import UserError
-from prelora_ray.method.architecture import architecture_of
 from prelora_ray.method.phases import Phase
 
 _NAME = "prelora"
@@ -75,16 +73,14 @@ class CarriedPreLoRA(PreLoRA):
             )
 
 
-def vit_of(model: nn.Module) -> nn.Module:
-    """The timm Vision Transformer inside a model, or the model itself where it holds none and can be adapted.
+def vit_of(model: nn.Module, *, or_itself: bool = False) -> nn.Module:
+    """The timm Vision Transformer inside a model; with `or_itself` the model, where it holds none.
 
-    Raises UserError where neither is so, or it holds more than one.
+    Raises UserError where there is none, or more than one.
     """
     found = [module for module in model.modules() if isinstance(module, VisionTransformer)]
-    if not found:
-        with contextlib.suppress(ValueError):
-            architecture_of(model)
-            return model
+    if or_itself and not found:
+        return model
     if len(found) != 1:
         raise UserError(f"{type(model).__name__} holds {len(found)} timm Vision Transformers: name the model to adapt as vit=")
     return found[0]

@@ -24,7 +24,8 @@ class PreLoRACallback(TrainerCallback):
     """
 
     def __init__(self, trainer: Trainer, vit: nn.Module | None = None, **options: Any) -> None:
-        """`vit`: default, the timm ViT that the model holds, or itself. `options`: as of PreLoRA."""
+        """`vit`: default, the timm ViT that the model holds, or the model itself where it is one of transformers.
+        `options`: as of PreLoRA."""
         args = trainer.args
         if args.world_size > 1 or args.n_gpu > 1:
             raise UserError(f"{max(args.world_size, args.n_gpu)} devices are not allowed with PreLoRACallback: use one")
@@ -34,10 +35,12 @@ class PreLoRACallback(TrainerCallback):
             raise UserError("PreLoRACallback needs a train_dataset with a length, or there are no epochs")
         if trainer.lr_scheduler is not None:
             raise UserError("a scheduler of your own is not allowed with PreLoRACallback: set args.lr_scheduler_type")
-        if isinstance(trainer.model, PreTrainedModel):
+        if is_of_transformers := isinstance(trainer.model, PreTrainedModel):
             # Else Trainer saves tensors under names that it does not know when it resumes (transformers #48805).
             trainer.model._weight_conversions = []
-        self.prelora = CarriedPreLoRA(vit_of(trainer.model) if vit is None else vit, trainer.create_optimizer(), **options)
+        if vit is None:
+            vit = vit_of(trainer.model, or_itself=is_of_transformers)
+        self.prelora = CarriedPreLoRA(vit, trainer.create_optimizer(), **options)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._logged_step = state.global_step

@@ -171,7 +171,7 @@ class _Planner:
         Where there is one of these no step counts them: phases of which some do would not compare.
         """
         model = self.settings.model
-        if drop_path_form(model, self.settings.data.cell) == "mask":
+        if drop_path_form(model, self.settings.data.cell)[0] == "mask":
             return {}, []
         found: dict[Workload, Expected] = {}
         missing: dict[str, None] = {}

@@ -20,7 +20,7 @@ from prelora_ray.recorded.run import RunRecords
 from prelora_ray.records import Switch
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
-from prelora_ray.train.run import check_cluster, check_data, check_num_classes, check_settings
+from prelora_ray.train.checks import check_cluster, check_data, check_num_classes, check_settings
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from prelora_ray.bench.processes import cpu_seconds, free_memory, usages
+from prelora_ray.bench.processes import available_memory, cpu_seconds, usages
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux counts it")
 IDLE = [sys.executable, "-c", "print('begun', flush=True); input()"]
@@ -25,7 +25,7 @@ def test_a_process_and_those_that_descend_from_it():
         child.stdin.close()
     assert found[child.pid].parent == os.getpid()
     assert found[child.pid].command == " ".join(IDLE)
-    assert 2**20 < found[child.pid].memory < free_memory()
+    assert 2**20 < found[child.pid].memory < available_memory()
     assert found[os.getpid()].files >= len(os.listdir("/proc/self/fd")) - 1
     assert os.getpid() not in usages(child.pid)
 

@@ -4,7 +4,7 @@ from prelora_ray.config import ModelSettings, Settings
 from prelora_ray.config_file import parse_settings
 from prelora_ray.engine.flops import forward_flops, peak_flops, training_passes
 from prelora_ray.method.phases import Phase
-from prelora_ray.train.run import _settle_gpu
+from prelora_ray.train.checks import _settle_gpu
 
 
 @pytest.mark.parametrize(

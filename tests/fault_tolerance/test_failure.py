@@ -24,6 +24,7 @@ from prelora_ray.fault_tolerance.end import End, read_end
 from prelora_ray.fault_tolerance.failure import WorkerCodeError, failures_of, is_own, own_failures, root_cause
 from prelora_ray.fault_tolerance.ray_private import FailurePolicy
 from prelora_ray.run_folder import RunFolder
+from prelora_ray.train import checks
 from prelora_ray.train import run as driver
 from prelora_ray.train.run import TrainError, train
 from prelora_ray.train.worker import train_worker
@@ -207,7 +208,7 @@ def test_a_run_that_fails_alike_ends(digits, storage, trackers):
 
 @pytest.mark.slow
 def test_a_run_that_cannot_start_ends_at_once(digits, storage, monkeypatch):
-    monkeypatch.setattr(driver, "check_model", lambda settings: None)  # as where a worker's timm is another one
+    monkeypatch.setattr(checks, "check_model", lambda settings: None)  # as where a worker's timm is another one
     run = settings(digits, storage, "fails-at-its-start", 1, model={"options": {"embed_dim": "wide"}}, **ONCE)
     assert ends(run, attempts=0).startswith("training failed before its first step: model.name = ")
 

@@ -11,6 +11,8 @@ from peft import PeftModel
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
+    BertConfig,
+    BertModel,
     DeiTConfig,
     DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
@@ -64,6 +66,7 @@ def arguments(folder: Path, **options: Any) -> TrainingArguments:
     return TrainingArguments(str(folder), **basic | quiet | options)
 
 
+TINY_BERT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 SIZES = {
     **{"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64},
     **{"image_size": 8, "patch_size": 2, "num_labels": 10},
@@ -168,6 +171,8 @@ def test_of_a_wrapper_the_timm_vit_is_adapted(tmp_path: Path):
     wrapper = Wrapper()
     callback = PreLoRACallback(Trainer(wrapper, arguments(tmp_path), train_dataset=[1]), **LATE)
     assert callback.prelora.model is wrapper.vit
+    with pytest.raises(UserError, match="BertModel has no blocks that PreLoRA knows"):
+        PreLoRACallback(Trainer(BertModel(BertConfig(**TINY_BERT)), arguments(tmp_path), train_dataset=[1]), **LATE)
 
 
 def test_what_cannot_be_is_told(tmp_path: Path):

@@ -14,8 +14,8 @@ from prelora_ray.errors import UserError
 from prelora_ray.fault_tolerance.checkpoint import Checkpoints
 from prelora_ray.method.phases import Phase
 from prelora_ray.run_folder import RunFolder
+from prelora_ray.train.checks import check_num_classes
 from prelora_ray.train.initial_weights import initial_weights
-from prelora_ray.train.run import check_num_classes
 from tests.engine.test_state import enter, train_a_step, train_state
 
 

@@ -32,9 +32,10 @@ from prelora_ray.report.page import write_report
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
 from prelora_ray.terminal.console import would_train
+from prelora_ray.train.checks import check_data, check_settings
 from prelora_ray.train.dry_run import dry_run
 from prelora_ray.train.initial_weights import initial_weights
-from prelora_ray.train.run import check_data, check_settings, train
+from prelora_ray.train.run import train
 from tests.disturbed import train_disturbed
 from tests.runs import assert_same_bits, final
 

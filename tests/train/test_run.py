@@ -35,7 +35,8 @@ from prelora_ray.recorded.replay import read_record, replay
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
 from prelora_ray.train import run as run_module
-from prelora_ray.train.run import TrainError, _identity, check_data, train
+from prelora_ray.train.checks import check_data, identity
+from prelora_ray.train.run import TrainError, train
 from prelora_ray.train.worker import train_worker
 from tests.chaos.faults import give_notice
 from tests.chaos.site import wait_for
@@ -340,7 +341,7 @@ def test_resuming_with_other_images_is_refused(digits, storage, tmp_path):
     elsewhere = run.model_copy(update={"data": run.data.model_copy(update={"path": str(copy)})})
     folder, manifest = RunFolder.of(run), read_manifest(Storage(digits))
     folder.write_settings(run)
-    folder.write_json("data.json", _identity(check_data(run, folder)))
+    folder.write_json("data.json", identity(check_data(run, folder)))
     assert check_data(elsewhere, folder).splits == manifest.splits
     (shard, *others) = manifest.splits["train"]
     shards = (dataclasses.replace(shard, sha256="0" * 64), *others)
