@@ -4,13 +4,13 @@
 
 LINES are files of `side_by_side.py`, with trunks that have `criteria` and go to their end, and for each of them forks
 that leave it after several epochs and switch there; all forks of a trunk are taken to differ in nothing else, and those
-with a `rule` of ranks are left out. For each trunk and criterion (`switch_criteria.py` tells them) it prints a line of
-JSON: the number of forks, and Spearman's correlation of the criterion, at the last window that was over when a fork
-left, with what the fork lacks at its end against the trunk: in points of top-1 (`top1_lost`) and in training loss
-(`loss_more`). A criterion that is low where a switch is due tells much where these are near 1, and `recovery`, which is
-high, where they are near -1. Within one trunk whatever falls from epoch to epoch does as well as `rate_left`, so that
-the lines of trunk "all", with the forks of all trunks as one, are those to compare: over trunks of other schedules and
-weight decays.
+with a `rule` of ranks, or an `error`, are left out. For each trunk and criterion (`switch_criteria.py` tells them) it
+prints a line of JSON: the number of forks, and Spearman's correlation of the criterion, at the last window that was
+over when a fork left, with what the fork lacks at its end against the trunk: in points of top-1 (`top1_lost`) and in
+training loss (`loss_more`). A criterion that is low where a switch is due tells much where these are near 1, and
+`recovery`, which is high, where they are near -1. Within one trunk whatever falls from epoch to epoch does as well as
+`rate_left`, so that the lines of trunk "all", with the forks of all trunks as one, are those to compare: over trunks of
+other schedules and weight decays.
 
 With a bound for a criterion, a line says `switch` too, the epochs behind which it would have switched: those of the
 first window behind the learning rate's ramp where it is at the bound or beyond; and what the fork from there lacks,
@@ -70,9 +70,12 @@ def read_trunks(files: Sequence[Sequence[Line]]) -> list[Trunk]:
     """
     trunks = []
     for lines in files:
+        ended = {(line["run"], line["seed"]) for line in lines if "error" in line}
         epochs: dict[tuple[str, int], list[Line]] = {}
         windows: dict[tuple[str, int], list[Line]] = {}
         for line in lines:
+            if (line["run"], line["seed"]) in ended:
+                continue
             (windows if "window" in line else epochs).setdefault((line["run"], line["seed"]), []).append(line)
         for (name, seed), of_trunk in windows.items():
             end = epochs[name, seed][-1]

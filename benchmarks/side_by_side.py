@@ -13,6 +13,8 @@ the trunk, and gradients and inputs are those of the first 8 batches of its last
 `rule`, its first one `ranks` as well (by family and layer), `adapter_parameters` and their `budget`, and the first of
 each phase `trainable`, the share of all parameters that trains.
 
+A run whose loss is not finite ends there, with a line that has its `error`; so do its forks, and all others go on.
+
 A run of full training from the first epoch on may have `criteria: true`. At the end of each window it gets a line more,
 with candidates for the criterion of a switch (`switch_criteria.py` tells them, `criteria.py` reads them). Their losses
 are those of the 4,096 first training images, as evaluation takes them; `prelora prepare` has shuffled them.
@@ -55,7 +57,7 @@ from prelora_ray.data.manifest import Split, read_manifest
 from prelora_ray.data.rows import RowReader
 from prelora_ray.engine.snapshot import Snapshot
 from prelora_ray.engine.state import TrainState
-from prelora_ray.engine.step import TrainStep
+from prelora_ray.engine.step import NonFiniteLossError, TrainStep
 from prelora_ray.method.phases import Phase, count_parameters
 from prelora_ray.method.ranks import rank_choices
 from prelora_ray.method.targets import target_norms
@@ -208,11 +210,11 @@ class Trainer:
             decision = state.phases.end_epoch(epoch, norms, loss)
             state.epoch, state.batch = epoch + 1, 0
             state.apply(decision)
-            self._tell(run, epoch=epoch, phase=phase.value, image_size=size, loss=loss, top1=top1, seconds=seconds, **of_rule)
+            self.tell(run, epoch=epoch, phase=phase.value, image_size=size, loss=loss, top1=top1, seconds=seconds, **of_rule)
             if meter is not None:
                 meter.end_epoch()
                 if decision.verdict is not None:
-                    self._tell(run, **meter.end_window(decision.verdict, [line.loss for line in record]))
+                    self.tell(run, **meter.end_window(decision.verdict, [line.loss for line in record]))
             self._keep(run, step)
         self._records[run.name] = record
 
@@ -230,6 +232,8 @@ class Trainer:
 
     def _fork(self, run: Run, trunk: str) -> tuple[Snapshot, list[NormsLine]]:
         """Where a run leaves its trunk, as `sweep/fork.py` has it: the checkpoint, and the record up to there."""
+        if trunk not in self._records:
+            raise NonFiniteLossError(f"{trunk} came to no end")
         settings, record = run.settings, self._records[trunk][: run.after]
         schedule = phase_schedule(settings.method, settings.train.ramp_epochs, list(record[0].norms))
         decide(schedule, record)
@@ -268,11 +272,11 @@ class Trainer:
             told["trainable"] = trainable / total
         return told
 
-    def _tell(self, run: Run, **of_epoch: Any) -> None:
-        """Of an epoch, or of a window."""
+    def tell(self, run: Run, **content: Any) -> None:
+        """Of an epoch, a window, or why the run ends."""
         with self._out.open("a") as file:
             of = {"of": run.of} if run.of is not None else {}
-            file.write(json.dumps({"run": run.name, **of, "seed": run.settings.train.seed, **of_epoch}) + "\n")
+            file.write(json.dumps({"run": run.name, **of, "seed": run.settings.train.seed, **content}) + "\n")
 
 
 def read_plan(path: Path) -> list[Run]:
@@ -312,7 +316,10 @@ def main(plan: Path, out: Path) -> None:
     with closing(Images(runs[0].settings.data.path, runs)) as images:  # forks before this process uses a GPU
         trainer = Trainer(runs, images, out)
         for run in runs:
-            trainer.train(run)
+            try:
+                trainer.train(run)
+            except NonFiniteLossError as error:
+                trainer.tell(run, error=str(error))
 
 
 if __name__ == "__main__":

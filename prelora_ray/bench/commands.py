@@ -120,6 +120,7 @@ def _reading(
     images: Annotated[int, typer.Option(min=1, help="Images of 34 kB, which are read once for each row.")] = 16_384,
     latency: Annotated[float, typer.Option(min=0, help="Milliseconds that the bucket takes for a request.")] = 20.0,
     requests_per_second: Annotated[float, typer.Option(min=1, help="That the bucket of the last row allows.")] = 100.0,
+    workers: Annotated[int, typer.Option(min=1, help="That the reader is one of in one of the rows.")] = 16,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
@@ -127,7 +128,7 @@ def _reading(
     from prelora_ray.bench.reading import Options
     from prelora_ray.bench.reading import bench_reading as run
 
-    _measure(lambda: run(Options(images, latency, requests_per_second)), out, as_json)
+    _measure(lambda: run(Options(images, latency, requests_per_second, workers)), out, as_json)
 
 
 @app.command("loop")

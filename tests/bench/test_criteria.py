@@ -53,9 +53,10 @@ def test_correlations_by_hand():
     assert found["norm_change", "trunk"]["top1_lost"] is None  # all are alike
 
 
-def test_forks_with_a_rule_of_ranks_are_left_out():
+def test_forks_with_a_rule_of_ranks_or_an_error_are_left_out():
     by_rule = [line | {"run": "eva", "rule": "eva"} for line in fork(6, 0.1, 9.0)]
-    assert lines_of([[*LINES, *by_rule]]) == lines_of([LINES])
+    broken = [*(line | {"run": "broken"} for line in fork(6, 0.1, 9.0)[:1]), {"run": "broken", "seed": 0, "error": "inf"}]
+    assert lines_of([[*LINES, *by_rule, *broken]]) == lines_of([LINES])
 
 
 def test_all_trunks_as_one():

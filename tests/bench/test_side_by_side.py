@@ -96,6 +96,23 @@ def test_forks_by_rules_of_ranks_of_a_trunk_with_criteria(digits, tmp_path):
     assert [line.get("of") for line in (runs["alone"][0], runs["trunk"][0], runs["plain"][0])] == [None, None, "trunk"]
 
 
+@pytest.mark.slow
+def test_a_run_that_is_not_finite_ends_with_its_forks_alone(digits, tmp_path):
+    of = settings(digits, tmp_path, "wild", 1, method={"switch_epoch": SWITCH})
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(of.model_dump(mode="json", exclude_unset=True)))
+    wild = ["method.enabled=false", "train.learning_rate=1e30"]
+    runs = [
+        {"name": "wild", "set": wild},
+        {"name": "fork", "of": "wild", "after": SWITCH},
+        {"name": "tame", "until": 1, "set": ["method.enabled=false"]},
+    ]
+    lines = side_by_side({"recipe": str(tmp_path / "recipe.yaml"), "runs": runs}, tmp_path)
+    assert [line["run"] for line in lines] == ["wild", "fork", "tame"]
+    assert "the loss is not finite at step" in lines[0]["error"]
+    assert lines[1]["error"] == "wild came to no end"
+    assert math.isfinite(lines[2]["loss"])
+
+
 @pytest.mark.parametrize(
     ("fork", "message"),
     [
