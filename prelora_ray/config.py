@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from prelora_ray.data.augment_settings import AugmentSettings, Policy
 from prelora_ray.data.prepare_settings import NAMED_SOURCES, TRAINED_TOKENIZERS, PrepareSettings
-from prelora_ray.method.convergence import NormStatistic, first_verdict
+from prelora_ray.method.convergence import NormStatistic
 from prelora_ray.method.phases import FreezeScope, Phase
 from prelora_ray.method.ranks import PATTERN_RANKS, Normalize, is_pattern_rank, rank_choices
 from prelora_ray.section import Acts, Count, NotNegative, Positive, Section, Share, Whole
@@ -600,54 +600,3 @@ def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in content.items():
         found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return found
-
-
-def without_effect(settings: Settings) -> list[str]:
-    """A sentence for each setting that was given and has no effect."""
-    method, augment, train = settings.method, settings.augment, settings.train
-    given = method.model_fields_set - {"enabled"}
-    sentences = []
-    if not method.enabled:
-        used = {"window_epochs", "windows", "tau", "zeta", "norm_statistic", "targets"}  # what records and replay use
-        sentences += [f"method.{key} has no effect, as method.enabled is false" for key in sorted(given - used)]
-    elif method.rank_pattern is not None:
-        sentences += [
-            f"method.{key} has no effect, as method.rank_pattern gives the ranks"
-            for key in sorted(given & {"r_min", "r_max", "normalize", "rank_floor_percent"})
-        ]
-    first = first_verdict(method.windows, method.window_epochs, train.ramp_epochs)
-    if method.enabled and method.switch_epoch is None and train.epochs <= first:
-        sentences.append(
-            f"the run cannot switch: a verdict that rests on no window of train.ramp_epochs = {train.ramp_epochs} comes after "
-            f"epoch {first} of {train.epochs} at the earliest, so set a smaller method.window_epochs or train.ramp_epochs, or "
-            "method.switch_epoch"
-        )
-    if 0 < len({"query", "key", "value"} & set(method.targets or ())) < 3 and method.enabled:
-        sentences.append("method.targets has some of query, key and value: phase lora freezes a fused qkv as a whole")
-    if "decay_share" in train.model_fields_set and train.schedule != "constant-then-decay":
-        sentences.append(f"train.decay_share has no effect, as train.schedule is {train.schedule}")
-    if "residual" in train.model_fields_set and train.precision in ("fp32", "fp64"):
-        sentences.append(f"train.residual has no effect, as train.precision is {train.precision}")
-    if "gradient_exchange" in train.model_fields_set and settings.workers.max == 1:
-        sentences.append("train.gradient_exchange has no effect, as workers.max is 1")
-    if "cuda_graph" in train.model_fields_set and train.cuda_graph and train.optimizer != "adamw":
-        sentences.append(f"train.cuda_graph has no effect, as train.optimizer is {train.optimizer}")
-    if "fp8_from" in train.model_fields_set and train.precision != "fp8":
-        sentences.append(f"train.fp8_from has no effect, as train.precision is {train.precision}")
-    is_trunk = settings.checkpoint.keep_trunk  # its forks switch
-    if train.precision == "fp8" and train.fp8_from is not Phase.FULL and not (method.enabled or is_trunk):
-        sentences.append(
-            f"train.precision = fp8 has no effect, as method.enabled is false and train.fp8_from is {train.fp8_from}"
-        )
-    if "adapters" in train.model_fields_set and not (method.enabled or is_trunk):
-        sentences.append("train.adapters has no effect, as method.enabled is false")
-    if train.adapters == "plain" and train.precision == "fp8" and train.fp8_from is not Phase.LORA:
-        sentences.append(f"train.adapters has no effect, as train.precision is fp8 with train.fp8_from {train.fp8_from}")
-    for key in _OF_DROP_PATH:
-        if key.removeprefix("model.") in settings.model.model_fields_set and settings.model.drop_path == 0:
-            sentences.append(f"{key} has no effect, as model.drop_path is 0")
-    if {"padding"} & augment.model_fields_set and augment.crop != "padded":
-        sentences.append(f"augment.padding has no effect, as augment.crop is {augment.crop}")
-    if {"min_scale"} & augment.model_fields_set and augment.crop != "random_resized":
-        sentences.append(f"augment.min_scale has no effect, as augment.crop is {augment.crop}")
-    return sentences

@@ -11,7 +11,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from prelora_ray.config import Settings, acts, comparable, flat, inner_section, with_absolute_paths, without_effect
+from prelora_ray.config import Settings, acts, comparable, flat, inner_section, with_absolute_paths
 from prelora_ray.config_file import load_settings, parse_section, parse_settings, read_named, set_key
 from prelora_ray.engine.check import check_model
 from prelora_ray.errors import UserError
@@ -22,6 +22,7 @@ from prelora_ray.sweep.fork import _check_same_trunk
 from prelora_ray.sweep.settings import SEARCHABLE, SweepSettings
 from prelora_ray.torchvision_ops import make_importable
 from prelora_ray.train.checks import _check_unchanged, _settle_drop_path
+from prelora_ray.train.no_effect import without_effect
 
 make_importable()
 

@@ -11,12 +11,13 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from prelora_ray.config import Settings, without_effect
+from prelora_ray.config import Settings
 from prelora_ray.config_file import load_settings, parse_settings, parse_yaml
 from prelora_ray.engine.check import check_model
 from prelora_ray.first_recipe import Images, compose, write_recipe
 from prelora_ray.plan.planner import Options, plan_recipe
 from prelora_ray.plan.sizes import parameters_by_phase
+from prelora_ray.train.no_effect import without_effect
 from prelora_ray.train.smoke import smoke_run
 from tests.command import prelora_here
 

@@ -3,10 +3,10 @@ import json
 import pytest
 import yaml
 
-from prelora_ray.config import without_effect
 from prelora_ray.config_file import parse_settings
 from prelora_ray.run_folder import RunFolder, parse_lines
 from prelora_ray.storage import Storage
+from prelora_ray.train.no_effect import without_effect
 from tests.lines import write_lines
 
 

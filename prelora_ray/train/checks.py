@@ -11,13 +11,7 @@ import ray.train
 import ray.train.torch
 import torch
 
-from prelora_ray.config import (
-    Settings,
-    acts,
-    comparable,
-    settled_alike,
-    without_effect,
-)
+from prelora_ray.config import Settings, acts, comparable, settled_alike
 from prelora_ray.data.manifest import Manifest, read_manifest
 from prelora_ray.engine.check import check_model, drop_path_form
 from prelora_ray.engine.model import check_length, create_model
@@ -30,6 +24,7 @@ from prelora_ray.nodes import check_seen_by_all_nodes
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage, check_out_folder
 from prelora_ray.train.initial_weights import check_vocabulary, initial_weights
+from prelora_ray.train.no_effect import without_effect
 from prelora_ray.words import counted
 
 logger = logging.getLogger(__name__)

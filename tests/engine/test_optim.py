@@ -4,13 +4,13 @@ import pytest
 import timm
 import torch
 
-from prelora_ray.config import without_effect
 from prelora_ray.config_file import parse_settings
 from prelora_ray.engine.model import create_model
 from prelora_ray.engine.optim import build_optimizer, learning_rate, optimizer_state, rates_left, set_learning_rate
 from prelora_ray.method.adapters import inject
 from prelora_ray.method.architecture import find_targets
 from prelora_ray.method.phases import Phase, freeze_parameters
+from prelora_ray.train.no_effect import without_effect
 from tests.engine.test_model import TINY
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from prelora_ray.config import flat, without_effect
+from prelora_ray.config import flat
 from prelora_ray.config_file import load_settings
 from prelora_ray.errors import UserError
 from prelora_ray.run_folder import RunFolder
+from prelora_ray.train.no_effect import without_effect
 from prelora_ray.train.run import train
 from prelora_ray.train.smoke import smoke_run
 from tests.runs import TINY_VIT
