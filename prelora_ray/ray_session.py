@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
@@ -44,16 +44,3 @@ def ray_session(*, debug: bool = False) -> Iterator[bool]:
             yield address == "local"
     finally:
         ray.shutdown()
-
-
-@contextmanager
-def environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Sets variables of this process, which those that it starts take over, for the time of the block."""
-    before = {name: os.environ[name] for name in values if name in os.environ}
-    os.environ |= values
-    try:
-        yield
-    finally:
-        for name in values:
-            os.environ.pop(name, None)
-        os.environ |= before

@@ -214,9 +214,10 @@ class Appender:
 
     On a disk a thread writes what is appended at once; on a full one it waits in memory for room, and so does the
     file's creation. Object stores cannot append: there it gathers in a local file until `flush`, which uploads that
-    whole as a segment of its own, so that a writer of an earlier attempt that is not dead yet overwrites nothing of
-    it. One of `SEGMENT_BYTES` or more stays as it is, and a further one begins. What was appended survives this
-    process's end once `flush` has returned True. One thread may append while another flushes.
+    whole as a segment of its own. One of `SEGMENT_BYTES` or more stays as it is, and a further one begins. Where a
+    writer of an earlier attempt is not dead yet and comes to the same segment, the next upload puts it right, unless
+    that segment was full. What was appended survives this process's end once `flush` has returned True. One thread may
+    append while another flushes.
     """
 
     def __init__(self, folder: Storage, name: str) -> None:

@@ -15,6 +15,7 @@ MAY_IMPORT = {
     "extras.py": {"errors.py"},
     "storage.py": {"errors.py"},
     "nodes.py": {"errors.py"},
+    "environment.py": set(),
     "records.py": set(),
     "words.py": set(),
     "measures.py": {"records.py", "words.py"},
@@ -81,7 +82,7 @@ MAY_IMPORT = {
             "config.py",
             "config_file.py",
         ),
-        *("storage.py", "errors.py", "nodes.py", "words.py"),
+        *("environment.py", "storage.py", "errors.py", "nodes.py", "words.py"),
     },
     "sweep": {
         *("sweep", "ray_session.py", "train", "fault_tolerance", "engine", "method"),
@@ -104,7 +105,7 @@ MAY_IMPORT = {
     "cluster_doctor.py": {"storage.py", "errors.py", "words.py"},
     "doctor.py": {"fault_tolerance", "data", "run_folder.py", "records.py", "errors.py"},
     "bench": {
-        *("bench", "ray_session.py", "train", "fault_tolerance", "monitor", "engine", "method", "data"),
+        *("bench", "environment.py", "ray_session.py", "train", "fault_tolerance", "monitor", "engine", "method", "data"),
         *("run_folder.py", "records.py", "config.py", "config_file.py", "storage.py", "errors.py", "extras.py", "words.py"),
     },
     "plan": {

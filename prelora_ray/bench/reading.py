@@ -47,7 +47,7 @@ class Options:
     """What the bucket of the last row allows."""
     workers: int = 16
     """Of the row in which the worker is one of several, with as many images for each. It opens more files for what it
-    reads: with the defaults 0.8 for each row group, as one of 64 does in the first epoch of ImageNet-1k."""
+    reads: with the defaults 0.8 files for each row group, as one of 64 does in the first epoch of ImageNet-1k."""
 
 
 def bench_reading(options: Options) -> dict[str, Any]:

@@ -34,9 +34,10 @@ from prelora_ray.data.batch import Batch, Pass, StreamPlan
 from prelora_ray.data.manifest import Split
 from prelora_ray.data.prepare import prepare
 from prelora_ray.engine.exchange import Exchange
+from prelora_ray.environment import environment
 from prelora_ray.errors import InterruptedRunError, UserError, WorkError
 from prelora_ray.fault_tolerance.ray_private import in_process_groups_of_their_own
-from prelora_ray.ray_session import environment, ray_session
+from prelora_ray.ray_session import ray_session
 from prelora_ray.train import batch_stream
 from prelora_ray.train.run import train
 from prelora_ray.train.worker import train_worker

@@ -36,6 +36,8 @@ _BUCKET_WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Seconds, more or less, before each further try of a read. In each try the bucket's own client tries for some 6 s."""
 _CHECKED_AFTER = 2
 """Failures of a read in a bucket after which its shard is checked for damage, which reads fail of too."""
+_OF_BUCKET = "AWS Error"
+"""What Arrow says where it is the bucket that failed."""
 _Group = Mapping[str, pa.Array]
 """The columns of a row group."""
 
@@ -146,7 +148,7 @@ class RowReader:
             except Exception as error:
                 may_pass = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
                 is_last = failures > len(waits) or not may_pass
-                if is_last or failures == _CHECKED_AFTER:
+                if is_last or (failures >= _CHECKED_AFTER and _OF_BUCKET not in str(error)):
                     self._check(shard)
                 if is_last or self._is_over.wait(waits[failures - 1] * random.uniform(0.5, 1.5)):
                     raise
@@ -154,9 +156,11 @@ class RowReader:
 
     def _check(self, shard: Shard) -> None:
         """Raises DamagedDataError where a shard that can be read is not what its manifest says. One is read at a time,
-        and each once: it is large, and what failed may be the bucket."""
+        and each once, as it is large; none once the pass is over."""
         with self._check_lock:
             if shard.file not in self._checked:
+                if self._is_over.is_set():
+                    return
                 try:
                     check_shard(self._folder, shard, self._folder.read_bytes(shard.file))
                 except OSError:

@@ -14,7 +14,7 @@ from torch._subclasses import fake_tensor
 
 from prelora_ray.config import ModelSettings, Settings
 from prelora_ray.engine.batch_norm import cell_norms
-from prelora_ray.engine.drop_path import compute_subsets, drop_path_modules, set_drop_path, use_form
+from prelora_ray.engine.drop_path import drop_path_modules, set_drop_path, use_form
 from prelora_ray.engine.model import create_model, example_inputs
 from prelora_ray.engine.optim import build_optimizer
 from prelora_ray.engine.precision import Format, autocast, keep_residual_in_bf16, phase_format, use_products
@@ -87,13 +87,8 @@ def drop_path_form(settings: ModelSettings, cell: int) -> tuple[Literal["mask", 
         return "mask", None
     with torch.device("meta"):
         model = create_model(settings, _CLASSES, seed=0)
-    try:
-        compute_subsets(model, cell)
-    except UserError as error:
-        if settings.drop_path_form == "subset":
-            raise
-        return "mask", str(error)
-    return "subset", None
+    why_not = use_form(model, settings.drop_path_form, cell)
+    return "subset" if why_not is None else "mask", why_not
 
 
 @contextmanager

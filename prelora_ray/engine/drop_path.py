@@ -122,16 +122,21 @@ def drop_uniformly(model: nn.Module, drop_prob: float) -> None:
             setattr(block, drop_path, KeyedDropPath(drop_prob))
 
 
-def use_form(model: nn.Module, form: DropPathForm, cell: int) -> None:
+def use_form(model: nn.Module, form: DropPathForm, cell: int) -> str | None:
     """Gives a model whose drop paths are masks the form that is asked for; with `auto` that of subsets, where model and
-    cell allow it. Raises UserError as `compute_subsets` does, for the form subset alone."""
+    cell allow it.
+
+    Returns why `auto` came to masks. Raises UserError as `compute_subsets` does, for the form subset alone.
+    """
     if form == "mask":
-        return
+        return None
     try:
         compute_subsets(model, cell)
-    except UserError:
+    except UserError as error:
         if form == "subset":
             raise
+        return str(error)
+    return None
 
 
 def compute_subsets(model: nn.Module, cell: int) -> None:

@@ -7,8 +7,6 @@ import logging
 from typing import Any
 
 import ray
-import ray.train
-import ray.train.torch
 import torch
 
 from prelora_ray.config import Settings, acts, comparable, settled_alike
@@ -148,8 +146,8 @@ def _settle_drop_path(settings: Settings, before: Settings | None) -> Settings:
     model = settings.model
     if model.drop_path_form != "auto" or model.drop_path == 0:
         return settings
-    form, why = drop_path_form(model, settings.data.cell)
-    logger.info("model.drop_path_form: auto is %s%s", form, "" if why is None else f": {why}")
+    form, why_not = drop_path_form(model, settings.data.cell)
+    logger.info("model.drop_path_form: auto is %s%s", form, "" if why_not is None else f", as of subset is said: {why_not}")
     return settings.model_copy(update={"model": model.model_copy(update={"drop_path_form": form})})
 
 

@@ -23,6 +23,7 @@ from prelora_ray.config import (
 )
 from prelora_ray.data.prepare import prepare
 from prelora_ray.engine.snapshot import checkpoint_name, epoch_of
+from prelora_ray.environment import environment
 from prelora_ray.errors import InterruptedRunError, WorkError
 from prelora_ray.fault_tolerance.checkpoint import Checkpoints
 from prelora_ray.fault_tolerance.end import FILE as END_FILE
@@ -42,7 +43,7 @@ from prelora_ray.monitor.client import tell_end
 from prelora_ray.monitor.exporter import start_exporter
 from prelora_ray.monitor.telemetry import run_label
 from prelora_ray.monitor.tracker import Outcome
-from prelora_ray.ray_session import environment, ray_session
+from prelora_ray.ray_session import ray_session
 from prelora_ray.records import Starting
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage, once_reachable

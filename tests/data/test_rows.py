@@ -102,6 +102,39 @@ def test_a_bucket_that_throttles_is_read_all_the_same(folder, shards):
         assert place.refused > 0
 
 
+def test_a_busy_bucket_is_asked_for_no_whole_shard(folder, shards, monkeypatch):
+    """Which is how damage is told from it."""
+    whole: list[str] = []
+    failures = iter([True] * 4 + [False])
+
+    class Throttled(RowReader):
+        def _read_table(self, name: str, index: int) -> pa.Table:
+            if next(failures):
+                raise OSError("AWS Error SLOW_DOWN")
+            return super()._read_table(name, index)
+
+    with bucket_of(folder, latency=0) as place:
+        reader = Throttled(place.uri, shards, COLUMNS)
+        monkeypatch.setattr(reader._is_over, "wait", lambda seconds: False)
+        monkeypatch.setattr(Storage, "read_bytes", lambda self, name: whole.append(name) or b"")
+        assert len(reader.read(np.arange(GROUP))["image"]) == GROUP
+    assert whole == []
+
+
+def test_no_shard_is_checked_once_nobody_waits_for_it(folder, shards, monkeypatch):
+    whole: list[str] = []
+    monkeypatch.setattr(Storage, "read_bytes", lambda self, name: whole.append(name) or b"")
+
+    class Failing(RowReader):
+        def _read_table(self, name: str, index: int) -> pa.Table:
+            self._is_over.set()
+            raise OSError("unexpected end of stream")
+
+    with pytest.raises(OSError, match="unexpected end"):
+        Failing(str(folder), shards, COLUMNS).read(np.arange(GROUP))
+    assert whole == []
+
+
 @pytest.mark.parametrize("place", ["bucket", "disk"])
 def test_a_bucket_is_asked_again_after_growing_waits_and_a_disk_is_not(folder, shards, monkeypatch, place):
     """Where its own client has given up."""
@@ -146,7 +179,7 @@ def test_damage_in_a_bucket_is_named_behind_a_further_try_and_looked_for_once(fo
         for _ in range(2):
             with pytest.raises(DamagedDataError, match=f"{shards[0].file} is damaged: its SHA-256 is"):
                 reader.read(np.arange(GROUP))
-    assert len(waits) <= 2 and whole == [shards[0].file]
+    assert len(waits) == 2 and whole == [shards[0].file]
 
 
 def test_who_stops_reading_does_not_wait_for_the_next_try(folder, shards, monkeypatch):

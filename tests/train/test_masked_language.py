@@ -44,7 +44,7 @@ OPTIONS = {
     **{"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32},
     "max_position_embeddings": LENGTH,
 }
-SWITCH, FREEZE, EPOCHS = 3, 4, 5
+SWITCH, FREEZE, EPOCHS = 3, 5, 7
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def settings(text: Path, storage: Path, name: str, workers: int = 2, **sections:
         "data": {"path": str(text), "batch_size": 48, "cell": 8, "max_batches": 8, "decoders": 1},
         "model": {"name": "bert", "options": OPTIONS},
         "train": {"epochs": EPOCHS, "ramp_epochs": 1, "seed": 5, "ema": 0.9},
-        "method": {"tau": 1000, "zeta": 1000, "window_epochs": 1, "warmup_epochs": 1, "r_min": 2, "r_max": 8},
+        "method": {"tau": 1000, "zeta": 1000, "window_epochs": 1, "warmup_epochs": 2, "r_min": 2, "r_max": 8},
         "workers": {"min": workers, "max": workers, "cpus": 0.5},
         "checkpoint": {"every_steps": 3},
     }
@@ -79,7 +79,7 @@ def run(text: Path, storage: Path) -> Settings:
 def test_a_run_on_text_goes_through_all_phases(run, tmp_path):
     folder = RunFolder.of(run)
     records, result = RunRecords(folder), folder.read_result()
-    assert [line.phase for line in records.epochs] == ["full"] * SWITCH + ["warmup", "lora"]
+    assert [line.phase for line in records.epochs] == ["full"] * 3 + ["warmup"] * 2 + ["lora"] * 2
     assert (result["switch_epoch"], result["freeze_epoch"], result["val_top1"]) == (SWITCH, FREEZE, None)
     last = records.epochs[-1]
     assert last.images == 8 * 48 and last.image_size is None and last.val_top1 is None
