@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from peft import PeftModel
 from torch import nn
@@ -173,6 +174,16 @@ def test_of_a_wrapper_the_timm_vit_is_adapted(tmp_path: Path):
     assert callback.prelora.model is wrapper.vit
     with pytest.raises(UserError, match="BertModel has no blocks that PreLoRA knows"):
         PreLoRACallback(Trainer(BertModel(BertConfig(**TINY_BERT)), arguments(tmp_path), train_dataset=[1]), **LATE)
+
+
+def test_a_model_that_is_no_timm_vit_is_named(tmp_path: Path):
+    def callback(**named: Any) -> PreLoRACallback:
+        return PreLoRACallback(Trainer(swin, arguments(tmp_path), train_dataset=[1]), **named, **LATE)
+
+    swin = timm.create_model("swin_tiny_patch4_window7_224", img_size=32, window_size=2, depths=(1, 1, 1, 1))
+    with pytest.raises(UserError, match="SwinTransformer holds 0 timm Vision Transformers: name the model to adapt as vit="):
+        callback()
+    assert len(callback(vit=swin).prelora.targets) == 4 * 6
 
 
 def test_what_cannot_be_is_told(tmp_path: Path):
