@@ -57,22 +57,25 @@ def check_settings(settings: Settings, folder: RunFolder) -> Settings | None:
     return before
 
 
-def check_cluster(
-    settings: Settings, folder: RunFolder, before: Settings | None, *, is_embedded: bool, writes: bool = True
-) -> Settings:
-    """Checks the Ray that runs: its room, and what its nodes see. Returns the settings with what was `auto`
-    resolved: `workers.gpu`, `model.drop_path_form`.
+def settle(settings: Settings, before: Settings | None) -> Settings:
+    """The settings with `model.drop_path_form: auto` and `workers.gpu: auto` resolved, the latter by the Ray that runs.
 
-    `before`: as `check_settings` returns it. Without `writes` no folder is made to see whether all nodes see it; the
-    one that it would be made in is looked for. Raises UserError where the run cannot work there.
+    `before`: as `check_settings` returns it, whose values stay.
     """
     settings = _settle_drop_path(settings, before)
-    settings = _settle_gpu(settings, before, ray.cluster_resources().get("GPU", 0))
+    return _settle_gpu(settings, before, ray.cluster_resources().get("GPU", 0))
+
+
+def check_cluster(settings: Settings, folder: RunFolder, *, is_embedded: bool, writes: bool = True) -> None:
+    """Checks the Ray that runs: its room, and what its nodes see.
+
+    `settings`: from `settle`. Without `writes` no folder is made to see whether all nodes see it; the one that it would
+    be made in is looked for. Raises UserError where the run cannot work there.
+    """
     _check_room(settings, is_embedded)
     _check_nodes_see(settings, folder, writes=writes)
     if not settings.workers.gpu:
         check_precision(settings.train.precision, torch.device("cpu"))
-    return settings
 
 
 def check_data(settings: Settings, folder: RunFolder) -> Manifest:

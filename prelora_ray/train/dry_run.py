@@ -20,7 +20,7 @@ from prelora_ray.recorded.run import RunRecords
 from prelora_ray.records import Switch
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage
-from prelora_ray.train.checks import check_cluster, check_data, check_num_classes, check_settings
+from prelora_ray.train.checks import check_cluster, check_data, check_num_classes, check_settings, settle
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,8 @@ def dry_run(settings: Settings, *, debug: bool = False) -> DryRun:
     else:
         check_free(folder)
         with ray_session(debug=debug) as is_embedded:
-            settings = check_cluster(settings, folder, before, is_embedded=is_embedded, writes=False)
+            settings = settle(settings, before)
+            check_cluster(settings, folder, is_embedded=is_embedded, writes=False)
         train_images, val_images, classes, is_ready = _count_data(settings, folder)
     data, method, workers = settings.data, settings.method, settings.workers
     names = Checkpoints(folder).names()

@@ -48,7 +48,7 @@ from prelora_ray.records import Starting
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.storage import Storage, once_reachable
 from prelora_ray.summaries import reservations
-from prelora_ray.train.checks import check_cluster, check_data, check_settings, identity
+from prelora_ray.train.checks import check_cluster, check_data, check_settings, identity, settle
 from prelora_ray.train.result import summarize
 from prelora_ray.train.worker import train_worker
 from prelora_ray.words import counted
@@ -95,7 +95,8 @@ def train(
         logger.info("run %s has finished already; give another --name for a new one", folder)
         return result
     with DriverLock(folder) as lock, _starting(folder), ray_session(debug=debug) as is_embedded:
-        settings = check_cluster(settings, folder, before, is_embedded=is_embedded)
+        settings = settle(settings, before)
+        check_cluster(settings, folder, is_embedded=is_embedded)
         _prepare_once(settings, folder)
         manifest = check_data(settings, folder)
         if not folder.exists("data.json"):
