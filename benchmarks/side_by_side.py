@@ -13,7 +13,8 @@ the trunk, and gradients and inputs are those of the first 8 batches of its last
 `rule`, its first one `ranks` as well (by family and layer), `adapter_parameters` and their `budget`, and the first of
 each phase `trainable`, the share of all parameters that trains.
 
-A run whose loss is not finite ends there, with a line that has its `error`; so do its forks, and all others go on.
+A run whose loss is not finite ends there, with a line that has its `error`; so do its forks, and all others go on. The
+exit status is then 1.
 
 A run of full training from the first epoch on may have `criteria: true`. At the end of each window it gets a line more,
 with candidates for the criterion of a switch (`switch_criteria.py` tells them, `criteria.py` reads them). Their losses
@@ -35,6 +36,7 @@ import math
 import mmap
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -171,6 +173,10 @@ def _augmenter(augmentation: Augmentation, seed: int, crop_ratio: float) -> Augm
     return Augmenter(augmentation, seed, crop_ratio)
 
 
+class NoTrunkError(RuntimeError):
+    """The run that a fork leaves has ended before."""
+
+
 class Trainer:
     """Trains runs in turn, and keeps what forks of them need."""
 
@@ -233,7 +239,7 @@ class Trainer:
     def _fork(self, run: Run, trunk: str) -> tuple[Snapshot, list[NormsLine]]:
         """Where a run leaves its trunk, as `sweep/fork.py` has it: the checkpoint, and the record up to there."""
         if trunk not in self._records:
-            raise NonFiniteLossError(f"{trunk} came to no end")
+            raise NoTrunkError(f"{trunk} came to no end")
         settings, record = run.settings, self._records[trunk][: run.after]
         schedule = phase_schedule(settings.method, settings.train.ramp_epochs, list(record[0].norms))
         decide(schedule, record)
@@ -313,13 +319,17 @@ def read_plan(path: Path) -> list[Run]:
 def main(plan: Path, out: Path) -> None:
     runs = read_plan(plan)
     out.touch(exist_ok=False)
+    failed = []
     with closing(Images(runs[0].settings.data.path, runs)) as images:  # forks before this process uses a GPU
         trainer = Trainer(runs, images, out)
         for run in runs:
             try:
                 trainer.train(run)
-            except NonFiniteLossError as error:
+            except (NonFiniteLossError, NoTrunkError) as error:
                 trainer.tell(run, error=str(error))
+                failed.append(f"{run.name}: {error}")
+    if failed:
+        sys.exit("\n".join(failed))
 
 
 if __name__ == "__main__":

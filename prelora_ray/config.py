@@ -566,7 +566,7 @@ def inner_section(annotation: Any) -> type[Section] | None:
     return next((part for part in parts if isinstance(part, type) and issubclass(part, Section)), None)
 
 
-_OF_DROP_PATH = {"model.drop_path_rule": "linear", "model.drop_path_form": "mask"}
+OF_DROP_PATH = {"model.drop_path_rule": "linear", "model.drop_path_form": "mask"}
 """Keys that say nothing where `model.drop_path` is 0, with what they are taken for there."""
 _PLAIN = ["query", "key", "value", "proj", "fc1", "fc2"]
 """All families of a plain Vision Transformer, as runs of an earlier version have them in their config.yaml."""
@@ -583,7 +583,7 @@ def comparable(settings: Section) -> dict[str, Any]:
     if found.get("method.targets") == _PLAIN:
         found["method.targets"] = None
     if found.get("model.drop_path") == 0:
-        found |= _OF_DROP_PATH
+        found |= OF_DROP_PATH
     return found
 
 

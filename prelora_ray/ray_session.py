@@ -1,4 +1,4 @@
-"""Ray for the time of a command, and what its processes find in their environment."""
+"""Ray for the time of a command."""
 
 from __future__ import annotations
 

@@ -214,10 +214,9 @@ class Appender:
 
     On a disk a thread writes what is appended at once; on a full one it waits in memory for room, and so does the
     file's creation. Object stores cannot append: there it gathers in a local file until `flush`, which uploads that
-    whole as a segment of its own. One of `SEGMENT_BYTES` or more stays as it is, and a further one begins. Where a
-    writer of an earlier attempt is not dead yet and comes to the same segment, the next upload puts it right, unless
-    that segment was full. What was appended survives this process's end once `flush` has returned True. One thread may
-    append while another flushes.
+    whole as a segment of its own, the next free one, so that a writer of an earlier attempt that is not dead yet
+    overwrites nothing of it. One of `SEGMENT_BYTES` or more stays as it is, and a further one begins. What was appended
+    survives this process's end once `flush` has returned True. One thread may append while another flushes.
     """
 
     def __init__(self, folder: Storage, name: str) -> None:
@@ -231,7 +230,8 @@ class Appender:
         self._has_writer = False
         """Whether a thread of its own writes what is appended."""
         self._pending = b""
-        self._segment = 0 if folder.is_local else count_segments(folder, name)
+        self._segment: int | None = None
+        """In a bucket, the one that the file is uploaded as; None in front of its first upload."""
         self._num_bytes = 0
         """Bytes in the file, in a bucket those of the segment."""
         self._uploaded = 0
@@ -255,13 +255,14 @@ class Appender:
                 assert self._file is not None
                 content = os.pread(self._file.fileno(), self._num_bytes, 0)
                 try:
+                    if self._segment is None:
+                        self._segment = count_segments(self._folder, self._name)
                     self._folder.write_bytes(segment(self._name, self._segment), content)
                 except OSError:
                     return False
                 self._uploaded = self._num_bytes
                 if self._uploaded >= SEGMENT_BYTES:
-                    self._file = None
-                    self._segment += 1
+                    self._file = self._segment = None
                     self._num_bytes = self._uploaded = 0
             return True
 

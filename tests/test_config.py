@@ -11,7 +11,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from prelora_ray.config import Settings, acts, comparable, flat, inner_section, with_absolute_paths
+from prelora_ray.config import Settings, acts, comparable, flat, inner_section, settled_alike, with_absolute_paths
 from prelora_ray.config_file import load_settings, parse_section, parse_settings, read_named, set_key
 from prelora_ray.engine.check import check_model
 from prelora_ray.errors import UserError
@@ -21,7 +21,7 @@ from prelora_ray.section import Section
 from prelora_ray.sweep.fork import _check_same_trunk
 from prelora_ray.sweep.settings import SEARCHABLE, SweepSettings
 from prelora_ray.torchvision_ops import make_importable
-from prelora_ray.train.checks import _check_unchanged, _settle_drop_path
+from prelora_ray.train.checks import _check_unchanged, settle
 from prelora_ray.train.no_effect import without_effect
 
 make_importable()
@@ -485,20 +485,26 @@ def test_all_families_of_a_plain_vit_by_name_are_all_that_the_model_has():
     assert some["method.targets"] == ["proj", "fc1"]
 
 
+def check_same_trunk(trunk: RunFolder, forked: Settings) -> None:
+    """As `fork` does it."""
+    of_trunk = trunk.read_settings()
+    _check_same_trunk(trunk, of_trunk, settled_alike(forked, of_trunk))
+
+
 def test_the_form_of_drop_path_is_settled_once(tmp_path):
     """By the first driver; later ones go by what it wrote."""
     plain = {"name": "run", **DATA, "model": {"drop_path": 0.1}}
     auto = parse_settings(plain)
-    first = _settle_drop_path(auto, None)
+    first = settle(auto, None, 0)
     assert first.model.drop_path_form == "subset"
     small = parse_settings({**plain, "data": {"path": "x", "cell": 1}})
-    assert _settle_drop_path(small, None).model.drop_path_form == "mask"
+    assert settle(small, None, 0).model.drop_path_form == "mask"
     masks = parse_settings({**plain, "model": {"drop_path": 0.1, "drop_path_form": "mask"}})
-    assert _settle_drop_path(auto, masks).model.drop_path_form == "mask"
+    assert settle(auto, masks, 0).model.drop_path_form == "mask"
     folder = RunFolder(tmp_path)
     folder.write_settings(masks)
     _check_unchanged(masks, auto, folder)
-    _check_same_trunk(folder, auto)
+    check_same_trunk(folder, auto)
     with pytest.raises(UserError, match=r"model\.drop_path_form = 'subset' is not allowed"):
         _check_unchanged(masks, first, folder)
 
@@ -566,7 +572,7 @@ def test_a_resume_and_a_fork_may_change_what_does_not_act_before_them(tmp_path, 
     assert acts(key) == when
     for check, is_free in (
         (lambda: _check_unchanged(before, now, folder), when == "never"),
-        (lambda: _check_same_trunk(folder, now), when != "always"),
+        (lambda: check_same_trunk(folder, now), when != "always"),
     ):
         if is_free:
             check()
@@ -600,10 +606,10 @@ def test_a_fork_in_fp8_has_a_trunk_that_computes_alike(tmp_path, trunk, fork, re
     )
     folder.write_settings(run)
     if refused is None:
-        _check_same_trunk(folder, forked)
+        check_same_trunk(folder, forked)
     else:
         with pytest.raises(UserError, match=refused):
-            _check_same_trunk(folder, forked)
+            check_same_trunk(folder, forked)
 
 
 @pytest.mark.parametrize(
@@ -624,10 +630,10 @@ def test_a_fork_may_end_before_its_trunk_where_its_schedule_says_how(tmp_path, t
     folder.write_settings(parse_settings({"name": "run", **DATA, "train": {"epochs": 120}}))
     forked = parse_settings({"name": "fork", **DATA, "train": train})
     if refused is None:
-        _check_same_trunk(folder, forked)
+        check_same_trunk(folder, forked)
     else:
         with pytest.raises(UserError, match=refused):
-            _check_same_trunk(folder, forked)
+            check_same_trunk(folder, forked)
 
 
 def test_a_bend_stays_as_it_was_on_resume(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 import sys
@@ -50,6 +51,12 @@ def commands(text: str) -> Iterator[list[str]]:
 def all_commands() -> list[Any]:
     found = {(path.relative_to(ROOT).as_posix(), tuple(words)) for path in PAGES for words in commands(path.read_text())}
     return [pytest.param(words, id=f"{page}: {' '.join(words)}") for page, words in sorted(found)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_on_a_page_is_python(page: Path):
+    for code in re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL):
+        ast.parse(code)
 
 
 @pytest.mark.parametrize("words", all_commands())

@@ -67,17 +67,21 @@ def test_a_restart_reads_nothing_and_begins_a_segment(tmp_path):
     assert numbers(folder) == list(range(301)) and len(folder.list_files()) == files + 1
 
 
-def test_a_writer_that_is_not_dead_yet_overwrites_no_line_of_the_next_one(tmp_path, monkeypatch):
-    """However much that one has written since; what it adds comes in front, with its own attempt."""
+@pytest.mark.parametrize("has_begun", [True, False])
+def test_a_writer_that_is_not_dead_yet_overwrites_no_line_of_the_next_one(tmp_path, monkeypatch, has_begun):
+    """However much both write: what it adds comes in front of that, or behind, with its own attempt."""
     monkeypatch.setattr(run_folder, "SEGMENT_BYTES", 60)
     folder = Bucket(tmp_path)
     old = LineWriter(folder, "epochs.jsonl")
     old.write(number=0)
-    assert old.flush()
+    assert not has_begun or old.flush()
     write(folder, range(10, 20))
-    old.write(number=1)
-    assert old.flush()
-    assert numbers(folder) == [0, 1, *range(10, 20)]
+    for number in range(1, 8):
+        old.write(number=number)
+        assert old.flush()
+    write(folder, range(20, 22))
+    assert sorted(numbers(folder)) == [*range(8), *range(10, 22)]
+    assert [number for number in numbers(folder) if number >= 10] == [*range(10, 22)]
 
 
 @pytest.mark.parametrize("count", range(10))

@@ -119,7 +119,7 @@ def _data(
 def _reading(
     images: Annotated[int, typer.Option(min=1, help="Images of 34 kB, which are read once for each row.")] = 16_384,
     latency: Annotated[float, typer.Option(min=0, help="Milliseconds that the bucket takes for a request.")] = 20.0,
-    requests_per_second: Annotated[float, typer.Option(min=1, help="That the bucket of the last row allows.")] = 100.0,
+    requests_per_second: Annotated[float, typer.Option(min=1, help="That the bucket of one of the rows allows.")] = 100.0,
     workers: Annotated[int, typer.Option(min=1, help="That the reader is one of in one of the rows.")] = 16,
     out: Out = None,
     as_json: Json = False,

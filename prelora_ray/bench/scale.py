@@ -185,9 +185,12 @@ def _rehearse(options: Options, workers: int, folder: str) -> list[Sample]:
 def _cluster(nodes: int, workers: int) -> Iterator[None]:
     """A head without room for workers and nodes with room for `workers` each, which a run takes, for the time of the
     block."""
-    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder, ExitStack() as stack:  # a socket's path is short
-        own = {"RAY_TMPDIR": folder, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(_START_SECONDS)}
-        stack.enter_context(environment(own))
+    own = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(_START_SECONDS)}
+    with (
+        tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder,  # a socket's path is short
+        environment(own | {"RAY_TMPDIR": folder}),
+        ExitStack() as stack,
+    ):
         system = {"worker_register_timeout_seconds": _START_SECONDS}
         head = {"num_cpus": 0, "include_dashboard": False, "_system_config": system}
         with in_process_groups_of_their_own():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
 import threading
@@ -34,10 +35,6 @@ _OPEN_OBJECTS = 1024
 """Files of a bucket whose sizes and footers are kept, with the default settings 140 kB each."""
 _BUCKET_WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Seconds, more or less, before each further try of a read. In each try the bucket's own client tries for some 6 s."""
-_CHECKED_AFTER = 2
-"""Failures of a read in a bucket after which its shard is checked for damage, which reads fail of too."""
-_OF_BUCKET = "AWS Error"
-"""What Arrow says where it is the bucket that failed."""
 _Group = Mapping[str, pa.Array]
 """The columns of a row group."""
 
@@ -79,8 +76,8 @@ class RowReader:
         self._files: OrderedDict[str, Future[_File]] = OrderedDict()
         """By name, the one that was read last behind all others."""
         self._files_lock = threading.Lock()
-        self._checked: dict[str, DamagedDataError | None] = {}
-        """By name, what is wrong with each shard that was read whole; None where nothing is."""
+        self._damage: dict[str, str | None] = {}
+        """By name, what is wrong with each shard that was to be checked; None where nothing was found."""
         self._check_lock = threading.Lock()
         self._is_over = threading.Event()
         """Set once nobody waits for what is read any more."""
@@ -140,37 +137,33 @@ class RowReader:
         """
         of = int(np.searchsorted(self._first_group, group, "right")) - 1
         shard, index = self._shards[of], group - int(self._first_group[of])
-        waits = () if self._folder.is_local else _BUCKET_WAITS
-        for failures in itertools.count(1):
+        waits = iter(() if self._folder.is_local else _BUCKET_WAITS)
+        while True:
             try:
                 table = self._read_table(shard.file, index)
                 return {name: table[name].combine_chunks().cast(type_) for name, type_ in self._columns.items()}
             except Exception as error:
                 may_pass = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
-                is_last = failures > len(waits) or not may_pass
-                if is_last or (failures >= _CHECKED_AFTER and _OF_BUCKET not in str(error)):
+                wait = next(waits, None) if may_pass else None
+                if wait is None:
                     self._check(shard)
-                if is_last or self._is_over.wait(waits[failures - 1] * random.uniform(0.5, 1.5)):
+                if wait is None or self._is_over.wait(wait * random.uniform(0.5, 1.5)):
                     raise
-        raise AssertionError("the last failure is raised")
 
     def _check(self, shard: Shard) -> None:
         """Raises DamagedDataError where a shard that can be read is not what its manifest says. One is read at a time,
         and each once, as it is large; none once the pass is over."""
         with self._check_lock:
-            if shard.file not in self._checked:
-                if self._is_over.is_set():
-                    return
-                try:
-                    check_shard(self._folder, shard, self._folder.read_bytes(shard.file))
-                except OSError:
-                    return
-                except DamagedDataError as error:
-                    self._checked[shard.file] = error
-                else:
-                    self._checked[shard.file] = None
-            if (damaged := self._checked[shard.file]) is not None:
-                raise damaged
+            if shard.file not in self._damage and not self._is_over.is_set():
+                self._damage[shard.file] = None
+                with contextlib.suppress(OSError):
+                    content = self._folder.read_bytes(shard.file)
+                    try:
+                        check_shard(self._folder, shard, content)
+                    except DamagedDataError as error:
+                        self._damage[shard.file] = str(error)
+        if (damage := self._damage.get(shard.file)) is not None:
+            raise DamagedDataError(damage)
 
     def _read_table(self, name: str, index: int) -> pa.Table:
         file = self._file(name)

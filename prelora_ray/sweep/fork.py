@@ -31,7 +31,9 @@ def fork(trunk: RunFolder, settings: Settings) -> int:
     Raises UserError where the trunk was run with other settings that act before the fork, never
     switches with these, or has no checkpoint there; HeldRunError where another driver is making the folder.
     """
-    _check_same_trunk(trunk, settings)
+    of_trunk = trunk.read_settings()
+    settings = settled_alike(settings, of_trunk)
+    _check_same_trunk(trunk, of_trunk, settings)
     record = read_record(str(trunk))
     schedule = phase_schedule(settings.method, settings.train.ramp_epochs, list(record.epochs[0].norms))
     end = None if settings.method.enabled else _bend_of_full_training(trunk, settings, record)
@@ -39,7 +41,7 @@ def fork(trunk: RunFolder, settings: Settings) -> int:
     epoch = schedule.switched_at if settings.method.enabled else end
     if epoch is None:
         raise UserError(f"run {trunk} does not switch with the settings of {settings.name}: see `prelora replay`")
-    _check_bend(trunk, settings, epoch)
+    _check_bend(trunk, of_trunk, settings, epoch)
     folder = RunFolder.of(settings)
     name = checkpoint_name(epoch, 0)
     own = Checkpoints(folder)
@@ -62,7 +64,7 @@ def fork(trunk: RunFolder, settings: Settings) -> int:
         begin_and_end = [Fork(**before, time=time, epoch=epoch, trunk=str(trunk)) for time in (min(times), max(times))]
         folder.write_records(Event, begin_and_end)
         folder.write_json("data.json", trunk.read_json("data.json"))  # `train` then refuses other images
-        folder.write_settings(settled_alike(settings, trunk.read_settings()))  # and goes on with what the trunk settled
+        folder.write_settings(settings)  # and goes on with what the trunk settled
         checkpoint = kept.load(name)
         checkpoint.state |= {"phases": schedule.state_dict(), "fork": schedule.phase is not Phase.FULL}
         own.save(checkpoint)
@@ -81,18 +83,16 @@ def _bend_of_full_training(trunk: RunFolder, settings: Settings, record: Record)
     return bend.after
 
 
-def _check_bend(trunk: RunFolder, settings: Settings, epoch: int) -> None:
+def _check_bend(trunk: RunFolder, of_trunk: Settings, settings: Settings, epoch: int) -> None:
     """Raises UserError where a fork that begins after so many epochs has a bend before that, and its trunk none."""
     bend = settings.train.bend
-    if bend is not None and bend.after < epoch and trunk.read_settings().train.bend is None:
+    if bend is not None and bend.after < epoch and of_trunk.train.bend is None:
         raise UserError(
             f"train.bend.after = {bend.after} is not allowed in a fork of {trunk}: it must be at least {epoch}, where it begins"
         )
 
 
-def _check_same_trunk(trunk: RunFolder, settings: Settings) -> None:
-    of_trunk = trunk.read_settings()
-    settings = settled_alike(settings, of_trunk)
+def _check_same_trunk(trunk: RunFolder, of_trunk: Settings, settings: Settings) -> None:
     ours, theirs = comparable(_in_front_of_bend(trunk, settings, of_trunk)), comparable(of_trunk)
     now, before = _in_phase_full(ours), _in_phase_full(theirs)
     for key in ours | theirs:

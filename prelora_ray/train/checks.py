@@ -57,13 +57,12 @@ def check_settings(settings: Settings, folder: RunFolder) -> Settings | None:
     return before
 
 
-def settle(settings: Settings, before: Settings | None) -> Settings:
-    """The settings with `model.drop_path_form: auto` and `workers.gpu: auto` resolved, the latter by the Ray that runs.
+def settle(settings: Settings, before: Settings | None, gpus: float) -> Settings:
+    """The settings with `model.drop_path_form: auto` and `workers.gpu: auto` resolved.
 
-    `before`: as `check_settings` returns it, whose values stay.
+    `before`: as `check_settings` returns it, whose values stay. `gpus`: that Ray has.
     """
-    settings = _settle_drop_path(settings, before)
-    return _settle_gpu(settings, before, ray.cluster_resources().get("GPU", 0))
+    return _settle_gpu(_settle_drop_path(settings, before), before, gpus)
 
 
 def check_cluster(settings: Settings, folder: RunFolder, *, is_embedded: bool, writes: bool = True) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import ray
 import torch
 
 from prelora_ray.config import Settings, with_absolute_paths
@@ -78,7 +79,7 @@ def dry_run(settings: Settings, *, debug: bool = False) -> DryRun:
     else:
         check_free(folder)
         with ray_session(debug=debug) as is_embedded:
-            settings = settle(settings, before)
+            settings = settle(settings, before, ray.cluster_resources().get("GPU", 0))
             check_cluster(settings, folder, is_embedded=is_embedded, writes=False)
         train_images, val_images, classes, is_ready = _count_data(settings, folder)
     data, method, workers = settings.data, settings.method, settings.workers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prelora_ray.config import Settings
+from prelora_ray.config import OF_DROP_PATH, Settings
 from prelora_ray.method.convergence import first_verdict
 from prelora_ray.method.phases import Phase
 
@@ -49,8 +49,8 @@ def without_effect(settings: Settings) -> list[str]:
     if train.adapters == "plain" and train.precision == "fp8" and train.fp8_from is not Phase.LORA:
         sentences.append(f"train.adapters has no effect, as train.precision is fp8 with train.fp8_from {train.fp8_from}")
     if settings.model.drop_path == 0:
-        of_drop_path = sorted({"drop_path_rule", "drop_path_form"} & settings.model.model_fields_set)
-        sentences += [f"model.{key} has no effect, as model.drop_path is 0" for key in of_drop_path]
+        given = {f"model.{key}" for key in settings.model.model_fields_set}
+        sentences += [f"{key} has no effect, as model.drop_path is 0" for key in OF_DROP_PATH if key in given]
     if {"padding"} & augment.model_fields_set and augment.crop != "padded":
         sentences.append(f"augment.padding has no effect, as augment.crop is {augment.crop}")
     if {"min_scale"} & augment.model_fields_set and augment.crop != "random_resized":

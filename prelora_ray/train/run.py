@@ -95,7 +95,7 @@ def train(
         logger.info("run %s has finished already; give another --name for a new one", folder)
         return result
     with DriverLock(folder) as lock, _starting(folder), ray_session(debug=debug) as is_embedded:
-        settings = settle(settings, before)
+        settings = settle(settings, before, ray.cluster_resources().get("GPU", 0))
         check_cluster(settings, folder, is_embedded=is_embedded)
         _prepare_once(settings, folder)
         manifest = check_data(settings, folder)

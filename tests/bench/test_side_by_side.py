@@ -23,11 +23,11 @@ from tests.command import ROOT
 from tests.runs import FREEZE, SWITCH, TINY_VIT, settings
 
 
-def side_by_side(plan: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
-    """The lines that a plan's runs leave."""
+def side_by_side(plan: dict[str, Any], folder: Path, status: int = 0) -> list[dict[str, Any]]:
+    """The lines that a plan's runs leave; `status`: that the program ends with."""
     (folder / "plan.yaml").write_text(yaml.safe_dump(plan))
     command = [sys.executable, str(ROOT / "benchmarks" / "side_by_side.py"), str(folder / "plan.yaml"), str(folder / "out")]
-    subprocess.run(command, check=True, cwd=ROOT)
+    assert subprocess.run(command, cwd=ROOT).returncode == status
     return [json.loads(line) for line in (folder / "out").read_text().splitlines()]
 
 
@@ -106,7 +106,7 @@ def test_a_run_that_is_not_finite_ends_with_its_forks_alone(digits, tmp_path):
         {"name": "fork", "of": "wild", "after": SWITCH},
         {"name": "tame", "until": 1, "set": ["method.enabled=false"]},
     ]
-    lines = side_by_side({"recipe": str(tmp_path / "recipe.yaml"), "runs": runs}, tmp_path)
+    lines = side_by_side({"recipe": str(tmp_path / "recipe.yaml"), "runs": runs}, tmp_path, status=1)
     assert [line["run"] for line in lines] == ["wild", "fork", "tame"]
     assert "the loss is not finite at step" in lines[0]["error"]
     assert lines[1]["error"] == "wild came to no end"

@@ -32,6 +32,8 @@ from tests.chaos.site import Site, run_folder, wait_for, write_config
 
 SECONDS = 5.0
 """Between two lines."""
+LIMIT = 120.0
+"""Seconds in which a further attempt trains behind a fault."""
 KINDS = ("worker killed", "worker killed", "worker killed", "controller killed")
 EPOCHS = (30, 5, 100_000)
 """Of phases full, warmup and lora: more than there is time for."""
@@ -72,6 +74,7 @@ def disturb(site: Site, config: Path, out: Path, minutes: float, every: float, r
             if time.monotonic() - last > every and progress is not None and progress.attempt > attempt:
                 FAULTS[KINDS[faults % len(KINDS)]](target)
                 faults, attempt, last = faults + 1, progress.attempt, time.monotonic()
+            assert time.monotonic() - last < every + LIMIT, f"no attempt behind attempt {attempt} trains for {LIMIT} s"
             line = {
                 "seconds": now,
                 "faults": faults,

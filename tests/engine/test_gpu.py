@@ -4,7 +4,7 @@ from prelora_ray.config import ModelSettings, Settings
 from prelora_ray.config_file import parse_settings
 from prelora_ray.engine.flops import forward_flops, peak_flops, training_passes
 from prelora_ray.method.phases import Phase
-from prelora_ray.train.checks import _settle_gpu
+from prelora_ray.train.checks import settle
 
 
 @pytest.mark.parametrize(
@@ -72,5 +72,5 @@ def test_auto_takes_gpus_that_are_there_and_then_what_the_run_has(asked, kept, g
     def run(gpu: bool | str) -> Settings:
         return parse_settings({"name": "run", "data": {"path": "x"}, "workers": {"min": 2, "max": 2, "gpu": gpu}})
 
-    settled = _settle_gpu(run(asked), None if kept is None else run(kept), gpus)
+    settled = settle(run(asked), None if kept is None else run(kept), gpus)
     assert settled == run(comes_to)

@@ -14,7 +14,7 @@ from prelora_ray.method.phases import Phase
 from prelora_ray.run_folder import RunFolder
 from prelora_ray.sweep.fork import fork
 from prelora_ray.sweep.map import what_it_means
-from prelora_ray.train.checks import _settle_drop_path
+from prelora_ray.train.checks import settle
 from prelora_ray.train.run import train
 from tests.disturbed import train_disturbed
 from tests.runs import EPOCHS, FREEZE, SWITCH, assert_same_bits, final, last, settings
@@ -99,8 +99,8 @@ def test_a_fork_goes_on_with_the_form_of_drop_path_that_its_trunk_settled(trunk,
     assert fork(masks, run) == SWITCH
     begun = RunFolder.of(run).read_settings()
     assert begun.model.drop_path_form == "mask"
-    assert _settle_drop_path(run, begun).model.drop_path_form == "mask"
-    assert _settle_drop_path(run, None).model.drop_path_form == "subset"
+    assert settle(run, begun, 0).model.drop_path_form == "mask"
+    assert settle(run, None, 0).model.drop_path_form == "subset"
 
 
 def test_a_folder_that_another_driver_holds_is_not_forked_into(trunk, digits, storage):

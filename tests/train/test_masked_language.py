@@ -168,7 +168,6 @@ def test_what_it_would_train_on_is_told(text, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_it_is_evaluated_over_all_of_the_validation_text(run, text, digits):
     """As the run did over its own share of it: with masks of their own for each sequence."""
     report = evaluate(str(RunFolder.of(run)))
